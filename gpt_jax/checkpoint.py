@@ -1,0 +1,202 @@
+"""Checkpoints: parameters, optimizer state and a JSON of facts, each an item of its own, written by orbax.
+
+Saving is asynchronous and atomic. Restoring goes into abstract targets, so another number of devices can read what
+one wrote. orbax notices files that are missing or cut short, but not a changed byte inside an array: checksums of all
+arrays, kept with the facts, do.
+"""
+
+import contextlib
+import gc
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from gpt_jax.errors import UserError
+
+logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports every file it writes as a warning.
+
+
+class DamagedCheckpointError(UserError):
+    """A checkpoint that cannot be read, or whose arrays are not those that were saved."""
+
+
+@jax.jit
+def checksums(tree: Any) -> list[jax.Array]:
+    """One uint32 a leaf of 32-bit numbers: the sum of their bits, each times an odd number that depends on its place.
+
+    Integer sums are exact in any order, so the sharding does not matter; an odd factor lets no change of one element
+    go unseen.
+    """
+
+    def checksum(x: jax.Array) -> jax.Array:
+        bits = jax.lax.bitcast_convert_type(x, jnp.uint32).reshape(-1)
+        return jnp.sum(bits * (2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1), dtype=jnp.uint32)
+
+    return [checksum(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+def named_checksums(tree: Any) -> dict[str, int]:
+    """The checksum of each leaf by its path, such as "layers/mlp/up/kernel"."""
+    return dict(zip(leaf_shapes(tree), map(int, jax.device_get(checksums(tree))), strict=True))
+
+
+def leaf_shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """The shape of each leaf by its path."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+@contextlib.contextmanager
+def quiet_stderr() -> Iterator[None]:
+    """Sends the process's standard error to nowhere: tensorstore's threads print tracebacks of reads that failed, past
+    the exception that says the same."""
+    sys.stderr.flush()
+    saved = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        gc.collect()  # The abandoned reads complain when they are collected.
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(nowhere)
+
+
+class Checkpoints:
+    """The checkpoints of one run, in `folder`/STEP/{params,opt_state,meta}. A context manager: leaving it waits for the
+    last save. Keeps the `keep` latest and the one with the lowest validation loss."""
+
+    def __init__(self, folder: Path, keep: int = 2, read_only: bool = False) -> None:
+        self.folder = folder
+        policies = ocp.checkpoint_managers
+        best = policies.BestN(
+            get_metric_fn=lambda metrics: metrics["val_loss"],
+            reverse=True,
+            n=1,
+            keep_checkpoints_without_metrics=False,
+        )
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policies.AnyPreservationPolicy([policies.LatestN(keep), best]),
+            best_fn=lambda metrics: metrics["val_loss"],  # Without it, orbax does not write the metrics.
+            best_mode="min",
+            cleanup_tmp_directories=not read_only,
+            read_only=read_only,
+        )
+        handlers = {
+            "params": ocp.StandardCheckpointHandler(),
+            "opt_state": ocp.StandardCheckpointHandler(),
+            "meta": ocp.JsonCheckpointHandler(),
+        }
+        self.manager = ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=handlers)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, exception_type: type | None, *exception: object) -> None:
+        try:
+            self.manager.close()
+        except Exception as e:
+            if exception_type is None:  # Never in place of what went wrong first.
+                raise self.failure(e) from e
+
+    def failure(self, e: Exception) -> UserError:
+        """What to tell the user when a save went wrong."""
+        return UserError(f"could not save a checkpoint in {self.folder}: {first_line(e)}; older ones are intact")
+
+    def steps(self) -> list[int]:
+        """The steps that have a complete checkpoint, ascending."""
+        return sorted(self.manager.all_steps())
+
+    def best_step(self) -> int | None:
+        """The step with the lowest validation loss; None when no checkpoint was evaluated."""
+        evaluated = [s for s in self.steps() if self.manager.metrics(s)]
+        return min(evaluated, key=lambda s: self.manager.metrics(s)["val_loss"], default=None)
+
+    def save(self, step: int, params: Any, opt_state: Any, meta: dict[str, Any], val_loss: float | None) -> None:
+        """Starts saving; returns when the arrays are copied. Raises UserError when this save or the one before failed."""
+        facts = {**meta, "checksums": {"params": named_checksums(params), "opt_state": named_checksums(opt_state)}}
+        try:
+            self.manager.save(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardSave(params),
+                    opt_state=ocp.args.StandardSave(opt_state),
+                    meta=ocp.args.JsonSave(facts),
+                ),
+                metrics=None if val_loss is None else {"val_loss": val_loss},
+                force=True,
+            )
+        except Exception as e:
+            raise self.failure(e) from e
+
+    def discard_after(self, step: int) -> None:
+        """Removes the checkpoints of later steps: a run that goes on from `step` writes them anew."""
+        for later in [s for s in self.steps() if s > step]:
+            self.manager.delete(later)
+
+    def meta(self, step: int) -> dict[str, Any]:
+        """The facts saved with a step. Raises DamagedCheckpointError."""
+        return self.restore_item(step, "meta", ocp.args.JsonRestore())
+
+    def restore(self, step: int, item: str, target: Any) -> Any:
+        """The item "params" or "opt_state" of a step, as the abstract `target` wants it placed.
+
+        Raises UserError naming the first leaf whose shape differs from the target's, and DamagedCheckpointError
+        naming the item or leaf that is not as it was saved.
+        """
+        where = f"{self.folder / str(step)}"
+        expected = self.meta(step).get("checksums", {}).get(item)
+        if not isinstance(expected, dict):
+            raise DamagedCheckpointError(f"checkpoint {where} is damaged: meta has no checksums of {item}")
+        metadata = self.restore_metadata(step, item)
+        saved, wanted = leaf_shapes(metadata), leaf_shapes(target)
+        for name in sorted(saved.keys() | wanted.keys()):
+            if saved.get(name) != wanted.get(name):
+                raise UserError(
+                    f"checkpoint {where} does not fit the configuration: {item}/{name} has shape "
+                    f"{saved.get(name, 'none')} in the checkpoint and {wanted.get(name, 'none')} in the model"
+                )
+        tree = self.restore_item(step, item, ocp.args.StandardRestore(target))
+        for name, checksum in named_checksums(tree).items():
+            if checksum != expected.get(name):
+                raise DamagedCheckpointError(f"checkpoint {where} is damaged: {item}/{name} is not as it was saved")
+        return tree
+
+    def restore_metadata(self, step: int, item: str) -> Any:
+        """Shapes and dtypes of a saved item."""
+        try:
+            with quiet_stderr():
+                return self.manager.item_metadata(step)[item].tree
+        except Exception as e:
+            raise self.damage(step, item, e) from e
+
+    def restore_item(self, step: int, item: str, args: Any) -> Any:
+        """One item as orbax reads it, or DamagedCheckpointError."""
+        try:
+            with quiet_stderr():
+                return self.manager.restore(step, args=ocp.args.Composite(**{item: args}))[item]
+        except Exception as e:
+            raise self.damage(step, item, e) from e
+
+    def damage(self, step: int, item: str, e: Exception) -> DamagedCheckpointError:
+        """What to tell the user when orbax could not read an item."""
+        return DamagedCheckpointError(
+            f"checkpoint {self.folder / str(step)} is damaged: {item} cannot be read ({first_line(e)})"
+        )
+
+
+def first_line(e: BaseException) -> str:
+    """The type and the beginning of the message of an exception of a library, in one line."""
+    lines = str(e).splitlines() or [""]
+    text = lines[0] if len(lines[0]) <= 160 else lines[0][:160] + "..."
+    return f"{type(e).__name__}: {text}" if text else type(e).__name__

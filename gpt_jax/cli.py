@@ -1,0 +1,243 @@
+"""The command line: `gpt-jax COMMAND`, `python -m gpt_jax COMMAND`, and the scripts train.py and sample.py.
+
+Each command is a frozen dataclass of arguments and a function. What the user can mend is told in one line on standard
+error: exit status 2 for the arguments themselves, 1 for what they lead to, 128 + the signal's number after a signal.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import io
+import json
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import tyro
+
+from gpt_jax.config import Config, check, load_config, load_saved_config, with_vocabulary
+from gpt_jax.errors import UserError
+
+Args = TypeVar("Args")
+
+USAGE = """usage: gpt-jax COMMAND [OPTIONS]
+
+  prepare   turn text into token files
+  train     train a GPT on them
+  sample    let a trained GPT write
+
+gpt-jax COMMAND --help tells the options of each."""
+
+
+class UsageError(UserError):
+    """Arguments that no command could be built from."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainArgs:
+    """Train a GPT. The first argument may be a configuration file; configs/quickstart.py is the default."""
+
+    resume: bool = False  # Go on with the run in --out-dir, with the configuration saved there and these flags.
+    profile: bool = False  # Write a JAX profiler trace of a few steps to the run's folder.
+    config: Annotated[Config, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Config)
+
+
+def parse(args_type: type[Args], argv: Sequence[str], command: str, **kwargs: Args) -> Args:
+    """The arguments as an object. Raises UsageError with tyro's message, in one line."""
+    stderr = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(stderr):
+            return tyro.cli(
+                args_type,
+                args=list(argv),
+                prog=f"gpt-jax {command}",
+                **kwargs,
+                config=(tyro.conf.FlagCreatePairsOff,),
+            )
+    except SystemExit as e:
+        if e.code == 0:  # --help
+            raise
+        raise UsageError(f"{in_one_line(stderr.getvalue())}; see gpt-jax {command} --help") from None
+
+
+def in_one_line(box: str) -> str:
+    """The message of an error box that tyro draws: its first paragraph, and the first flag that it suggests."""
+    lines = [
+        re.sub(r"^[│|]\s?|\s*[│|]$", "", line).rstrip() for line in box.splitlines() if not line.startswith(("╭", "╰"))
+    ]
+    paragraph = []
+    for line in lines:
+        if line.startswith("─"):
+            break
+        paragraph.append(line.strip())
+    suggestion = re.search(r"Perhaps you meant:\s*(--\S+)", " ".join(lines))
+    return " ".join(paragraph) + (f"; did you mean {suggestion[1]}?" if suggestion else "")
+
+
+def default_config_path() -> Path:
+    """configs/quickstart.py, of the working folder or of the checkout that this package is in."""
+    here = Path("configs/quickstart.py")
+    return here if here.exists() else Path(__file__).parent.parent / here
+
+
+def train_command(argv: Sequence[str]) -> int:
+    """Builds the configuration from file, saved run and flags; prepares the data if need be; trains."""
+    argv = list(argv)
+    positional = [
+        i for i, a in enumerate(argv) if not a.startswith("-") and argv[i - 1 : i] in ([], ["--resume"], ["--profile"])
+    ]
+    path = Path(argv.pop(positional[0])) if positional else default_config_path()
+    args = parse(TrainArgs, argv, "train", default=TrainArgs(config=load_config(path)))
+    out_dir = args.config.out_dir or str(Path("runs") / path.stem)
+    saved = Path(out_dir) / "config.json"
+    if args.resume and saved.exists():
+        args = parse(TrainArgs, argv, "train", default=TrainArgs(config=load_saved_config(saved)))
+    config = dataclasses.replace(args.config, out_dir=out_dir)
+
+    from gpt_jax.data.shards import open_dataset
+
+    d = config.data
+    if d.source and not Path(d.dir).exists():
+        from gpt_jax.data.prepare import PrepareArgs, run_prepare
+
+        run_prepare(
+            PrepareArgs(
+                source=d.source,
+                out=Path(d.dir),
+                tokenizer=d.tokenizer,
+                model_type=d.model_type,
+                vocab_size=d.vocab_size,
+                val_fraction=d.val_fraction,
+            )
+        )
+    data = open_dataset(Path(d.dir))
+    config = with_vocabulary(config, data.tokenizer.vocab_size)
+
+    from gpt_jax import runtime
+    from gpt_jax.train.loop import Interrupted, train
+
+    runtime.setup(runtime.choose_cpu_devices(config))
+    try:
+        train(config, data, resume=args.resume, profile=args.profile)
+    except Interrupted as e:
+        return 128 + e.signum
+    return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class SampleArgs:
+    """Let a trained GPT go on from prompts. The same arguments and seed give the same text."""
+
+    run: str = ""  # Folder of the run; empty: the newest under runs/.
+    prompt: tuple[str, ...] = ()  # Texts to go on from, all in one batch; none: the start of a document.
+    prompt_file: str = ""  # File whose whole text is the prompt.
+    checkpoint: str = "latest"  # latest, best (lowest validation loss), or a step.
+    max_new_tokens: int = (
+        200  # Tokens to generate at most. Past its context length, the model sees the last half of it.
+    )
+    num_samples: int = 1  # Texts for each prompt.
+    temperature: float = 0.8  # Divides the logits; 0: always the most probable token.
+    top_k: int = 0  # Draw from the k most probable tokens only; 0: from all.
+    top_p: float = 1.0  # Draw from the fewest tokens whose probabilities add up to p.
+    min_p: float = 0.0  # Draw from tokens at least this many times as probable as the most probable one.
+    repetition_penalty: float = 1.0  # Makes tokens that were seen before less probable; 1: does not.
+    stop: tuple[str, ...] = ()  # Strings that end a text.
+    seed: int = 0  # Decides the draws.
+    json: bool = False  # Print one JSON object a text: tokens, their log-probabilities, why it ended.
+
+    def __post_init__(self) -> None:
+        check(self.num_samples >= 1, "num_samples", self.num_samples, "1 or more")
+        if self.prompt and self.prompt_file:
+            raise UserError("--prompt and --prompt-file were both given; use one of them")
+
+
+def sample_command(argv: Sequence[str]) -> int:
+    """Loads a run and prints what its model writes, as it writes it."""
+    args = parse(SampleArgs, argv, "sample")
+
+    from gpt_jax import runtime
+    from gpt_jax.sample.decode import Filters
+    from gpt_jax.sample.generate import Settings, generate
+    from gpt_jax.sample.run import load_run, newest_run
+
+    filters = Filters(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
+    settings = Settings(args.max_new_tokens, args.seed, args.stop, filters)
+    prompts = [read_prompt(Path(args.prompt_file))] if args.prompt_file else list(args.prompt) or [""]
+    runtime.setup()
+    model, params, tokenizer = load_run(Path(args.run) if args.run else newest_run(), args.checkpoint)
+
+    streams = len(prompts) * args.num_samples == 1 and not args.json
+    if streams:
+        print(prompts[0], end="", flush=True)
+    results = generate(
+        model,
+        params,
+        tokenizer,
+        prompts,
+        settings,
+        args.num_samples,
+        on_text=(lambda _, text: print(text, end="", flush=True)) if streams else None,
+    )
+    if streams:
+        print()
+        return 0
+    for i, result in enumerate(results):
+        prompt = prompts[i // args.num_samples]
+        if args.json:
+            print(json.dumps({"prompt": prompt, **dataclasses.asdict(result)}, ensure_ascii=False))
+        else:
+            print(f"--- {i + 1} of {len(results)}\n{prompt}{result.text}")
+    return 0
+
+
+def read_prompt(path: Path) -> str:
+    """The text of a prompt file. Raises UserError when it cannot be read as UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as e:
+        raise UserError(f"prompt file {path} cannot be read: {e.strerror}") from e
+    except UnicodeDecodeError as e:
+        raise UserError(f"prompt file {path} is not UTF-8 text: byte {e.start} is not; convert it first") from e
+
+
+def prepare_command(argv: Sequence[str]) -> int:
+    """Turns text into token files."""
+    from gpt_jax.data.prepare import PrepareArgs, run_prepare
+
+    run_prepare(parse(PrepareArgs, argv, "prepare"))
+    return 0
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "prepare": prepare_command,
+    "train": train_command,
+    "sample": sample_command,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    command = argv[0] if argv else "--help"
+    if command in ("-h", "--help"):
+        print(USAGE)
+        return 0
+    try:
+        if command not in COMMANDS:
+            near = difflib.get_close_matches(command, COMMANDS, n=1)
+            hint = f"; did you mean {near[0]}?" if near else "."
+            raise UsageError(f"there is no command {command!r}{hint} The commands are {', '.join(COMMANDS)}")
+        return COMMANDS[command](argv[1:])
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 2 if isinstance(e, UsageError) else 1
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    except BrokenPipeError:  # The reader, such as head, has seen enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE

@@ -1,0 +1,177 @@
+"""Which tokens make which step: a pure function of the step, and a thread that works ahead of the device.
+
+The tokens of a split form a ring. Each epoch cuts the ring into windows of T tokens, from an offset of its own, and
+visits every window once, in a pseudo-random order. Order and offset are computed from (seed, epoch) and never stored,
+so any step can be reached at once, in constant memory.
+"""
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from gpt_jax.errors import UserError
+
+MASK_64 = (1 << 64) - 1
+
+
+class Tokens(Protocol):
+    """A sequence of token ids that can be read anywhere."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, start: int, count: int) -> np.ndarray: ...
+
+
+def mix(x: np.ndarray) -> np.ndarray:
+    """SplitMix64's finaliser (Steele, Lea and Flood 2014) of uint64 values: a hash whose every bit is well mixed."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def hash_key(*parts: int) -> np.ndarray:
+    """A uint64 that depends on every part and on their order."""
+    key = np.zeros(1, np.uint64)
+    for part in parts:
+        key = mix(key + np.uint64((part * 0x9E3779B97F4A7C15 + 0x9E3779B97F4A7C15) & MASK_64))
+    return key
+
+
+def permute(index: np.ndarray, n: int, *key: int) -> np.ndarray:
+    """Where a permutation of range(n) that `key` chooses sends each index, without making the permutation.
+
+    A Feistel network (Luby and Rackoff 1988) of six rounds permutes the smallest 2**(2k) >= n. A value that falls outside
+    range(n) walks on along its cycle until it is inside (Black and Rogaway 2002): on average, fewer than four times.
+    """
+    half_bits = max(1, ((n - 1).bit_length() + 1) // 2)
+    shift, mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
+    round_keys = [hash_key(*key, r) for r in range(6)]
+    out = index.astype(np.uint64)
+    outside = np.ones(out.shape, bool)
+    while outside.any():
+        left, right = out[outside] >> shift, out[outside] & mask
+        for round_key in round_keys:
+            left, right = right, left ^ (mix(right + round_key) & mask)
+        out[outside] = (left << shift) | right
+        outside = out >= n
+    return out.astype(np.int64)
+
+
+@dataclass(frozen=True)
+class TrainBatches:
+    """The batches of a training run: `batches(step)` is int32 (B, T + 1), windows of T tokens and the one after.
+
+    With several hosts, host h of n gets rows h * B / n to (h + 1) * B / n - 1 of the same global batch. Raises
+    UserError when the split is smaller than one window, or the batch does not divide over the hosts.
+    """
+
+    tokens: Tokens
+    context_length: int
+    batch_size: int
+    seed: int
+    host: int = 0
+    n_hosts: int = 1
+
+    def __post_init__(self) -> None:
+        if len(self.tokens) < self.context_length + 1:
+            raise UserError(
+                f"the training split has {len(self.tokens)} tokens, less than one window of "
+                f"model.context_length + 1 = {self.context_length + 1}; use more text or a shorter context"
+            )
+        if self.batch_size % self.n_hosts:
+            raise UserError(f"data.batch_size = {self.batch_size} does not divide over {self.n_hosts} hosts")
+
+    @property
+    def windows_per_epoch(self) -> int:
+        """Number of whole windows that the ring is cut into."""
+        return len(self.tokens) // self.context_length
+
+    def starts(self, step: int) -> np.ndarray:
+        """Position of the first token of each window of this host's rows of the batch, int64."""
+        n, n_windows = len(self.tokens), self.windows_per_epoch
+        local = self.batch_size // self.n_hosts
+        sample = step * self.batch_size + self.host * local + np.arange(local)
+        epochs, index = np.divmod(sample, n_windows)
+        starts = np.empty(local, np.int64)
+        for epoch in np.unique(epochs):  # One, or two where an epoch ends within the batch.
+            rows = epochs == epoch
+            window = permute(index[rows], n_windows, self.seed, int(epoch))
+            offset = int(hash_key(self.seed, int(epoch), 6)[0] % np.uint64(n))
+            starts[rows] = (offset + window * self.context_length) % n
+        return starts
+
+    def __call__(self, step: int) -> np.ndarray:
+        return np.stack([self.window(int(start)) for start in self.starts(step)])
+
+    def window(self, start: int) -> np.ndarray:
+        """T + 1 tokens from `start` on, going on at the beginning of the split after its end."""
+        count = self.context_length + 1
+        head = self.tokens.read(start, min(count, len(self.tokens) - start))
+        return head if len(head) == count else np.concatenate([head, self.tokens.read(0, count - len(head))])
+
+
+def eval_batches(tokens: Tokens, context_length: int, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The whole split in order: pairs of tokens, int32 (B, T + 1), and the mask of real targets, bool (B, T).
+
+    Every token but the first is a target exactly once. The last batch is filled up with masked rows, so that all have
+    one shape.
+    """
+    T = context_length
+    n_windows = -(-(len(tokens) - 1) // T)
+    for first in range(0, n_windows, batch_size):
+        batch = np.zeros((batch_size, T + 1), np.int32)
+        mask = np.zeros((batch_size, T), bool)
+        for row in range(min(batch_size, n_windows - first)):
+            start = (first + row) * T
+            window = tokens.read(start, min(T + 1, len(tokens) - start))
+            batch[row, : len(window)] = window
+            mask[row, : len(window) - 1] = True
+        yield batch, mask
+
+
+class Prefetch:
+    """Calls `make(step)` for step after step in a thread of its own, and holds `depth` results ready.
+
+    A context manager, and an iterator over the results. An exception in the thread is raised where the result it
+    replaces would have come.
+    """
+
+    def __init__(self, make: Callable[[int], Any], steps: range, depth: int = 2) -> None:
+        self.results: queue.Queue[tuple[bool, Any]] = queue.Queue(depth)
+        self.stopped = threading.Event()
+        self.count = len(steps)
+        self.thread = threading.Thread(target=self.work, args=(make, steps), name="prefetch", daemon=True)
+
+    def work(self, make: Callable[[int], Any], steps: range) -> None:
+        for step in steps:
+            try:
+                result = (True, make(step))
+            except BaseException as e:
+                result = (False, e)
+            while not self.stopped.is_set():
+                try:
+                    self.results.put(result, timeout=0.1)
+                    break
+                except queue.Full:
+                    continue
+            if self.stopped.is_set() or not result[0]:
+                return
+
+    def __enter__(self) -> "Prefetch":
+        self.thread.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.stopped.set()
+        self.thread.join()
+
+    def __iter__(self) -> Iterator[Any]:
+        for _ in range(self.count):
+            good, result = self.results.get()
+            if not good:
+                raise result
+            yield result

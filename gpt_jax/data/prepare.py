@@ -1,0 +1,239 @@
+"""`prepare`: text to a data folder. Reads everything once to know it, and again to tokenise it on all cores."""
+
+import hashlib
+import shlex
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+from gpt_jax.config import TokenizerType, check
+from gpt_jax.data.formats import Block
+from gpt_jax.data.pool import WorkerPool, available_cores
+from gpt_jax.data.replace import check_replaceable, whole_folder
+from gpt_jax.data.shards import (
+    FORMAT_VERSION,
+    META_FILE,
+    SPLITS,
+    Meta,
+    SplitName,
+    SplitWriter,
+    save_meta,
+    token_dtype,
+)
+from gpt_jax.data.sources import Corpus, open_corpus
+from gpt_jax.data.split import ByDocument, ByPosition, choose_split
+from gpt_jax.data.tokenizer import ByteTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
+from gpt_jax.data.train_tokenizer import TextSample, train_sentencepiece
+from gpt_jax.data.worker import END_OF_DOCUMENT
+from gpt_jax.errors import UserError
+
+SAMPLE_BYTES = 16 << 20  # Text that a tokenizer is trained on, at most: more hardly changes it.
+TASK_BYTES = 1 << 20  # Text that a worker gets at one time.
+
+
+@dataclass(frozen=True)
+class PrepareArgs:
+    """Turn text into token files."""
+
+    source: tyro.conf.Positional[tuple[str, ...]]  # Files, folders, globs, or the corpora python-docs and shakespeare.
+    out: Path  # Folder to make.
+    tokenizer: str = "sentencepiece"  # sentencepiece, bytes, or the path of a tokenizer or of a folder that has one.
+    model_type: TokenizerType = "bpe"  # Kind of SentencePiece model to train.
+    vocab_size: int = 4096  # Number of tokens in its vocabulary; for char at most.
+    val_fraction: float = 0.1  # Share of the text kept for validation.
+    text_field: str = "text"  # Field or column of JSON Lines and Parquet that holds the text.
+    force: bool = False  # Replace --out, if it is a data folder, once the new one is complete.
+
+
+def run_prepare(args: PrepareArgs) -> None:
+    """The command: prepares as `args` say, and prints what there is now and what to do next. Errors as in `prepare`."""
+    meta = prepare(
+        args.source,
+        args.out,
+        tokenizer=args.tokenizer,
+        model_type=args.model_type,
+        vocab_size=args.vocab_size,
+        val_fraction=args.val_fraction,
+        text_field=args.text_field,
+        force=args.force,
+    )
+    print_summary(args.out, meta)
+    print(f"next: python train.py --data.dir {shlex.quote(str(args.out))}")
+
+
+def print_summary(folder: Path, meta: Meta) -> None:
+    """What a data folder holds, in four lines."""
+    print(folder)
+    for name, split in (("training", meta.train), ("validation", meta.val)):
+        print(f"  {name:<11}{split.tokens:>15,} tokens{split.documents:>13,} documents{split.bytes / 1e6:>13,.1f} MB")
+    ratio = (meta.train.bytes + meta.val.bytes) / (meta.train.tokens + meta.val.tokens)
+    print(f"  {'vocabulary':<11}{meta.vocab_size:>15,} tokens{ratio:>13.2f} bytes a token")
+
+
+def prepare(
+    sources: Sequence[str],
+    out: Path,
+    *,
+    tokenizer: str = "sentencepiece",
+    model_type: TokenizerType = "bpe",
+    vocab_size: int = 4096,
+    val_fraction: float = 0.1,
+    text_field: str = "text",
+    force: bool = False,
+    n_workers: int = 0,
+) -> Meta:
+    """Makes the data folder `out` from `sources`, whole or not at all. Arguments as in PrepareArgs.
+
+    The files depend on the text and the arguments alone, not on `n_workers` (0: one a core). Raises UserError for what
+    the user can mend, and SystemExit after SIGTERM; after either, as after Ctrl-C, `out` is as it was.
+    """
+    check(len(sources) > 0, "source", sources, "one or more files, folders, globs or corpora")
+    check(vocab_size >= 1, "vocab_size", vocab_size, "1 or more")
+    check(0 < val_fraction < 1, "val_fraction", val_fraction, "more than 0 and less than 1")
+    with _exit_on_sigterm():
+        try:
+            check_replaceable(out, META_FILE, force)
+            corpus = open_corpus(sources, text_field)
+            survey = _survey(corpus, val_fraction)
+            made = _make_tokenizer(tokenizer, model_type, vocab_size, survey.sample)
+            settings = {
+                "sources": list(sources),
+                "tokenizer": tokenizer,
+                "model_type": model_type,
+                "vocab_size": vocab_size,
+                "val_fraction": val_fraction,
+                "text_field": text_field,
+                "split": "by document" if isinstance(survey.split, ByDocument) else "by position",
+            }
+            with whole_folder(out) as folder:
+                return _write(folder, corpus, survey, made, settings, n_workers or available_cores())
+        except OSError as e:
+            raise UserError(f"{out} could not be written ({e.strerror or e}); it is as it was before") from e
+
+
+@dataclass(frozen=True)
+class _Survey:
+    """What is known of a corpus after it was read once."""
+
+    fingerprint: str
+    split: ByDocument | ByPosition
+    sample: TextSample
+
+
+class _Fingerprint:
+    """SHA-256 of the text, each document followed by END_OF_DOCUMENT."""
+
+    def __init__(self) -> None:
+        self._sha256 = hashlib.sha256()
+
+    def add(self, block: Block) -> None:
+        self._sha256.update(block.text)
+        if block.ends_document:
+            self._sha256.update(END_OF_DOCUMENT)
+
+    def __str__(self) -> str:
+        return self._sha256.hexdigest()
+
+
+def _survey(corpus: Corpus, val_fraction: float) -> _Survey:
+    """Reads the corpus once: finds what cannot be read before anything is written, and decides the split."""
+    fingerprint, sample = _Fingerprint(), TextSample(SAMPLE_BYTES)
+    total_bytes = val_bytes = 0
+    with _progress_bar("reading", corpus.n_bytes) as bar:
+        for split, block in ByDocument(val_fraction)(corpus.blocks(bar.update)):
+            fingerprint.add(block)
+            sample.add(block.text)
+            total_bytes += len(block.text)
+            val_bytes += len(block.text) * (split == "val")
+    if total_bytes == 0:
+        raise UserError("there is no text: every document is empty")
+    return _Survey(str(fingerprint), choose_split(val_fraction, total_bytes, val_bytes), sample)
+
+
+def _make_tokenizer(name: str, model_type: TokenizerType, vocab_size: int, sample: TextSample) -> Tokenizer:
+    if name == "bytes":
+        return ByteTokenizer()
+    if name != "sentencepiece":
+        return load_tokenizer(Path(name))
+    print(f"training a {model_type} vocabulary on {sample.n_bytes / 1e6:.1f} MB of the text", file=sys.stderr)
+    return SentencePieceTokenizer(train_sentencepiece(sample, model_type, vocab_size))
+
+
+def _write(
+    folder: Path, corpus: Corpus, survey: _Survey, tokenizer: Tokenizer, settings: dict[str, Any], n_workers: int
+) -> Meta:
+    """Tokenises the corpus into `folder`."""
+    tokenizer_file = tokenizer.save(folder)
+    fingerprint = _Fingerprint()
+    n_bytes = dict.fromkeys(SPLITS, 0)
+
+    def tasks() -> Iterator[tuple[SplitName, bytes]]:
+        """The text of both splits in pieces of about TASK_BYTES, each of one split."""
+        waiting = {name: bytearray() for name in SPLITS}
+        for name, block in survey.split(fingerprinted()):
+            n_bytes[name] += len(block.text)
+            waiting[name] += block.text + END_OF_DOCUMENT * block.ends_document
+            if len(waiting[name]) >= TASK_BYTES:
+                yield name, bytes(waiting[name])
+                waiting[name].clear()
+        yield from ((name, bytes(text)) for name, text in waiting.items())
+
+    def fingerprinted() -> Iterator[Block]:
+        for block in corpus.blocks(bar.update):
+            fingerprint.add(block)
+            yield block
+
+    vocab_size, end_of_text = tokenizer.vocab_size, tokenizer.end_of_text
+    with (
+        _progress_bar("tokenizing", corpus.n_bytes) as bar,
+        WorkerPool(tokenizer_file, n_workers) as pool,
+        SplitWriter(folder, "train", vocab_size, end_of_text) as train,
+        SplitWriter(folder, "val", vocab_size, end_of_text) as val,
+    ):
+        writers = {"train": train, "val": val}
+        for name, tokens in pool.encode(tasks()):
+            writers[name].write(np.frombuffer(tokens, token_dtype(vocab_size)))
+        if str(fingerprint) != survey.fingerprint:
+            raise UserError("the text was changed while it was read; prepare it again")
+        if 0 in n_bytes.values():
+            raise UserError(f"{sum(n_bytes.values())} bytes of text are too few for training and validation")
+        meta = Meta(
+            format_version=FORMAT_VERSION,
+            dtype=token_dtype(vocab_size).name,
+            vocab_size=vocab_size,
+            tokenizer_file=tokenizer_file.name,
+            tokenizer_fingerprint=tokenizer.fingerprint,
+            source_fingerprint=survey.fingerprint,
+            train=train.finish(n_bytes["train"]),
+            val=val.finish(n_bytes["val"]),
+            settings=settings,
+        )
+    save_meta(folder, meta)
+    return meta
+
+
+def _progress_bar(what: str, n_bytes: int) -> "tqdm[Any]":
+    """A bar that shows MB/s and the time left, on a terminal only."""
+    return tqdm(total=n_bytes, desc=f"{what:<10}", unit="B", unit_scale=True, disable=None)
+
+
+@contextmanager
+def _exit_on_sigterm() -> Iterator[None]:
+    """Has SIGTERM unwind the stack, as Ctrl-C does, instead of ending the process at once."""
+    if threading.current_thread() is not threading.main_thread():  # Where handlers cannot be set.
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

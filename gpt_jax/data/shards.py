@@ -1,0 +1,207 @@
+"""Token ids on disk: shards of plain integers, and a `meta.json` that says what is in them.
+
+A data folder holds, for the splits `train` and `val`: shards `train-00000-of-00002.bin`... (token ids, uint16 where
+the vocabulary allows it or else uint32, little endian, no header), `train-documents.bin` (where each document starts in
+the split, in tokens, uint64, little endian), and besides `meta.json` and the tokenizer's file. Every document is
+followed by one <|endoftext|>.
+"""
+
+import bisect
+import dataclasses
+import itertools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, Self
+
+import numpy as np
+
+from gpt_jax.data.tokenizer import Tokenizer, load_tokenizer
+from gpt_jax.errors import UserError
+from gpt_jax.files import save_json
+
+FORMAT_VERSION = 1
+SHARD_TOKENS = 100_000_000
+META_FILE = "meta.json"
+
+SplitName = Literal["train", "val"]
+SPLITS: tuple[SplitName, ...] = ("train", "val")
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of token ids."""
+
+    name: str
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Split:
+    """What `meta.json` says of the training or the validation text."""
+
+    tokens: int  # Those that end documents included.
+    documents: int
+    bytes: int  # Of the text, in UTF-8.
+    shards: tuple[Shard, ...]
+    documents_file: str
+
+
+@dataclass(frozen=True)
+class Meta:
+    """The content of `meta.json`."""
+
+    format_version: int
+    dtype: str  # Of the token ids: uint16 or uint32.
+    vocab_size: int
+    tokenizer_file: str
+    tokenizer_fingerprint: str  # SHA-256 of that file.
+    source_fingerprint: str  # SHA-256 of the text, each document followed by a byte 0xFF.
+    train: Split
+    val: Split
+    settings: dict[str, Any]  # What `prepare` was asked for.
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The type in which ids of that vocabulary are stored."""
+    return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+
+
+class SplitWriter:
+    """Writes the shards and the document starts of one split into an existing folder."""
+
+    def __init__(self, folder: Path, name: SplitName, vocab_size: int, end_of_text: int) -> None:
+        self._folder = folder
+        self._name = name
+        self._dtype = token_dtype(vocab_size)
+        self._end_of_text = end_of_text
+        self._documents_file = f"{name}-documents.bin"
+        self._starts = (folder / self._documents_file).open("wb")
+        self._shards: list[tuple[BinaryIO, int]] = []  # Files and the tokens in them.
+        self._tokens = self._documents = self._document_start = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in (self._starts, *(file for file, _ in self._shards)):
+            file.close()
+
+    def write(self, tokens: np.ndarray) -> None:
+        """Appends token ids; those that end a document are recognised by themselves."""
+        ends = np.flatnonzero(tokens == self._end_of_text) + 1 + self._tokens
+        if len(ends):
+            self._starts.write(np.concatenate(([self._document_start], ends[:-1])).astype("<u8").tobytes())
+            self._document_start = int(ends[-1])
+            self._documents += len(ends)
+        self._tokens += len(tokens)
+        while len(tokens):
+            if not self._shards or self._shards[-1][1] == SHARD_TOKENS:
+                self._shards.append((self._unfinished(len(self._shards)).open("wb"), 0))
+            file, filled = self._shards[-1]
+            part, tokens = np.split(tokens, [SHARD_TOKENS - filled])
+            file.write(part.astype(self._dtype).tobytes())
+            self._shards[-1] = (file, filled + len(part))
+
+    def finish(self, n_bytes: int) -> Split:
+        """Ends writing, and gives the shards their final names. `n_bytes`: of the text written."""
+        self.__exit__()
+        shards = []
+        for i, (_, filled) in enumerate(self._shards):
+            shard = Shard(f"{self._name}-{i:05d}-of-{len(self._shards):05d}.bin", filled)
+            self._unfinished(i).rename(self._folder / shard.name)
+            shards.append(shard)
+        return Split(self._tokens, self._documents, n_bytes, tuple(shards), self._documents_file)
+
+    def _unfinished(self, i: int) -> Path:
+        return self._folder / f"{self._name}-{i:05d}.bin"
+
+
+class TokenFiles:
+    """The token ids of one split, read from its shards as if they were one array."""
+
+    def __init__(self, folder: Path, split: Split, dtype: str) -> None:
+        """Raises UserError when a file is missing or has another size than `split` says."""
+        self.n_bytes = split.bytes
+        self._len = split.tokens
+        token_type = np.dtype(dtype).newbyteorder("<")
+        self._shards = [_map_file(folder / shard.name, token_type, shard.tokens) for shard in split.shards]
+        self._starts = list(itertools.accumulate((shard.tokens for shard in split.shards), initial=0))
+        self.document_starts = _map_file(folder / split.documents_file, np.dtype("<u8"), split.documents)
+
+    def __len__(self) -> int:
+        """Number of tokens."""
+        return self._len
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """Tokens `start` to `start + count - 1`, int32 (count,). Raises IndexError where there are none."""
+        if not 0 <= start <= start + count <= self._len:
+            raise IndexError(f"tokens {start} to {start + count} of {self._len}")
+        i = bisect.bisect_right(self._starts, start, hi=len(self._shards)) - 1
+        within = start - self._starts[i]
+        part = self._shards[i][within : within + count].astype(np.int32)
+        if len(part) == count:
+            return part
+        return np.concatenate((part, self.read(start + len(part), count - len(part))))
+
+
+def _map_file(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
+    """A file as an array (count,) that is read from the disk where it is used."""
+    expected = count * dtype.itemsize
+    try:
+        size = path.stat().st_size
+    except OSError as e:
+        raise UserError(f"{path} cannot be read ({e.strerror}); prepare the data again") from e
+    if size != expected:
+        raise UserError(f"{path} has {size} bytes instead of {expected}; prepare the data again")
+    # A plain view: slicing a np.memmap itself takes several times as long.
+    return np.memmap(path, dtype, mode="r").view(np.ndarray)
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data folder, open for reading."""
+
+    meta: Meta
+    tokenizer: Tokenizer
+    train: TokenFiles
+    val: TokenFiles
+
+
+def save_meta(folder: Path, meta: Meta) -> None:
+    """Writes `meta.json`: last, because it says that the rest is there."""
+    save_json(folder / META_FILE, dataclasses.asdict(meta))
+
+
+def load_meta(folder: Path) -> Meta:
+    """Reads `meta.json`. Raises UserError when it is missing, damaged or of another version."""
+    path = folder / META_FILE
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if values["format_version"] != FORMAT_VERSION:
+            raise UserError(f"{path} is of format {values['format_version']}, not {FORMAT_VERSION}; prepare it again")
+        for split in SPLITS:
+            shards = tuple(Shard(**shard) for shard in values[split].pop("shards"))
+            values[split] = Split(**values[split], shards=shards)
+        return Meta(**values)
+    except (FileNotFoundError, NotADirectoryError):
+        what = "is not a data folder" if folder.exists() else "does not exist"
+        raise UserError(f"{folder} {what}; make one with: python -m gpt_jax prepare SOURCE --out {folder}") from None
+    except OSError as e:
+        raise UserError(f"{path} cannot be read ({e.strerror})") from e
+    except (ValueError, TypeError, KeyError, AttributeError) as e:
+        raise UserError(f"{path} is damaged ({e}); prepare the data again") from e
+
+
+def open_dataset(folder: Path) -> Dataset:
+    """Opens the data folder that `prepare` made.
+
+    Raises UserError when it is none, when a file is missing or has another size than it should, and when the tokenizer
+    is not the one that the tokens were made with.
+    """
+    meta = load_meta(folder)
+    tokenizer = load_tokenizer(folder / meta.tokenizer_file)
+    if tokenizer.fingerprint != meta.tokenizer_fingerprint:
+        raise UserError(f"{folder / meta.tokenizer_file} is not what the tokens were made with; prepare the data again")
+    train, val = (TokenFiles(folder, split, meta.dtype) for split in (meta.train, meta.val))
+    return Dataset(meta, tokenizer, train, val)

@@ -1,0 +1,121 @@
+"""Training SentencePiece models that keep text as it is: every space, newline and character comes back."""
+
+import io
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import sentencepiece
+
+from gpt_jax.config import TokenizerType
+from gpt_jax.data.formats import cut_before_space
+from gpt_jax.data.tokenizer import SPECIAL_TOKENS, WORD
+from gpt_jax.errors import UserError
+
+_SENTENCE_BYTES = 4096
+_BORDER = "\x1f"  # Stands between words in the training text: no token may contain it.
+
+
+class TextSample:
+    """Parts of a long text, spread evenly over it, that stay below a number of bytes whatever its length.
+
+    Which ones depends on the text alone: all, until they are too many; then every second of them, every fourth...
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._parts: list[bytes] = []
+        self._n_bytes = 0
+        self._stride = 1
+        self._count = 0
+
+    def add(self, text: bytes) -> None:
+        """Takes the next part of the text (valid UTF-8), in pieces of about 4 KiB."""
+        start = 0
+        while start < len(text):
+            end = start + cut_before_space(text[start : start + _SENTENCE_BYTES + 1], _SENTENCE_BYTES)
+            if self._count % self._stride == 0:
+                self._parts.append(text[start:end])
+                self._n_bytes += end - start
+            self._count += 1
+            start = end
+            if self._n_bytes > self._max_bytes:
+                self._parts = self._parts[::2]
+                self._n_bytes = sum(map(len, self._parts))
+                self._stride *= 2
+
+    def __iter__(self) -> Iterator[str]:
+        return (part.decode() for part in self._parts)
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of text in the sample."""
+        return self._n_bytes
+
+
+def train_sentencepiece(texts: Iterable[str], model_type: TokenizerType, vocab_size: int) -> bytes:
+    """A SentencePiece model trained on `texts` (each a few KiB), as the content of its file.
+
+    `vocab_size` counts the special tokens, and for bpe and unigram the 256 bytes that spell rare characters. For char
+    it is a maximum: the vocabulary is the characters of the text. The same texts give the same model.
+    Raises UserError naming the bound when the texts do not yield that many tokens, or have more characters.
+    """
+    model = io.BytesIO()
+    sentences: Iterable[str] = list(texts)
+    options: dict[str, Any]
+    if model_type == "char":
+        # Learning drops the newlines that end a sentence, and all tabs.
+        present = {c for c in "\n\r\t" if any(c in text for text in sentences)}
+        options = {
+            "character_coverage": 1.0,
+            "hard_vocab_limit": False,
+            "required_chars": "".join(sorted(present - {"\t"})),
+            "user_defined_symbols": sorted(present & {"\t"}),
+        }
+    else:
+        sentences = (re.sub(WORD, _with_border, text.replace(_BORDER, "")) for text in sentences)
+        options = {
+            "character_coverage": 0.9995,  # The rarest characters are spelled in bytes.
+            "byte_fallback": True,
+            "allow_whitespace_only_pieces": True,  # Indentation is one token.
+            "split_digits": True,
+            "pretokenization_delimiter": _BORDER,
+        }
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(sentences),
+            model_writer=model,
+            model_type=model_type,
+            vocab_size=vocab_size,
+            control_symbols=list(SPECIAL_TOKENS),
+            unk_id=0,
+            bos_id=-1,
+            eos_id=-1,
+            pad_id=-1,
+            normalization_rule_name="identity",
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
+            max_sentence_length=1 << 20,  # Longer ones would be left out.
+            num_threads=16,  # Sums depend on it in the last digit, so it must not vary with the machine.
+            minloglevel=2,
+            **options,
+        )
+    except RuntimeError as e:
+        raise UserError(_explain(str(e), model_type, vocab_size)) from None
+    return model.getvalue()
+
+
+def _with_border(word: re.Match[str]) -> str:
+    return word.group() + _BORDER if word.group() else ""
+
+
+def _explain(message: str, model_type: str, vocab_size: int) -> str:
+    """SentencePiece's error in one line that names the bound."""
+    setting = f"a {model_type} vocabulary of {vocab_size} is not possible"
+    if bound := re.search(r"smaller than required_chars\. \d+ vs (\d+)", message):
+        return f"{setting} for this text: it needs {bound[1]} or more, one for each character it holds"
+    if bound := re.search(r"too high .* <= (\d+)", message):
+        return f"{setting} for this text: it is too short to yield more than {bound[1]}; ask for that, or add text"
+    if "sentences_.empty()" in message:
+        return f"{setting}: there is no text to train it on"
+    return f"{setting}: SentencePiece says {message.splitlines()[0]}"

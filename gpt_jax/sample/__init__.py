@@ -1,0 +1,1 @@
+"""Text in, text out: logit filters, the jitted decode loop, streaming."""

@@ -1,0 +1,151 @@
+"""The jitted heart of sampling: prefill a batch of prompts, then decode many tokens in one call to the device.
+
+Shapes are static: prompts are padded to a power of two, and so is the cache, so that programs are compiled once a
+bucket and not once a length. Rows are independent: each has its own length, its own random keys, and the result that
+it would have alone.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from gpt_jax.config import check
+from gpt_jax.model import cache as kv
+from gpt_jax.model.gpt import GPT, Params, forward_cached, unstack
+from gpt_jax.model.loss import head_logits
+from gpt_jax.sample.filters import keep_min_p, keep_top_k, keep_top_p, penalise_repetition
+
+CHUNK = 32
+"""Tokens decoded in one call at most: enough to hide the cost of a call, few enough for streaming to look alive."""
+
+
+@dataclass(frozen=True)
+class Filters:
+    """How the next token is chosen. Part of the compiled program: other values are another program."""
+
+    temperature: float = 0.8  # Divides the logits; 0: always the most probable token.
+    top_k: int = 0  # Draw from the k most probable tokens only; 0: from all.
+    top_p: float = 1.0  # Draw from the fewest tokens whose probabilities add up to p.
+    min_p: float = 0.0  # Draw from tokens at least this many times as probable as the most probable one.
+    repetition_penalty: float = 1.0  # Makes tokens that were seen before less probable; 1: does not.
+
+    def __post_init__(self) -> None:
+        check(self.temperature >= 0, "temperature", self.temperature, "0 (greedy) or more")
+        check(self.top_k >= 0, "top_k", self.top_k, "0 (all tokens) or more")
+        check(0 < self.top_p <= 1, "top_p", self.top_p, "more than 0 and at most 1")
+        check(0 <= self.min_p <= 1, "min_p", self.min_p, "between 0 and 1")
+        check(self.repetition_penalty > 0, "repetition_penalty", self.repetition_penalty, "more than 0")
+
+    def __call__(self, logits_BV: jax.Array, seen_BV: jax.Array | None) -> jax.Array:
+        """The logits to draw from; those of excluded tokens are -inf. Every filter sees what the one before left."""
+        if seen_BV is not None:
+            logits_BV = penalise_repetition(logits_BV, seen_BV, self.repetition_penalty)
+        if self.temperature == 0:
+            return logits_BV
+        logits_BV = logits_BV / self.temperature
+        if self.top_k:
+            logits_BV = keep_top_k(logits_BV, self.top_k)
+        if self.top_p < 1:
+            logits_BV = keep_top_p(logits_BV, self.top_p)
+        if self.min_p > 0:
+            logits_BV = keep_min_p(logits_BV, self.min_p)
+        return logits_BV
+
+
+class DecodeState(NamedTuple):
+    """What a batch of sequences carries from token to token."""
+
+    cache: kv.Cache
+    last_B: jax.Array  # int32: the newest token, not yet in the cache.
+    length_B: jax.Array  # int32: tokens in the cache, and so the position of the newest one.
+    drawn: jax.Array  # int32: number of tokens drawn so far, the same for all rows; with a key, it decides the draw.
+    keys_B: jax.Array  # One random key a sequence.
+    seen_BV: jax.Array | None  # bool: tokens of the prompt and the answer; None without a repetition penalty.
+
+
+def prepare_params(params: Params, n_layer: int) -> Params:
+    """The parameters with their layers unstacked: decoding would copy each layer out of the stack for every token."""
+    return jax.jit(lambda params: {**params, "layers": unstack(params["layers"], n_layer)})(params)
+
+
+class Decoder:
+    """Prefill and decoding of one model. `params` are those of `prepare_params`.
+
+    `n_tokens` is the size of the tokenizer's vocabulary: a model whose vocabulary was padded never writes the padding.
+    """
+
+    def __init__(self, model: GPT, filters: Filters, n_tokens: int) -> None:
+        self.model, self.filters, self.n_tokens = model, filters, n_tokens
+        self.prefill = jax.jit(self._prefill, static_argnames="cache_length")
+        self.decode = jax.jit(self._decode, donate_argnames="state")
+
+    def _draw(self, logits_BV: jax.Array, state: DecodeState) -> tuple[DecodeState, jax.Array]:
+        """Draws the next token of each row; also its log-probability under the model, before any filter (B,)."""
+        logits_BV = jnp.where(jnp.arange(logits_BV.shape[-1]) < self.n_tokens, logits_BV, -jnp.inf)
+        filtered_BV = self.filters(logits_BV, state.seen_BV)
+        if self.filters.temperature == 0:
+            tokens_B = jnp.argmax(filtered_BV, axis=-1)
+        else:
+            keys_B = jax.vmap(jax.random.fold_in, in_axes=(0, None))(state.keys_B, state.drawn)
+            tokens_B = jax.vmap(jax.random.categorical)(keys_B, filtered_BV)
+        rows = jnp.arange(tokens_B.shape[0])
+        logprobs_B = jax.nn.log_softmax(logits_BV, axis=-1)[rows, tokens_B]
+        seen_BV = None if state.seen_BV is None else state.seen_BV.at[rows, tokens_B].set(True)
+        tokens_B = tokens_B.astype(jnp.int32)
+        return state._replace(last_B=tokens_B, drawn=state.drawn + 1, seen_BV=seen_BV), logprobs_B
+
+    def _prefill(
+        self,
+        params: Params,
+        tokens_BT: jax.Array,
+        length_B: jax.Array,
+        drawn: jax.Array,
+        keys_B: jax.Array,
+        seen_BV: jax.Array | None,
+        cache_length: int,
+    ) -> tuple[DecodeState, jax.Array]:
+        """Reads prompts of length_B tokens, padded at the end to T, into an empty cache, and draws the next token.
+
+        What the padding writes to the cache is never looked at: a sequence sees no slot beyond its own length, and
+        overwrites those slots as it grows.
+        """
+        B = tokens_BT.shape[0]
+        cache = kv.init_cache(self.model.config, B, cache_length)
+        start_B = jnp.zeros(B, jnp.int32)
+        hidden_BTD, cache = forward_cached(self.model, params, tokens_BT, cache, start_B)
+        last_hidden_BD = hidden_BTD[jnp.arange(B), length_B - 1]
+        state = DecodeState(cache, tokens_BT[:, 0], length_B, drawn, keys_B, seen_BV)
+        return self._draw(head_logits(last_hidden_BD, params["tokens_VD"]), state)
+
+    def _decode(self, params: Params, state: DecodeState, n: jax.Array) -> tuple[DecodeState, jax.Array, jax.Array]:
+        """n more tokens of each row, n <= CHUNK: the state, tokens int32 (CHUNK, B) and log-probabilities (CHUNK, B),
+        of which the first n are meant."""
+        B = state.last_B.shape[0]
+
+        def body(
+            i: jax.Array, carry: tuple[DecodeState, jax.Array, jax.Array]
+        ) -> tuple[DecodeState, jax.Array, jax.Array]:
+            state, tokens, logprobs = carry
+            hidden_BTD, cache = forward_cached(
+                self.model, params, state.last_B[:, None], state.cache, state.length_B
+            )
+            state = state._replace(cache=cache, length_B=state.length_B + 1)
+            state, logprobs_B = self._draw(head_logits(hidden_BTD[:, 0], params["tokens_VD"]), state)
+            return state, tokens.at[i].set(state.last_B), logprobs.at[i].set(logprobs_B)
+
+        empty = jnp.zeros((CHUNK, B), jnp.int32), jnp.zeros((CHUNK, B), jnp.float32)
+        return jax.lax.fori_loop(0, n, body, (state, *empty))
+
+
+@functools.cache
+def decoder_for(model: GPT, filters: Filters, n_tokens: int) -> Decoder:
+    """One decoder for each set of arguments, so that a program is compiled once in a process."""
+    return Decoder(model, filters, n_tokens)
+
+
+def bucket(length: int, limit: int, least: int = 16) -> int:
+    """The smallest power of two, from `least` up, that is `length` or more; but no more than `limit`."""
+    return min(limit, max(least, 1 << (length - 1).bit_length()))

@@ -1,0 +1,191 @@
+"""Generation of text: batches of prompts, stop strings, streaming, texts longer than the context."""
+
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import jax
+import numpy as np
+
+from gpt_jax.config import check
+from gpt_jax.data.tokenizer import Tokenizer
+from gpt_jax.errors import UserError
+from gpt_jax.model.gpt import GPT, Params
+from gpt_jax.sample.decode import CHUNK, Filters, bucket, decoder_for, prepare_params
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to generate from each prompt."""
+
+    max_new_tokens: int = 200  # Tokens to generate at most.
+    seed: int = 0  # The same seed gives the same text.
+    stop: tuple[str, ...] = ()  # Strings that end the text, and are not part of it.
+    filters: Filters = field(default_factory=Filters)
+
+    def __post_init__(self) -> None:
+        check(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "1 or more")
+        check(0 <= self.seed < 2**31, "seed", self.seed, "at least 0 and less than 2**31")
+        check(all(self.stop), "stop", self.stop, "strings of one character or more")
+
+
+@dataclass
+class Result:
+    """What was generated from one prompt.
+
+    logprobs are those of the tokens under the model, in nats, before temperature and filters. finish_reason tells why
+    the text ended: "length", "end_of_text" or "stop".
+    """
+
+    prompt_tokens: list[int]
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    finish_reason: str = ""
+
+
+class Row:
+    """One sequence while it is generated: takes tokens, gives text as soon as it is certain."""
+
+    def __init__(self, prompt_tokens: list[int], tokenizer: Tokenizer, settings: Settings) -> None:
+        self.result = Result(prompt_tokens)
+        self.settings, self.end_of_text = settings, tokenizer.end_of_text
+        self.decoder = tokenizer.decoder()
+        self.held = ""  # Decoded, but perhaps the beginning of a stop string.
+        self.window_start = 0  # The first token that the model still sees.
+
+    @property
+    def tokens(self) -> list[int]:
+        """Prompt and answer."""
+        return self.result.prompt_tokens + self.result.tokens
+
+    def window(self, context_length: int) -> list[int]:
+        """The tokens for the model to read; once they are more than it can, the last half context of them."""
+        if len(self.tokens) - self.window_start > context_length:
+            self.window_start = len(self.tokens) - max(1, context_length // 2)
+        return self.tokens[self.window_start :]
+
+    def add(self, token: int, logprob: float) -> str:
+        """Takes the next token and returns the text that is certain by now. Nothing happens once the row has ended."""
+        result = self.result
+        if result.finish_reason:
+            return ""
+        if token == self.end_of_text:
+            return self.finish("end_of_text")
+        result.tokens.append(token)
+        result.logprobs.append(logprob)
+        self.held += self.decoder.push(token)
+        cut = min((i for i in (self.held.find(s) for s in self.settings.stop) if i >= 0), default=-1)
+        if cut >= 0:
+            self.held = self.held[:cut]
+            return self.finish("stop", flush=False)
+        if len(result.tokens) == self.settings.max_new_tokens:
+            return self.finish("length")
+        certain = len(self.held) - longest_overlap(self.held, self.settings.stop)
+        return self.release(certain)
+
+    def release(self, n: int) -> str:
+        """Moves the first n characters that are held to the result."""
+        text, self.held = self.held[:n], self.held[n:]
+        self.result.text += text
+        return text
+
+    def finish(self, reason: str, flush: bool = True) -> str:
+        """Ends the row, and releases all that is held."""
+        self.result.finish_reason = reason
+        if flush:
+            self.held += self.decoder.flush()
+        return self.release(len(self.held))
+
+
+def longest_overlap(text: str, stops: Sequence[str]) -> int:
+    """Length of the longest end of `text` that is the beginning of a stop string."""
+    lengths = range(min(len(text), max(map(len, stops), default=0)), 0, -1)
+    return next((n for n in lengths if any(stop.startswith(text[-n:]) for stop in stops)), 0)
+
+
+def generate(
+    model: GPT,
+    params: Params,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    settings: Settings,
+    num_samples: int = 1,
+    on_text: Callable[[int, str], None] | None = None,
+) -> list[Result]:
+    """Goes on from each prompt `num_samples` times: prompt 0's samples first, then prompt 1's, and so on.
+
+    `on_text(row, text)` is called as text becomes certain; it never gets a part of a character. A row's result depends
+    on its prompt, the settings and its number among the prompt's samples, not on the rest of the batch.
+
+    An empty prompt stands for the start of a document. Texts may grow longer than the model's context: each time it is
+    full, the model goes on from the last half of it. Raises UserError when a prompt alone does not fit.
+    """
+    T = model.config.context_length
+    rows = []
+    for prompt in prompts:
+        tokens = tokenizer.encode(prompt) or [tokenizer.end_of_text]
+        if len(tokens) > T:
+            raise UserError(
+                f"the prompt has {len(tokens)} tokens, and the model's context_length is {T}; shorten the prompt"
+            )
+        rows += [Row(tokens, tokenizer, settings) for _ in range(num_samples)]
+
+    keys_B = row_keys(rows, settings.seed, num_samples)
+    for tokens_B, logprobs_B in token_stream(model, params, tokenizer.vocab_size, rows, keys_B, settings):
+        for i, row in enumerate(rows):
+            text = row.add(int(tokens_B[i]), float(logprobs_B[i]))
+            if text and on_text:
+                on_text(i, text)
+    return [row.result for row in rows]
+
+
+def row_keys(rows: list[Row], seed: int, num_samples: int) -> jax.Array:
+    """A random key for each row, from the seed, its prompt and its number among the prompt's samples."""
+    prompt_B = np.array([zlib.crc32(np.array(row.result.prompt_tokens, np.int32)) for row in rows], np.uint32)
+    sample_B = np.arange(len(rows), dtype=np.uint32) % num_samples
+    key = jax.random.key(seed)
+    return jax.vmap(lambda prompt, n: jax.random.fold_in(jax.random.fold_in(key, prompt), n))(prompt_B, sample_B)
+
+
+def token_stream(
+    model: GPT, params: Params, n_tokens: int, rows: list[Row], keys_B: jax.Array, settings: Settings
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """The next token of each row and its log-probability, int32 and float32 (B,), until all rows have ended.
+
+    Reads the rows, which the caller extends in the meantime, when the context is full and must be filled anew.
+    """
+    decoder = decoder_for(model, settings.filters, n_tokens)
+    params = prepare_params(params, model.config.n_layer)
+    drawn = 0
+    while not all(row.result.finish_reason for row in rows):
+        windows = [row.window(model.config.context_length) for row in rows]
+        longest = max(map(len, windows))
+        cache_length = bucket(longest + settings.max_new_tokens - drawn, model.config.context_length)
+        tokens_BT = np.zeros((len(rows), bucket(longest, cache_length)), np.int32)
+        for i, window in enumerate(windows):
+            tokens_BT[i, : len(window)] = window
+        length_B = np.array([len(window) for window in windows], np.int32)
+        seen_BV = seen_tokens(model, rows, settings)
+        state, logprobs_B = decoder.prefill(
+            params, tokens_BT, length_B, drawn, keys_B, seen_BV, cache_length=cache_length
+        )
+        yield np.asarray(state.last_B), np.asarray(logprobs_B)
+        drawn += 1
+
+        filled = longest
+        while filled < cache_length and not all(row.result.finish_reason for row in rows):
+            n = min(CHUNK, cache_length - filled, settings.max_new_tokens - drawn)
+            state, tokens_NB, logprobs_NB = decoder.decode(params, state, n)
+            yield from zip(np.asarray(tokens_NB)[:n], np.asarray(logprobs_NB)[:n], strict=True)
+            filled, drawn = filled + n, drawn + n
+
+
+def seen_tokens(model: GPT, rows: list[Row], settings: Settings) -> np.ndarray | None:
+    """Which tokens each row has seen, bool (B, V), for the repetition penalty; None without one."""
+    if settings.filters.repetition_penalty == 1:
+        return None
+    seen_BV = np.zeros((len(rows), model.config.vocab_size), bool)
+    for i, row in enumerate(rows):
+        seen_BV[i, row.tokens] = True
+    return seen_BV

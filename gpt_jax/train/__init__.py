@@ -1,0 +1,1 @@
+"""Optimizer, step, placement on devices, metrics, and the loop that joins them."""

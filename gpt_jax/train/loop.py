@@ -1,0 +1,278 @@
+"""The training run: everything is built from the configuration, then one loop that reads top-down."""
+
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from gpt_jax import runtime
+from gpt_jax.checkpoint import Checkpoints, DamagedCheckpointError
+from gpt_jax.config import Config, config_to_dict
+from gpt_jax.data.loader import Prefetch, TrainBatches, eval_batches
+from gpt_jax.data.shards import Dataset
+from gpt_jax.errors import UserError
+from gpt_jax.files import save_json
+from gpt_jax.model.backend import resolve
+from gpt_jax.model.gpt import GPT, Params
+from gpt_jax.sample.generate import Settings, generate
+from gpt_jax.train.metrics import FLOPS_FORMULA, Recorder, flops_per_token
+from gpt_jax.train.optimizer import learning_rate_schedule, make_optimizer
+from gpt_jax.train.placement import Placement
+from gpt_jax.train.profile import Trace
+from gpt_jax.train.step import TrainState, init_state, make_eval_step, make_train_step
+
+
+class Interrupted(Exception):  # noqa: N818 (not an error: the run did as it was told)
+    """The run was asked to stop, saved its state and did."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signal.Signals(signum).name)
+        self.signum = signum
+
+
+def train(config: Config, data: Dataset, resume: bool = False, profile: bool = False) -> None:
+    """Trains the model that `config` describes on `data`, in the folder `config.out_dir`.
+
+    The runtime is set up already, and the configuration has a vocabulary size.
+
+    Raises UserError for what the user can mend, and Interrupted after SIGINT or SIGTERM, when the state is saved.
+    """
+    run, seed = Path(config.out_dir), config.train.seed
+    placement = Placement(runtime.choose_devices(config))
+    n_micro = placement.microbatches(config.data.batch_size, config.data.microbatch_size)
+    batches = TrainBatches(data.train, config.model.context_length, config.data.batch_size, seed)
+
+    model = GPT(resolve(config.model, runtime.platform_name(placement.devices[0])))
+    schedule = learning_rate_schedule(config.optimizer, config.train.steps)
+    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    step_fn = make_train_step(model, optimizer, schedule, seed, placement.axis_name)
+    train_step = placement.jit(step_fn, n_batch_args=1, donate=True)
+    evaluate = make_evaluate(model, placement, data, config)
+
+    check_run_folder(run, resume)
+    peak = runtime.peak_flops(placement.devices[0].device_kind)
+    describe_run(config, data, model, placement, n_micro, peak)
+    meta = {"config": config_to_dict(config), "tokenizer": data.meta.tokenizer_fingerprint}
+
+    with Checkpoints(run / "checkpoints", config.train.keep_checkpoints) as checkpoints, stop_signals() as stop:
+        state = restore(checkpoints, model, optimizer, placement, meta) if resume else None
+        if state is None:
+            initialise = jax.jit(lambda: init_state(model, optimizer, seed), out_shardings=placement.replicated())
+            state = initialise()
+        write_run_folder(run, config, data)
+        steps = range(int(state.step), config.train.steps)
+
+        with (
+            Recorder(run, config, steps.start, peak and peak * placement.n_devices) as recorder,
+            Trace(run / "profile" if profile else None, steps) as trace,
+            Prefetch(lambda step: placement.split(batches(step), n_micro), steps) as prefetched,
+        ):
+            for step, tokens in enumerate(prefetched, steps.start + 1):  # `step` counts the steps, this one included.
+                state, metrics = train_step(state, tokens)
+                if placement.must_wait:
+                    jax.block_until_ready(state)
+                recorder.submit(step, metrics)
+                trace.after(step, state)
+
+                evaluates, samples, saves = events(config, step)
+                if not (evaluates or samples or saves or stop.signum):
+                    continue
+                recorder.settle()  # Raises when the loss is not finite: no such state is to be saved.
+                with recorder.off_the_clock():
+                    if evaluates:
+                        recorder.add_evaluation(**evaluate(state.params))
+                    if samples:
+                        recorder.say(write_sample(model, state.params, data, config))
+                    if saves or stop.signum:
+                        recorder.sync()
+                        checkpoints.save(step, state.params, state.opt_state, meta, recorder.val_loss(step))
+                        recorder.plot()
+                if stop.signum:
+                    recorder.say(f"stopped after step {step}, which is saved; go on with --resume --out-dir {run}")
+                    raise Interrupted(stop.signum)
+            if not steps:
+                recorder.say(f"{run} has already been trained for {steps.start} steps; raise train.steps to go on")
+    conclude(run, recorder)
+
+
+def events(config: Config, step: int) -> tuple[bool, bool, bool]:
+    """Whether to evaluate, to sample and to save after `step` steps."""
+
+    def every(interval: int) -> bool:
+        return interval > 0 and step % interval == 0
+
+    last = step == config.train.steps
+    evaluates = last or every(config.train.eval_every)
+    saves = last or every(config.train.checkpoint_every or config.train.eval_every)
+    return evaluates, every(config.train.sample_every), saves
+
+
+def check_run_folder(run: Path, resume: bool) -> None:
+    """Raises UserError when the folder holds a run that would be lost, or none that could be resumed."""
+    exists = (run / "config.json").exists()
+    if exists and not resume:
+        raise UserError(f"{run} holds a run already; go on with it by --resume, or choose another --out-dir")
+    if resume and not exists:
+        raise UserError(f"{run} holds no run that could be resumed; leave out --resume to start one there")
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"the run's folder {run} cannot be made: {e.strerror}") from e
+
+
+def write_run_folder(run: Path, config: Config, data: Dataset) -> None:
+    """Writes what `sample` needs besides a checkpoint: the tokenizer and the configuration."""
+    try:
+        data.tokenizer.save(run)
+        save_json(run / "config.json", config_to_dict(config))
+    except OSError as e:
+        raise UserError(f"the run's folder {run} cannot be written: {e.strerror}") from e
+
+
+def describe_run(
+    config: Config, data: Dataset, model: GPT, placement: Placement, n_micro: int, peak: float | None
+) -> None:
+    """Prints what is about to be trained, on what, and how speed is counted."""
+    c, n, device = model.config, placement.n_devices, placement.devices[0]
+    accumulated = f" in {n_micro} microbatches" if n_micro > 1 else ""
+    share = config.data.batch_size // n
+    peak_text = (
+        f"; peak {peak / 1e12:,.0f} TFLOP/s a device" if peak else f"; no MFU, {device.device_kind} has no known peak"
+    )
+    rows = {
+        "data": f"{config.data.dir}: {len(data.train):,} training and {len(data.val):,} validation tokens",
+        "model": f"{c.n_layer} layers, {c.n_head} heads, width {c.d_model}, context {c.context_length}, vocabulary "
+        f"{c.vocab_size:,}: {c.n_params / 1e6:,.2f} M parameters",
+        "compute": f"{c.dtype}, attention {c.attention}, layers {'unrolled' if c.unroll else 'scanned'}, remat {c.remat}",
+        "devices": f"{n} x {device.device_kind} by {'pmap' if n > 1 else 'jit'}, {share} sequences each{accumulated}",
+        "work": f"{flops_per_token(c):.3g} = {FLOPS_FORMULA}{peak_text}",
+        "run": config.out_dir,
+    }
+    for name, text in rows.items():
+        print(f"{name:8} {text}")
+    sys.stdout.flush()
+
+
+def restore(
+    checkpoints: Checkpoints,
+    model: GPT,
+    optimizer: optax.GradientTransformation,
+    placement: Placement,
+    meta: dict[str, Any],
+) -> TrainState | None:
+    """The state of the newest whole checkpoint, on this run's devices; None when there is no checkpoint yet.
+
+    Damaged ones are named and passed over. Raises UserError when one does not fit the configuration or the tokenizer,
+    or all are damaged.
+    """
+    target = placement.abstract(jax.eval_shape(lambda: init_state(model, optimizer, seed=0)))
+    damaged = 0
+    for step in reversed(checkpoints.steps()):
+        try:
+            saved = checkpoints.meta(step)
+            check_fits(checkpoints.folder / str(step), saved, meta)
+            params = checkpoints.restore(step, "params", target.params)
+            opt_state = checkpoints.restore(step, "opt_state", target.opt_state)
+        except DamagedCheckpointError as e:
+            print(f"{e}; going back to the one before", file=sys.stderr)
+            damaged += 1
+            continue
+        print(f"resuming after step {step}")
+        checkpoints.discard_after(step)
+        return TrainState(jax.device_put(np.int32(step), placement.replicated()), params, opt_state)
+    if damaged:
+        raise UserError(f"no checkpoint in {checkpoints.folder} is whole; train anew in another --out-dir")
+    print("no checkpoint yet: starting from the first step")
+    return None
+
+
+def check_fits(where: Path, saved: dict[str, Any], meta: dict[str, Any]) -> None:
+    """Raises UserError naming what differs between a checkpoint's facts and this run's, if it must not."""
+    if saved["tokenizer"] != meta["tokenizer"]:
+        raise UserError(f"checkpoint {where} was trained with another tokenizer than that of the data folder")
+    for name in ("vocab_size", "context_length", "n_layer", "n_head", "d_model", "d_ff", "bias"):
+        then, now = saved["config"]["model"][name], meta["config"]["model"][name]
+        if then != now:
+            raise UserError(
+                f"checkpoint {where} does not fit the configuration: model.{name} is {then} there and {now} here"
+            )
+
+
+def make_evaluate(
+    model: GPT, placement: Placement, data: Dataset, config: Config
+) -> Callable[[Params], dict[str, float]]:
+    """A function of the parameters: loss in nats a token and bits a byte of text, over the whole validation set.
+
+    Raises UserError when that is less than two tokens, or the batch does not divide over the devices.
+    """
+    if len(data.val) < 2:
+        raise UserError(
+            f"the validation split of {config.data.dir} has {len(data.val)} tokens; prepare it with more text"
+        )
+    default = config.data.microbatch_size * placement.n_devices or config.data.batch_size
+    batch_size = config.train.eval_batch_size or default
+    if batch_size % placement.n_devices:
+        raise UserError(f"train.eval_batch_size = {batch_size} does not divide over {placement.n_devices} devices")
+    eval_step = placement.jit(make_eval_step(model, placement.axis_name), n_batch_args=2, donate=False)
+    tokens_per_byte = len(data.val) / data.val.n_bytes
+
+    def evaluate(params: Params) -> dict[str, float]:
+        sums = []
+        for tokens, mask in eval_batches(data.val, config.model.context_length, batch_size):
+            sums.append(eval_step(params, placement.split(tokens), placement.split(mask)))
+            if placement.must_wait:
+                jax.block_until_ready(sums[-1])
+        total, count = np.asarray(jax.device_get(sums), np.float64).sum(axis=0).tolist()
+        loss = total / count
+        return {"val_loss": loss, "val_bits_per_byte": loss * tokens_per_byte / float(np.log(2))}
+
+    return evaluate
+
+
+def write_sample(model: GPT, params: Params, data: Dataset, config: Config) -> str:
+    """What the model writes after the configured prompt, as text between two rules."""
+    on_one_device = jax.tree.map(lambda x: x.addressable_data(0), params)
+    settings = Settings(max_new_tokens=config.train.sample_tokens, seed=config.train.seed)
+    [result] = generate(model, on_one_device, data.tokenizer, [config.train.sample_prompt], settings)
+    return f"--- sample\n{config.train.sample_prompt}{result.text}\n---"
+
+
+def conclude(run: Path, recorder: Recorder) -> None:
+    """Prints how the run came out, and what to do next."""
+    evaluated = [record for record in recorder.records if "val_loss" in record]
+    if evaluated:
+        best = min(evaluated, key=lambda record: record["val_loss"])
+        print(f"validation loss {evaluated[-1]['val_loss']:.4f}, best {best['val_loss']:.4f} at step {best['step']}")
+    curve = f"; its loss curve is {run / 'loss.png'}" if (run / "loss.png").exists() else ""
+    print(f"the run is in {run}{curve}; read what it writes: python sample.py --run {run}")
+
+
+class StopRequest:
+    """The signal that asked the run to stop; 0 until one does."""
+
+    signum = 0
+
+
+@contextmanager
+def stop_signals() -> Iterator[StopRequest]:
+    """Turns the first SIGINT or SIGTERM into a request to stop after the current step; a second one stops at once."""
+    request = StopRequest()
+
+    def handle(signum: int, frame: object) -> None:
+        request.signum = signum
+        for s, handler in before.items():
+            signal.signal(s, handler)
+        print("\nstopping after this step; again to stop at once, without saving", file=sys.stderr)
+
+    before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield request
+    finally:
+        for s, handler in before.items():
+            signal.signal(s, handler)

@@ -1,0 +1,275 @@
+"""What a run reports: the progress bar, metrics.jsonl, TensorBoard, Weights & Biases, the loss curve."""
+
+import importlib.util
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from gpt_jax.config import Config, ModelConfig, config_to_dict
+from gpt_jax.errors import UserError
+from gpt_jax.files import replacing
+from gpt_jax.train.step import StepMetrics
+
+FLOPS_FORMULA = "6 N + 6 L T D FLOPs a token (N: parameters without positions; causal attention)"
+
+
+def flops_per_token(config: ModelConfig) -> float:
+    """Floating-point operations of a training step per token, forward and backward, recomputation not counted.
+
+    6 N for the matrix products (Kaplan et al. 2020), with N the parameters but for the position embeddings, which are
+    only looked up; and 6 L T D for attention, half of the 12 L T D of PaLM's appendix B, since causal attention needs
+    half of the scores.
+    """
+    n = config.n_params - config.context_length * config.d_model
+    return 6 * n + 6 * config.n_layer * config.context_length * config.d_model
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl, up to the first line that is not whole; none where there is no file."""
+    records: list[dict[str, Any]] = []
+    if not path.exists():
+        return records
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+class Recorder:
+    """Takes the metrics of every step and reports them. A context manager; leaving it closes the files.
+
+    Metrics are read one step late: by then the device has the next step to work on, and does not wait for the host.
+    `start` is the step that the run goes on from: later records, of a run that was killed after its last checkpoint,
+    are dropped, since they will be made again.
+    """
+
+    def __init__(self, run: Path, config: Config, start: int, peak_flops: float | None) -> None:
+        self.run, self.config, self.peak_flops = run, config, peak_flops
+        self.tokens_per_step = config.data.batch_size * config.model.context_length
+        self.path = run / "metrics.jsonl"
+        self.records = [record for record in read_records(self.path) if record["step"] <= start]
+        with replacing(self.path) as temporary:
+            temporary.write_text("".join(json.dumps(record) + "\n" for record in self.records), encoding="utf-8")
+        self.file = self.path.open("a", encoding="utf-8")
+        self.writer = tensorboard_writer(run, start) if config.train.tensorboard else None
+        self.wandb = wandb_run(run, config) if config.train.wandb_project else None
+
+        self.pending: tuple[int, StepMetrics] | None = None  # Not yet read.
+        self.record: dict[str, Any] | None = None  # Read, not yet written.
+        self.compile_seconds: float | None = None  # Time of the first step, that of compilation mostly.
+        self.elapsed, self.timed_steps, self.clock = 0.0, 0, time.perf_counter()
+        self.shown: dict[str, str] = {}
+        # Where the output is not a terminal, there is no bar (disable=None), and lines are printed in its place.
+        self.bar = tqdm(
+            total=config.train.steps, initial=start, unit="step", disable=None, dynamic_ncols=True, smoothing=0.1
+        )
+
+    def __enter__(self) -> "Recorder":
+        return self
+
+    def __exit__(self, exception_type: type | None, *exception: object) -> None:
+        try:
+            if exception_type is None:
+                self.flush()
+        finally:
+            self.bar.close()
+            self.file.close()
+            if self.writer:
+                self.writer.close()
+            if self.wandb:
+                self.wandb.finish()
+
+    def say(self, text: str) -> None:
+        """Prints a line without breaking the progress bar."""
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+
+    def submit(self, step: int, metrics: StepMetrics) -> None:
+        """Takes the metrics of a step that was dispatched, and reports those of the step before."""
+        self.flush()
+        self.pending = (step, metrics)
+        if self.compile_seconds is None:
+            self.settle()
+            self.compile_seconds, self.elapsed, self.timed_steps = self.elapsed, 0.0, 0
+            self.say(f"first step: {self.compile_seconds:.1f} s, compilation included")
+
+    def settle(self) -> None:
+        """Waits for the metrics of the last step. Raises UserError when its loss or gradient is not finite."""
+        if self.pending is None:
+            return
+        (step, metrics), self.pending = self.pending, None
+        loss, grad_norm, lr = float(metrics.loss), float(metrics.grad_norm), float(metrics.learning_rate)
+        now = time.perf_counter()
+        self.elapsed, self.timed_steps, self.clock = self.elapsed + now - self.clock, self.timed_steps + 1, now
+        check_finite(step, loss=loss, gradient_norm=grad_norm)
+        self.record = {
+            "step": step,
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": grad_norm,
+            "tokens": step * self.tokens_per_step,
+        }
+        self.shown["loss"] = f"{loss:.3f}"
+        self.bar.set_postfix(self.shown, refresh=False)
+        self.bar.update(step - self.bar.n)
+
+    def add_evaluation(self, val_loss: float, val_bits_per_byte: float) -> None:
+        """Adds an evaluation to the record of the step that was settled. Raises UserError when it is not finite."""
+        assert self.record is not None
+        check_finite(self.record["step"], validation_loss=val_loss)
+        self.record |= {"val_loss": val_loss, "val_bits_per_byte": val_bits_per_byte}
+        self.shown["val"] = f"{val_loss:.3f}"
+
+    def val_loss(self, step: int) -> float | None:
+        """The validation loss after `step`; None when it was not evaluated then."""
+        last = self.records[-1] if self.records else {}
+        return last.get("val_loss") if last.get("step") == step else None
+
+    def flush(self) -> None:
+        """Settles the last step and writes its record, if it is due."""
+        self.settle()
+        record, self.record = self.record, None
+        if record is None:
+            return
+        every, steps = self.config.train.log_every, self.config.train.steps
+        if record["step"] % every == 0 or record["step"] in (1, steps) or "val_loss" in record:
+            self.write(record)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Adds the speed since the last record and writes it everywhere."""
+        seconds = self.elapsed / self.timed_steps if self.timed_steps else None
+        rate = self.tokens_per_step / seconds if seconds else None
+        flops = flops_per_token(self.config.model)
+        mfu = rate * flops / self.peak_flops if rate and self.peak_flops else None
+        record |= {"tokens_per_second": rate, "step_ms": seconds and seconds * 1e3, "mfu": mfu}
+        self.elapsed, self.timed_steps = 0.0, 0
+        self.records.append(record)
+        try:
+            self.file.write(json.dumps(record) + "\n")
+            self.file.flush()
+        except OSError as e:
+            raise UserError(f"{self.path} cannot be written: {e.strerror}") from e
+
+        scalars = {name: value for name, value in record.items() if name != "step" and value is not None}
+        if self.writer:
+            for name, value in scalars.items():
+                self.writer.add_scalar(name, value, record["step"])
+        if self.wandb:
+            self.wandb.log(scalars, step=record["step"])
+
+        if rate:
+            self.shown["tok/s"] = f"{rate:,.0f}"
+        if mfu:
+            self.shown["mfu"] = f"{mfu:.1%}"
+        if self.bar.disable or "val_loss" in record:
+            self.say(describe(record, self.config.train.steps))
+
+    def sync(self) -> None:
+        """Brings the records to the disk: a checkpoint must not outlive those that lead up to it."""
+        self.flush()
+        os.fsync(self.file.fileno())
+
+    @contextmanager
+    def off_the_clock(self) -> Iterator[None]:
+        """Keeps the time spent inside out of the step times."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.clock += time.perf_counter() - begin
+
+    def plot(self) -> None:
+        """Draws loss.png, if matplotlib is installed."""
+        if importlib.util.find_spec("matplotlib") is not None:
+            plot_losses(self.records, self.run / "loss.png")
+
+
+def check_finite(step: int, **values: float) -> None:
+    """Raises UserError naming the step unless all values are finite."""
+    for name, value in values.items():
+        if not math.isfinite(value):
+            raise UserError(
+                f"step {step}: the {name.replace('_', ' ')} is {value}, so training stops and this state is not saved; "
+                "resume from the last checkpoint with a lower optimizer.learning_rate"
+            )
+
+
+def describe(record: dict[str, Any], steps: int) -> str:
+    """A record as a line of text."""
+    line = f"step {record['step']:>{len(str(steps))}}/{steps}  loss {record['loss']:.4f}"
+    if "val_loss" in record:
+        line += f"  val loss {record['val_loss']:.4f} ({record['val_bits_per_byte']:.3f} bits/byte)"
+    if record["step_ms"] is not None:
+        line += f"  {record['step_ms']:.1f} ms/step  {record['tokens_per_second']:,.0f} tok/s"
+    if record["mfu"]:
+        line += f"  mfu {record['mfu']:.1%}"
+    return line
+
+
+def plot_losses(records: list[dict[str, Any]], path: Path) -> None:
+    """The training and validation loss by step, as a PNG."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    axes.plot([r["step"] for r in records], [r["loss"] for r in records], color="#9ecae1", label="training batch")
+    evaluated = [r for r in records if "val_loss" in r]
+    if evaluated:
+        axes.plot(
+            [r["step"] for r in evaluated],
+            [r["val_loss"] for r in evaluated],
+            "o-",
+            color="#08519c",
+            label="validation set",
+        )
+        last = evaluated[-1]
+        axes.annotate(
+            f"{last['val_loss']:.3f}", (last["step"], last["val_loss"]), (0, 8), textcoords="offset points", ha="right"
+        )
+    axes.set_xlabel("optimizer steps")
+    axes.set_ylabel("loss (nats a token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+    plt.close(figure)
+
+
+def tensorboard_writer(run: Path, start: int) -> Any:
+    """A TensorBoard writer into the run's folder; points after `start` that a killed run left are hidden."""
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError:
+        raise UserError("train.tensorboard needs tensorboardX: pip install 'gpt-jax[tensorboard]'") from None
+    return SummaryWriter(str(run / "tensorboard"), purge_step=start + 1 if start else None)
+
+
+def wandb_run(run: Path, config: Config) -> Any:
+    """A Weights & Biases run of the same name as the folder, continued when the run is."""
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("train.wandb_project needs wandb: pip install 'gpt-jax[wandb]'") from None
+    identity = run / "wandb_id"
+    if not identity.exists():
+        identity.write_text(wandb.util.generate_id())
+    return wandb.init(
+        project=config.train.wandb_project,
+        name=run.name,
+        id=identity.read_text(),
+        resume="allow",
+        config=config_to_dict(config),
+        dir=str(run),
+    )

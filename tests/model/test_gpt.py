@@ -1,0 +1,181 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gpt_jax.config import ModelConfig
+from gpt_jax.model.cache import init_cache
+from gpt_jax.model.gpt import GPT, Params, forward, forward_cached, unstack
+from gpt_jax.model.loss import head_logits
+from gpt_jax.model.presets import GPT2, GPT2_LARGE, GPT2_MEDIUM, GPT2_XL
+
+CONFIG = ModelConfig(
+    vocab_size=67, context_length=32, n_layer=2, n_head=4, d_model=32, dtype="float32", attention="block_causal"
+)
+
+
+def init(config: ModelConfig) -> Params:
+    return jax.jit(GPT(config).init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+
+
+def make(config: ModelConfig = CONFIG) -> tuple[GPT, Params]:
+    """A model and parameters not as at the beginning, where biases are 0 and scales 1: everything counts."""
+    rng = np.random.default_rng(1)
+    params = jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype(np.float32), init(config))
+    return GPT(config), params
+
+
+def logits(model: GPT, params: Params, tokens_BT: jax.Array) -> jax.Array:
+    def compute(params: Params) -> jax.Array:
+        return jax.vmap(lambda hidden: head_logits(hidden, params["tokens_VD"]))(forward(model, params, tokens_BT))
+
+    return jax.jit(compute)(params)
+
+
+def random_tokens(rng: np.random.Generator, *shape: int) -> jax.Array:
+    return jnp.asarray(rng.integers(0, CONFIG.vocab_size, shape), jnp.int32)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_parameter_count(bias: bool) -> None:
+    config = dataclasses.replace(CONFIG, bias=bias, d_ff=80)
+    params = init(config)
+    assert sum(x.size for x in jax.tree.leaves(params)) == config.n_params
+
+
+def test_gpt2_sizes() -> None:
+    """The published numbers of parameters, with the vocabulary that was published."""
+    sizes = [
+        dataclasses.replace(preset, vocab_size=50257).n_params for preset in (GPT2, GPT2_MEDIUM, GPT2_LARGE, GPT2_XL)
+    ]
+    assert sizes == [124_439_808, 354_823_168, 774_030_080, 1_557_611_200]
+
+
+def test_initialisation() -> None:
+    """GPT-2's: normal with deviation 0.02, divided by sqrt(2 L) where a block adds to the residual stream."""
+    config = dataclasses.replace(CONFIG, d_model=256, vocab_size=1000)
+    params = init(config)
+    residual = 0.02 / np.sqrt(2 * config.n_layer)
+    layers = params["layers"]
+    for kernel, std in [
+        (params["tokens_VD"], 0.02),
+        (params["positions_TD"], 0.02),
+        (layers["attention"]["qkv"]["kernel"], 0.02),
+        (layers["attention"]["out"]["kernel"], residual),
+        (layers["mlp"]["up"]["kernel"], 0.02),
+        (layers["mlp"]["down"]["kernel"], residual),
+    ]:
+        assert float(jnp.std(kernel)) == pytest.approx(std, rel=0.03)
+        assert abs(float(jnp.mean(kernel))) < 1e-3
+    assert not np.array_equal(layers["mlp"]["up"]["kernel"][0], layers["mlp"]["up"]["kernel"][1])
+    assert all(np.all(x == 0) for x in (layers["mlp"]["up"]["bias"], layers["norm_1"]["bias"]))
+    assert np.all(np.asarray(layers["norm_1"]["scale"]) == 1)
+
+
+@functools.cache
+def value_and_grads(config: ModelConfig) -> list[jax.Array]:
+    """A scalar made of all hidden states, and its gradients."""
+    model, params = make(config)
+    tokens = random_tokens(np.random.default_rng(2), 2, 32)
+    keys_B = jax.random.split(jax.random.key(3), 2)
+
+    def loss(params: Params) -> jax.Array:
+        return jnp.sum(jnp.sin(forward(model, params, tokens, keys_B)))
+
+    return jax.tree.leaves(jax.jit(jax.value_and_grad(loss))(params))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"unroll": False},
+        {"remat": "full"},
+        {"remat": "dots"},
+        {"remat": "dots_no_batch"},
+        {"unroll": False, "remat": "full"},
+        {"unroll": False, "remat": "dots"},
+    ],
+)
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_how_it_runs_does_not_change_what_it_computes(changes: dict, dropout: float) -> None:
+    """One parameter tree, the same hidden states and gradients, dropout included, however the layers are run."""
+    base = dataclasses.replace(CONFIG, dropout=dropout)
+    for ours, expected in zip(
+        value_and_grads(dataclasses.replace(base, **changes)), value_and_grads(base), strict=True
+    ):
+        np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_rematerialisation_really_recomputes() -> None:
+    """The policies are told apart by what they leave to the backward pass."""
+    tokens = jnp.zeros((8, 32), jnp.int32)
+
+    def saved_bytes(remat: str) -> int:
+        model = GPT(dataclasses.replace(CONFIG, remat=remat, attention="xla"))
+        backward = jax.eval_shape(lambda params: jax.vjp(lambda p: forward(model, p, tokens), params)[1], init(CONFIG))
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(backward))
+
+    nothing, dots, full = saved_bytes("none"), saved_bytes("dots"), saved_bytes("full")
+    assert full < dots < nothing
+
+
+def test_both_attentions_compute_the_same() -> None:
+    """Without dropout: what they drop differs, since the blocks draw by themselves."""
+    for ours, expected in zip(
+        value_and_grads(dataclasses.replace(CONFIG, attention="xla")), value_and_grads(CONFIG), strict=True
+    ):
+        np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_dropout_of_a_sequence_does_not_depend_on_the_batch(rng: np.random.Generator) -> None:
+    model, params = make(dataclasses.replace(CONFIG, dropout=0.3))
+    tokens, keys_B = random_tokens(rng, 4, 32), jax.random.split(jax.random.key(3), 4)
+    dropped = jax.jit(lambda tokens, keys_B: forward(model, params, tokens, keys_B))
+    together = dropped(tokens, keys_B)
+    np.testing.assert_allclose(together[2:3], dropped(tokens[2:3], keys_B[2:3]), rtol=1e-5, atol=1e-5)
+    assert not np.allclose(together, forward(model, params, tokens), atol=1e-2)
+
+
+@pytest.mark.parametrize("stacked", [True, False])
+def test_cached_decoding_equals_the_full_pass_at_every_position(rng: np.random.Generator, stacked: bool) -> None:
+    """Ragged prompts in one batch, then token by token, against the whole sequences without a cache: within 1e-4."""
+    model, params = make()
+    T, prompt_lengths = CONFIG.context_length, np.array([1, 5, 9])
+    tokens = random_tokens(rng, 3, T)
+    expected = logits(model, params, tokens)
+    if not stacked:
+        params = {**params, "layers": unstack(params["layers"], CONFIG.n_layer)}
+    step = jax.jit(lambda tokens, cache, start: forward_cached(model, params, tokens, cache, start))
+
+    def check(hidden_BTD: jax.Array, row: int, t: int, position: int) -> None:
+        ours = head_logits(hidden_BTD[row, t][None], params["tokens_VD"])[0]
+        np.testing.assert_allclose(ours, expected[row, position], atol=1e-4)
+
+    longest = int(prompt_lengths.max())
+    hidden, cache = step(tokens[:, :longest], init_cache(CONFIG, 3, T), jnp.zeros(3, jnp.int32))
+    for row, length in enumerate(prompt_lengths):
+        for t in range(length):
+            check(hidden, row, t, t)
+    positions = prompt_lengths.copy()
+    while positions.max() < T:
+        newest = tokens[np.arange(3), positions][:, None]
+        hidden, cache = step(newest, cache, jnp.asarray(positions, jnp.int32))
+        for row in range(3):
+            check(hidden, row, 0, int(positions[row]))
+        positions += 1
+
+
+def test_compute_dtype(rng: np.random.Generator) -> None:
+    """In bfloat16 the hidden states are, the parameters are not, and the result stays close."""
+    _, params = make()
+    tokens = random_tokens(rng, 2, 32)
+    expected, ours = (
+        jax.jit(lambda params, model=GPT(dataclasses.replace(CONFIG, dtype=dtype)): forward(model, params, tokens))(params)
+        for dtype in ("float32", "bfloat16")
+    )
+    assert ours.dtype == jnp.bfloat16
+    assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
+    np.testing.assert_allclose(ours.astype(jnp.float32), expected, atol=0.15)

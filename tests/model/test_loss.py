@@ -1,0 +1,44 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gpt_jax.model.loss import loss_sums
+
+
+def reference(hidden: np.ndarray, head: np.ndarray, targets: np.ndarray, mask: np.ndarray) -> float:
+    logits = hidden.astype(np.float64) @ head.T.astype(np.float64)
+    peak = logits.max(-1)
+    logsumexp = np.log(np.exp(logits - peak[..., None]).sum(-1)) + peak
+    return float(((logsumexp - np.take_along_axis(logits, targets[..., None], -1)[..., 0]) * mask).sum())
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 8, 21, 1000])
+def test_loss_and_gradient_do_not_depend_on_the_chunk(rng: np.random.Generator, chunk: int) -> None:
+    hidden = rng.normal(size=(3, 7, 16)).astype(np.float32)
+    head = rng.normal(size=(50, 16)).astype(np.float32)
+    targets, mask = rng.integers(0, 50, (3, 7)), rng.random((3, 7)) < 0.7
+
+    def loss(hidden: jax.Array, head: jax.Array, chunk: int) -> tuple[jax.Array, jax.Array]:
+        return loss_sums(hidden, head, targets, mask, chunk)
+
+    grad = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
+    (total, count), grads = grad(hidden, head, chunk)
+    assert float(total) == pytest.approx(reference(hidden, head, targets, mask), rel=1e-5)
+    assert float(count) == mask.sum()
+    for chunked, whole in zip(grads, grad(hidden, head, 10_000)[1], strict=True):
+        np.testing.assert_allclose(chunked, whole, rtol=1e-5, atol=1e-5)
+
+
+def test_full_logits_never_exist(rng: np.random.Generator) -> None:
+    """The compiled gradient needs less memory than the logits of all tokens alone would take."""
+    n_tokens, vocabulary, width, chunk = 4096, 8192, 64, 256
+    hidden = jnp.zeros((1, n_tokens, width))
+    head = jnp.zeros((vocabulary, width))
+    targets = jnp.zeros((1, n_tokens), jnp.int32)
+
+    def loss(hidden: jax.Array, head: jax.Array) -> jax.Array:
+        return loss_sums(hidden, head, targets, jnp.ones(targets.shape), chunk)[0]
+
+    compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(hidden, head).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < n_tokens * vocabulary * 4 / 4

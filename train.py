@@ -1,0 +1,8 @@
+"""Trains a GPT: python train.py [CONFIG.py] [--out-dir DIR] [--resume] [--model.n-layer 4 ...]"""
+
+import sys
+
+from gpt_jax.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main(["train", *sys.argv[1:]]))
