@@ -131,8 +131,9 @@ def main() -> None:
     save_json(RESULTS, result)
     print(f"{'':<34}{'MB/s':>8}{'tokens/s':>14}{'cores busy':>12}{'peak memory':>14}")
     print(
-        f"{f'prepare, {gib:g} GiB, all told':<34}{prepared['mb_per_second']:>8.1f}{prepared['tokens_per_second']:>14,.0f}"
-        f"{prepared['cores_busy']:>12.2f}{prepared['peak_mib_all_processes']:>10.0f} MiB"
+        f"{f'prepare, {gib:g} GiB, all told':<34}{prepared['mb_per_second']:>8.1f}"
+        f"{prepared['tokens_per_second']:>14,.0f}{prepared['cores_busy']:>12.2f}"
+        f"{prepared['peak_mib_all_processes']:>10.0f} MiB"
     )
     print(f"{'SentencePiece alone, encoding':<34}{alone['mb_per_second']:>8.1f}{alone['tokens_per_second']:>14,.0f}")
 

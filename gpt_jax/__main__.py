@@ -1,7 +1,5 @@
 """python -m gpt_jax COMMAND"""
 
-import sys
+from gpt_jax.cli import run
 
-from gpt_jax.cli import main
-
-sys.exit(main())
+run()

@@ -5,12 +5,9 @@ one wrote. orbax notices files that are missing or cut short, but not a changed 
 arrays, kept with the facts, do.
 """
 
-import contextlib
-import gc
 import logging
-import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +17,8 @@ import orbax.checkpoint as ocp
 
 from gpt_jax.errors import UserError
 
-logging.getLogger("absl").setLevel(logging.ERROR)  # orbax reports every file it writes as a warning.
+# orbax logs what it does as warnings, and what goes wrong with a traceback for each thread; it also raises it.
+logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 class DamagedCheckpointError(UserError):
@@ -29,15 +27,18 @@ class DamagedCheckpointError(UserError):
 
 @jax.jit
 def checksums(tree: Any) -> list[jax.Array]:
-    """One uint32 a leaf of 32-bit numbers: the sum of their bits, each times an odd number that depends on its place.
+    """One uint32 a leaf of 32-bit numbers: the sum of a hash of each element's bits and place.
 
-    Integer sums are exact in any order, so the sharding does not matter; an odd factor lets no change of one element
-    go unseen.
+    Integer sums are exact in any order, so the sharding does not matter. The hash is MurmurHash3's 32-bit finaliser,
+    a bijection, so that no change of one element goes unseen, and other changes once in four billion times.
     """
 
     def checksum(x: jax.Array) -> jax.Array:
         bits = jax.lax.bitcast_convert_type(x, jnp.uint32).reshape(-1)
-        return jnp.sum(bits * (2 * jnp.arange(bits.size, dtype=jnp.uint32) + 1), dtype=jnp.uint32)
+        h = bits + jnp.arange(bits.size, dtype=jnp.uint32) * jnp.uint32(0x9E3779B9)
+        h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
+        h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
+        return jnp.sum(h ^ (h >> 16), dtype=jnp.uint32)
 
     return [checksum(leaf) for leaf in jax.tree.leaves(tree)]
 
@@ -55,21 +56,16 @@ def leaf_shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     }
 
 
-@contextlib.contextmanager
-def quiet_stderr() -> Iterator[None]:
-    """Sends the process's standard error to nowhere: tensorstore's threads print tracebacks of reads that failed, past
-    the exception that says the same."""
-    sys.stderr.flush()
-    saved = os.dup(2)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        yield
-    finally:
-        gc.collect()  # The abandoned reads complain when they are collected.
-        os.dup2(saved, 2)
-        os.close(saved)
-        os.close(nowhere)
+def ignore_abandoned_io(unraisable: Any) -> None:
+    """An `unraisablehook` that keeps quiet about orbax's own loose ends.
+
+    Where one array fails to be read or written, orbax abandons the others: threads and coroutines that nobody waits
+    for, and whose tracebacks would follow the one exception that tells what went wrong.
+    """
+    of_orbax = "orbax" in getattr(getattr(unraisable.object, "cr_code", None), "co_filename", "")
+    loop_is_gone = isinstance(unraisable.exc_value, RuntimeError) and "loop is closed" in str(unraisable.exc_value)
+    if not (of_orbax or loop_is_gone):
+        sys.__unraisablehook__(unraisable)
 
 
 class Checkpoints:
@@ -78,6 +74,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int = 2, read_only: bool = False) -> None:
         self.folder = folder
+        sys.unraisablehook = ignore_abandoned_io
         policies = ocp.checkpoint_managers
         best = policies.BestN(
             get_metric_fn=lambda metrics: metrics["val_loss"],
@@ -103,15 +100,19 @@ class Checkpoints:
         return self
 
     def __exit__(self, exception_type: type | None, *exception: object) -> None:
-        try:
-            self.manager.close()
-        except Exception as e:
-            if exception_type is None:  # Never in place of what went wrong first.
-                raise self.failure(e) from e
+        failure = self.attempt(self.manager.close)
+        if failure and exception_type is None:  # Never in place of what went wrong first.
+            raise failure
 
-    def failure(self, e: Exception) -> UserError:
-        """What to tell the user when a save went wrong."""
-        return UserError(f"could not save a checkpoint in {self.folder}: {first_line(e)}; older ones are intact")
+    def attempt(self, saving: Callable[[], object]) -> UserError | None:
+        """Does a part of saving; returns what to tell the user when that fails."""
+        try:
+            saving()
+        except Exception as e:
+            return UserError(
+                f"{self.folder}: the checkpoint could not be saved ({first_line(e)}); older ones are intact"
+            )
+        return None
 
     def steps(self) -> list[int]:
         """The steps that have a complete checkpoint, ascending."""
@@ -123,21 +124,17 @@ class Checkpoints:
         return min(evaluated, key=lambda s: self.manager.metrics(s)["val_loss"], default=None)
 
     def save(self, step: int, params: Any, opt_state: Any, meta: dict[str, Any], val_loss: float | None) -> None:
-        """Starts saving; returns when the arrays are copied. Raises UserError when this save or the one before failed."""
+        """Starts saving; returns when the arrays are copied. Raises UserError when this or the last save failed."""
         facts = {**meta, "checksums": {"params": named_checksums(params), "opt_state": named_checksums(opt_state)}}
-        try:
-            self.manager.save(
-                step,
-                args=ocp.args.Composite(
-                    params=ocp.args.StandardSave(params),
-                    opt_state=ocp.args.StandardSave(opt_state),
-                    meta=ocp.args.JsonSave(facts),
-                ),
-                metrics=None if val_loss is None else {"val_loss": val_loss},
-                force=True,
-            )
-        except Exception as e:
-            raise self.failure(e) from e
+        items = ocp.args.Composite(
+            params=ocp.args.StandardSave(params),
+            opt_state=ocp.args.StandardSave(opt_state),
+            meta=ocp.args.JsonSave(facts),
+        )
+        metrics = None if val_loss is None else {"val_loss": val_loss}
+        failure = self.attempt(lambda: self.manager.save(step, args=items, metrics=metrics, force=True))
+        if failure:
+            raise failure
 
     def discard_after(self, step: int) -> None:
         """Removes the checkpoints of later steps: a run that goes on from `step` writes them anew."""
@@ -175,16 +172,14 @@ class Checkpoints:
     def restore_metadata(self, step: int, item: str) -> Any:
         """Shapes and dtypes of a saved item."""
         try:
-            with quiet_stderr():
-                return self.manager.item_metadata(step)[item].tree
+            return self.manager.item_metadata(step)[item].tree
         except Exception as e:
             raise self.damage(step, item, e) from e
 
     def restore_item(self, step: int, item: str, args: Any) -> Any:
         """One item as orbax reads it, or DamagedCheckpointError."""
         try:
-            with quiet_stderr():
-                return self.manager.restore(step, args=ocp.args.Composite(**{item: args}))[item]
+            return self.manager.restore(step, args=ocp.args.Composite(**{item: args}))[item]
         except Exception as e:
             raise self.damage(step, item, e) from e
 

@@ -15,7 +15,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import tyro
 
@@ -46,16 +46,17 @@ class TrainArgs:
     config: Annotated[Config, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Config)
 
 
-def parse(args_type: type[Args], argv: Sequence[str], command: str, **kwargs: Args) -> Args:
+def parse(args_type: type[Args], argv: Sequence[str], command: str, default: Args | None = None) -> Args:
     """The arguments as an object. Raises UsageError with tyro's message, in one line."""
     stderr = io.StringIO()
+    given: dict[str, Any] = {} if default is None else {"default": default}
     try:
         with contextlib.redirect_stderr(stderr):
             return tyro.cli(
                 args_type,
                 args=list(argv),
                 prog=f"gpt-jax {command}",
-                **kwargs,
+                **given,
                 config=(tyro.conf.FlagCreatePairsOff,),
             )
     except SystemExit as e:
@@ -65,23 +66,31 @@ def parse(args_type: type[Args], argv: Sequence[str], command: str, **kwargs: Ar
 
 
 def in_one_line(box: str) -> str:
-    """The message of an error box that tyro draws: its first paragraph, and the first flag that it suggests."""
-    lines = [
-        re.sub(r"^[│|]\s?|\s*[│|]$", "", line).rstrip() for line in box.splitlines() if not line.startswith(("╭", "╰"))
-    ]
-    paragraph = []
-    for line in lines:
-        if line.startswith("─"):
-            break
-        paragraph.append(line.strip())
+    """The message in an error box that tyro draws, and the first flag that it suggests.
+
+    The message is the first section of the box; where lines cannot be drawn, the second, below a title.
+    """
+    lines = [line.strip("│ ") for line in box.splitlines() if not line.startswith(("╭", "╰"))]
+    sections = re.split(r"^[─-]{5,}$", "\n".join(lines), flags=re.MULTILINE)
+    message = sections[0 if "╭" in box else 1 :][0]
     suggestion = re.search(r"Perhaps you meant:\s*(--\S+)", " ".join(lines))
-    return " ".join(paragraph) + (f"; did you mean {suggestion[1]}?" if suggestion else "")
+    return " ".join(message.split()) + (f"; did you mean {suggestion[1]}?" if suggestion else "")
 
 
 def default_config_path() -> Path:
     """configs/quickstart.py, of the working folder or of the checkout that this package is in."""
     here = Path("configs/quickstart.py")
     return here if here.exists() else Path(__file__).parent.parent / here
+
+
+def flag_value(argv: Sequence[str], flag: str) -> str | None:
+    """The value given to a flag, before the arguments as a whole can be parsed; None when it is not there."""
+    for i, argument in enumerate(argv):
+        if argument == flag and i + 1 < len(argv):
+            return argv[i + 1]
+        if argument.startswith(f"{flag}="):
+            return argument.partition("=")[2]
+    return None
 
 
 def train_command(argv: Sequence[str]) -> int:
@@ -91,34 +100,35 @@ def train_command(argv: Sequence[str]) -> int:
         i for i, a in enumerate(argv) if not a.startswith("-") and argv[i - 1 : i] in ([], ["--resume"], ["--profile"])
     ]
     path = Path(argv.pop(positional[0])) if positional else default_config_path()
-    args = parse(TrainArgs, argv, "train", default=TrainArgs(config=load_config(path)))
-    out_dir = args.config.out_dir or str(Path("runs") / path.stem)
+    config = load_config(path)
+    out_dir = flag_value(argv, "--out-dir") or config.out_dir or str(Path("runs") / path.stem)
     saved = Path(out_dir) / "config.json"
-    if args.resume and saved.exists():
-        args = parse(TrainArgs, argv, "train", default=TrainArgs(config=load_saved_config(saved)))
+    if "--resume" in argv and saved.exists():
+        config = load_saved_config(saved)
+    args = parse(TrainArgs, argv, "train", default=TrainArgs(config=config))
     config = dataclasses.replace(args.config, out_dir=out_dir)
 
+    from gpt_jax import runtime
     from gpt_jax.data.shards import open_dataset
+    from gpt_jax.train.loop import Interrupted, check_run_folder, train
 
+    check_run_folder(Path(out_dir), args.resume)  # Before minutes are spent on preparing data.
     d = config.data
+    check(bool(d.dir), "data.dir", d.dir, "a folder made by gpt-jax prepare")
     if d.source and not Path(d.dir).exists():
-        from gpt_jax.data.prepare import PrepareArgs, run_prepare
+        from gpt_jax.data.prepare import prepare, print_summary
 
-        run_prepare(
-            PrepareArgs(
-                source=d.source,
-                out=Path(d.dir),
-                tokenizer=d.tokenizer,
-                model_type=d.model_type,
-                vocab_size=d.vocab_size,
-                val_fraction=d.val_fraction,
-            )
+        meta = prepare(
+            d.source,
+            Path(d.dir),
+            tokenizer=d.tokenizer,
+            model_type=d.model_type,
+            vocab_size=d.vocab_size,
+            val_fraction=d.val_fraction,
         )
+        print_summary(Path(d.dir), meta)
     data = open_dataset(Path(d.dir))
     config = with_vocabulary(config, data.tokenizer.vocab_size)
-
-    from gpt_jax import runtime
-    from gpt_jax.train.loop import Interrupted, train
 
     runtime.setup(runtime.choose_cpu_devices(config))
     try:
@@ -235,9 +245,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 2 if isinstance(e, UsageError) else 1
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
     except BrokenPipeError:  # The reader, such as head, has seen enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
+    except OSError as e:  # A disk that is full or read-only, wherever it was met.
+        print(
+            f"error: {e.filename or 'writing'}: {e.strerror or e}; nothing that was complete is lost", file=sys.stderr
+        )
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+def run(argv: Sequence[str] | None = None) -> None:
+    """`main` as a process of its own.
+
+    A failure ends the process at once: after a failed save, the interpreter's own way out lets the abandoned threads
+    and coroutines of the checkpoint library print their tracebacks below the one line that matters.
+    """
+    status = main(argv)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if status:
+        os._exit(status)

@@ -1,21 +1,37 @@
 """Runs the suite on eight simulated CPU devices, set up as a user's run is."""
 
 import os
+import tempfile
+from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 from gpt_jax import runtime
+from tests.cli import run
 
-if "CI" in os.environ:
-    from hypothesis import settings
+# The first example of a test compiles, so the time of one says nothing; in CI, the same examples every time.
+settings.register_profile("gpt_jax", deadline=None, derandomize="CI" in os.environ)
+settings.load_profile("gpt_jax")
 
-    settings.register_profile("ci", derandomize=True, deadline=None)
-    settings.load_profile("ci")
-
+# The commands that tests start share compiled programs, away from the user's own.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(tempfile.gettempdir()) / f"gpt_jax-tests-{os.getuid()}")
 runtime.setup(cpu_devices=8)
 
 
 @pytest.fixture
 def rng() -> np.random.Generator:
     return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small data folder of bytes, made by the command."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    words = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "语言", "rain"]
+    for i in range(20):
+        (folder / f"{i}.txt").write_text(" ".join(rng.choice(words, 200)), encoding="utf-8")
+    run("prepare", folder, "--out", folder / "prepared", "--tokenizer", "bytes")
+    return folder / "prepared"

@@ -36,7 +36,7 @@ from gpt_jax.data.train_tokenizer import TextSample, train_sentencepiece
 from gpt_jax.data.worker import END_OF_DOCUMENT
 from gpt_jax.errors import UserError
 
-SAMPLE_BYTES = 16 << 20  # Text that a tokenizer is trained on, at most: more hardly changes it.
+SAMPLE_BYTES = 8 << 20  # Text that a tokenizer is trained on, at most: that takes up to 70 times its size in memory.
 TASK_BYTES = 1 << 20  # Text that a worker gets at one time.
 
 

@@ -17,16 +17,14 @@ def refusal(backend: AttentionName, config: ModelConfig, platform: str) -> str |
         if config.dtype != "bfloat16":
             return f"it computes in bfloat16, not model.dtype = {config.dtype}"
         if config.head_dim > CUDNN_MAX_HEAD_DIM or config.head_dim % 8:
-            return (
-                f"it needs heads of a width of {CUDNN_MAX_HEAD_DIM} at most, in steps of 8, not {config.head_dim}"
-            )
+            return f"it needs heads of a width of {CUDNN_MAX_HEAD_DIM} at most, in steps of 8, not {config.head_dim}"
         if config.dropout:
             return f"it does not drop attention weights, and model.dropout = {config.dropout}"
     if backend == "splash":
         if platform != "tpu":
             return f"it needs a TPU, and this is {platform}"
         if config.context_length % SPLASH_BLOCKS[-1]:
-            return f"it needs a model.context_length that is a multiple of {SPLASH_BLOCKS[-1]}, not {config.context_length}"
+            return f"it needs a model.context_length in steps of {SPLASH_BLOCKS[-1]}, not {config.context_length}"
         if config.dropout:
             return f"it does not drop attention weights, and model.dropout = {config.dropout}"
     return None

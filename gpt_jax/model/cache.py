@@ -22,7 +22,9 @@ Cache = tuple[LayerCache, ...]
 def init_cache(config: ModelConfig, batch: int, length: int) -> Cache:
     """An empty cache for `batch` sequences of up to `length` tokens, in the model's compute dtype."""
     shape = (batch, length, config.n_head, config.head_dim)
-    return tuple(LayerCache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)) for _ in range(config.n_layer))
+    return tuple(
+        LayerCache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)) for _ in range(config.n_layer)
+    )
 
 
 def update(cache: LayerCache, k_BTGK: jax.Array, v_BTGK: jax.Array, start_B: jax.Array) -> LayerCache:

@@ -129,9 +129,7 @@ class Decoder:
             i: jax.Array, carry: tuple[DecodeState, jax.Array, jax.Array]
         ) -> tuple[DecodeState, jax.Array, jax.Array]:
             state, tokens, logprobs = carry
-            hidden_BTD, cache = forward_cached(
-                self.model, params, state.last_B[:, None], state.cache, state.length_B
-            )
+            hidden_BTD, cache = forward_cached(self.model, params, state.last_B[:, None], state.cache, state.length_B)
             state = state._replace(cache=cache, length_B=state.length_B + 1)
             state, logprobs_B = self._draw(head_logits(hidden_BTD[:, 0], params["tokens_VD"]), state)
             return state, tokens.at[i].set(state.last_B), logprobs.at[i].set(logprobs_B)

@@ -142,7 +142,7 @@ def generate(
 
 def row_keys(rows: list[Row], seed: int, num_samples: int) -> jax.Array:
     """A random key for each row, from the seed, its prompt and its number among the prompt's samples."""
-    prompt_B = np.array([zlib.crc32(np.array(row.result.prompt_tokens, np.int32)) for row in rows], np.uint32)
+    prompt_B = np.array([zlib.crc32(np.array(row.result.prompt_tokens, np.int32).tobytes()) for row in rows], np.uint32)
     sample_B = np.arange(len(rows), dtype=np.uint32) % num_samples
     key = jax.random.key(seed)
     return jax.vmap(lambda prompt, n: jax.random.fold_in(jax.random.fold_in(key, prompt), n))(prompt_B, sample_B)

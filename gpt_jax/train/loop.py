@@ -120,15 +120,12 @@ def check_run_folder(run: Path, resume: bool) -> None:
         raise UserError(f"{run} holds a run already; go on with it by --resume, or choose another --out-dir")
     if resume and not exists:
         raise UserError(f"{run} holds no run that could be resumed; leave out --resume to start one there")
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"the run's folder {run} cannot be made: {e.strerror}") from e
 
 
 def write_run_folder(run: Path, config: Config, data: Dataset) -> None:
     """Writes what `sample` needs besides a checkpoint: the tokenizer and the configuration."""
     try:
+        run.mkdir(parents=True, exist_ok=True)
         data.tokenizer.save(run)
         save_json(run / "config.json", config_to_dict(config))
     except OSError as e:
@@ -140,20 +137,18 @@ def describe_run(
 ) -> None:
     """Prints what is about to be trained, on what, and how speed is counted."""
     c, n, device = model.config, placement.n_devices, placement.devices[0]
-    accumulated = f" in {n_micro} microbatches" if n_micro > 1 else ""
-    share = config.data.batch_size // n
-    peak_text = (
-        f"; peak {peak / 1e12:,.0f} TFLOP/s a device" if peak else f"; no MFU, {device.device_kind} has no known peak"
-    )
     rows = {
         "data": f"{config.data.dir}: {len(data.train):,} training and {len(data.val):,} validation tokens",
-        "model": f"{c.n_layer} layers, {c.n_head} heads, width {c.d_model}, context {c.context_length}, vocabulary "
-        f"{c.vocab_size:,}: {c.n_params / 1e6:,.2f} M parameters",
-        "compute": f"{c.dtype}, attention {c.attention}, layers {'unrolled' if c.unroll else 'scanned'}, remat {c.remat}",
-        "devices": f"{n} x {device.device_kind} by {'pmap' if n > 1 else 'jit'}, {share} sequences each{accumulated}",
-        "work": f"{flops_per_token(c):.3g} = {FLOPS_FORMULA}{peak_text}",
+        "model": f"{c.n_layer} layers, {c.n_head} heads, width {c.d_model}, context {c.context_length}, "
+        f"vocabulary {c.vocab_size:,}: {c.n_params / 1e6:,.2f} M parameters",
+        "compute": f"{c.dtype}, attention {c.attention}, "
+        f"layers {'unrolled' if c.unroll else 'scanned'}, rematerialised: {c.remat}",
+        "devices": f"{n} x {device.device_kind} by {'pmap' if n > 1 else 'jit'}, each {n_micro} x "
+        f"{config.data.batch_size // n // n_micro} sequences a step",
         "run": config.out_dir,
     }
+    if peak:
+        rows["mfu"] = f"tokens/s x {flops_per_token(c):.3g} FLOPs / ({n} x {peak:.3g} FLOP/s); {FLOPS_FORMULA}"
     for name, text in rows.items():
         print(f"{name:8} {text}")
     sys.stdout.flush()

@@ -81,7 +81,7 @@ def make_train_step(
             )
         loss, count, grads = sum_over(axis_name, sums)
         grads = jax.tree.map(lambda g: g / count, grads)
-        metrics = StepMetrics(loss / count, optax.global_norm(grads), jnp.asarray(schedule(state.step), jnp.float32))
+        metrics = StepMetrics(loss / count, optax.tree.norm(grads), jnp.asarray(schedule(state.step), jnp.float32))
 
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics

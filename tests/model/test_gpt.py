@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt_jax.config import ModelConfig
+from gpt_jax.config import DTypeName, ModelConfig, RematName
 from gpt_jax.model.cache import init_cache
 from gpt_jax.model.gpt import GPT, Params, forward, forward_cached, unstack
 from gpt_jax.model.loss import head_logits
@@ -113,7 +113,7 @@ def test_rematerialisation_really_recomputes() -> None:
     """The policies are told apart by what they leave to the backward pass."""
     tokens = jnp.zeros((8, 32), jnp.int32)
 
-    def saved_bytes(remat: str) -> int:
+    def saved_bytes(remat: RematName) -> int:
         model = GPT(dataclasses.replace(CONFIG, remat=remat, attention="xla"))
         backward = jax.eval_shape(lambda params: jax.vjp(lambda p: forward(model, p, tokens), params)[1], init(CONFIG))
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(backward))
@@ -172,10 +172,12 @@ def test_compute_dtype(rng: np.random.Generator) -> None:
     """In bfloat16 the hidden states are, the parameters are not, and the result stays close."""
     _, params = make()
     tokens = random_tokens(rng, 2, 32)
-    expected, ours = (
-        jax.jit(lambda params, model=GPT(dataclasses.replace(CONFIG, dtype=dtype)): forward(model, params, tokens))(params)
-        for dtype in ("float32", "bfloat16")
-    )
+
+    def compute(dtype: DTypeName) -> jax.Array:
+        model = GPT(dataclasses.replace(CONFIG, dtype=dtype))
+        return jax.jit(lambda params: forward(model, params, tokens))(params)
+
+    expected, ours = compute("float32"), compute("bfloat16")
     assert ours.dtype == jnp.bfloat16
     assert {x.dtype for x in jax.tree.leaves(params)} == {jnp.dtype("float32")}
     np.testing.assert_allclose(ours.astype(jnp.float32), expected, atol=0.15)

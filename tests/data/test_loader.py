@@ -1,0 +1,160 @@
+"""The data order is a pure function of (seed, step): what that promises, for generated sizes."""
+
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gpt_jax.data.loader import Prefetch, TrainBatches, eval_batches, permute
+from gpt_jax.errors import UserError
+
+
+class Tokens:
+    """The ids 0, 1, 2, ...: a token tells its place."""
+
+    def __init__(self, n: int) -> None:
+        self.ids = np.arange(n, dtype=np.int32)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        assert 0 <= start <= start + count <= len(self.ids)
+        return self.ids[start : start + count]
+
+
+seeds = st.integers(0, 2**31 - 1)
+
+
+@given(n=st.integers(1, 3000), seed=seeds, epoch=st.integers(0, 10**6))
+def test_permute_is_a_permutation(n: int, seed: int, epoch: int) -> None:
+    assert np.array_equal(np.sort(permute(np.arange(n), n, seed, epoch)), np.arange(n))
+
+
+@given(n=st.integers(2**40, 2**62), index=st.integers(0, 2**40 - 1), seed=seeds)
+def test_permute_of_a_huge_range_needs_no_memory(n: int, index: int, seed: int) -> None:
+    assert 0 <= permute(np.array([index]), n, seed)[0] < n
+
+
+def test_permute_is_random_enough() -> None:
+    """Neighbours do not stay neighbours, and every place is reached from everywhere: a chi-squared test."""
+    n, trials = 10, 5000
+    counts = np.zeros((n, n))
+    for seed in range(trials):
+        counts[np.arange(n), permute(np.arange(n), n, seed)] += 1
+    chi_squared = np.sum((counts - trials / n) ** 2 / (trials / n))
+    assert chi_squared < 140  # 81 degrees of freedom: mean 81, deviation 12.7.
+    large = permute(np.arange(100_000), 100_000, 1)
+    assert abs(np.corrcoef(np.arange(100_000), large)[0, 1]) < 0.02
+    assert np.mean(np.abs(np.diff(large)) == 1) < 1e-3
+
+
+@st.composite
+def loaders(draw: st.DrawFn) -> TrainBatches:
+    context_length = draw(st.integers(1, 20))
+    n_tokens = draw(st.integers(context_length + 1, 400))
+    return TrainBatches(Tokens(n_tokens), context_length, draw(st.integers(1, 12)), draw(seeds))
+
+
+@given(loaders(), st.integers(0, 2))
+def test_an_epoch_visits_every_window_once(batches: TrainBatches, epoch: int) -> None:
+    """Over one epoch, no token is an input twice, and at most one window's worth of tokens is left out."""
+    n, T, W = len(batches.tokens), batches.context_length, batches.windows_per_epoch
+    first, last = epoch * W, (epoch + 1) * W
+    steps = range(first // batches.batch_size, -(-last // batches.batch_size))
+    rows = np.concatenate([batches(step) for step in steps])
+    offset = steps.start * batches.batch_size
+    inputs = rows[first - offset : last - offset, :T]
+    visits = np.bincount(inputs.reshape(-1), minlength=n)
+    assert visits.max() == 1
+    assert visits.sum() == W * T > n - T
+
+
+@given(loaders(), st.integers(0, 1000))
+def test_a_window_is_consecutive_tokens_of_the_ring(batches: TrainBatches, step: int) -> None:
+    rows = batches(step)
+    assert rows.dtype == np.int32
+    assert rows.shape == (batches.batch_size, batches.context_length + 1)
+    assert np.array_equal(rows[:, 1:], (rows[:, :-1] + 1) % len(batches.tokens))
+
+
+@given(loaders(), st.integers(0, 10**9))
+def test_any_step_is_reached_at_once_and_always_the_same(batches: TrainBatches, step: int) -> None:
+    assert np.array_equal(batches(step), batches(step))
+
+
+@given(loaders(), st.integers(0, 50), st.integers(1, 4))
+def test_hosts_share_out_the_global_batch(batches: TrainBatches, step: int, n_hosts: int) -> None:
+    """Their rows, one host after the other, are the batch of a single host."""
+    size = batches.batch_size * n_hosts
+    hosts = [
+        TrainBatches(batches.tokens, batches.context_length, size, batches.seed, host, n_hosts)
+        for host in range(n_hosts)
+    ]
+    alone = TrainBatches(batches.tokens, batches.context_length, size, batches.seed)
+    assert np.array_equal(np.concatenate([host(step) for host in hosts]), alone(step))
+
+
+def test_epochs_and_seeds_differ() -> None:
+    def epoch(seed: int, n: int) -> list[int]:
+        batches = TrainBatches(Tokens(1000), 10, 100, seed)
+        return batches(n)[:, 0].tolist()
+
+    assert epoch(0, 0) != epoch(0, 1)
+    assert epoch(0, 0) != epoch(1, 0)
+    assert sorted(epoch(0, 0)) != sorted(epoch(0, 1))  # The windows begin elsewhere, too.
+
+
+def test_a_split_smaller_than_a_window_is_refused() -> None:
+    TrainBatches(Tokens(11), 10, 4, 0)(0)
+    with pytest.raises(UserError, match="10 tokens, less than one window"):
+        TrainBatches(Tokens(10), 10, 4, 0)
+
+
+def test_a_batch_that_does_not_divide_over_hosts_is_refused() -> None:
+    with pytest.raises(UserError, match="does not divide over 2 hosts"):
+        TrainBatches(Tokens(100), 10, 5, 0, host=0, n_hosts=2)
+
+
+@given(n=st.integers(2, 300), T=st.integers(1, 20), B=st.integers(1, 8))
+def test_evaluation_asks_for_every_token_but_the_first_once(n: int, T: int, B: int) -> None:
+    targets = []
+    for tokens, mask in eval_batches(Tokens(n), T, B):
+        assert tokens.shape == (B, T + 1)
+        assert np.array_equal(tokens[:, 1:][mask], tokens[:, :-1][mask] + 1)
+        targets += tokens[:, 1:][mask].tolist()
+    assert targets == list(range(1, n))
+
+
+def test_prefetch_keeps_the_order_and_works_ahead() -> None:
+    made = []
+
+    def make(step: int) -> int:
+        made.append(step)
+        return step * 10
+
+    with Prefetch(make, range(3, 100)) as results:
+        iterator: Iterator[int] = iter(results)
+        assert [next(iterator), next(iterator)] == [30, 40]
+        for _ in range(100):
+            if len(made) >= 4:
+                break
+            time.sleep(0.01)
+        assert made[:4] == [3, 4, 5, 6]
+        assert len(made) <= 2 + 2 + 1  # Taken, waiting in the queue, in the thread's hands.
+    assert not results.thread.is_alive()
+
+
+def test_prefetch_passes_on_what_goes_wrong() -> None:
+    def make(step: int) -> int:
+        if step == 2:
+            raise UserError("the disk went away")
+        return step
+
+    taken: list[int] = []
+    with pytest.raises(UserError, match="the disk went away"), Prefetch(make, range(5)) as results:
+        taken.extend(iter(results))
+    assert taken in ([], [0, 1])

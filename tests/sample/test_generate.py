@@ -1,0 +1,173 @@
+"""Generation with a small random model and the byte tokenizer."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gpt_jax.config import ModelConfig
+from gpt_jax.data.tokenizer import ByteTokenizer
+from gpt_jax.errors import UserError
+from gpt_jax.model.gpt import GPT, Params, forward
+from gpt_jax.model.loss import head_logits
+from gpt_jax.sample.decode import Filters, bucket, decoder_for
+from gpt_jax.sample.generate import Result, Settings, generate
+
+TOKENIZER = ByteTokenizer()
+CONFIG = ModelConfig(
+    vocab_size=TOKENIZER.vocab_size + 3,  # Padded, as a model's vocabulary may be.
+    context_length=64,
+    n_layer=2,
+    n_head=2,
+    d_model=32,
+    dtype="float32",
+    attention="block_causal",
+)
+MODEL = GPT(CONFIG)
+GREEDY = Filters(temperature=0)
+
+
+@pytest.fixture(scope="module")
+def params() -> Params:
+    """Random, and far from uniform, so that rounding decides no token."""
+    rng = np.random.default_rng(0)
+    params = jax.jit(MODEL.init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    return jax.tree.map(lambda x: x + 0.15 * rng.normal(size=x.shape).astype(np.float32), params)
+
+
+def run(params: Params, *prompts: str, n: int = 20, num_samples: int = 1, **changes: object) -> list[Result]:
+    settings = dataclasses.replace(Settings(max_new_tokens=n, filters=GREEDY), **changes)  # type: ignore[arg-type]
+    return generate(MODEL, params, TOKENIZER, prompts, settings, num_samples)
+
+
+@jax.jit
+def full_logits(params: Params, tokens_BT: jax.Array) -> jax.Array:
+    return head_logits(forward(MODEL, params, tokens_BT)[0], params["tokens_VD"])
+
+
+def slow_greedy(params: Params, prompt: str, n: int) -> tuple[list[int], list[float]]:
+    """Without a cache: the whole window through the model for every token, as the documentation says it slides."""
+    tokens = list(prompt.encode())
+    start, logprobs = 0, []
+    for _ in range(n):
+        if len(tokens) - start > CONFIG.context_length:
+            start = len(tokens) - CONFIG.context_length // 2
+        window = tokens[start:]
+        padded = np.zeros((1, CONFIG.context_length), np.int32)
+        padded[0, : len(window)] = window
+        logits = full_logits(params, padded)[len(window) - 1, : TOKENIZER.vocab_size]
+        tokens.append(int(jnp.argmax(logits)))
+        logprobs.append(float(jax.nn.log_softmax(logits)[tokens[-1]]))
+    return tokens[len(prompt.encode()) :], logprobs
+
+
+@pytest.mark.parametrize("n", [1, 2, 40, 150])
+def test_greedy_text_equals_decoding_without_a_cache(params: Params, n: int) -> None:
+    """Also past the context length, where the window slides."""
+    prompt = "The quick brown fox"
+    [result] = run(params, prompt, n=n)
+    tokens, logprobs = slow_greedy(params, prompt, n)
+    assert result.tokens == tokens[: len(result.tokens)]
+    assert len(result.tokens) == n or result.finish_reason == "end_of_text"
+    np.testing.assert_allclose(result.logprobs, logprobs[: len(result.tokens)], atol=1e-4)
+
+
+@pytest.mark.parametrize("filters", [GREEDY, Filters(temperature=1.3, top_k=50, top_p=0.95, repetition_penalty=1.2)])
+def test_a_row_of_a_batch_equals_its_prompt_alone(params: Params, filters: Filters) -> None:
+    """Prompts of different lengths, two samples each, long enough for windows to slide at different times."""
+    prompts = ["A", "a longer prompt than that", "语言模型", ""]
+    together = run(params, *prompts, n=120, num_samples=2, filters=filters)
+    for i, prompt in enumerate(prompts):
+        alone = run(params, prompt, n=120, num_samples=2, filters=filters)
+        for ours, expected in zip(together[2 * i : 2 * i + 2], alone, strict=True):
+            assert ours.tokens == expected.tokens
+            assert ours.text == expected.text
+            np.testing.assert_allclose(ours.logprobs, expected.logprobs, atol=1e-4)
+
+
+def test_same_seed_same_text_and_another_seed_another(params: Params) -> None:
+    hot = Filters(temperature=1.5)
+    [a], [b], [c] = (run(params, "Once", filters=hot, seed=seed) for seed in (7, 7, 8))
+    assert a == b
+    assert a.tokens != c.tokens
+    first, second = run(params, "Once", filters=hot, num_samples=2)
+    assert first.tokens != second.tokens
+
+
+def test_what_is_streamed_is_the_text(params: Params) -> None:
+    """Pieces concatenate to the text, and none of them holds a part of a character that was still arriving."""
+    pieces: dict[int, list[str]] = {0: [], 1: []}
+    settings = Settings(max_new_tokens=60, filters=Filters(temperature=1.0))
+    results = generate(
+        MODEL, params, TOKENIZER, ["x", "生成"], settings, on_text=lambda row, text: pieces[row].append(text)
+    )
+    for row, result in enumerate(results):
+        assert "".join(pieces[row]) == result.text == TOKENIZER.decode(result.tokens)
+        assert len(pieces[row]) > 1
+
+
+def test_stop_strings_end_the_text_and_are_not_part_of_it(params: Params) -> None:
+    settings = {"filters": Filters(temperature=1.2), "n": 80, "seed": 1}
+    [whole] = run(params, "Stop", **settings)  # type: ignore[arg-type]
+    stop = whole.text[20:23]
+    expected = whole.text[: whole.text.index(stop)]
+    pieces: list[str] = []
+    [result] = generate(
+        MODEL,
+        params,
+        TOKENIZER,
+        ["Stop"],
+        Settings(80, 1, (stop, "never in it"), Filters(temperature=1.2)),
+        on_text=lambda row, text: pieces.append(text),
+    )
+    assert (result.text, result.finish_reason) == (expected, "stop")
+    assert "".join(pieces) == expected
+
+
+def test_end_of_text_ends_the_text(params: Params) -> None:
+    certain = jax.tree.map(lambda x: x, params)
+    row = certain["tokens_VD"][TOKENIZER.end_of_text]
+    certain["final_norm"] = {**certain["final_norm"], "bias": 50 * row / jnp.linalg.norm(row)}
+    [result] = run(certain, "x")
+    assert (result.tokens, result.text, result.finish_reason) == ([], "", "end_of_text")
+
+
+def test_padding_of_the_vocabulary_is_never_drawn(params: Params) -> None:
+    tempting = {**params, "tokens_VD": params["tokens_VD"].at[-3:].set(100.0)}
+    [result] = run(tempting, "x", n=50, filters=Filters(temperature=2.0))
+    assert max(result.tokens) < TOKENIZER.vocab_size
+
+
+def test_programs_are_compiled_once_a_bucket(params: Params) -> None:
+    decoder = decoder_for(MODEL, GREEDY, TOKENIZER.vocab_size)
+    run(params, "abc", n=20)
+    before = decoder.prefill._cache_size(), decoder.decode._cache_size()  # type: ignore[attr-defined]
+    for prompt in ("a", "abcdef", "0123456789"):
+        run(params, prompt, n=22)
+    assert (decoder.prefill._cache_size(), decoder.decode._cache_size()) == before  # type: ignore[attr-defined]
+
+
+def test_the_cache_is_donated(params: Params) -> None:
+    decoder = decoder_for(MODEL, GREEDY, TOKENIZER.vocab_size)
+    tokens, lengths = np.zeros((1, 16), np.int32), np.ones(1, np.int32)
+    keys = jax.random.split(jax.random.key(0), 1)
+    unstacked = generate.__globals__["prepare_params"](params, CONFIG.n_layer)
+    state, _ = decoder.prefill(unstacked, tokens, lengths, 0, keys, None, cache_length=32)
+    buffer = state.cache[0].k_BSGK
+    decoder.decode(unstacked, state, 1)
+    assert buffer.is_deleted()
+
+
+def test_a_prompt_longer_than_the_context_is_refused(params: Params) -> None:
+    assert len(run(params, "x" * 64, n=1)[0].tokens) == 1
+    with pytest.raises(UserError, match="the prompt has 65 tokens, and the model's context_length is 64"):
+        run(params, "x" * 65)
+
+
+@pytest.mark.parametrize(
+    ("length", "expected"), [(1, 16), (16, 16), (17, 32), (33, 64), (63, 64), (64, 64), (65, 100), (100, 100)]
+)
+def test_buckets(length: int, expected: int) -> None:
+    assert bucket(length, 100) == expected

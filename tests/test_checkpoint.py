@@ -1,0 +1,145 @@
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gpt_jax.checkpoint import Checkpoints, DamagedCheckpointError, named_checksums
+from gpt_jax.errors import UserError
+from gpt_jax.train.placement import Placement
+
+
+def make(seed: int) -> tuple[Any, Any]:
+    rng = np.random.default_rng(seed)
+    params = {
+        "a": jnp.asarray(rng.normal(size=(30, 100)), jnp.float32),
+        "b": {"c": jnp.asarray(rng.normal(size=7), jnp.float32)},
+    }
+    return params, {"mu": params, "count": jnp.int32(seed)}
+
+
+def save(folder: Path, losses: dict[int, float | None], keep: int = 2) -> None:
+    with Checkpoints(folder, keep) as checkpoints:
+        for step, loss in losses.items():
+            checkpoints.save(step, *make(step), {"fact": step}, loss)
+
+
+def target(tree: Any, n_devices: int = 1) -> Any:
+    return Placement(jax.devices()[:n_devices]).abstract(tree)
+
+
+def assert_equal(a: Any, b: Any) -> None:
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.mark.parametrize("n_devices", [1, 2, 8])
+def test_what_was_saved_is_restored_on_any_number_of_devices(tmp_path: Path, n_devices: int) -> None:
+    save(tmp_path, {5: 1.0})
+    params, opt_state = make(5)
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        assert checkpoints.steps() == [5]
+        assert checkpoints.meta(5)["fact"] == 5
+        restored = checkpoints.restore(5, "params", target(params, n_devices))
+        assert_equal(restored, params)
+        assert len(restored["a"].devices()) == n_devices
+        assert_equal(checkpoints.restore(5, "opt_state", target(opt_state, n_devices)), opt_state)
+
+
+def test_the_latest_and_the_best_are_kept(tmp_path: Path) -> None:
+    save(tmp_path, {1: 3.0, 2: 1.0, 3: 2.0, 4: 2.5})
+    save(tmp_path, {5: 2.2, 6: None})  # Another process, as after a resume.
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        assert checkpoints.steps() == [2, 5, 6]
+        assert checkpoints.best_step() == 2
+
+
+def test_meta_is_plain_json(tmp_path: Path) -> None:
+    save(tmp_path, {1: None})
+    assert {path.name for path in (tmp_path / "1").iterdir()} >= {"params", "opt_state", "meta"}
+    assert json.loads((tmp_path / "1" / "meta" / "metadata").read_text())["fact"] == 1
+
+
+def test_a_change_of_any_one_element_changes_the_checksum() -> None:
+    base = np.linspace(-1, 1, 64, dtype=np.float32)
+    checksum = named_checksums({"x": jnp.asarray(base)})["x"]
+    for i in range(64):
+        for bit in (0, 13, 31):
+            bits = base.view(np.uint32).copy()
+            bits[i] ^= np.uint32(1 << bit)
+            assert named_checksums({"x": jnp.asarray(bits.view(np.float32))})["x"] != checksum
+    assert named_checksums({"x": jnp.asarray(base[::-1])})["x"] != checksum
+
+
+def data_files(folder: Path) -> list[Path]:
+    """The files of the params item that its arrays are read from."""
+    files = [p for p in (folder / "1" / "params").rglob("*") if p.is_file()]
+    return [p for p in files if p.name != "_sharding" and "commit_success" not in p.name]
+
+
+@pytest.mark.parametrize("how", ["cut short", "changed", "removed"])
+def test_no_damage_goes_unseen(tmp_path: Path, how: str, capfd: pytest.CaptureFixture[str]) -> None:
+    """Whatever file of the parameters is damaged: they come back as they were, or the damage is told in one line."""
+    whole = tmp_path / "whole"
+    save(whole, {1: None})
+    params, _ = make(1)
+    noticed = 0
+    for i, path in enumerate(data_files(whole)):
+        folder = tmp_path / str(i)
+        shutil.copytree(whole, folder)
+        file = folder / path.relative_to(whole)
+        content = file.read_bytes()
+        middle = len(content) // 2
+        if how == "removed":
+            file.unlink()
+        else:
+            changed = bytes([content[middle] ^ 0x10])
+            file.write_bytes(content[:middle] + (b"" if how == "cut short" else changed + content[middle + 1 :]))
+        with Checkpoints(folder, read_only=True) as checkpoints:
+            try:
+                assert_equal(checkpoints.restore(1, "params", target(params)), params)
+            except DamagedCheckpointError as e:
+                message = str(e)
+                noticed += 1
+                assert re.fullmatch(rf"checkpoint {folder / '1'} is damaged: params.+", message)  # One line.
+    assert noticed >= 2
+    assert capfd.readouterr().err == ""
+
+
+def test_a_changed_value_is_named_by_its_leaf(tmp_path: Path) -> None:
+    save(tmp_path, {1: None})
+    meta = tmp_path / "1" / "meta" / "metadata"
+    facts = json.loads(meta.read_text())
+    facts["checksums"]["params"]["b/c"] ^= 1
+    meta.write_text(json.dumps(facts))
+    with (
+        Checkpoints(tmp_path, read_only=True) as checkpoints,
+        pytest.raises(DamagedCheckpointError, match="params/b/c is not as it was saved"),
+    ):
+        checkpoints.restore(1, "params", target(make(1)[0]))
+
+
+def test_another_shape_is_named_by_its_leaf(tmp_path: Path) -> None:
+    save(tmp_path, {1: None})
+    other = {"a": jnp.zeros((30, 101)), "b": {"c": jnp.zeros(7)}}
+    with (
+        Checkpoints(tmp_path, read_only=True) as checkpoints,
+        pytest.raises(
+            UserError, match=r"params/a has shape \(30, 100\) in the checkpoint and \(30, 101\) in the model"
+        ),
+    ):
+        checkpoints.restore(1, "params", target(other))
+
+
+def test_another_structure_is_named_by_its_leaf(tmp_path: Path) -> None:
+    save(tmp_path, {1: None})
+    other = {"a": jnp.zeros((30, 100)), "b": {"d": jnp.zeros(7)}}
+    with (
+        Checkpoints(tmp_path, read_only=True) as checkpoints,
+        pytest.raises(UserError, match=r"params/b/c has shape \(7,\) in the checkpoint and none in the model"),
+    ):
+        checkpoints.restore(1, "params", target(other))

@@ -1,0 +1,272 @@
+"""The commands as a user meets them: what they make, and the one line that they say to what cannot be."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from gpt_jax.cli import main
+from tests.cli import ROOT, TINY, records, refused, run, start
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run's folder, after a training with everything switched on."""
+    out = tmp_path_factory.mktemp("runs") / "trained"
+    stdout, stderr = run(
+        *("train", *TINY, f"--data.dir={tiny_data}", f"--out-dir={out}", "--train.steps=40", "--train.eval-every=10"),
+        *("--train.sample-every=20", "--train.sample-tokens=8", "--train.tensorboard", "--profile"),
+    )
+    assert "first step:" in stdout
+    assert stdout.count("val loss") == 4
+    assert stdout.count("--- sample") == 2
+    assert stderr == ""
+    return out
+
+
+def test_a_run_explains_itself(trained: Path) -> None:
+    assert {"config.json", "metrics.jsonl", "loss.png", "tokenizer.json", "checkpoints", "tensorboard", "profile"} <= {
+        path.name for path in trained.iterdir()
+    }
+    assert list((trained / "tensorboard").glob("events*"))
+    assert list((trained / "profile").rglob("*.xplane.pb"))
+    assert (trained / "loss.png").read_bytes().startswith(b"\x89PNG")
+    lines = records(trained)
+    assert [line["step"] for line in lines] == list(range(1, 41))
+    common = {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "step_ms", "mfu"}
+    for line in lines:
+        evaluated = {"val_loss", "val_bits_per_byte"} if line["step"] % 10 == 0 else set()
+        assert set(line) == common | evaluated
+    assert lines[-1]["tokens"] == 40 * 8 * 16
+    assert lines[-1]["loss"] < lines[0]["loss"] - 0.05
+    assert lines[-1]["mfu"] is None  # A CPU has no known peak.
+
+
+def test_an_evaluation_is_the_same_number_every_time(trained: Path, tiny_data: Path, tmp_path: Path) -> None:
+    """The state of step 10, reached in another process with other evaluations on the way."""
+    args = ("train", *TINY, f"--data.dir={tiny_data}", f"--out-dir={tmp_path / 'r'}", "--train.steps=40")
+    run(*args, "--train.eval-every=5")
+    ours = {r["step"]: r["val_loss"] for r in records(tmp_path / "r") if "val_loss" in r}
+    expected = {r["step"]: r["val_loss"] for r in records(trained) if "val_loss" in r}
+    assert expected.items() <= ours.items()
+
+
+def test_same_seed_same_text(trained: Path) -> None:
+    args = ("sample", f"--run={trained}", "--prompt", "the cat", "--max-new-tokens=30")
+    first, _ = run(*args)
+    assert first.startswith("the cat")
+    assert run(*args)[0] == first
+    assert run(*args, "--seed=1")[0] != first
+
+
+def test_json_output(trained: Path, tmp_path: Path) -> None:
+    prompt = tmp_path / "prompt.txt"
+    prompt.write_text("语言 the", encoding="utf-8")
+    out, _ = run(
+        "sample", f"--run={trained}", f"--prompt-file={prompt}", "--num-samples=3", "--max-new-tokens=7", "--json"
+    )
+    results = [json.loads(line) for line in out.splitlines()]
+    assert len(results) == 3
+    for result in results:
+        assert result["prompt"] == "语言 the"
+        assert len(result["tokens"]) == len(result["logprobs"]) <= 7
+        assert all(logprob <= 0 for logprob in result["logprobs"])
+        assert result["finish_reason"] in ("length", "end_of_text")
+
+
+def test_sampling_several_prompts_prints_each(trained: Path) -> None:
+    out, _ = run(
+        "sample", f"--run={trained}", "--prompt", "the", "a mat and", "--max-new-tokens=5", "--checkpoint=best"
+    )
+    assert "--- 1 of 2\nthe" in out
+    assert "--- 2 of 2\na mat and" in out
+
+
+def test_the_newest_run_is_the_default(trained: Path, tmp_path: Path) -> None:
+    shutil.copytree(trained, tmp_path / "runs" / "mine")
+    process = subprocess.run(
+        [sys.executable, ROOT / "sample.py", "--prompt", "the cat", "--max-new-tokens=5"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert process.stdout.startswith("the cat")
+
+
+def test_the_scripts_are_the_commands() -> None:
+    for script, name in (("train.py", "train"), ("sample.py", "sample")):
+        by_script = subprocess.run(
+            [sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        assert by_script.stdout == run(name, "--help")[0]
+    assert "--model.n-layer" in run("train", "--help")[0]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(trained: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(trained, out)
+    error = refused(
+        "train",
+        "--resume",
+        f"--out-dir={out}",
+        "--optimizer.learning-rate=1e30",
+        "--optimizer.clip-norm=0",
+        "--train.steps=80",
+    )
+    assert error.startswith("error: step 42: the ")
+    assert "so training stops and this state is not saved" in error
+    assert "40" in [p.name for p in (out / "checkpoints").iterdir()]
+    assert records(out)[-1]["step"] in (40, 41)
+
+
+def test_ctrl_c_while_sampling_ends_quietly(trained: Path) -> None:
+    process = start("sample", f"--run={trained}", "--prompt", "the cat", "--max-new-tokens=100000")
+    assert process.stdout is not None
+    assert process.stdout.read(8)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.strip() == "interrupted"
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["train", "--model.n-layr", "3"], "did you mean --model.n-layer?"),
+        (["train", "--model.n-layer", "three"], "--model.n-layer"),
+        (["train", "--model.attention", "fast"], "'fast' for argument '--model.attention'"),
+        (["train", "--learning-rate", "1"], "did you mean --optimizer.learning-rate?"),
+        (["sample", "--max-tokens", "5"], "did you mean --max-new-tokens?"),
+        (["prepare", "--out", "x", "--tokenzier", "bytes", "python-docs"], "did you mean --tokenizer?"),
+        (["trian"], "there is no command 'trian'; did you mean train?"),
+    ],
+)
+def test_wrong_arguments(args: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(args) == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["train", "nowhere.py"], "no configuration file nowhere.py"),
+        (["train", "--model.n-head", "5"], "model.n_head = 5 is not possible: it must be a divisor of model.d_model"),
+        (["train", "--model.dropout", "1.5"], "model.dropout = 1.5 is not possible: it must be at least 0 and less"),
+        (["train", "--train.steps", "0"], "train.steps = 0 is not possible: it must be 1 or more"),
+        (["train", "--data.dir", "nowhere", "--data.source"], "nowhere"),
+        (["sample", "--run", "nowhere"], "nowhere is not a run: it has no config.json"),
+        (["sample", "--temperature=-1"], "temperature = -1.0 is not possible: it must be 0 (greedy) or more"),
+        (["sample", "--prompt-file", "nowhere.txt"], "prompt file nowhere.txt cannot be read: No such file"),
+        (["sample", "--prompt", "a", "--prompt-file", "b"], "were both given"),
+        (["train", "--resume", "--out-dir", "nowhere"], "nowhere holds no run that could be resumed"),
+    ],
+)
+def test_impossible_requests(args: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(args) == 1
+    err = capsys.readouterr().err
+    assert message in err
+    assert err.count("\n") == 1
+
+
+def test_train_refuses_what_does_not_fit(trained: Path, tiny_data: Path, tmp_path: Path) -> None:
+    data = f"--data.dir={tiny_data}"
+    out = f"--out-dir={tmp_path / 'run'}"
+    before = sorted((p, p.stat().st_mtime_ns) for p in trained.rglob("*"))
+
+    assert "holds a run already" in refused("train", *TINY, data, f"--out-dir={trained}")
+    assert "data.batch_size = 9 does not divide over 2 devices" in refused(
+        "train", *TINY, data, out, "--data.batch-size=9", "--parallel.devices=2"
+    )
+    assert "data.microbatch_size = 3 does not divide" in refused("train", *TINY, data, out, "--data.microbatch-size=3")
+    assert "less than one window of model.context_length + 1 = 100001" in refused(
+        "train", *TINY, data, out, "--model.context-length=100000"
+    )
+    assert "model.vocab_size = 99 is not possible: it must be at least the" in refused(
+        "train", *TINY, data, out, "--model.vocab-size=99"
+    )
+    assert "cudnn cannot run here: it needs an NVIDIA GPU" in refused(
+        "train", *TINY, data, out, "--model.attention=cudnn"
+    )
+    assert "model.d_model is 16 there and 32 here" in refused(
+        "train", "--resume", f"--out-dir={trained}", "--model.d-model=32", "--train.steps=50"
+    )
+    assert not (tmp_path / "run").exists()
+    assert sorted((p, p.stat().st_mtime_ns) for p in trained.rglob("*")) == before
+
+
+def test_a_truncated_shard_is_named(tiny_data: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(tiny_data, data)
+    shard = data / "train-00000-of-00001.bin"
+    shard.write_bytes(shard.read_bytes()[:-100])
+    assert "train-00000-of-00001.bin" in refused("train", *TINY, f"--data.dir={data}", f"--out-dir={tmp_path / 'run'}")
+
+
+def test_sample_refuses_what_does_not_belong_together(trained: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(trained, run_dir)
+    assert "the prompt has 17 tokens, and the model's context_length is 16" in refused(
+        "sample", f"--run={run_dir}", "--prompt", "x" * 17
+    )
+    assert "there is no checkpoint 7" in refused("sample", f"--run={run_dir}", "--checkpoint=7")
+
+    for item in (run_dir / "checkpoints" / "40" / "params").rglob("manifest.ocdbt"):
+        item.write_bytes(b"")
+    assert "checkpoints/40 is damaged: params cannot be read" in refused("sample", f"--run={run_dir}")
+
+    words = tmp_path / "words.txt"
+    words.write_text("one two three four five six seven\n" * 100)
+    run("prepare", words, "--out", tmp_path / "other", "--vocab-size=30", "--model-type=char")
+    (run_dir / "tokenizer.json").unlink()
+    shutil.copy(tmp_path / "other" / "tokenizer.model", run_dir)
+    assert "is not the one that checkpoint 40 was trained with" in refused("sample", f"--run={run_dir}")
+
+
+def test_a_full_disk_ends_in_one_line_and_keeps_older_checkpoints(trained: Path, tmp_path: Path) -> None:
+    """A limit on the size of files stands for the full disk: writing fails in the middle, in the same way."""
+    out = tmp_path / "run"
+    shutil.copytree(trained, out)
+    limited = (
+        "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "from gpt_jax.cli import run; "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (12000, 12000)); run()"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", limited, "train", "--resume", f"--out-dir={out}", "--train.steps=60"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "false"},
+    )
+    assert process.returncode == 1
+    assert process.stderr.startswith("error: ")
+    assert process.stderr.count("\n") == 1
+    assert (out / "checkpoints" / "40" / "params").is_dir()
+
+
+def test_sigkill_while_sampling_during_training_needs_no_cleaning(tiny_data: Path, tmp_path: Path) -> None:
+    """A run that was killed before its first checkpoint starts from the first step."""
+    out = tmp_path / "run"
+    args = ("train", *TINY, f"--data.dir={tiny_data}", f"--out-dir={out}", "--train.steps=2000")
+    process = start(*args)
+    while not records(out):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    process = start(*args, "--resume", "--train.steps=60", "--train.eval-every=0")
+    stdout, stderr = process.communicate(timeout=120)
+    assert process.returncode == 0, stderr
+    assert "no checkpoint yet: starting from the first step" in stdout
+    assert [r["step"] for r in records(out)] == list(range(1, 61))
