@@ -3,8 +3,8 @@
 from gpt_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 
 config = Config(
-    model=ModelConfig(n_layer=4, n_head=4, d_model=256, context_length=128),
-    data=DataConfig(dir="data/python-docs", source=("python-docs",), vocab_size=2048, batch_size=16),
-    optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=40),
-    train=TrainConfig(steps=450, eval_every=150, sample_every=150),
+    model=ModelConfig(n_layer=4, n_head=4, d_model=128, context_length=128),
+    data=DataConfig(dir="data/python-docs", source=("python-docs",), vocab_size=2048, batch_size=12),
+    optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=100),
+    train=TrainConfig(steps=1600, eval_every=400, sample_every=400),
 )

@@ -152,7 +152,7 @@ class SampleArgs:
     num_samples: int = 1  # Texts for each prompt.
     temperature: float = 0.8  # Divides the logits; 0: always the most probable token.
     top_k: int = 0  # Draw from the k most probable tokens only; 0: from all.
-    top_p: float = 1.0  # Draw from the fewest tokens whose probabilities add up to p.
+    top_p: float = 0.95  # Draw from the fewest tokens whose probabilities add up to p.
     min_p: float = 0.0  # Draw from tokens at least this many times as probable as the most probable one.
     repetition_penalty: float = 1.0  # Makes tokens that were seen before less probable; 1: does not.
     stop: tuple[str, ...] = ()  # Strings that end a text.

@@ -45,7 +45,8 @@ def permute(index: np.ndarray, n: int, *key: int) -> np.ndarray:
     """Where a permutation of range(n) that `key` chooses sends each index, without making the permutation.
 
     A Feistel network (Luby and Rackoff 1988) of six rounds permutes the smallest 2**(2k) >= n. A value that falls
-    outside range(n) walks on along its cycle until it is inside (Black and Rogaway 2002): on average, fewer than four times.
+    outside range(n) walks on along its cycle until it is inside (Black and Rogaway 2002), fewer than four times on
+    average.
     """
     half_bits = max(1, ((n - 1).bit_length() + 1) // 2)
     shift, mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
