@@ -1,9 +1,10 @@
 """How fast `prepare` is, and how much memory it takes: python -m benchmarks.prepare [--gib 1]
 
 The corpus is the built-in python-docs over and over as JSON Lines, each time with one word in twenty replaced by one
-that was never seen: about as many new words as the next gigabyte of a large corpus brings. Without that, the cache of
-words would know all of it. `prepare` runs as a process of its own; every 0.1 s the memory of it and of its workers is
-added up. SentencePiece alone encodes the first 64 MiB with the same model, on one core.
+that was never seen: otherwise the cache of words would know all of it. That share is an assumption; text that brings
+fewer new words is tokenised faster, text that brings more is tokenised slower. `prepare` runs as a process of its own;
+every 0.1 s the memory of it and of its workers is added up. SentencePiece alone encodes the first 64 MiB with the same
+model, on one core.
 """
 
 import argparse

@@ -5,7 +5,7 @@ from gpt_jax.model.presets import GPT2_LARGE
 
 config = Config(
     model=GPT2_LARGE,
-    data=DataConfig(dir="data/web", vocab_size=50257, val_fraction=0.001, batch_size=512, microbatch_size=4),
+    data=DataConfig(dir="data/web", batch_size=512, microbatch_size=4),
     optimizer=OptimizerConfig(learning_rate=2.5e-4, warmup_steps=700),
     train=TrainConfig(steps=19_073, eval_every=1000),
 )

@@ -5,7 +5,7 @@ from gpt_jax.model.presets import GPT2_MEDIUM
 
 config = Config(
     model=GPT2_MEDIUM,
-    data=DataConfig(dir="data/web", vocab_size=50257, val_fraction=0.001, batch_size=512, microbatch_size=8),
+    data=DataConfig(dir="data/web", batch_size=512, microbatch_size=8),
     optimizer=OptimizerConfig(learning_rate=3e-4, warmup_steps=700),
     train=TrainConfig(steps=19_073, eval_every=1000),
 )

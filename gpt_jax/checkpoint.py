@@ -7,6 +7,7 @@ arrays, kept with the facts, do.
 
 import logging
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -136,14 +137,20 @@ class Checkpoints:
         if failure:
             raise failure
 
-    def discard_after(self, step: int) -> None:
-        """Removes the checkpoints of later steps: a run that goes on from `step` writes them anew."""
-        for later in [s for s in self.steps() if s > step]:
-            self.manager.delete(later)
+    def set_aside(self, step: int) -> None:
+        """Moves a checkpoint that could not be read to damaged/ beside the checkpoints, where another can take its
+        place. It is not removed: what cannot be read today, on a bad network file system say, may be whole."""
+        aside = self.folder.with_name("damaged") / f"{step}-{time.strftime('%Y%m%d-%H%M%S')}"
+        aside.parent.mkdir(exist_ok=True)
+        (self.folder / str(step)).rename(aside)
+        self.manager.reload()
 
     def meta(self, step: int) -> dict[str, Any]:
         """The facts saved with a step. Raises DamagedCheckpointError."""
-        return self.restore_item(step, "meta", ocp.args.JsonRestore())
+        facts = self.restore_item(step, "meta", ocp.args.JsonRestore())
+        if not isinstance(facts, dict) or not facts.keys() >= {"config", "tokenizer", "data", "checksums"}:
+            raise DamagedCheckpointError(f"checkpoint {self.folder / str(step)} is damaged: meta is not whole")
+        return facts
 
     def restore(self, step: int, item: str, target: Any) -> Any:
         """The item "params" or "opt_state" of a step, as the abstract `target` wants it placed.
@@ -152,9 +159,7 @@ class Checkpoints:
         naming the item or leaf that is not as it was saved.
         """
         where = f"{self.folder / str(step)}"
-        expected = self.meta(step).get("checksums", {}).get(item)
-        if not isinstance(expected, dict):
-            raise DamagedCheckpointError(f"checkpoint {where} is damaged: meta has no checksums of {item}")
+        expected = self.meta(step)["checksums"][item]
         metadata = self.restore_metadata(step, item)
         saved, wanted = leaf_shapes(metadata), leaf_shapes(target)
         for name in sorted(saved.keys() | wanted.keys()):
@@ -173,6 +178,8 @@ class Checkpoints:
         """Shapes and dtypes of a saved item."""
         try:
             return self.manager.item_metadata(step)[item].tree
+        except (MemoryError, PermissionError):
+            raise
         except Exception as e:
             raise self.damage(step, item, e) from e
 
@@ -180,6 +187,8 @@ class Checkpoints:
         """One item as orbax reads it, or DamagedCheckpointError."""
         try:
             return self.manager.restore(step, args=ocp.args.Composite(**{item: args}))[item]
+        except (MemoryError, PermissionError):
+            raise
         except Exception as e:
             raise self.damage(step, item, e) from e
 

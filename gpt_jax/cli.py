@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import itertools
 import json
 import os
 import re
@@ -19,7 +20,8 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
-from gpt_jax.config import Config, check, load_config, load_saved_config, with_vocabulary
+from gpt_jax.config import Config, DataConfig, check, load_config, load_saved_config, with_vocabulary
+from gpt_jax.data.shards import Dataset, open_dataset
 from gpt_jax.errors import UserError
 
 Args = TypeVar("Args")
@@ -78,64 +80,87 @@ def in_one_line(box: str) -> str:
 
 
 def default_config_path() -> Path:
-    """configs/quickstart.py, of the working folder or of the checkout that this package is in."""
-    here = Path("configs/quickstart.py")
-    return here if here.exists() else Path(__file__).parent.parent / here
+    """quickstart.py: of the working folder's configs/, of the checkout that this package is in, or of the package."""
+    package = Path(__file__).parent
+    places = [folder / "configs" / "quickstart.py" for folder in (Path(), package.parent, package)]
+    return next((path for path in places if path.exists()), places[0])
 
 
 def flag_value(argv: Sequence[str], flag: str) -> str | None:
-    """The value given to a flag, before the arguments as a whole can be parsed; None when it is not there."""
-    for i, argument in enumerate(argv):
-        if argument == flag and i + 1 < len(argv):
-            return argv[i + 1]
-        if argument.startswith(f"{flag}="):
-            return argument.partition("=")[2]
-    return None
+    """The value last given to a flag, before the arguments as a whole can be parsed; None when it is not there."""
+    value = None
+    for argument, following in itertools.zip_longest(argv, argv[1:]):
+        name, equals, rest = argument.partition("=")
+        if name.replace("_", "-") == flag:
+            value = rest if equals else following
+    return value
 
 
 def train_command(argv: Sequence[str]) -> int:
     """Builds the configuration from file, saved run and flags; prepares the data if need be; trains."""
-    argv = list(argv)
-    positional = [
-        i for i, a in enumerate(argv) if not a.startswith("-") and argv[i - 1 : i] in ([], ["--resume"], ["--profile"])
-    ]
-    path = Path(argv.pop(positional[0])) if positional else default_config_path()
-    config = load_config(path)
-    out_dir = flag_value(argv, "--out-dir") or config.out_dir or str(Path("runs") / path.stem)
-    saved = Path(out_dir) / "config.json"
-    if "--resume" in argv and saved.exists():
-        config = load_saved_config(saved)
-    args = parse(TrainArgs, argv, "train", default=TrainArgs(config=config))
-    config = dataclasses.replace(args.config, out_dir=out_dir)
+    config, args = train_arguments(list(argv))
 
     from gpt_jax import runtime
-    from gpt_jax.data.shards import open_dataset
     from gpt_jax.train.loop import Interrupted, check_run_folder, train
 
-    check_run_folder(Path(out_dir), args.resume)  # Before minutes are spent on preparing data.
-    d = config.data
-    check(bool(d.dir), "data.dir", d.dir, "a folder made by gpt-jax prepare")
-    if d.source and not Path(d.dir).exists():
-        from gpt_jax.data.prepare import prepare, print_summary
-
-        meta = prepare(
-            d.source,
-            Path(d.dir),
-            tokenizer=d.tokenizer,
-            model_type=d.model_type,
-            vocab_size=d.vocab_size,
-            val_fraction=d.val_fraction,
-        )
-        print_summary(Path(d.dir), meta)
-    data = open_dataset(Path(d.dir))
+    check_run_folder(Path(config.out_dir), args.resume)  # Before minutes are spent on preparing data.
+    data = open_or_prepare(config.data, argv)
     config = with_vocabulary(config, data.tokenizer.vocab_size)
-
     runtime.setup(runtime.choose_cpu_devices(config))
     try:
         train(config, data, resume=args.resume, profile=args.profile)
     except Interrupted as e:
         return 128 + e.signum
     return 0
+
+
+def train_arguments(argv: list[str]) -> tuple[Config, TrainArgs]:
+    """The configuration with its out_dir, and the other arguments.
+
+    The flags change the configuration of a file, which may be the first argument or follow --resume or --profile; or
+    with --resume, the one that was saved with the run.
+    """
+    positional = [
+        i for i, a in enumerate(argv) if not a.startswith("-") and argv[i - 1 : i] in ([], ["--resume"], ["--profile"])
+    ]
+    path = Path(argv.pop(positional[0])) if positional else default_config_path()
+    out_dir = flag_value(argv, "--out-dir") or str(Path("runs") / path.stem)
+    saved = Path(out_dir) / "config.json"
+    config = load_saved_config(saved) if "--resume" in argv and saved.exists() else load_config(path)
+    config = dataclasses.replace(config, out_dir=out_dir)
+    args = parse(TrainArgs, argv, "train", TrainArgs(config=config))
+    return args.config, args
+
+
+def open_or_prepare(config: DataConfig, argv: Sequence[str]) -> Dataset:
+    """The data folder, made from `data.source` if it is not there.
+
+    Raises UserError when a flag asks for another preparation than that of the folder that is there.
+    """
+    check(bool(config.dir), "data.dir", config.dir, "a folder made by gpt-jax prepare")
+    folder = Path(config.dir)
+    if config.source and not folder.exists():
+        from gpt_jax.data.prepare import PrepareArgs, prepare, print_summary
+
+        meta = prepare(
+            PrepareArgs(
+                source=config.source,
+                out=folder,
+                tokenizer=config.tokenizer,
+                model_type=config.model_type,
+                vocab_size=config.vocab_size,
+                val_fraction=config.val_fraction,
+            )
+        )
+        print_summary(folder, meta)
+    data = open_dataset(folder)
+    for name in ("tokenizer", "model_type", "vocab_size", "val_fraction"):
+        wanted, there = getattr(config, name), data.meta.settings[name]
+        if flag_value(argv, f"--data.{name.replace('_', '-')}") is not None and wanted != there:
+            raise UserError(
+                f"data.{name} = {wanted}, but {folder} was prepared with {there}; another --data.dir is prepared anew"
+            )
+    return data
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +196,7 @@ def sample_command(argv: Sequence[str]) -> int:
 
     from gpt_jax import runtime
     from gpt_jax.sample.decode import Filters
-    from gpt_jax.sample.generate import Settings, generate
+    from gpt_jax.sample.generate import Settings, encode_prompt, generate
     from gpt_jax.sample.run import load_run, newest_run
 
     filters = Filters(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
@@ -182,6 +207,7 @@ def sample_command(argv: Sequence[str]) -> int:
 
     streams = len(prompts) * args.num_samples == 1 and not args.json
     if streams:
+        encode_prompt(prompts[0], tokenizer, model.config.context_length)  # What is refused is not printed first.
         print(prompts[0], end="", flush=True)
     results = generate(
         model,
@@ -230,32 +256,43 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns the exit status."""
+    """Runs one command and returns the exit status. With GPT_JAX_TRACEBACK set, errors are raised and not told."""
     argv = sys.argv[1:] if argv is None else argv
     command = argv[0] if argv else "--help"
-    if command in ("-h", "--help"):
-        print(USAGE)
-        return 0
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # A terminal that cannot show a character must not end the text.
     try:
+        if command in ("-h", "--help"):
+            print(USAGE)
+            return 0
         if command not in COMMANDS:
             near = difflib.get_close_matches(command, COMMANDS, n=1)
             hint = f"; did you mean {near[0]}?" if near else "."
             raise UsageError(f"there is no command {command!r}{hint} The commands are {', '.join(COMMANDS)}")
         return COMMANDS[command](argv[1:])
-    except UserError as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 2 if isinstance(e, UsageError) else 1
-    except BrokenPipeError:  # The reader, such as head, has seen enough.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 128 + signal.SIGPIPE
-    except OSError as e:  # A disk that is full or read-only, wherever it was met.
-        print(
-            f"error: {e.filename or 'writing'}: {e.strerror or e}; nothing that was complete is lost", file=sys.stderr
-        )
-        return 1
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 128 + signal.SIGINT
+    except BrokenPipeError:  # The reader, such as head, has seen enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
+    except Exception as e:
+        line = told(e)
+        if line is None or os.environ.get("GPT_JAX_TRACEBACK"):
+            raise
+        print(f"error: {line}", file=sys.stderr)
+        return 2 if isinstance(e, UsageError) else 1
+
+
+def told(e: Exception) -> str | None:
+    """What to tell the user of an exception, in one line; None where it is a bug, which needs its traceback."""
+    if isinstance(e, UserError):
+        return str(e)
+    if isinstance(e, OSError) and e.errno is not None:  # A disk that is full or read-only, wherever it was met.
+        return f"{e.filename}: {e.strerror}" if e.filename else os.strerror(e.errno)
+    if isinstance(e, RuntimeError) and "RESOURCE_EXHAUSTED" in str(e):
+        return "the device has too little memory; set a smaller data.microbatch_size, or model.remat to full"
+    return None
 
 
 def run(argv: Sequence[str] | None = None) -> None:

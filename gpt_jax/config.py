@@ -27,12 +27,16 @@ def check(holds: bool, name: str, value: object, allowed: str) -> None:
         raise UserError(f"{name} = {value!r} is not possible: it must be {allowed}")
 
 
-def check_choices(section: object, prefix: str) -> None:
-    """Raises UserError unless every field with a fixed set of values has one of them."""
+def check_types(section: object, prefix: str) -> None:
+    """Raises UserError unless every field is of its type, or one of its fixed values. An int may stand for a float."""
     for name, annotation in get_type_hints(type(section)).items():
-        allowed = get_args(annotation) if get_origin(annotation) is Literal else None
-        if allowed:
-            check(getattr(section, name) in allowed, f"{prefix}.{name}", getattr(section, name), " or ".join(allowed))
+        value = getattr(section, name)
+        if get_origin(annotation) is Literal:
+            check(value in get_args(annotation), f"{prefix}.{name}", value, " or ".join(get_args(annotation)))
+            continue
+        expected = get_origin(annotation) or annotation
+        good = type(value) is expected or (expected is float and type(value) is int)
+        check(good, f"{prefix}.{name}", value, f"of type {expected.__name__}")
 
 
 @dataclass(frozen=True)
@@ -55,7 +59,7 @@ class ModelConfig:
     loss_chunk: int = 8192  # Tokens whose logits exist at one time while training.
 
     def __post_init__(self) -> None:
-        check_choices(self, "model")
+        check_types(self, "model")
         for name in ("context_length", "n_layer", "n_head", "d_model", "loss_chunk"):
             check(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "1 or more")
         check(self.vocab_size >= 0, "model.vocab_size", self.vocab_size, "0 (the tokenizer's) or more")
@@ -105,7 +109,7 @@ class DataConfig:
     val_fraction: float = 0.1  # For that: share of the documents kept for validation.
 
     def __post_init__(self) -> None:
-        check_choices(self, "data")
+        check_types(self, "data")
         check(self.batch_size >= 1, "data.batch_size", self.batch_size, "1 or more")
         check(self.microbatch_size >= 0, "data.microbatch_size", self.microbatch_size, "0 (the whole share) or more")
         check(self.vocab_size >= 1, "data.vocab_size", self.vocab_size, "1 or more")
@@ -128,7 +132,7 @@ class OptimizerConfig:
     clip_norm: float = 1.0  # Largest global norm of the gradient; 0: no clipping.
 
     def __post_init__(self) -> None:
-        check_choices(self, "optimizer")
+        check_types(self, "optimizer")
         check(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "more than 0")
         check(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "0 or more")
         for name in ("final_fraction", "decay_fraction"):
@@ -160,6 +164,7 @@ class TrainConfig:
     wandb_project: str = ""  # Log to this Weights & Biases project; empty: do not.
 
     def __post_init__(self) -> None:
+        check_types(self, "train")
         for name in ("steps", "log_every", "keep_checkpoints", "sample_tokens"):
             check(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "1 or more")
         for name in ("eval_every", "eval_batch_size", "checkpoint_every", "sample_every"):
@@ -174,6 +179,7 @@ class ParallelConfig:
     devices: int = 0  # Devices to train on; 0: all local ones, and on CPU one a core for small models, else one.
 
     def __post_init__(self) -> None:
+        check_types(self, "parallel")
         check(self.devices >= 0, "parallel.devices", self.devices, "0 (all) or more")
 
 

@@ -1,6 +1,8 @@
 """Runs the suite on eight simulated CPU devices, set up as a user's run is."""
 
+import atexit
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -8,15 +10,17 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
-from gpt_jax import runtime
-from tests.cli import run
+# The tests, and the commands that they start, share compiled programs, and leave the user's alone. JAX reads it early.
+os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="gpt_jax-tests-")
+atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
+from gpt_jax import runtime  # noqa: E402
+from tests.cli import run  # noqa: E402
 
 # The first example of a test compiles, so the time of one says nothing; in CI, the same examples every time.
 settings.register_profile("gpt_jax", deadline=None, derandomize="CI" in os.environ)
 settings.load_profile("gpt_jax")
 
-# The commands that tests start share compiled programs, away from the user's own.
-os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(tempfile.gettempdir()) / f"gpt_jax-tests-{os.getuid()}")
 runtime.setup(cpu_devices=8)
 
 

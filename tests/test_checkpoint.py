@@ -26,7 +26,7 @@ def make(seed: int) -> tuple[Any, Any]:
 def save(folder: Path, losses: dict[int, float | None], keep: int = 2) -> None:
     with Checkpoints(folder, keep) as checkpoints:
         for step, loss in losses.items():
-            checkpoints.save(step, *make(step), {"fact": step}, loss)
+            checkpoints.save(step, *make(step), {"config": {}, "tokenizer": "", "data": "", "fact": step}, loss)
 
 
 def target(tree: Any, n_devices: int = 1) -> Any:

@@ -163,8 +163,7 @@ def test_wrong_arguments(args: list[str], message: str, capsys: pytest.CaptureFi
         (["train", "--model.n-head", "5"], "model.n_head = 5 is not possible: it must be a divisor of model.d_model"),
         (["train", "--model.dropout", "1.5"], "model.dropout = 1.5 is not possible: it must be at least 0 and less"),
         (["train", "--train.steps", "0"], "train.steps = 0 is not possible: it must be 1 or more"),
-        (["train", "--data.dir", "nowhere", "--data.source"], "nowhere"),
-        (["sample", "--run", "nowhere"], "nowhere is not a run: it has no config.json"),
+        (["train", "--data.dir", "nowhere", "--data.source", "--out-dir", "nowhere"], "no data folder nowhere"),
         (["sample", "--temperature=-1"], "temperature = -1.0 is not possible: it must be 0 (greedy) or more"),
         (["sample", "--prompt-file", "nowhere.txt"], "prompt file nowhere.txt cannot be read: No such file"),
         (["sample", "--prompt", "a", "--prompt-file", "b"], "were both given"),
@@ -197,11 +196,37 @@ def test_train_refuses_what_does_not_fit(trained: Path, tiny_data: Path, tmp_pat
     assert "cudnn cannot run here: it needs an NVIDIA GPU" in refused(
         "train", *TINY, data, out, "--model.attention=cudnn"
     )
+    assert "train.seed is 0 in checkpoint" in refused(
+        "train", "--resume", f"--out-dir={trained}", "--train.seed=1", "--train.steps=50"
+    )
+    assert "data.vocab_size = 99, but" in refused("train", *TINY, data, out, "--data.vocab-size=99")
+    assert "the prompt has 40 tokens" in refused("train", *TINY, data, out, f"--train.sample-prompt={'x' * 40}")
     assert "model.d_model is 16 there and 32 here" in refused(
         "train", "--resume", f"--out-dir={trained}", "--model.d-model=32", "--train.steps=50"
     )
     assert not (tmp_path / "run").exists()
     assert sorted((p, p.stat().st_mtime_ns) for p in trained.rglob("*")) == before
+
+
+def test_other_data_is_refused_on_resume(trained: Path, tmp_path: Path) -> None:
+    text = tmp_path / "other.txt"
+    text.write_text("quite another text. " * 500)
+    run("prepare", text, "--out", tmp_path / "other", "--tokenizer=bytes")
+    error = refused("train", "--resume", f"--out-dir={trained}", f"--data.dir={tmp_path / 'other'}", "--train.steps=50")
+    assert "was trained with another data than that of the data folder" in error
+
+
+def test_two_processes_cannot_train_in_one_folder(tiny_data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    args = ("train", *TINY, f"--data.dir={tiny_data}", "--train.steps=100000")
+    process = start(*args, f"--out_dir={out}")  # With an underscore, as flags may be written.
+    while not records(out):
+        assert process.poll() is None
+        time.sleep(0.01)
+    assert "another process is training in" in refused(*args, f"--out-dir={out}", "--resume")
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 143
 
 
 def test_a_truncated_shard_is_named(tiny_data: Path, tmp_path: Path) -> None:
@@ -213,6 +238,7 @@ def test_a_truncated_shard_is_named(tiny_data: Path, tmp_path: Path) -> None:
 
 
 def test_sample_refuses_what_does_not_belong_together(trained: Path, tmp_path: Path) -> None:
+    assert "nowhere is not a run: it has no config.json" in refused("sample", "--run=nowhere")
     run_dir = tmp_path / "run"
     shutil.copytree(trained, run_dir)
     assert "the prompt has 17 tokens, and the model's context_length is 16" in refused(
@@ -255,8 +281,7 @@ def test_a_full_disk_ends_in_one_line_and_keeps_older_checkpoints(trained: Path,
     assert (out / "checkpoints" / "40" / "params").is_dir()
 
 
-def test_sigkill_while_sampling_during_training_needs_no_cleaning(tiny_data: Path, tmp_path: Path) -> None:
-    """A run that was killed before its first checkpoint starts from the first step."""
+def test_a_run_that_was_killed_before_its_first_checkpoint_starts_over(tiny_data: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     args = ("train", *TINY, f"--data.dir={tiny_data}", f"--out-dir={out}", "--train.steps=2000")
     process = start(*args)

@@ -5,11 +5,11 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import tyro
@@ -18,7 +18,6 @@ from tqdm import tqdm
 from gpt_jax.config import TokenizerType, check
 from gpt_jax.data.formats import Block
 from gpt_jax.data.pool import WorkerPool, available_cores
-from gpt_jax.data.replace import check_replaceable, whole_folder
 from gpt_jax.data.shards import (
     FORMAT_VERSION,
     META_FILE,
@@ -35,6 +34,7 @@ from gpt_jax.data.tokenizer import ByteTokenizer, SentencePieceTokenizer, Tokeni
 from gpt_jax.data.train_tokenizer import TextSample, train_sentencepiece
 from gpt_jax.data.worker import END_OF_DOCUMENT
 from gpt_jax.errors import UserError
+from gpt_jax.files import check_replaceable, whole_folder
 
 SAMPLE_BYTES = 8 << 20  # Text that a tokenizer is trained on, at most: that takes up to 70 times its size in memory.
 TASK_BYTES = 1 << 20  # Text that a worker gets at one time.
@@ -53,19 +53,17 @@ class PrepareArgs:
     text_field: str = "text"  # Field or column of JSON Lines and Parquet that holds the text.
     force: bool = False  # Replace --out, if it is a data folder, once the new one is complete.
 
+    def __post_init__(self) -> None:
+        check(len(self.source) > 0, "source", self.source, "one or more files, folders, globs or corpora")
+        model_types = get_args(TokenizerType)
+        check(self.model_type in model_types, "model_type", self.model_type, " or ".join(model_types))
+        check(self.vocab_size >= 1, "vocab_size", self.vocab_size, "1 or more")
+        check(0 < self.val_fraction < 1, "val_fraction", self.val_fraction, "more than 0 and less than 1")
+
 
 def run_prepare(args: PrepareArgs) -> None:
     """The command: prepares as `args` say, and prints what there is now and what to do next. Errors as in `prepare`."""
-    meta = prepare(
-        args.source,
-        args.out,
-        tokenizer=args.tokenizer,
-        model_type=args.model_type,
-        vocab_size=args.vocab_size,
-        val_fraction=args.val_fraction,
-        text_field=args.text_field,
-        force=args.force,
-    )
+    meta = prepare(args)
     print_summary(args.out, meta)
     print(f"next: python train.py --data.dir {shlex.quote(str(args.out))}")
 
@@ -79,45 +77,27 @@ def print_summary(folder: Path, meta: Meta) -> None:
     print(f"  {'vocabulary':<11}{meta.vocab_size:>15,} tokens{ratio:>13.2f} bytes a token")
 
 
-def prepare(
-    sources: Sequence[str],
-    out: Path,
-    *,
-    tokenizer: str = "sentencepiece",
-    model_type: TokenizerType = "bpe",
-    vocab_size: int = 4096,
-    val_fraction: float = 0.1,
-    text_field: str = "text",
-    force: bool = False,
-    n_workers: int = 0,
-) -> Meta:
-    """Makes the data folder `out` from `sources`, whole or not at all. Arguments as in PrepareArgs.
+def prepare(args: PrepareArgs, n_workers: int = 0) -> Meta:
+    """Makes the data folder `args.out`, whole or not at all, with so many tokenising processes (0: one a core).
 
-    The files depend on the text and the arguments alone, not on `n_workers` (0: one a core). Raises UserError for what
-    the user can mend, and SystemExit after SIGTERM; after either, as after Ctrl-C, `out` is as it was.
+    The files depend on the text and `args` alone, not on `n_workers`. Raises UserError for what the user can mend, and
+    SystemExit after SIGTERM; after either, as after Ctrl-C, `args.out` is as it was.
     """
-    check(len(sources) > 0, "source", sources, "one or more files, folders, globs or corpora")
-    check(vocab_size >= 1, "vocab_size", vocab_size, "1 or more")
-    check(0 < val_fraction < 1, "val_fraction", val_fraction, "more than 0 and less than 1")
     with _exit_on_sigterm():
         try:
-            check_replaceable(out, META_FILE, force)
-            corpus = open_corpus(sources, text_field)
-            survey = _survey(corpus, val_fraction)
-            made = _make_tokenizer(tokenizer, model_type, vocab_size, survey.sample)
+            check_replaceable(args.out, META_FILE, args.force)
+            corpus = open_corpus(args.source, args.text_field)
+            survey = _survey(corpus, args.val_fraction)
+            tokenizer = _make_tokenizer(args, survey.sample)
             settings = {
-                "sources": list(sources),
-                "tokenizer": tokenizer,
-                "model_type": model_type,
-                "vocab_size": vocab_size,
-                "val_fraction": val_fraction,
-                "text_field": text_field,
+                **{name: value for name, value in asdict(args).items() if name not in ("out", "force")},
+                "source": list(args.source),  # As it comes back from JSON.
                 "split": "by document" if isinstance(survey.split, ByDocument) else "by position",
             }
-            with whole_folder(out) as folder:
-                return _write(folder, corpus, survey, made, settings, n_workers or available_cores())
+            with whole_folder(args.out) as folder:
+                return _write(folder, corpus, survey, tokenizer, settings, n_workers or available_cores())
         except OSError as e:
-            raise UserError(f"{out} could not be written ({e.strerror or e}); it is as it was before") from e
+            raise UserError(f"{args.out} could not be written ({e.strerror or e}); it is as it was before") from e
 
 
 @dataclass(frozen=True)
@@ -159,13 +139,14 @@ def _survey(corpus: Corpus, val_fraction: float) -> _Survey:
     return _Survey(str(fingerprint), choose_split(val_fraction, total_bytes, val_bytes), sample)
 
 
-def _make_tokenizer(name: str, model_type: TokenizerType, vocab_size: int, sample: TextSample) -> Tokenizer:
-    if name == "bytes":
+def _make_tokenizer(args: PrepareArgs, sample: TextSample) -> Tokenizer:
+    """The tokenizer that `args` ask for: a ready one, or one trained on `sample`."""
+    if args.tokenizer == "bytes":
         return ByteTokenizer()
-    if name != "sentencepiece":
-        return load_tokenizer(Path(name))
-    print(f"training a {model_type} vocabulary on {sample.n_bytes / 1e6:.1f} MB of the text", file=sys.stderr)
-    return SentencePieceTokenizer(train_sentencepiece(sample, model_type, vocab_size))
+    if args.tokenizer != "sentencepiece":
+        return load_tokenizer(Path(args.tokenizer))
+    print(f"training a {args.model_type} vocabulary on {sample.n_bytes / 1e6:.1f} MB of the text", file=sys.stderr)
+    return SentencePieceTokenizer(train_sentencepiece(sample, args.model_type, args.vocab_size))
 
 
 def _write(

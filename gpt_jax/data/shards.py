@@ -10,6 +10,7 @@ import bisect
 import dataclasses
 import itertools
 import json
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Self
@@ -77,15 +78,17 @@ class SplitWriter:
         self._end_of_text = end_of_text
         self._documents_file = f"{name}-documents.bin"
         self._starts = (folder / self._documents_file).open("wb")
-        self._shards: list[tuple[BinaryIO, int]] = []  # Files and the tokens in them.
+        self._shard: BinaryIO | None = None  # The last one, open; all others are full and closed.
+        self._filled: list[int] = []  # Tokens in each shard.
         self._tokens = self._documents = self._document_start = 0
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for file in (self._starts, *(file for file, _ in self._shards)):
-            file.close()
+        self._starts.close()
+        if self._shard:
+            self._shard.close()
 
     def write(self, tokens: np.ndarray) -> None:
         """Appends token ids; those that end a document are recognised by themselves."""
@@ -96,19 +99,21 @@ class SplitWriter:
             self._documents += len(ends)
         self._tokens += len(tokens)
         while len(tokens):
-            if not self._shards or self._shards[-1][1] == SHARD_TOKENS:
-                self._shards.append((self._unfinished(len(self._shards)).open("wb"), 0))
-            file, filled = self._shards[-1]
-            part, tokens = np.split(tokens, [SHARD_TOKENS - filled])
-            file.write(part.astype(self._dtype).tobytes())
-            self._shards[-1] = (file, filled + len(part))
+            if self._shard is None or self._filled[-1] == SHARD_TOKENS:
+                if self._shard:
+                    self._shard.close()
+                self._shard = self._unfinished(len(self._filled)).open("wb")
+                self._filled.append(0)
+            part, tokens = np.split(tokens, [SHARD_TOKENS - self._filled[-1]])
+            self._shard.write(part.astype(self._dtype).tobytes())
+            self._filled[-1] += len(part)
 
     def finish(self, n_bytes: int) -> Split:
         """Ends writing, and gives the shards their final names. `n_bytes`: of the text written."""
         self.__exit__()
         shards = []
-        for i, (_, filled) in enumerate(self._shards):
-            shard = Shard(f"{self._name}-{i:05d}-of-{len(self._shards):05d}.bin", filled)
+        for i, filled in enumerate(self._filled):
+            shard = Shard(f"{self._name}-{i:05d}-of-{len(self._filled):05d}.bin", filled)
             self._unfinished(i).rename(self._folder / shard.name)
             shards.append(shard)
         return Split(self._tokens, self._documents, n_bytes, tuple(shards), self._documents_file)
@@ -185,8 +190,13 @@ def load_meta(folder: Path) -> Meta:
             values[split] = Split(**values[split], shards=shards)
         return Meta(**values)
     except (FileNotFoundError, NotADirectoryError):
-        what = "is not a data folder" if folder.exists() else "does not exist"
-        raise UserError(f"{folder} {what}; make one with: python -m gpt_jax prepare SOURCE --out {folder}") from None
+        if folder.exists():
+            raise UserError(
+                f"{folder} is not a data folder: it has no {META_FILE}; "
+                "make one with: python -m gpt_jax prepare SOURCE --out DIR"
+            ) from None
+        command = f"python -m gpt_jax prepare SOURCE --out {shlex.quote(str(folder))}"
+        raise UserError(f"there is no data folder {folder}; make it with: {command}") from None
     except OSError as e:
         raise UserError(f"{path} cannot be read ({e.strerror})") from e
     except (ValueError, TypeError, KeyError, AttributeError) as e:

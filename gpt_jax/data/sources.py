@@ -10,6 +10,7 @@ from pathlib import Path
 
 from gpt_jax.data.corpora import python_docs, shakespeare
 from gpt_jax.data.formats import Block, cut_document, has_text, read_blocks
+from gpt_jax.data.shards import META_FILE
 from gpt_jax.errors import UserError
 
 
@@ -57,9 +58,9 @@ class Corpus:
 def open_corpus(names: Iterable[str], text_field: str = "text") -> Corpus:
     """The corpus of what `names` name, in their order: files, folders, globs and built-in corpora.
 
-    A folder stands for the files in it and below in sorted order, without hidden ones; binary and empty files there are
-    passed over, with a note on stderr, while those that are named themselves are an error. A file that is named twice
-    is read once. A name that is both a path and a built-in corpus means the path.
+    A folder stands for the files in it and below in sorted order, without hidden ones; data folders and binary and
+    empty files there are passed over, with a note on stderr, while such a file that is named itself is an error. A file
+    that is named twice is read once. A name that is both a path and a built-in corpus means the path.
     Raises UserError for a name that is none of these, and for a folder or glob that has no text.
     """
     sources: dict[str, Source] = {}
@@ -113,14 +114,20 @@ def _files_below(folder: Path) -> list[Path]:
 
     found: list[Path] = []
     passed_over: list[Path] = []
+    prepared: list[Path] = []
     for where, subfolders, names in os.walk(folder, onerror=refuse):
+        if META_FILE in names and any(name.endswith(".bin") for name in names):
+            prepared.append(Path(where))
+            subfolders.clear()
+            continue
         subfolders[:] = [s for s in subfolders if not s.startswith(".")]
         for path in (Path(where, name) for name in names if not name.startswith(".")):
             if path.is_file():
                 (found if has_text(path) else passed_over).append(path)
-    if passed_over:
-        n, example = len(passed_over), min(passed_over)
-        print(f"{folder}: passed over {n} empty or binary file{'s' * (n > 1)}, such as {example}", file=sys.stderr)
+    for what, paths in (("empty or binary file", passed_over), ("data folder", prepared)):
+        if paths:
+            n, example = len(paths), min(paths)
+            print(f"{folder}: passed over {n} {what}{'s' * (n > 1)}, such as {example}", file=sys.stderr)
     if not found:
         raise UserError(f"there is no text in the folder {folder}")
     return sorted(found)

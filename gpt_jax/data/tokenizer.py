@@ -7,7 +7,7 @@ import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import sentencepiece
@@ -126,11 +126,11 @@ class ByteTokenizer:
         return _save(folder / JSON_FILE, self._definition)
 
     @classmethod
-    def from_json(cls, content: bytes) -> "ByteTokenizer":
-        """The tokenizer that `save` wrote. Raises ValueError if it is another one."""
+    def from_definition(cls, definition: dict[str, Any]) -> "ByteTokenizer":
+        """The tokenizer that `save` wrote. Raises ValueError if it has other special tokens."""
         tokenizer = cls()
-        if json.loads(content) != json.loads(tokenizer._definition):
-            raise ValueError('it is not of "type": "bytes" with the special tokens of this version')
+        if definition != json.loads(tokenizer._definition):
+            raise ValueError("its special tokens are not those of this version")
         return tokenizer
 
 
@@ -232,6 +232,15 @@ class _WordCache(dict[str, bytes]):
         return ids
 
 
+def _from_json(content: bytes) -> Tokenizer:
+    """The tokenizer that a JSON object defines, by its "type". Raises ValueError where that is not known."""
+    definition = json.loads(content)
+    kind = definition.get("type") if isinstance(definition, dict) else None
+    if kind != "bytes":
+        raise ValueError(f'it is not a JSON object of "type": "bytes"{f", but of {kind!r}" if kind else ""}')
+    return ByteTokenizer.from_definition(definition)
+
+
 def load_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer in a file, or in a folder that holds a `tokenizer.model` or a `tokenizer.json`.
 
@@ -244,7 +253,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
         path = found[0]
     try:
         content = path.read_bytes()
-        return ByteTokenizer.from_json(content) if path.suffix == ".json" else SentencePieceTokenizer(content)
+        return _from_json(content) if path.suffix == ".json" else SentencePieceTokenizer(content)
     except FileNotFoundError:
         raise UserError(f"there is no tokenizer {path}") from None
     except OSError as e:

@@ -61,7 +61,9 @@ def train_sentencepiece(texts: Iterable[str], model_type: TokenizerType, vocab_s
     Raises UserError naming the bound when the texts do not yield that many tokens, or have more characters.
     """
     model = io.BytesIO()
-    sentences: Iterable[str] = list(texts)
+    # Lists, not generators: SentencePiece tells whatever a generator raises, Ctrl-C included, as a failure of its own.
+    # While it reads a list, no Python code runs, and a signal is handled as soon as it returns.
+    sentences = list(texts)
     options: dict[str, Any]
     if model_type == "char":
         # Learning drops the newlines that end a sentence, and all tabs.
@@ -73,7 +75,7 @@ def train_sentencepiece(texts: Iterable[str], model_type: TokenizerType, vocab_s
             "user_defined_symbols": sorted(present & {"\t"}),
         }
     else:
-        sentences = (re.sub(WORD, _with_border, text.replace(_BORDER, "")) for text in sentences)
+        sentences = [re.sub(WORD, _with_border, text.replace(_BORDER, "")) for text in sentences]
         options = {
             "character_coverage": 0.9995,  # The rarest characters are spelled in bytes.
             "byte_fallback": True,

@@ -7,6 +7,7 @@ The parameter tree, with the L layers stacked on a leading axis:
     final_norm
 """
 
+import dataclasses
 from typing import Any, cast
 
 import flax.linen as nn
@@ -161,6 +162,13 @@ class GPT(nn.Module):
             lambda x_BTD, xs: (layer(xs[0], x_BTD, xs[1]), None), x_BTD, (layers, jnp.arange(c.n_layer))
         )
         return x_BTD, None
+
+
+def init_params(model: GPT, key: jax.Array) -> Params:
+    """The parameters before training, float32, layers stacked."""
+    # One token is enough to find all shapes; the fused attentions, which work on whole blocks, are not made for one.
+    plain = GPT(dataclasses.replace(model.config, attention="xla"))
+    return cast(Params, plain.init(key, jnp.zeros((1, 1), jnp.int32))["params"])
 
 
 def forward(model: GPT, params: Params, tokens_BT: jax.Array, keys_B: jax.Array | None = None) -> jax.Array:

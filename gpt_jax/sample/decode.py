@@ -66,9 +66,10 @@ class DecodeState(NamedTuple):
     seen_BV: jax.Array | None  # bool: tokens of the prompt and the answer; None without a repetition penalty.
 
 
+@functools.partial(jax.jit, static_argnames="n_layer")
 def prepare_params(params: Params, n_layer: int) -> Params:
     """The parameters with their layers unstacked: decoding would copy each layer out of the stack for every token."""
-    return jax.jit(lambda params: {**params, "layers": unstack(params["layers"], n_layer)})(params)
+    return {**params, "layers": unstack(params["layers"], n_layer)}
 
 
 class Decoder:

@@ -121,15 +121,11 @@ def generate(
     An empty prompt stands for the start of a document. Texts may grow longer than the model's context: each time it is
     full, the model goes on from the last half of it. Raises UserError when a prompt alone does not fit.
     """
-    T = model.config.context_length
-    rows = []
-    for prompt in prompts:
-        tokens = tokenizer.encode(prompt) or [tokenizer.end_of_text]
-        if len(tokens) > T:
-            raise UserError(
-                f"the prompt has {len(tokens)} tokens, and the model's context_length is {T}; shorten the prompt"
-            )
-        rows += [Row(tokens, tokenizer, settings) for _ in range(num_samples)]
+    rows = [
+        Row(encode_prompt(prompt, tokenizer, model.config.context_length), tokenizer, settings)
+        for prompt in prompts
+        for _ in range(num_samples)
+    ]
 
     keys_B = row_keys(rows, settings.seed, num_samples)
     for tokens_B, logprobs_B in token_stream(model, params, tokenizer.vocab_size, rows, keys_B, settings):
@@ -138,6 +134,16 @@ def generate(
             if text and on_text:
                 on_text(i, text)
     return [row.result for row in rows]
+
+
+def encode_prompt(prompt: str, tokenizer: Tokenizer, context_length: int) -> list[int]:
+    """The tokens to go on from. Raises UserError when they do not fit into the context."""
+    tokens = tokenizer.encode(prompt) or [tokenizer.end_of_text]
+    if len(tokens) > context_length:
+        raise UserError(
+            f"the prompt has {len(tokens)} tokens, and the model's context_length is {context_length}; shorten it"
+        )
+    return tokens
 
 
 def row_keys(rows: list[Row], seed: int, num_samples: int) -> jax.Array:
@@ -159,7 +165,10 @@ def token_stream(
     params = prepare_params(params, model.config.n_layer)
     drawn = 0
     while not all(row.result.finish_reason for row in rows):
-        windows = [row.window(model.config.context_length) for row in rows]
+        # A row that has ended takes part with one token: its length must not fill the context of the others.
+        windows = [
+            row.tokens[-1:] if row.result.finish_reason else row.window(model.config.context_length) for row in rows
+        ]
         longest = max(map(len, windows))
         cache_length = bucket(longest + settings.max_new_tokens - drawn, model.config.context_length)
         tokens_BT = np.zeros((len(rows), bucket(longest, cache_length)), np.int32)

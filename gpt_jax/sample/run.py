@@ -1,17 +1,17 @@
 """A trained model from its run's folder, which is all that sampling needs."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 
 from gpt_jax.checkpoint import Checkpoints
 from gpt_jax.config import load_saved_config
 from gpt_jax.data.tokenizer import Tokenizer, load_tokenizer
 from gpt_jax.errors import UserError
 from gpt_jax.model.backend import resolve
-from gpt_jax.model.gpt import GPT, Params
-from gpt_jax.runtime import platform_name
+from gpt_jax.model.gpt import GPT, Params, init_params
+from gpt_jax.runtime import local_devices, platform_name
 
 
 def newest_run(folder: Path = Path("runs")) -> Path:
@@ -30,15 +30,16 @@ def load_run(run: Path, checkpoint: str = "latest") -> tuple[GPT, Params, Tokeni
     """
     config = load_saved_config(run / "config.json")
     tokenizer = load_tokenizer(run)
-    device = jax.local_devices()[0]
-    model = GPT(resolve(config.model, platform_name(device)))
+    device = local_devices()[0]
+    # Whatever it was trained with: decoding reads from a cache, and has a way of its own to attend to it.
+    model = GPT(resolve(dataclasses.replace(config.model, attention="auto"), platform_name(device)))
     with Checkpoints(run / "checkpoints", read_only=True) as checkpoints:
         step = choose_step(checkpoints, checkpoint)
         if checkpoints.meta(step)["tokenizer"] != tokenizer.fingerprint:
             raise UserError(f"the tokenizer in {run} is not the one that checkpoint {step} was trained with")
-        init = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"])
         sharding = jax.sharding.SingleDeviceSharding(device)
-        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), init)
+        shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
         return model, checkpoints.restore(step, "params", target), tokenizer
 
 

@@ -17,10 +17,10 @@ from gpt_jax.config import Config, config_to_dict
 from gpt_jax.data.loader import Prefetch, TrainBatches, eval_batches
 from gpt_jax.data.shards import Dataset
 from gpt_jax.errors import UserError
-from gpt_jax.files import save_json
+from gpt_jax.files import locked, save_json
 from gpt_jax.model.backend import resolve
 from gpt_jax.model.gpt import GPT, Params
-from gpt_jax.sample.generate import Settings, generate
+from gpt_jax.sample.generate import Settings, encode_prompt, generate
 from gpt_jax.train.metrics import FLOPS_FORMULA, Recorder, flops_per_token
 from gpt_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from gpt_jax.train.placement import Placement
@@ -58,9 +58,19 @@ def train(config: Config, data: Dataset, resume: bool = False, profile: bool = F
     check_run_folder(run, resume)
     peak = runtime.peak_flops(placement.devices[0].device_kind)
     describe_run(config, data, model, placement, n_micro, peak)
-    meta = {"config": config_to_dict(config), "tokenizer": data.meta.tokenizer_fingerprint}
+    meta = {
+        "config": config_to_dict(config),
+        "tokenizer": data.meta.tokenizer_fingerprint,
+        "data": data.meta.source_fingerprint,
+    }
+    encode_prompt(config.train.sample_prompt, data.tokenizer, config.model.context_length)  # Fails now, or never.
 
-    with Checkpoints(run / "checkpoints", config.train.keep_checkpoints) as checkpoints, stop_signals() as stop:
+    run.mkdir(parents=True, exist_ok=True)
+    with (
+        locked(run, f"another process is training in {run}"),
+        stop_signals() as stop,
+        Checkpoints(run / "checkpoints", config.train.keep_checkpoints) as checkpoints,
+    ):
         state = restore(checkpoints, model, optimizer, placement, meta) if resume else None
         if state is None:
             initialise = jax.jit(lambda: init_state(model, optimizer, seed), out_shardings=placement.replicated())
@@ -80,22 +90,22 @@ def train(config: Config, data: Dataset, resume: bool = False, profile: bool = F
                 recorder.submit(step, metrics)
                 trace.after(step, state)
 
+                stopping = stop.signum
                 evaluates, samples, saves = events(config, step)
-                if not (evaluates or samples or saves or stop.signum):
+                if not (evaluates or samples or saves or stopping):
                     continue
                 recorder.settle()  # Raises when the loss is not finite: no such state is to be saved.
                 with recorder.off_the_clock():
                     if evaluates:
                         recorder.add_evaluation(**evaluate(state.params))
-                    if samples:
-                        recorder.say(write_sample(model, state.params, data, config))
-                    if saves or stop.signum:
+                    if saves or stopping:
                         recorder.sync()
                         checkpoints.save(step, state.params, state.opt_state, meta, recorder.val_loss(step))
                         recorder.plot()
-                if stop.signum:
-                    recorder.say(f"stopped after step {step}, which is saved; go on with --resume --out-dir {run}")
-                    raise Interrupted(stop.signum)
+                    if samples:
+                        recorder.say(write_sample(model, state.params, data, config))
+                if stopping:
+                    raise Interrupted(stopping)
             if not steps:
                 recorder.say(f"{run} has already been trained for {steps.start} steps; raise train.steps to go on")
     conclude(run, recorder)
@@ -125,7 +135,6 @@ def check_run_folder(run: Path, resume: bool) -> None:
 def write_run_folder(run: Path, config: Config, data: Dataset) -> None:
     """Writes what `sample` needs besides a checkpoint: the tokenizer and the configuration."""
     try:
-        run.mkdir(parents=True, exist_ok=True)
         data.tokenizer.save(run)
         save_json(run / "config.json", config_to_dict(config))
     except OSError as e:
@@ -167,19 +176,19 @@ def restore(
     or all are damaged.
     """
     target = placement.abstract(jax.eval_shape(lambda: init_state(model, optimizer, seed=0)))
-    damaged = 0
+    damaged = []
     for step in reversed(checkpoints.steps()):
         try:
-            saved = checkpoints.meta(step)
-            check_fits(checkpoints.folder / str(step), saved, meta)
+            check_fits(checkpoints.folder / str(step), checkpoints.meta(step), meta)
             params = checkpoints.restore(step, "params", target.params)
             opt_state = checkpoints.restore(step, "opt_state", target.opt_state)
         except DamagedCheckpointError as e:
             print(f"{e}; going back to the one before", file=sys.stderr)
-            damaged += 1
+            damaged.append(step)
             continue
+        for later in damaged:
+            checkpoints.set_aside(later)
         print(f"resuming after step {step}")
-        checkpoints.discard_after(step)
         return TrainState(jax.device_put(np.int32(step), placement.replicated()), params, opt_state)
     if damaged:
         raise UserError(f"no checkpoint in {checkpoints.folder} is whole; train anew in another --out-dir")
@@ -187,16 +196,33 @@ def restore(
     return None
 
 
+DECIDE_THE_MODEL = tuple(
+    f"model.{name}" for name in ("vocab_size", "context_length", "n_layer", "n_head", "d_model", "d_ff", "bias")
+)
+DECIDE_THE_DATA_ORDER = ("data.batch_size", "train.seed")
+
+
 def check_fits(where: Path, saved: dict[str, Any], meta: dict[str, Any]) -> None:
-    """Raises UserError naming what differs between a checkpoint's facts and this run's, if it must not."""
-    if saved["tokenizer"] != meta["tokenizer"]:
-        raise UserError(f"checkpoint {where} was trained with another tokenizer than that of the data folder")
-    for name in ("vocab_size", "context_length", "n_layer", "n_head", "d_model", "d_ff", "bias"):
-        then, now = saved["config"]["model"][name], meta["config"]["model"][name]
-        if then != now:
-            raise UserError(
-                f"checkpoint {where} does not fit the configuration: model.{name} is {then} there and {now} here"
-            )
+    """Raises UserError naming what differs between a checkpoint's facts and this run's, if it must not; prints the
+    rest of what differs."""
+    for name in ("tokenizer", "data"):
+        if saved[name] != meta[name]:
+            raise UserError(f"checkpoint {where} was trained with another {name} than that of the data folder")
+    for section, now in meta["config"].items():
+        then = saved["config"].get(section)
+        for name, value in now.items() if isinstance(now, dict) else []:
+            full_name, before = f"{section}.{name}", then.get(name, value)
+            if before == value:
+                continue
+            if full_name in DECIDE_THE_MODEL:
+                raise UserError(
+                    f"checkpoint {where} does not fit the configuration: {full_name} is {before} there and {value} here"
+                )
+            if full_name in DECIDE_THE_DATA_ORDER:
+                raise UserError(
+                    f"{full_name} is {before} in checkpoint {where} and {value} here: another order of the data"
+                )
+            print(f"changed since step {where.name}: {full_name} from {before} to {value}")
 
 
 def make_evaluate(

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import os
+import secrets
 import sys
 import time
 from collections.abc import Iterator
@@ -35,13 +36,14 @@ def flops_per_token(config: ModelConfig) -> float:
 def read_records(path: Path) -> list[dict[str, Any]]:
     """The records of a metrics.jsonl, up to the first line that is not whole; none where there is no file."""
     records: list[dict[str, Any]] = []
-    if not path.exists():
-        return records
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
-            records.append(json.loads(line))
-        except ValueError:
+            record = json.loads(line)
+        except ValueError:  # Also where it is not UTF-8.
             break
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+            break
+        records.append(record)
     return records
 
 
@@ -264,7 +266,7 @@ def wandb_run(run: Path, config: Config) -> Any:
         raise UserError("train.wandb_project needs wandb: pip install 'gpt-jax[wandb]'") from None
     identity = run / "wandb_id"
     if not identity.exists():
-        identity.write_text(wandb.util.generate_id())
+        identity.write_text(secrets.token_hex(8))
     return wandb.init(
         project=config.train.wandb_project,
         name=run.name,

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gpt_jax.model.gpt import GPT, Params, forward
+from gpt_jax.model.gpt import GPT, Params, forward, init_params
 from gpt_jax.model.loss import loss_sums
 
 
@@ -29,7 +29,7 @@ class StepMetrics(NamedTuple):
 
 def init_state(model: GPT, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
     """The state before the first step."""
-    params = model.init(jax.random.key(seed), jnp.zeros((1, 1), jnp.int32))["params"]
+    params = init_params(model, jax.random.key(seed))
     return TrainState(jnp.int32(0), params, optimizer.init(params))
 
 

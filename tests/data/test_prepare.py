@@ -11,16 +11,22 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from gpt_jax.data import formats
 from gpt_jax.data import prepare as prepare_module
-from gpt_jax.data.prepare import PrepareArgs, prepare, run_prepare
-from gpt_jax.data.shards import Dataset, open_dataset
+from gpt_jax.data.prepare import PrepareArgs, run_prepare
+from gpt_jax.data.shards import Dataset, Meta, open_dataset
 from gpt_jax.data.train_tokenizer import train_sentencepiece
 from gpt_jax.errors import UserError
+
+
+def prepare(source: Path, out: Path, n_workers: int = 0, **settings: Any) -> Meta:
+    """`prepare` of one source."""
+    return prepare_module.prepare(PrepareArgs(source=(str(source),), out=out, **settings), n_workers)
 
 
 def texts(data: Dataset) -> dict[str, list[str]]:
@@ -52,7 +58,7 @@ def corpus(tmp_path: Path) -> tuple[Path, list[str]]:
 @pytest.mark.parametrize("tokenizer", ["sentencepiece", "bytes"])
 def test_every_document_comes_back_once(corpus: tuple[Path, list[str]], tmp_path: Path, tokenizer: str) -> None:
     path, documents = corpus
-    meta = prepare([str(path)], tmp_path / "out", tokenizer=tokenizer, vocab_size=320)
+    meta = prepare(path, tmp_path / "out", tokenizer=tokenizer, vocab_size=320)
     data = open_dataset(tmp_path / "out")
     found = texts(data)
     assert sorted(found["train"] + found["val"]) == sorted(documents)
@@ -70,25 +76,25 @@ def test_the_files_do_not_depend_on_the_workers(
     monkeypatch.setattr(prepare_module, "TASK_BYTES", 2000)
     monkeypatch.setattr(formats, "BLOCK_BYTES", 500)
     for n_workers in (1, 2, 5):
-        prepare([str(corpus[0])], tmp_path / str(n_workers), vocab_size=320, n_workers=n_workers)
+        prepare(corpus[0], tmp_path / str(n_workers), vocab_size=320, n_workers=n_workers)
     assert content(tmp_path / "1") == content(tmp_path / "2") == content(tmp_path / "5")
     found = texts(open_dataset(tmp_path / "1"))
     assert sorted(found["train"] + found["val"]) == sorted(corpus[1])
 
 
 def test_a_tokenizer_can_be_used_again(corpus: tuple[Path, list[str]], tmp_path: Path) -> None:
-    first = prepare([str(corpus[0])], tmp_path / "first", vocab_size=320)
+    first = prepare(corpus[0], tmp_path / "first", vocab_size=320)
     (tmp_path / "other.txt").write_text("other text " * 20)
     for name in ("first", "first/tokenizer.model"):
         out = tmp_path / name.replace("/", "-again-")
-        other = prepare([str(tmp_path / "other.txt")], out, tokenizer=str(tmp_path / name), force=True)
+        other = prepare(tmp_path / "other.txt", out, tokenizer=str(tmp_path / name), force=True)
         assert other.tokenizer_fingerprint == first.tokenizer_fingerprint
 
 
 @pytest.mark.parametrize("text", ["One document.\n" * 50, "一个文件" * 100], ids=["words", "no spaces"])
 def test_one_document_is_split_by_position(tmp_path: Path, text: str) -> None:
     (tmp_path / "a.txt").write_text(text)
-    meta = prepare([str(tmp_path / "a.txt")], tmp_path / "out", tokenizer="bytes", val_fraction=0.25)
+    meta = prepare(tmp_path / "a.txt", tmp_path / "out", tokenizer="bytes", val_fraction=0.25)
     found = texts(open_dataset(tmp_path / "out"))
     [train], [val] = found["train"], found["val"]
     assert train + val == text
@@ -102,7 +108,7 @@ def test_a_large_vocabulary_takes_wider_ids(
     rng = np.random.default_rng(0)
     letters = rng.integers(97, 123, (90_000, 6)).astype(np.uint8)
     (tmp_path / "words.txt").write_bytes(b" ".join(map(bytes, letters)))
-    meta = prepare([str(tmp_path / "words.txt")], tmp_path / "out", vocab_size=70_000)
+    meta = prepare(tmp_path / "words.txt", tmp_path / "out", vocab_size=70_000)
     data = open_dataset(tmp_path / "out")
     assert meta.dtype == "uint32"
     assert data.train.read(0, len(data.train)).max() > 65_535
@@ -130,21 +136,23 @@ def test_the_command_prints_what_there_is_and_what_is_next(tmp_path: Path, capsy
     ],
 )
 def test_nothing_is_written_when_it_cannot_work(
-    tmp_path: Path, text: str, arguments: dict[str, object], message: str
+    tmp_path: Path, text: str, arguments: dict[str, Any], message: str
 ) -> None:
     (tmp_path / "a.jsonl").write_text(text)
     arguments = {"tokenizer": "bytes"} | arguments if "4096" not in message else arguments
     with pytest.raises(UserError, match=message):
-        prepare([str(tmp_path / "a.jsonl")], tmp_path / "out", **arguments)  # type: ignore[arg-type]
+        prepare(tmp_path / "a.jsonl", tmp_path / "out", **arguments)
     assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
 
 def test_no_source_and_no_place_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"source = .* it must be one or more files"):
-        prepare([], tmp_path / "out")
+        PrepareArgs(source=(), out=tmp_path / "out")
+    with pytest.raises(UserError, match="model_type = 'words' is not possible: it must be bpe or unigram or char"):
+        PrepareArgs(source=("python-docs",), out=tmp_path / "out", model_type="words")  # type: ignore[arg-type]
     (tmp_path / "file").write_text("text " * 100)
     with pytest.raises(UserError, match=r"file/out could not be written \(Not a directory\)|File exists"):
-        prepare([str(tmp_path / "file")], tmp_path / "file" / "out", tokenizer="bytes")
+        prepare(tmp_path / "file", tmp_path / "file" / "out", tokenizer="bytes")
 
 
 def test_text_that_changes_meanwhile_is_noticed(
@@ -156,7 +164,7 @@ def test_text_that_changes_meanwhile_is_noticed(
 
     monkeypatch.setattr(prepare_module, "_make_tokenizer", change_then_make)
     with pytest.raises(UserError, match="the text was changed while it was read"):
-        prepare([str(corpus[0])], tmp_path / "out")
+        prepare(corpus[0], tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["corpus.jsonl"]
 
 
@@ -213,6 +221,21 @@ def workers_of(out: Path) -> list[int]:
 needs_proc = pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="needs Linux's /proc")
 
 
+@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_while_a_vocabulary_is_trained_ends_cleanly(
+    long_corpus: Path, tmp_path: Path, signum: signal.Signals, status: int
+) -> None:
+    process = start(long_corpus, tmp_path / "out", "--tokenizer", "sentencepiece")
+    assert process.stderr is not None
+    while "training a bpe vocabulary" not in process.stderr.readline():
+        assert process.poll() is None
+    process.send_signal(signum)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == status
+    assert errors.strip() in ("", "interrupted")
+    assert list(tmp_path.iterdir()) == []
+
+
 @needs_proc
 @pytest.mark.parametrize(
     ("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)]
@@ -222,7 +245,7 @@ def test_a_signal_in_the_middle_leaves_the_older_output(
 ) -> None:
     out = tmp_path / "out"
     (tmp_path / "a.txt").write_text("older text " * 20)
-    prepare([str(tmp_path / "a.txt")], out, tokenizer="bytes")
+    prepare(tmp_path / "a.txt", out, tokenizer="bytes")
     before = content(out)
     process = start(long_corpus, out, "--force")
     wait_for(lambda: is_tokenizing(out))
@@ -235,7 +258,7 @@ def test_a_signal_in_the_middle_leaves_the_older_output(
     left = {path.name for path in tmp_path.iterdir()} - {"a.txt", "out"}
     assert left == ({".out.partial"} if signum == signal.SIGKILL else set())
 
-    prepare([str(tmp_path / "a.txt")], out, tokenizer="bytes", force=True)  # It clears what was left.
+    prepare(tmp_path / "a.txt", out, tokenizer="bytes", force=True)  # It clears what was left.
     assert {path.name for path in tmp_path.iterdir()} == {"a.txt", "out"}
     assert content(out) == before
 

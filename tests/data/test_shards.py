@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO, Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt_jax.data import shards
-from gpt_jax.data.prepare import prepare
+from gpt_jax.data.prepare import PrepareArgs, prepare
 from gpt_jax.data.shards import SplitWriter, TokenFiles, load_meta, open_dataset, token_dtype
 from gpt_jax.data.tokenizer import ByteTokenizer
 from gpt_jax.errors import UserError
@@ -61,6 +62,24 @@ def test_what_is_written_is_read(
             files.read(start, count)
 
 
+def test_full_shards_are_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thousand shards must not need a thousand descriptors."""
+    opened: list[IO[Any]] = []
+    open_path = Path.open
+
+    def remember(path: Path, *args: Any) -> IO[Any]:
+        opened.append(open_path(path, *args))
+        return opened[-1]
+
+    monkeypatch.setattr(Path, "open", remember)
+    monkeypatch.setattr(shards, "SHARD_TOKENS", 10)
+    with SplitWriter(tmp_path, "train", 100, END) as writer:
+        writer.write(np.ones(95, np.int32))
+        writer.write(np.ones(100, np.int32))
+        assert [file.closed for file in opened] == [False] + 19 * [True] + [False]  # Starts, full shards, the last one.
+    assert all(file.closed for file in opened)
+
+
 def test_ids_are_small_where_the_vocabulary_allows_it() -> None:
     assert (token_dtype(65_536), token_dtype(65_537)) == (np.dtype("<u2"), np.dtype("<u4"))
 
@@ -69,7 +88,7 @@ def test_ids_are_small_where_the_vocabulary_allows_it() -> None:
 def folder(tmp_path: Path) -> Path:
     """A data folder."""
     (tmp_path / "a.txt").write_text("some words " * 100)
-    prepare([str(tmp_path / "a.txt")], tmp_path / "data", tokenizer="bytes", n_workers=1)
+    prepare(PrepareArgs(source=(str(tmp_path / "a.txt"),), out=tmp_path / "data", tokenizer="bytes"), n_workers=1)
     return tmp_path / "data"
 
 
@@ -107,7 +126,7 @@ SHARD = "train-00000-of-00001.bin"
         (lambda f: append_byte(f / SHARD), f"{SHARD} has 1981 bytes instead of 1980"),
         (lambda f: (f / SHARD).unlink(), rf"{SHARD} cannot be read \(No such file or directory\); prepare"),
         (lambda f: append_byte(f / "val-documents.bin"), "val-documents.bin has 9 bytes instead of 8"),
-        (lambda f: (f / "meta.json").unlink(), "data is not a data folder; make one with: python -m gpt_jax prepare"),
+        (lambda f: (f / "meta.json").unlink(), "data is not a data folder: it has no meta.json; make one with: python"),
         (lambda f: (f / "meta.json").write_text("{"), "meta.json is damaged"),
         (lambda f: (f / "meta.json").write_text("[]"), "meta.json is damaged"),
         (change_meta(train={}), "meta.json is damaged"),
@@ -124,10 +143,11 @@ def test_damage_is_named(folder: Path, damage: Callable[[Path], object], message
 
 
 def test_a_folder_that_is_not_there_says_how_to_make_it(tmp_path: Path) -> None:
-    with pytest.raises(
-        UserError, match=r"does not exist; make one with: python -m gpt_jax prepare SOURCE --out .*gone$"
-    ):
-        open_dataset(tmp_path / "gone")
+    with pytest.raises(UserError) as caught:
+        open_dataset(tmp_path / "not here")
+    folder = tmp_path / "not here"
+    command = f"python -m gpt_jax prepare SOURCE --out '{folder}'"
+    assert str(caught.value) == f"there is no data folder {folder}; make it with: {command}"
 
 
 def test_meta_is_json_of_the_dataclass(folder: Path) -> None:

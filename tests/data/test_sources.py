@@ -46,6 +46,15 @@ def test_a_folder_is_read_in_sorted_order_without_hidden_files(capsys: pytest.Ca
     assert capsys.readouterr().err == "a: passed over 2 empty or binary files, such as a/empty.txt\n"
 
 
+def test_a_data_folder_within_is_passed_over(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where a folder is prepared into a folder of its own, the older output is no text."""
+    for name in ("a/data/meta.json", "a/data/train-00000-of-00001.bin", "a/c/meta.json"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("{}")
+    assert texts("a") == [b"{}", b"x", b"y1", b"y2", b"z"]  # The meta.json beside no shard is a text like any other.
+    assert capsys.readouterr().err.splitlines()[1:] == ["a: passed over 1 data folder, such as a/data"]
+
+
 def test_globs_match_files_in_sorted_order(folder: Path) -> None:
     assert texts("**/*.md", "*.txt") == [b"z", b"b"]
     assert texts(f"{folder}/a/[x-z]*") == [b"y1", b"y2", b"z"]

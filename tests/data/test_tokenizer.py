@@ -218,7 +218,10 @@ def train_elsewhere(**options: Any) -> Callable[[Path], None]:
         ("t.model", train_elsewhere(), r"has no control symbol <\|endoftext\|>"),
         ("t.model", train_elsewhere(control_symbols=END_OF_TEXT), "it changes the text"),
         ("t.json", lambda path: path.write_text("{"), "cannot be used as a tokenizer: Expecting property name"),
-        ("t.json", write_other_specials, 'not of "type": "bytes"'),
+        ("t.json", write_other_specials, "its special tokens are not those of this version"),
+        ("t.json", lambda path: path.write_text("[]"), 'it is not a JSON object of "type": "bytes"$'),
+        ("t.json", lambda path: path.write_text('{"version": "1.0"}'), 'it is not a JSON object of "type": "bytes"$'),
+        ("t.json", lambda path: path.write_text('{"type": "words"}'), '"type": "bytes", but of \'words\'$'),
         ("folder", lambda path: path.mkdir(), "there is no tokenizer in .*folder: neither tokenizer.model nor"),
     ],
 )

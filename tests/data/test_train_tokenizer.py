@@ -1,11 +1,16 @@
 """The text that a tokenizer is trained on: spread over the corpus, bounded, the same every time."""
 
 import itertools
+import signal
+import time
+from types import FrameType
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpt_jax.data.train_tokenizer import TextSample
+from gpt_jax.config import TokenizerType
+from gpt_jax.data.train_tokenizer import TextSample, train_sentencepiece
 
 LINES = "".join(f"line {i}, not very long\n" for i in range(10_000))
 
@@ -29,3 +34,30 @@ def test_a_long_text_is_thinned_out_evenly(max_bytes: int) -> None:
     starts = [LINES.index(part) for part in parts]
     gaps = {b - a for a, b in itertools.pairwise(starts)}
     assert max(gaps) < 1.1 * min(gaps)
+
+
+@pytest.mark.parametrize("model_type", ["bpe", "char"])
+def test_a_signal_is_never_taken_for_a_failure_of_training(model_type: TokenizerType) -> None:
+    """Whenever it comes: while the text is made ready, while SentencePiece reads it, and while it trains."""
+
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    texts = [LINES[i : i + 4000] for i in range(0, len(LINES), 4000)] * 4
+
+    def train_until_interrupted(after: float) -> None:
+        signal.setitimer(signal.ITIMER_REAL, after)
+        train_sentencepiece(texts, model_type, 300)
+        signal.pause()  # Where training was faster than the signal.
+
+    start = time.perf_counter()
+    train_sentencepiece(texts, model_type, 300)
+    seconds = time.perf_counter() - start
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for i in range(1, 20):
+            with pytest.raises(KeyboardInterrupt):
+                train_until_interrupted(after=seconds * i / 25)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

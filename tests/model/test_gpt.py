@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt_jax.config import DTypeName, ModelConfig, RematName
+from gpt_jax.config import AttentionName, DTypeName, ModelConfig, RematName
 from gpt_jax.model.cache import init_cache
-from gpt_jax.model.gpt import GPT, Params, forward, forward_cached, unstack
+from gpt_jax.model.gpt import GPT, Params, forward, forward_cached, init_params, unstack
 from gpt_jax.model.loss import head_logits
 from gpt_jax.model.presets import GPT2, GPT2_LARGE, GPT2_MEDIUM, GPT2_XL
 
@@ -18,7 +18,7 @@ CONFIG = ModelConfig(
 
 
 def init(config: ModelConfig) -> Params:
-    return jax.jit(GPT(config).init)(jax.random.key(0), jnp.zeros((1, 1), jnp.int32))["params"]
+    return jax.jit(lambda: init_params(GPT(config), jax.random.key(0)))()
 
 
 def make(config: ModelConfig = CONFIG) -> tuple[GPT, Params]:
@@ -43,6 +43,14 @@ def random_tokens(rng: np.random.Generator, *shape: int) -> jax.Array:
 def test_parameter_count(bias: bool) -> None:
     config = dataclasses.replace(CONFIG, bias=bias, d_ff=80)
     params = init(config)
+    assert sum(x.size for x in jax.tree.leaves(params)) == config.n_params
+
+
+@pytest.mark.parametrize("attention", ["xla", "block_causal", "cudnn", "splash"])
+def test_parameters_can_be_made_for_any_attention(attention: AttentionName) -> None:
+    """Also for those that cannot run here, or not on a single token: a TPU's run begins like that."""
+    config = dataclasses.replace(CONFIG, attention=attention, context_length=128, dtype="bfloat16")
+    params = jax.eval_shape(lambda: init_params(GPT(config), jax.random.key(0)))
     assert sum(x.size for x in jax.tree.leaves(params)) == config.n_params
 
 

@@ -12,7 +12,7 @@ from gpt_jax.data.tokenizer import ByteTokenizer
 from gpt_jax.errors import UserError
 from gpt_jax.model.gpt import GPT, Params, forward
 from gpt_jax.model.loss import head_logits
-from gpt_jax.sample.decode import Filters, bucket, decoder_for
+from gpt_jax.sample.decode import Filters, bucket, decoder_for, prepare_params
 from gpt_jax.sample.generate import Result, Settings, generate
 
 TOKENIZER = ByteTokenizer()
@@ -149,11 +149,25 @@ def test_programs_are_compiled_once_a_bucket(params: Params) -> None:
     assert (decoder.prefill._cache_size(), decoder.decode._cache_size()) == before  # type: ignore[attr-defined]
 
 
+def test_a_long_row_that_has_ended_does_not_slow_the_others(params: Params, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does not fill the context of the batch: one prefill, and one more when the first row ends."""
+    hot = Filters(temperature=1.5)
+    decoder = decoder_for(MODEL, hot, TOKENIZER.vocab_size)
+    prefills, prefill = [], decoder.prefill
+    monkeypatch.setattr(decoder, "prefill", lambda *args, **kwargs: prefills.append(1) or prefill(*args, **kwargs))
+    [whole] = run(params, "x" * 50, n=40, filters=hot)
+    prefills.clear()
+    long, short = run(params, "x" * 50, "a", n=40, filters=hot, stop=(whole.text[:8],))
+    assert long.finish_reason == "stop"
+    assert len(short.tokens) == 40
+    assert len(prefills) <= 2
+
+
 def test_the_cache_is_donated(params: Params) -> None:
     decoder = decoder_for(MODEL, GREEDY, TOKENIZER.vocab_size)
     tokens, lengths = np.zeros((1, 16), np.int32), np.ones(1, np.int32)
     keys = jax.random.split(jax.random.key(0), 1)
-    unstacked = generate.__globals__["prepare_params"](params, CONFIG.n_layer)
+    unstacked = prepare_params(params, CONFIG.n_layer)
     state, _ = decoder.prefill(unstacked, tokens, lengths, 0, keys, None, cache_length=32)
     buffer = state.cache[0].k_BSGK
     decoder.decode(unstacked, state, 1)

@@ -1,11 +1,57 @@
-"""A folder appears whole or not at all, and never in the place of something else."""
+"""Files and folders appear whole or not at all, never in the place of something else, and by one process at a time."""
 
+import json
+import os
+import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from gpt_jax.data.replace import check_replaceable, whole_folder
 from gpt_jax.errors import UserError
+from gpt_jax.files import check_replaceable, locked, replacing, save_json, whole_folder
+
+
+def test_a_file_takes_its_place_at_the_end_and_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+    synced: list[tuple[str, str]] = []
+
+    def fsync(descriptor: int) -> None:
+        is_folder = stat.S_ISDIR(os.fstat(descriptor).st_mode)
+        synced.append(("folder" if is_folder else "file", path.read_text()))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with replacing(path) as temporary:
+        temporary.write_text("new")
+        assert path.read_text() == "old"
+    assert synced == [("file", "old"), ("folder", "new")]  # The content before the rename, the name after it.
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+def test_a_file_stays_as_it_was_when_writing_fails(tmp_path: Path, error: type[BaseException]) -> None:
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def fail() -> None:
+        with replacing(path) as temporary:
+            temporary.write_text("ne")
+            raise error
+
+    with pytest.raises(error):
+        fail()
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_json_is_utf_8_that_people_can_read(tmp_path: Path) -> None:
+    save_json(tmp_path / "a.json", {"text": "语言", "list": [1, 2.5, None]})
+    content = (tmp_path / "a.json").read_bytes()
+    assert json.loads(content) == {"text": "语言", "list": [1, 2.5, None]}
+    assert "语言".encode() in content
+    assert content.endswith(b"}\n")
 
 
 @pytest.fixture
@@ -81,6 +127,21 @@ def test_two_at_once_are_refused(out: Path) -> None:
         with pytest.raises(UserError, match="another process is writing"), whole_folder(out):
             pass
     assert (out / "file").read_text() == "first"
+
+
+def test_a_folder_is_locked_to_one_process_until_that_ends(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    code = "import pathlib, sys, time; from gpt_jax.files import locked\n"
+    code += "with locked(pathlib.Path(sys.argv[1]), ''): print('mine', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code, folder], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"mine\n"
+        with pytest.raises(UserError, match=r"^somebody is there$"), locked(folder, "somebody is there"):
+            pass
+        process.kill()
+    for _ in range(2):
+        with locked(folder, "somebody is there"):
+            pass
 
 
 def test_only_what_is_ours_is_replaced(tmp_path: Path) -> None:

@@ -1,0 +1,352 @@
+"""A configuration that exists can run; what is saved comes back; what is wrong is named with what is allowed."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gpt_jax.config import (
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    TrainConfig,
+    config_from_dict,
+    config_to_dict,
+    load_config,
+    load_saved_config,
+    with_vocabulary,
+)
+from gpt_jax.errors import UserError
+from gpt_jax.files import save_json
+from gpt_jax.model.backend import resolve
+from gpt_jax.model.gpt import GPT, init_params
+from tests.cli import ROOT
+
+CONFIGS = sorted((ROOT / "configs").glob("*.py"))
+each_config = pytest.mark.parametrize("path", CONFIGS, ids=[path.stem for path in CONFIGS])
+
+SECTIONS = {
+    "model": ModelConfig,
+    "data": DataConfig,
+    "optimizer": OptimizerConfig,
+    "train": TrainConfig,
+    "parallel": ParallelConfig,
+}
+
+
+def count(low: int) -> st.SearchStrategy[int]:
+    return st.integers(low, 2**40)
+
+
+def number(low: float, high: float, **options: bool) -> st.SearchStrategy[float]:
+    return st.floats(low, high, **options)
+
+
+# Values that are possible, of every field; those of the fields left out are few, or depend on one another.
+FIELDS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
+    "model": {
+        "vocab_size": count(0),
+        "context_length": count(1),
+        "n_layer": count(1),
+        "d_ff": count(0),
+        "dropout": number(0, 1, exclude_max=True),
+        "bias": st.booleans(),
+        "norm_eps": number(0, 1, exclude_min=True),
+        "dtype": st.sampled_from(["auto", "float32", "bfloat16"]),
+        "attention": st.sampled_from(["auto", "cudnn", "splash", "block_causal", "xla"]),
+        "unroll": st.booleans(),
+        "remat": st.sampled_from(["none", "full", "dots", "dots_no_batch"]),
+        "loss_chunk": count(1),
+    },
+    "data": {
+        "dir": st.text(),
+        "batch_size": count(1),
+        "microbatch_size": count(0),
+        "source": st.lists(st.text()).map(tuple),
+        "tokenizer": st.text(),
+        "model_type": st.sampled_from(["bpe", "unigram", "char"]),
+        "vocab_size": count(1),
+        "val_fraction": number(0, 1, exclude_min=True, exclude_max=True),
+    },
+    "optimizer": {
+        "learning_rate": number(0, 10, exclude_min=True),
+        "schedule": st.sampled_from(["cosine", "linear", "wsd", "constant"]),
+        "warmup_steps": st.integers(0, 99),
+        "final_fraction": number(0, 1),
+        "decay_fraction": number(0, 1),
+        "beta1": number(0, 1, exclude_max=True),
+        "beta2": number(0, 1, exclude_max=True),
+        "eps": number(0, 1, exclude_min=True),
+        "weight_decay": number(0, 10) | st.integers(0, 10),
+        "clip_norm": number(0, 10) | st.integers(0, 10),
+    },
+    "train": {
+        "steps": count(100),
+        "seed": st.integers(0, 2**31 - 1),
+        "log_every": count(1),
+        "eval_every": count(0),
+        "eval_batch_size": count(0),
+        "checkpoint_every": count(0),
+        "keep_checkpoints": count(1),
+        "sample_every": count(0),
+        "sample_prompt": st.text(st.characters(exclude_categories=["Cs"])),
+        "sample_tokens": count(1),
+        "tensorboard": st.booleans(),
+        "wandb_project": st.text(),
+    },
+    "parallel": {"devices": count(0)},
+}
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> Config:
+    """Any configuration that is possible."""
+    sections: dict[str, Any] = {}
+    for name, section in SECTIONS.items():
+        sections[name] = section(**draw(st.fixed_dictionaries({}, optional=FIELDS[name])))
+    n_head, width = draw(st.integers(1, 64)), draw(st.integers(1, 256))
+    sections["model"] = dataclasses.replace(sections["model"], n_head=n_head, d_model=n_head * width)
+    return Config(out_dir=draw(st.text()), **sections)
+
+
+# Saving and loading.
+
+
+@given(config=configs())
+def test_what_is_saved_comes_back(config: Config) -> None:
+    saved = json.dumps(config_to_dict(config))
+    assert config_from_dict(json.loads(saved), "here") == config
+
+
+@each_config
+def test_every_configuration_of_the_project_can_be_saved_and_changed(path: Path, tmp_path: Path) -> None:
+    config = load_config(path)
+    save_json(tmp_path / "config.json", config_to_dict(config))
+    assert load_saved_config(tmp_path / "config.json") == config
+    assert config.out_dir == ""
+    assert config.data.dir
+
+
+def test_what_is_missing_takes_its_default() -> None:
+    assert config_from_dict({}, "here") == Config()
+    values = config_to_dict(Config(model=ModelConfig(n_layer=3), train=TrainConfig(steps=200)))
+    del values["model"]["dropout"], values["optimizer"]
+    assert config_from_dict(values, "here") == Config(model=ModelConfig(n_layer=3), train=TrainConfig(steps=200))
+
+
+def test_a_whole_number_may_stand_for_a_float() -> None:
+    config = config_from_dict({"optimizer": {"clip_norm": 2, "learning_rate": 1}}, "here")
+    assert config.optimizer == OptimizerConfig(clip_norm=2.0, learning_rate=1.0)
+    assert type(config.optimizer.clip_norm) is float
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"modle": {}}, "unknown field modle; was it saved by a newer version?"),
+        ({"model": {"n_experts": 8}}, "unknown field model.n_experts; was it saved by a newer version?"),
+        ([], "the configuration must be an object, not []"),
+        ({"model": 5}, "model. must be an object, not 5"),
+        ({"model": {"n_layer": "3"}}, "model.n_layer = '3' must be of type int"),
+        ({"model": {"n_layer": 3.0}}, "model.n_layer = 3.0 must be of type int"),
+        ({"model": {"n_layer": True}}, "model.n_layer = True must be of type int"),
+        ({"model": {"bias": 1}}, "model.bias = 1 must be of type bool"),
+        ({"model": {"dropout": None}}, "model.dropout = None must be of type float"),
+        ({"data": {"source": "shakespeare"}}, "data.source = 'shakespeare' must be of type tuple"),
+        ({"model": {"n_layer": 0}}, "model.n_layer = 0 is not possible: it must be 1 or more"),
+        ({"train": {"steps": 5}}, "optimizer.warmup_steps = 100 is not possible: it must be less than train.steps = 5"),
+    ],
+)
+def test_what_cannot_be_loaded_is_named(values: Any, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        config_from_dict(values, "runs/a/config.json")
+    assert str(caught.value) == f"runs/a/config.json: {message}"
+
+
+def test_a_saved_configuration_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "config.json"
+    with pytest.raises(UserError, match=f"{tmp_path} is not a run: it has no config.json"):
+        load_saved_config(path)
+    for content in (b'{"model": ', b"\xff"):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=f"{path} cannot be read"):
+            load_saved_config(path)
+
+
+# Files that define a configuration.
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no configuration file {path}; those that come with the project are in configs/"),
+        ("config = Config(", "{path} could not be run: SyntaxError: "),
+        ("import nowhere", "{path} could not be run: ModuleNotFoundError: No module named 'nowhere'"),
+        ("1 / 0", "{path} could not be run: ZeroDivisionError: division by zero"),
+        ("", "{path} does not define `config = Config(...)`"),
+        ("config = {}", "{path} does not define `config = Config(...)`"),
+        (
+            "from gpt_jax.config import *\nconfig = Config(train=TrainConfig(steps=0))",
+            "{path}: train.steps = 0 is not possible: it must be 1 or more",
+        ),
+    ],
+)
+def test_a_file_that_defines_no_configuration_is_named(tmp_path: Path, content: str | None, message: str) -> None:
+    path = tmp_path / "mine.py"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError) as caught:
+        load_config(path)
+    assert str(caught.value).startswith(message.format(path=path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["folder.py", "config.yaml"])
+def test_what_is_no_python_file_is_named(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    if path.suffix == ".py":
+        path.mkdir()
+    else:
+        path.write_text("steps: 5")
+    with pytest.raises(UserError, match=f"no configuration file {path}|{path} is not a Python file"):
+        load_config(path)
+
+
+# Checks.
+
+
+@pytest.mark.parametrize(
+    ("section", "values", "allowed"),
+    [
+        *(
+            ("model", {name: 0}, "1 or more")
+            for name in ("context_length", "n_layer", "n_head", "d_model", "loss_chunk")
+        ),
+        ("model", {"vocab_size": -1}, "0 (the tokenizer's) or more"),
+        ("model", {"d_ff": -1}, "0 (four times d_model) or more"),
+        ("model", {"n_head": 5}, "a divisor of model.d_model = 768"),
+        ("model", {"dropout": 1.0}, "at least 0 and less than 1"),
+        ("model", {"dropout": -0.1}, "at least 0 and less than 1"),
+        ("model", {"dropout": float("nan")}, "at least 0 and less than 1"),
+        ("model", {"norm_eps": 0.0}, "more than 0"),
+        ("model", {"dtype": "float16"}, "auto or float32 or bfloat16"),
+        ("model", {"attention": "flash"}, "auto or cudnn or splash or block_causal or xla"),
+        ("model", {"remat": "some"}, "none or full or dots or dots_no_batch"),
+        ("data", {"batch_size": 0}, "1 or more"),
+        ("data", {"microbatch_size": -1}, "0 (the whole share) or more"),
+        ("data", {"vocab_size": 0}, "1 or more"),
+        *(("data", {"val_fraction": value}, "more than 0 and less than 1") for value in (0.0, 1.0)),
+        ("data", {"model_type": "words"}, "bpe or unigram or char"),
+        ("optimizer", {"learning_rate": 0.0}, "more than 0"),
+        ("optimizer", {"learning_rate": float("nan")}, "more than 0"),
+        ("optimizer", {"schedule": "step"}, "cosine or linear or wsd or constant"),
+        ("optimizer", {"warmup_steps": -1}, "0 or more"),
+        *(
+            ("optimizer", {name: value}, "between 0 and 1")
+            for name in ("final_fraction", "decay_fraction")
+            for value in (-0.1, 1.1)
+        ),
+        *(
+            ("optimizer", {name: value}, "at least 0 and less than 1")
+            for name in ("beta1", "beta2")
+            for value in (-0.1, 1.0)
+        ),
+        ("optimizer", {"eps": 0.0}, "more than 0"),
+        *(("optimizer", {name: -0.1}, "0 or more") for name in ("weight_decay", "clip_norm")),
+        *(("train", {name: 0}, "1 or more") for name in ("steps", "log_every", "keep_checkpoints", "sample_tokens")),
+        *(
+            ("train", {name: -1}, "0 or more")
+            for name in ("eval_every", "eval_batch_size", "checkpoint_every", "sample_every")
+        ),
+        *(("train", {"seed": value}, "at least 0 and less than 2**31") for value in (-1, 2**31)),
+        ("parallel", {"devices": -1}, "0 (all) or more"),
+    ],
+)
+def test_a_wrong_value_is_named_with_what_is_allowed(section: str, values: dict[str, Any], allowed: str) -> None:
+    [(name, value)] = values.items()
+    with pytest.raises(UserError) as caught:
+        SECTIONS[section](**values)
+    assert str(caught.value) == f"{section}.{name} = {value!r} is not possible: it must be {allowed}"
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "value", "expected"),
+    [
+        ("model", "n_layer", 1.0, "int"),
+        ("model", "n_layer", True, "int"),
+        ("model", "bias", "yes", "bool"),
+        ("model", "bias", 1, "bool"),
+        ("model", "dropout", "0.1", "float"),
+        ("data", "batch_size", 8.0, "int"),
+        ("data", "dir", Path("data"), "str"),
+        ("data", "source", "shakespeare", "tuple"),
+        ("optimizer", "learning_rate", None, "float"),
+        ("optimizer", "learning_rate", True, "float"),
+        ("train", "steps", 1e3, "int"),
+        ("train", "tensorboard", 1, "bool"),
+        ("parallel", "devices", "all", "int"),
+    ],
+)
+def test_a_value_of_another_type_is_named(section: str, name: str, value: Any, expected: str) -> None:
+    with pytest.raises(UserError) as caught:
+        SECTIONS[section](**{name: value})
+    assert str(caught.value) == f"{section}.{name} = {value!r} is not possible: it must be of type {expected}"
+
+
+def test_an_int_is_accepted_for_a_float() -> None:
+    assert OptimizerConfig(learning_rate=1, clip_norm=0).learning_rate == 1
+    assert ModelConfig(dropout=0) == ModelConfig(dropout=0.0)
+
+
+def test_the_warmup_ends_before_the_last_step() -> None:
+    with pytest.raises(UserError, match=r"optimizer.warmup_steps = 10 is .* it must be less than train.steps = 10$"):
+        Config(optimizer=OptimizerConfig(warmup_steps=10), train=TrainConfig(steps=10))
+    Config(optimizer=OptimizerConfig(warmup_steps=9), train=TrainConfig(steps=10))
+    Config(optimizer=OptimizerConfig(warmup_steps=0), train=TrainConfig(steps=1))
+
+
+def test_the_vocabulary_is_the_tokenizers_unless_it_is_larger() -> None:
+    assert with_vocabulary(Config(), 300) == Config(model=ModelConfig(vocab_size=300))
+    for vocab_size in (300, 384):
+        config = Config(model=ModelConfig(vocab_size=vocab_size))
+        assert with_vocabulary(config, 300) == config
+    too_small = Config(model=ModelConfig(vocab_size=299), data=DataConfig(dir="data/mine"))
+    with pytest.raises(UserError) as caught:
+        with_vocabulary(too_small, 300)
+    assert str(caught.value) == (
+        "model.vocab_size = 299 is not possible: it must be at least the 300 tokens of the tokenizer in data/mine, or 0"
+    )
+
+
+# The number of parameters.
+
+
+@each_config
+def test_parameters_are_counted_as_they_are_made(path: Path) -> None:
+    """Against the shapes that the model really has."""
+    config = with_vocabulary(load_config(path), 67) if load_config(path).model.vocab_size == 0 else load_config(path)
+    model = GPT(resolve(config.model, "cpu"))
+    shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    assert config.model.n_params == sum(leaf.size for leaf in jax.tree.leaves(shapes))
+
+
+@pytest.mark.parametrize(
+    ("name", "n_params"),
+    [
+        ("gpt2_124m", 124_439_808),
+        ("gpt2_medium", 354_823_168),
+        ("gpt2_large", 774_030_080),
+        ("gpt2_xl", 1_557_611_200),
+    ],
+)
+def test_gpt2_has_the_size_of_the_released_models(name: str, n_params: int) -> None:
+    """What the weights on the Hugging Face Hub add up to, with GPT-2's own vocabulary of 50,257 tokens."""
+    config = load_config(ROOT / "configs" / f"{name}.py").model
+    assert dataclasses.replace(config, vocab_size=50_257).n_params == n_params
