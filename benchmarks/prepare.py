@@ -21,9 +21,9 @@ from pathlib import Path
 import sentencepiece
 
 from gpt_jax.data.corpora import python_docs
-from gpt_jax.data.pool import available_cores
 from gpt_jax.data.shards import load_meta
 from gpt_jax.files import save_json
+from gpt_jax.system import available_cores
 
 ALONE_BYTES = 64 << 20
 RESULTS = Path(__file__).parent / "results" / "prepare.json"

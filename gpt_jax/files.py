@@ -21,8 +21,10 @@ def replacing(path: Path) -> Iterator[Path]:
         _sync(temporary)
         temporary.replace(path)
         _sync(path.parent)
-    except BaseException:
+    except BaseException as e:
         temporary.unlink(missing_ok=True)
+        if isinstance(e, OSError) and e.filename is None:  # As write() fails where the disk is full.
+            raise OSError(e.errno, e.strerror, str(path)) from e
         raise
 
 

@@ -7,12 +7,12 @@ import ctypes
 import os
 import re
 import sys
-from pathlib import Path
 
 import jax
 
 from gpt_jax.config import Config
 from gpt_jax.errors import UserError
+from gpt_jax.system import available_cores, cache_folder
 
 CPU_FLAG = "--xla_cpu_experimental_ynn_fusion_type=-reduce"
 """jaxlib 0.10.2 computes some fused reductions wrongly on CPU, and can crash in them (jax-ml/jax#39103, #40412)."""
@@ -23,11 +23,6 @@ step with 0.8 million parameters, 849 to 738 with 10.6 million, but 3240 to 4060
 repeats the optimizer's pass over parameters that no cache holds."""
 
 
-def cpu_count() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def choose_cpu_devices(config: Config) -> int:
     """CPU devices to train on: what `parallel.devices` asks for, or else one a core for models of up to 32 million
     parameters (as many as divide the batch), and one for larger ones."""
@@ -36,7 +31,7 @@ def choose_cpu_devices(config: Config) -> int:
     if config.model.n_params > SMALL_MODEL_PARAMS:
         return 1
     microbatch = config.data.microbatch_size or 1
-    return max(n for n in range(1, cpu_count() + 1) if n == 1 or config.data.batch_size % (n * microbatch) == 0)
+    return max(n for n in range(1, available_cores() + 1) if n == 1 or config.data.batch_size % (n * microbatch) == 0)
 
 
 def setup(cpu_devices: int = 1) -> None:
@@ -68,7 +63,7 @@ def use_compile_cache() -> None:
     The folder is private: whoever can write to it can run code as this user.
     """
     if not jax.config.values["jax_compilation_cache_dir"]:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt_jax" / "xla"
+        folder = cache_folder() / "xla"
         try:
             folder.mkdir(parents=True, exist_ok=True)
             folder.chmod(0o700)
@@ -84,7 +79,9 @@ def local_devices() -> list[jax.Device]:
     try:
         return jax.local_devices()
     except (RuntimeError, AssertionError) as e:  # A platform that JAX_PLATFORMS asks for and that is not there.
-        raise UserError(f"JAX finds no device: {str(e).splitlines()[0] if str(e) else type(e).__name__}") from e
+        asked = os.environ.get("JAX_PLATFORMS")
+        why = f"JAX_PLATFORMS={asked} asks for a platform that is not here" if asked else str(e).partition("\n")[0]
+        raise UserError(f"JAX finds no device: {why}") from e
 
 
 def choose_devices(config: Config) -> list[jax.Device]:

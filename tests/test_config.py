@@ -78,7 +78,7 @@ FIELDS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "optimizer": {
         "learning_rate": number(0, 10, exclude_min=True),
         "schedule": st.sampled_from(["cosine", "linear", "wsd", "constant"]),
-        "warmup_steps": st.integers(0, 99),
+        "warmup_steps": st.integers(0, 100),
         "final_fraction": number(0, 1),
         "decay_fraction": number(0, 1),
         "beta1": number(0, 1, exclude_max=True),
@@ -88,7 +88,7 @@ FIELDS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "clip_norm": number(0, 10) | st.integers(0, 10),
     },
     "train": {
-        "steps": count(100),
+        "steps": count(101),
         "seed": st.integers(0, 2**31 - 1),
         "log_every": count(1),
         "eval_every": count(0),
@@ -96,7 +96,7 @@ FIELDS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "checkpoint_every": count(0),
         "keep_checkpoints": count(1),
         "sample_every": count(0),
-        "sample_prompt": st.text(st.characters(exclude_categories=["Cs"])),
+        "sample_prompt": st.text(),
         "sample_tokens": count(1),
         "tensorboard": st.booleans(),
         "wandb_project": st.text(),

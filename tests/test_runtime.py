@@ -35,19 +35,19 @@ def config(model: ModelConfig, devices: int = 0, **data: Any) -> Config:
 def test_a_small_model_takes_as_many_cores_as_divide_the_batch(
     monkeypatch: pytest.MonkeyPatch, cores: int, batch_size: int, microbatch_size: int, expected: int
 ) -> None:
-    monkeypatch.setattr(runtime, "cpu_count", lambda: cores)
+    monkeypatch.setattr(runtime, "available_cores", lambda: cores)
     chosen = choose_cpu_devices(config(SMALL, batch_size=batch_size, microbatch_size=microbatch_size))
     assert chosen == expected
 
 
 def test_a_large_model_takes_one_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime, "cpu_count", lambda: 8)
+    monkeypatch.setattr(runtime, "available_cores", lambda: 8)
     assert choose_cpu_devices(config(LARGE, batch_size=32)) == 1
 
 
 @pytest.mark.parametrize("model", [SMALL, LARGE], ids=["small", "large"])
 def test_what_is_asked_for_is_taken(monkeypatch: pytest.MonkeyPatch, model: ModelConfig) -> None:
-    monkeypatch.setattr(runtime, "cpu_count", lambda: 8)
+    monkeypatch.setattr(runtime, "available_cores", lambda: 8)
     for devices in (1, 3, 16):
         assert choose_cpu_devices(config(model, devices=devices, batch_size=32)) == devices
 

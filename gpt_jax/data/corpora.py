@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 
 from gpt_jax.errors import UserError
+from gpt_jax.system import cache_folder
 
 SHAKESPEARE_URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 SHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
@@ -133,8 +134,7 @@ def shakespeare() -> Path:
 
     Raises UserError when it is neither there nor to be had, or is not the file that is expected.
     """
-    cache_home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    path = Path(cache_home, "gpt_jax", "tinyshakespeare.txt")
+    path = cache_folder() / "tinyshakespeare.txt"
     if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == SHAKESPEARE_SHA256:
         return path
     advice = "download it some other way and name your copy instead of the corpus"

@@ -16,6 +16,7 @@ import numpy as np
 from gpt_jax.errors import UserError
 
 MASK_64 = (1 << 64) - 1
+ROUNDS = 6  # Four are enough for a permutation to look random; two more cost nothing here.
 
 
 class Tokens(Protocol):
@@ -44,13 +45,13 @@ def hash_key(*parts: int) -> np.ndarray:
 def permute(index: np.ndarray, n: int, *key: int) -> np.ndarray:
     """Where a permutation of range(n) that `key` chooses sends each index, without making the permutation.
 
-    A Feistel network (Luby and Rackoff 1988) of six rounds permutes the smallest 2**(2k) >= n. A value that falls
+    A Feistel network (Luby and Rackoff 1988) of ROUNDS rounds permutes the smallest 2**(2k) >= n. A value that falls
     outside range(n) walks on along its cycle until it is inside (Black and Rogaway 2002), fewer than four times on
     average.
     """
     half_bits = max(1, ((n - 1).bit_length() + 1) // 2)
     shift, mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
-    round_keys = [hash_key(*key, r) for r in range(6)]
+    round_keys = [hash_key(*key, r) for r in range(ROUNDS)]
     out = index.astype(np.uint64)
     outside = np.ones(out.shape, bool)
     while outside.any():
@@ -101,7 +102,7 @@ class TrainBatches:
         for epoch in np.unique(epochs):  # One, or two where an epoch ends within the batch.
             rows = epochs == epoch
             window = permute(index[rows], n_windows, self.seed, int(epoch))
-            offset = int(hash_key(self.seed, int(epoch), 6)[0] % np.uint64(n))
+            offset = int(hash_key(self.seed, int(epoch), ROUNDS)[0] % np.uint64(n))  # A key that no round has.
             starts[rows] = (offset + window * self.context_length) % n
         return starts
 

@@ -21,11 +21,6 @@ from gpt_jax.errors import UserError
 T = TypeVar("T")
 
 
-def available_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 class WorkerPool:
     """Processes that tokenise with the tokenizer in a file; to be used in a `with` block, which ends them."""
 

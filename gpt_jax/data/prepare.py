@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from gpt_jax.config import TokenizerType, check
 from gpt_jax.data.formats import Block
-from gpt_jax.data.pool import WorkerPool, available_cores
+from gpt_jax.data.pool import WorkerPool
 from gpt_jax.data.shards import (
     FORMAT_VERSION,
     META_FILE,
@@ -35,6 +35,7 @@ from gpt_jax.data.train_tokenizer import TextSample, train_sentencepiece
 from gpt_jax.data.worker import END_OF_DOCUMENT
 from gpt_jax.errors import UserError
 from gpt_jax.files import check_replaceable, whole_folder
+from gpt_jax.system import available_cores
 
 SAMPLE_BYTES = 8 << 20  # Text that a tokenizer is trained on, at most: that takes up to 70 times its size in memory.
 TASK_BYTES = 1 << 20  # Text that a worker gets at one time.

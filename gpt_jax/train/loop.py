@@ -85,9 +85,10 @@ def train(config: Config, data: Dataset, resume: bool = False, profile: bool = F
         ):
             for step, tokens in enumerate(prefetched, steps.start + 1):  # `step` counts the steps, this one included.
                 state, metrics = train_step(state, tokens)
+                recorder.submit(step, metrics)
                 if placement.must_wait:
                     jax.block_until_ready(state)
-                recorder.submit(step, metrics)
+                    recorder.settle()
                 trace.after(step, state)
 
                 stopping = stop.signum

@@ -1,6 +1,7 @@
 """Generation with a small random model and the byte tokenizer."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -153,8 +154,14 @@ def test_a_long_row_that_has_ended_does_not_slow_the_others(params: Params, monk
     """It does not fill the context of the batch: one prefill, and one more when the first row ends."""
     hot = Filters(temperature=1.5)
     decoder = decoder_for(MODEL, hot, TOKENIZER.vocab_size)
-    prefills, prefill = [], decoder.prefill
-    monkeypatch.setattr(decoder, "prefill", lambda *args, **kwargs: prefills.append(1) or prefill(*args, **kwargs))
+    prefills: list[int] = []
+    prefill = decoder.prefill
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        prefills.append(1)
+        return prefill(*args, **kwargs)
+
+    monkeypatch.setattr(decoder, "prefill", counted)
     [whole] = run(params, "x" * 50, n=40, filters=hot)
     prefills.clear()
     long, short = run(params, "x" * 50, "a", n=40, filters=hot, stop=(whole.text[:8],))

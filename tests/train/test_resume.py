@@ -3,6 +3,7 @@
 import random
 import signal
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from gpt_jax.train.step import init_state
 from tests.cli import TINY, records, run, start
 
 STEPS = 300
-KILLS = 10
+KILLS, KILLS_IN_CHECKPOINT = 10, 3
 
 
 def arguments(data: Path, out: Path) -> list[object]:
@@ -76,36 +77,84 @@ def kill_when(process: Any, due: Any, signum: int) -> bool:
     return True
 
 
+def continued(data: Path, out: Path) -> list[object]:
+    """Arguments to begin the run, or to go on with it, where the rest of the configuration is its own."""
+    return ["--resume", f"--out-dir={out}"] if (out / "config.json").exists() else arguments(data, out)
+
+
+class Attempt:
+    """A process that trains in `out`, or goes on there with what an older one left."""
+
+    def __init__(self, data: Path, out: Path) -> None:
+        self.out = out
+        self.older_file = self.records_file()
+        saved = (path.name for path in (out / "checkpoints").glob("*"))
+        self.begin = max((int(name) for name in saved if name.isdigit()), default=0)  # The step it will go on from.
+        self.start = time.monotonic()
+        self.process = start("train", *continued(data, out))
+
+    def records_file(self) -> int:
+        """Which file metrics.jsonl is: every process makes its own, once it has restored the state and cleared away
+        the checkpoints that a killed one did not finish."""
+        path = self.out / "metrics.jsonl"
+        return path.stat().st_ino if path.exists() else 0
+
+    def has_run(self, seconds: float) -> bool:
+        return time.monotonic() >= self.start + seconds
+
+    def has_trained(self, steps: int) -> bool:
+        return self.records_file() != self.older_file and len(losses(self.out)) >= self.begin + steps
+
+    def is_saving(self) -> bool:
+        return self.records_file() != self.older_file and self.has_unfinished()
+
+    def has_unfinished(self) -> bool:
+        """Whether there is a checkpoint that is not complete."""
+        return any((self.out / "checkpoints").glob("*.orbax-checkpoint-tmp*"))
+
+
+def assert_same(out: Path, expected: Path) -> None:
+    """Everything that was logged, and the state after the last step, bit for bit."""
+    assert losses(out) == losses(expected)
+    assert len(losses(out)) == STEPS
+    jax.tree.map(np.testing.assert_array_equal, final_state(out), final_state(expected))
+
+
 @pytest.mark.slow
 def test_ten_times_killed_and_resumed_is_bit_for_bit_the_same(
     tiny_data: Path, uninterrupted: Path, tmp_path: Path
 ) -> None:
-    """SIGKILL at random moments, every other time in the middle of a checkpoint."""
-    out, rng = tmp_path / "killed", random.Random(0)
-    checkpoints = out / "checkpoints"
-    in_checkpoint = 0
-    for kill in range(KILLS):
-        # Only the first start is a new run; and each kill comes later than the one before, somewhere on the way.
-        resume = ["--resume"] if (out / "config.json").exists() else []
-        process = start("train", *arguments(tiny_data, out), *resume)
-        target = (kill + rng.random()) * STEPS * 0.9 / KILLS
-        seen_tmp = False
+    """SIGKILL after a number of steps, at any time from the start of the process on, and in the middle of a checkpoint.
 
-        def due(target: float = target, in_save: bool = kill % 2 == 1) -> bool:
-            nonlocal seen_tmp
-            if not any(step >= target for step, *_ in losses(out)):
-                return False
-            seen_tmp = any(checkpoints.glob("*.orbax-checkpoint-tmp*"))
-            return seen_tmp or not in_save
-
-        assert kill_when(process, due, signal.SIGKILL), "the run ended before it was killed"
-        in_checkpoint += seen_tmp
-    assert in_checkpoint >= 3
-    run("train", *arguments(tiny_data, out), "--resume")
-
-    assert losses(out) == losses(uninterrupted)
-    assert len(losses(out)) == STEPS
-    jax.tree.map(np.testing.assert_array_equal, final_state(out), final_state(uninterrupted))
+    A run that comes to its end before enough processes were killed is followed by another one.
+    """
+    rng = random.Random(0)
+    runs = [tmp_path / "0"]
+    kills, in_checkpoint, seconds_to_train = 0, 0, 0.0
+    for attempt in range(4 * KILLS):
+        if kills >= KILLS and in_checkpoint >= KILLS_IN_CHECKPOINT:
+            break
+        kind = ("step", "time", "checkpoint")[attempt % 3]
+        ours = Attempt(tiny_data, runs[-1])
+        due = {
+            "step": partial(ours.has_trained, rng.randint(1, 25)),
+            "time": partial(ours.has_run, rng.random() * seconds_to_train),  # Start, restore and compilation included.
+            "checkpoint": ours.is_saving,
+        }[kind]
+        if not kill_when(ours.process, due, signal.SIGKILL):
+            _, stderr = ours.process.communicate()
+            assert ours.process.returncode == 0, stderr
+            runs.append(tmp_path / str(len(runs)))
+            continue
+        if kind == "step":
+            seconds_to_train = time.monotonic() - ours.start
+        kills += 1
+        in_checkpoint += kind == "checkpoint" and ours.has_unfinished()
+    assert kills >= KILLS
+    assert in_checkpoint >= KILLS_IN_CHECKPOINT
+    run("train", *continued(tiny_data, runs[-1]))
+    for out in runs:
+        assert_same(out, uninterrupted)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
@@ -120,8 +169,7 @@ def test_a_signal_saves_and_ends_and_the_run_goes_on(
         assert 60 <= checkpoints.steps()[-1] < STEPS
     stdout, _ = run("train", "--resume", f"--out-dir={out}")  # The rest of the configuration is the run's own.
     assert "resuming after step" in stdout
-    assert losses(out) == losses(uninterrupted)
-    jax.tree.map(np.testing.assert_array_equal, final_state(out), final_state(uninterrupted))
+    assert_same(out, uninterrupted)
 
 
 def test_resuming_on_another_number_of_devices(tiny_data: Path, uninterrupted: Path, tmp_path: Path) -> None:
