@@ -45,10 +45,6 @@ def count(low: int) -> st.SearchStrategy[int]:
     return st.integers(low, 2**40)
 
 
-def number(low: float, high: float, **options: bool) -> st.SearchStrategy[float]:
-    return st.floats(low, high, **options)
-
-
 # Values that are possible, of every field; those of the fields left out are few, or depend on one another.
 FIELDS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "model": {
@@ -56,9 +52,9 @@ FIELDS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "context_length": count(1),
         "n_layer": count(1),
         "d_ff": count(0),
-        "dropout": number(0, 1, exclude_max=True),
+        "dropout": st.floats(0, 1, exclude_max=True),
         "bias": st.booleans(),
-        "norm_eps": number(0, 1, exclude_min=True),
+        "norm_eps": st.floats(0, 1, exclude_min=True),
         "dtype": st.sampled_from(["auto", "float32", "bfloat16"]),
         "attention": st.sampled_from(["auto", "cudnn", "splash", "block_causal", "xla"]),
         "unroll": st.booleans(),
@@ -73,19 +69,19 @@ FIELDS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
         "tokenizer": st.text(),
         "model_type": st.sampled_from(["bpe", "unigram", "char"]),
         "vocab_size": count(1),
-        "val_fraction": number(0, 1, exclude_min=True, exclude_max=True),
+        "val_fraction": st.floats(0, 1, exclude_min=True, exclude_max=True),
     },
     "optimizer": {
-        "learning_rate": number(0, 10, exclude_min=True),
+        "learning_rate": st.floats(0, 10, exclude_min=True),
         "schedule": st.sampled_from(["cosine", "linear", "wsd", "constant"]),
         "warmup_steps": st.integers(0, 100),
-        "final_fraction": number(0, 1),
-        "decay_fraction": number(0, 1),
-        "beta1": number(0, 1, exclude_max=True),
-        "beta2": number(0, 1, exclude_max=True),
-        "eps": number(0, 1, exclude_min=True),
-        "weight_decay": number(0, 10) | st.integers(0, 10),
-        "clip_norm": number(0, 10) | st.integers(0, 10),
+        "final_fraction": st.floats(0, 1),
+        "decay_fraction": st.floats(0, 1),
+        "beta1": st.floats(0, 1, exclude_max=True),
+        "beta2": st.floats(0, 1, exclude_max=True),
+        "eps": st.floats(0, 1, exclude_min=True),
+        "weight_decay": st.floats(0, 10) | st.integers(0, 10),
+        "clip_norm": st.floats(0, 10) | st.integers(0, 10),
     },
     "train": {
         "steps": count(101),

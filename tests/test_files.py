@@ -131,9 +131,11 @@ def test_two_at_once_are_refused(out: Path) -> None:
 
 def test_a_folder_is_locked_to_one_process_until_that_ends(tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    code = "import pathlib, sys, time; from gpt_jax.files import locked\n"
-    code += "with locked(pathlib.Path(sys.argv[1]), ''): print('mine', flush=True); time.sleep(60)"
-    with subprocess.Popen([sys.executable, "-c", code, folder], stdout=subprocess.PIPE) as process:
+    code = "import pathlib, sys; from gpt_jax.files import locked\n"
+    code += "with locked(pathlib.Path(sys.argv[1]), ''): print('mine', flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"mine\n"
         with pytest.raises(UserError, match=r"^somebody is there$"), locked(folder, "somebody is there"):
