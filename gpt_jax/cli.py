@@ -25,6 +25,8 @@ from gpt_jax.data.shards import Dataset, open_dataset
 from gpt_jax.errors import UserError
 
 Args = TypeVar("Args")
+Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]
+"""A flag that is only ever switched on; the configuration's have both forms, --model.bias and --model.no-bias."""
 
 USAGE = """usage: gpt-jax COMMAND [OPTIONS]
 
@@ -43,8 +45,8 @@ class UsageError(UserError):
 class TrainArgs:
     """Train a GPT. The first argument may be a configuration file; configs/quickstart.py is the default."""
 
-    resume: bool = False  # Go on with the run in --out-dir, with the configuration saved there and these flags.
-    profile: bool = False  # Write a JAX profiler trace of a few steps to the run's folder.
+    resume: Switch = False  # Go on with the run in --out-dir, with the configuration saved there and these flags.
+    profile: Switch = False  # Write a JAX profiler trace of a few steps to the run's folder.
     config: Annotated[Config, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Config)
 
 
@@ -54,13 +56,7 @@ def parse(args_type: type[Args], argv: Sequence[str], command: str, default: Arg
     given: dict[str, Any] = {} if default is None else {"default": default}
     try:
         with contextlib.redirect_stderr(stderr):
-            return tyro.cli(
-                args_type,
-                args=list(argv),
-                prog=f"gpt-jax {command}",
-                **given,
-                config=(tyro.conf.FlagCreatePairsOff,),
-            )
+            return tyro.cli(args_type, args=list(argv), prog=f"gpt-jax {command}", **given)
     except SystemExit as e:
         if e.code == 0:  # --help
             raise
@@ -171,9 +167,8 @@ class SampleArgs:
     prompt: tuple[str, ...] = ()  # Texts to go on from, all in one batch; none: the start of a document.
     prompt_file: str = ""  # File whose whole text is the prompt.
     checkpoint: str = "latest"  # latest, best (lowest validation loss), or a step.
-    max_new_tokens: int = (
-        200  # Tokens to generate at most. Past its context length, the model sees the last half of it.
-    )
+    # Tokens to generate at most. When the context is full, the model goes on from the last half of it.
+    max_new_tokens: int = 200
     num_samples: int = 1  # Texts for each prompt.
     temperature: float = 0.8  # Divides the logits; 0: always the most probable token.
     top_k: int = 0  # Draw from the k most probable tokens only; 0: from all.
@@ -182,7 +177,7 @@ class SampleArgs:
     repetition_penalty: float = 1.0  # Makes tokens that were seen before less probable; 1: does not.
     stop: tuple[str, ...] = ()  # Strings that end a text.
     seed: int = 0  # Decides the draws.
-    json: bool = False  # Print one JSON object a text: tokens, their log-probabilities, why it ended.
+    json: Switch = False  # Print one JSON object a text: tokens, their log-probabilities, why it ended.
 
     def __post_init__(self) -> None:
         check(self.num_samples >= 1, "num_samples", self.num_samples, "1 or more")

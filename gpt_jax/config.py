@@ -152,9 +152,7 @@ class TrainConfig:
     seed: int = 0  # Decides the initial parameters, the order of the data and the dropout.
     log_every: int = 10  # Steps between lines of metrics.jsonl.
     eval_every: int = 250  # Steps between evaluations on the whole validation set; 0: only after the last step.
-    eval_batch_size: int = (
-        0  # Sequences evaluated at one time, over all devices; 0: data.batch_size without accumulation.
-    )
+    eval_batch_size: int = 0  # Sequences evaluated at one time, over all devices; 0: as many as train at one time.
     checkpoint_every: int = 0  # Steps between checkpoints; 0: after each evaluation.
     keep_checkpoints: int = 2  # How many of the latest checkpoints to keep, besides the best.
     sample_every: int = 0  # Steps between samples written by the model; 0: none.

@@ -1,7 +1,9 @@
 """The commands as a user meets them: what they make, and the one line that they say to what cannot be."""
 
+import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -160,6 +162,7 @@ def test_wrong_arguments(args: list[str], message: str, capsys: pytest.CaptureFi
     ("args", "message"),
     [
         (["train", "nowhere.py"], "no configuration file nowhere.py"),
+        (["train", "configs/shakespeare_char.py", "--model.no-bias", "--model.n-head", "5"], "model.n_head = 5 is not"),
         (["train", "--model.n-head", "5"], "model.n_head = 5 is not possible: it must be a divisor of model.d_model"),
         (["train", "--model.dropout", "1.5"], "model.dropout = 1.5 is not possible: it must be at least 0 and less"),
         (["train", "--train.steps", "0"], "train.steps = 0 is not possible: it must be 1 or more"),
@@ -295,3 +298,16 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_over(tiny_data
     assert process.returncode == 0, stderr
     assert "no checkpoint yet: starting from the first step" in stdout
     assert [r["step"] for r in records(out)] == list(range(1, 61))
+
+
+def test_every_flag_has_help(capsys: pytest.CaptureFixture[str]) -> None:
+    """Which tyro reads from the comments, where it finds them."""
+    for command in ("train", "sample", "prepare"):
+        with pytest.raises(SystemExit):
+            main([command, "--help"])
+        lines = [line.strip("│| ") for line in capsys.readouterr().out.splitlines()]
+        bare = [
+            flag for flag, text in itertools.pairwise(lines) if flag.startswith("--") and text.startswith("(default")
+        ]
+        assert bare == []
+        assert not any(re.match(r"--[a-z.-]+ *\(default", line) for line in lines)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
 import numpy as np
 import tyro
@@ -52,7 +52,8 @@ class PrepareArgs:
     vocab_size: int = 4096  # Number of tokens in its vocabulary; for char at most.
     val_fraction: float = 0.1  # Share of the text kept for validation.
     text_field: str = "text"  # Field or column of JSON Lines and Parquet that holds the text.
-    force: bool = False  # Replace --out, if it is a data folder, once the new one is complete.
+    # Replace --out, if it is a data folder, once the new one is complete.
+    force: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
 
     def __post_init__(self) -> None:
         check(len(self.source) > 0, "source", self.source, "one or more files, folders, globs or corpora")

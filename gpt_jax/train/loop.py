@@ -65,7 +65,6 @@ def train(config: Config, data: Dataset, resume: bool = False, profile: bool = F
     }
     encode_prompt(config.train.sample_prompt, data.tokenizer, config.model.context_length)  # Fails now, or never.
 
-    run.mkdir(parents=True, exist_ok=True)
     with (
         locked(run, f"another process is training in {run}"),
         stop_signals() as stop,
