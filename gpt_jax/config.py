@@ -100,9 +100,7 @@ class DataConfig:
     dir: str = ""  # Folder made by `prepare`.
     batch_size: int = 32  # Sequences in one optimizer step, over all devices and microbatches.
     microbatch_size: int = 0  # Sequences that a device handles at one time; 0: its whole share of the batch.
-    source: tuple[
-        str, ...
-    ] = ()  # What to prepare `dir` from when it does not exist: files, folders or a corpus's name.
+    source: tuple[str, ...] = ()  # What to prepare `dir` from when it is not there: files, folders, corpora.
     tokenizer: str = "sentencepiece"  # For that: sentencepiece, bytes, or the path of a tokenizer.
     model_type: TokenizerType = "bpe"  # For that: kind of SentencePiece model.
     vocab_size: int = 4096  # For that: number of tokens in the vocabulary.
