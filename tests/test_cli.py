@@ -1,6 +1,5 @@
 """The commands as a user meets them: what they make, and the one line that they say to what cannot be."""
 
-import itertools
 import json
 import os
 import re
@@ -306,8 +305,11 @@ def test_every_flag_has_help(capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit):
             main([command, "--help"])
         lines = [line.strip("│| ") for line in capsys.readouterr().out.splitlines()]
+        alone = [line.startswith("--") and "  " not in line for line in lines]  # A flag with no text beside it.
         bare = [
-            flag for flag, text in itertools.pairwise(lines) if flag.startswith("--") and text.startswith("(default")
+            a
+            for a, b, is_alone in zip(lines, lines[1:], alone[:-1], strict=False)
+            if is_alone and b.startswith("(default")
         ]
         assert bare == []
         assert not any(re.match(r"--[a-z.-]+ *\(default", line) for line in lines)
