@@ -102,7 +102,8 @@ class Checkpoints:
 
     def __exit__(self, exception_type: type | None, *exception: object) -> None:
         failure = self.attempt(self.manager.close)
-        if failure and exception_type is None:  # Never in place of what went wrong first.
+        failed_before = exception_type is not None and issubclass(exception_type, Exception)
+        if failure and not failed_before:  # Never in place of what went wrong first.
             raise failure
 
     def attempt(self, saving: Callable[[], object]) -> UserError | None:

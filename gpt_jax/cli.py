@@ -106,6 +106,7 @@ def train_command(argv: Sequence[str]) -> int:
     try:
         train(config, data, resume=args.resume, profile=args.profile)
     except Interrupted as e:
+        print(f"stopped, and saved; go on with: python train.py --resume --out-dir {config.out_dir}")
         return 128 + e.signum
     return 0
 

@@ -28,8 +28,8 @@ from gpt_jax.train.profile import Trace
 from gpt_jax.train.step import TrainState, init_state, make_eval_step, make_train_step
 
 
-class Interrupted(Exception):  # noqa: N818 (not an error: the run did as it was told)
-    """The run was asked to stop, saved its state and did."""
+class Interrupted(BaseException):
+    """The run was asked to stop, saved its state and did. Like KeyboardInterrupt, it is no error."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(signal.Signals(signum).name)
