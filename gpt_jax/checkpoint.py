@@ -20,6 +20,7 @@ from gpt_jax.errors import UserError
 
 # orbax logs what it does as warnings, and what goes wrong with a traceback for each thread; it also raises it.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
+logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # Reports the tasks that a failed save of orbax abandons.
 
 
 class DamagedCheckpointError(UserError):
