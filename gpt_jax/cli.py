@@ -121,7 +121,7 @@ def train_arguments(argv: list[str]) -> tuple[Config, TrainArgs]:
         i for i, a in enumerate(argv) if not a.startswith("-") and argv[i - 1 : i] in ([], ["--resume"], ["--profile"])
     ]
     path = Path(argv.pop(positional[0])) if positional else default_config_path()
-    out_dir = flag_value(argv, "--out-dir") or str(Path("runs") / path.stem)
+    out_dir = flag_value(argv, "--out-dir") or load_config(path).out_dir or str(Path("runs") / path.stem)
     saved = Path(out_dir) / "config.json"
     config = load_saved_config(saved) if "--resume" in argv and saved.exists() else load_config(path)
     config = dataclasses.replace(config, out_dir=out_dir)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from gpt_jax.cli import main
+from gpt_jax.cli import main, train_arguments
 from tests.cli import ROOT, TINY, records, refused, run, start
 
 
@@ -297,6 +297,14 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_over(tiny_data
     assert process.returncode == 0, stderr
     assert "no checkpoint yet: starting from the first step" in stdout
     assert [r["step"] for r in records(out)] == list(range(1, 61))
+
+
+def test_out_dir_is_the_flags_or_the_files_or_named_after_the_file(tmp_path: Path) -> None:
+    for name, content in (("named", 'Config(out_dir="elsewhere")'), ("plain", "Config()")):
+        (tmp_path / f"{name}.py").write_text(f"from gpt_jax.config import Config\nconfig = {content}\n")
+    assert train_arguments([str(tmp_path / "named.py")])[0].out_dir == "elsewhere"
+    assert train_arguments([str(tmp_path / "plain.py")])[0].out_dir == "runs/plain"
+    assert train_arguments([str(tmp_path / "named.py"), "--out_dir=a", "--out-dir", "b"])[0].out_dir == "b"
 
 
 def test_every_flag_has_help(capsys: pytest.CaptureFixture[str]) -> None:
