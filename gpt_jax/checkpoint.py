@@ -5,6 +5,8 @@ one wrote. orbax notices files that are missing or cut short, but not a changed 
 arrays, kept with the facts, do.
 """
 
+import hashlib
+import json
 import logging
 import sys
 import time
@@ -48,6 +50,11 @@ def checksums(tree: Any) -> list[jax.Array]:
 def named_checksums(tree: Any) -> dict[str, int]:
     """The checksum of each leaf by its path, such as "layers/mlp/up/kernel"."""
     return dict(zip(leaf_shapes(tree), map(int, jax.device_get(checksums(tree))), strict=True))
+
+
+def tree_fingerprint(tree: Any) -> str:
+    """A hash of the names and values of all leaves, in hexadecimal."""
+    return hashlib.sha256(json.dumps(named_checksums(tree), sort_keys=True).encode()).hexdigest()
 
 
 def leaf_shapes(tree: Any) -> dict[str, tuple[int, ...]]:

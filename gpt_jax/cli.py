@@ -22,17 +22,24 @@ import tyro
 
 from gpt_jax.config import Config, DataConfig, check, load_config, load_saved_config, with_vocabulary
 from gpt_jax.data.shards import Dataset, open_dataset
+from gpt_jax.data.tokenizer import Tokenizer, load_tokenizer
 from gpt_jax.errors import UserError
+from gpt_jax.system import restart_with_huge_pages
 
 Args = TypeVar("Args")
 Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]
 """A flag that is only ever switched on; the configuration's have both forms, --model.bias and --model.no-bias."""
+
+EXTRAS = {"tokenizers": "interop", "jinja2": "interop", "gguf": "interop", "google": "interop", "lm_eval": "lm-eval"}
+"""Packages that not everybody needs, and the extra that has them. `google` is protobuf."""
 
 USAGE = """usage: gpt-jax COMMAND [OPTIONS]
 
   prepare   turn text into token files
   train     train a GPT on them
   sample    let a trained GPT write
+  eval      tell how well a GPT predicts a text
+  export    write a run as a folder that transformers loads
 
 gpt-jax COMMAND --help tells the options of each."""
 
@@ -100,7 +107,12 @@ def train_command(argv: Sequence[str]) -> int:
     from gpt_jax.train.loop import Interrupted, check_run_folder, train
 
     check_run_folder(Path(config.out_dir), args.resume)  # Before minutes are spent on preparing data.
-    data = open_or_prepare(config.data, argv)
+    tokenizer = None
+    if config.init_from and args.resume:
+        tokenizer = load_tokenizer(Path(config.out_dir))
+    elif config.init_from:
+        config, tokenizer = start_from(config, argv)
+    data = open_or_prepare(config.data, argv, tokenizer, config.init_from)
     config = with_vocabulary(config, data.tokenizer.vocab_size)
     runtime.setup(runtime.choose_cpu_devices(config))
     try:
@@ -109,6 +121,31 @@ def train_command(argv: Sequence[str]) -> int:
         print(f"stopped, and saved; go on with: python train.py --resume --out-dir {config.out_dir}")
         return 128 + e.signum
     return 0
+
+
+def start_from(config: Config, argv: Sequence[str]) -> tuple[Config, Tokenizer]:
+    """The configuration with the architecture of the model in `init_from`, and that model's tokenizer.
+
+    Raises UserError when the model is not supported, its files are not what it says that they are, or a flag asks for
+    another architecture.
+    """
+    from gpt_jax.interop.load import KEPT, adopt, check_files, check_tokenizer, open_named, their_config
+
+    for flag in (a.partition("=")[0] for a in argv if a.startswith("--model.")):
+        name = flag.removeprefix("--model.").partition(".")[0].replace("-", "_").removeprefix("no_")
+        if name not in KEPT:
+            raise UserError(f"{flag} cannot be given with init_from: the model there decides it")
+    files = open_named(config.init_from)
+    model = adopt(files, config.model)
+    theirs = their_config(files).context_length
+    if model.context_length < theirs:
+        print(f"the context of {theirs:,} tokens is shortened to model.context_length = {model.context_length:,}")
+    tokenizer = files.tokenizer()
+    check_tokenizer(tokenizer, model, files.where)
+    check_files(files)
+    path = Path(config.init_from).expanduser()
+    place = str(path.absolute()) if path.exists() else config.init_from  # The run may be sampled from another folder.
+    return dataclasses.replace(config, model=model, init_from=place), tokenizer
 
 
 def train_arguments(argv: list[str]) -> tuple[Config, TrainArgs]:
@@ -129,10 +166,13 @@ def train_arguments(argv: list[str]) -> tuple[Config, TrainArgs]:
     return args.config, args
 
 
-def open_or_prepare(config: DataConfig, argv: Sequence[str]) -> Dataset:
-    """The data folder, made from `data.source` if it is not there.
+def open_or_prepare(
+    config: DataConfig, argv: Sequence[str], tokenizer: Tokenizer | None = None, model: str = ""
+) -> Dataset:
+    """The data folder, made from `data.source` if it is not there; with `tokenizer`, that of `model`, if there is one.
 
-    Raises UserError when a flag asks for another preparation than that of the folder that is there.
+    Raises UserError when a flag asks for another preparation than that of the folder that is there, or it was made with
+    another tokenizer.
     """
     check(bool(config.dir), "data.dir", config.dir, "a folder made by gpt-jax prepare")
     folder = Path(config.dir)
@@ -143,14 +183,20 @@ def open_or_prepare(config: DataConfig, argv: Sequence[str]) -> Dataset:
             PrepareArgs(
                 source=config.source,
                 out=folder,
-                tokenizer=config.tokenizer,
+                tokenizer=model if tokenizer else config.tokenizer,
                 model_type=config.model_type,
                 vocab_size=config.vocab_size,
                 val_fraction=config.val_fraction,
-            )
+            ),
+            tokenizer=tokenizer,
         )
         print_summary(folder, meta)
     data = open_dataset(folder)
+    if tokenizer and tokenizer.fingerprint != data.tokenizer.fingerprint:
+        raise UserError(
+            f"{folder} was not prepared with the tokenizer of the model in init_from; prepare it with "
+            "--tokenizer MODEL, or name another --data.dir and a --data.source"
+        )
     for name in ("tokenizer", "model_type", "vocab_size", "val_fraction"):
         wanted, there = getattr(config, name), data.meta.settings[name]
         if flag_value(argv, f"--data.{name.replace('_', '-')}") is not None and wanted != there:
@@ -165,6 +211,9 @@ class SampleArgs:
     """Let a trained GPT go on from prompts. The same arguments and seed give the same text."""
 
     run: str = ""  # Folder of the run; empty: the newest under runs/.
+    model: str = ""  # In its place: a folder with a published model, a .gguf file, or a name on the hub.
+    # Longest text in tokens; 0: the model's own. Longer than that, or another than a run's: where positions are rotary.
+    context_length: int = 0
     prompt: tuple[str, ...] = ()  # Texts to go on from, all in one batch; none: the start of a document.
     prompt_file: str = ""  # File whose whole text is the prompt.
     checkpoint: str = "latest"  # latest, best (lowest validation loss), or a step.
@@ -179,11 +228,20 @@ class SampleArgs:
     stop: tuple[str, ...] = ()  # Strings that end a text.
     seed: int = 0  # Decides the draws.
     json: Switch = False  # Print one JSON object a text: tokens, their log-probabilities, why it ended.
+    chat: Switch = False  # Talk with the model, which must have a chat template; each line of input is a message.
+    system: str = ""  # With --chat: what to tell the model first, such as how to behave.
 
     def __post_init__(self) -> None:
         check(self.num_samples >= 1, "num_samples", self.num_samples, "1 or more")
+        check(self.context_length >= 0, "context_length", self.context_length, "0 (the model's own) or more")
+        if self.model and (self.run or self.checkpoint != "latest"):
+            raise UserError("--model names a model, and --run or --checkpoint another one; use one of them")
         if self.prompt and self.prompt_file:
             raise UserError("--prompt and --prompt-file were both given; use one of them")
+        if self.chat and (self.prompt or self.prompt_file or self.json or self.num_samples > 1):
+            raise UserError("--chat goes with none of --prompt, --prompt-file, --json and --num-samples")
+        if self.system and not self.chat:
+            raise UserError("--system goes with --chat only")
 
 
 def sample_command(argv: Sequence[str]) -> int:
@@ -191,15 +249,25 @@ def sample_command(argv: Sequence[str]) -> int:
     args = parse(SampleArgs, argv, "sample")
 
     from gpt_jax import runtime
-    from gpt_jax.sample.decode import Filters
+    from gpt_jax.sample.decode import Filters, prepare_params
     from gpt_jax.sample.generate import Settings, encode_prompt, generate
-    from gpt_jax.sample.run import load_run, newest_run
+    from gpt_jax.sample.run import load_model, newest_run
 
     filters = Filters(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
     settings = Settings(args.max_new_tokens, args.seed, args.stop, filters)
     prompts = [read_prompt(Path(args.prompt_file))] if args.prompt_file else list(args.prompt) or [""]
     runtime.setup()
-    model, params, tokenizer = load_run(Path(args.run) if args.run else newest_run(), args.checkpoint)
+    run = None if args.model else Path(args.run) if args.run else newest_run()
+    model, params, tokenizer = load_model(run, args.checkpoint, args.model, args.context_length)
+    params = prepare_params(params, model.config)  # Once for all answers, and the only copy that stays.
+
+    if args.chat:
+        from gpt_jax.sample.chat import HELP, ask_terminal, chat, say_terminal
+
+        if sys.stdin.isatty():
+            print(HELP, file=sys.stderr)
+        chat(model, params, tokenizer, settings, args.system or None, ask_terminal, say_terminal)
+        return 0
 
     streams = len(prompts) * args.num_samples == 1 and not args.json
     if streams:
@@ -240,7 +308,33 @@ def prepare_command(argv: Sequence[str]) -> int:
     """Turns text into token files."""
     from gpt_jax.data.prepare import PrepareArgs, run_prepare
 
-    run_prepare(parse(PrepareArgs, argv, "prepare"))
+    args = parse(PrepareArgs, argv, "prepare")
+    tokenizer = None
+    name = args.tokenizer
+    if name.endswith(".gguf") or (name not in ("sentencepiece", "bytes") and not Path(name).exists()):
+        from gpt_jax.interop.load import open_named
+
+        tokenizer = open_named(name).tokenizer()
+    run_prepare(args, tokenizer)
+    return 0
+
+
+def eval_command(argv: Sequence[str]) -> int:
+    """Loads a model and prints how well it predicts a text."""
+    from gpt_jax.evaluate.run import EvalArgs, run_eval
+
+    run_eval(parse(EvalArgs, argv, "eval"))
+    return 0
+
+
+def export_command(argv: Sequence[str]) -> int:
+    """Writes a run as a folder that other software loads."""
+    from gpt_jax import runtime
+    from gpt_jax.export.run import ExportArgs, run_export
+
+    args = parse(ExportArgs, argv, "export")
+    runtime.setup()
+    run_export(args)
     return 0
 
 
@@ -248,6 +342,8 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "prepare": prepare_command,
     "train": train_command,
     "sample": sample_command,
+    "eval": eval_command,
+    "export": export_command,
 }
 
 
@@ -283,7 +379,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def told(e: Exception) -> str | None:
     """What to tell the user of an exception, in one line; None where it is a bug, which needs its traceback."""
     if isinstance(e, UserError):
-        return str(e)
+        return " ".join(str(e).split("\n"))  # Libraries, whose words it may hold, write more than one line.
+    if isinstance(e, ModuleNotFoundError) and (package := (e.name or "").split(".")[0]) in EXTRAS:
+        return f"this needs the package {package}, which is not installed: pip install 'gpt-jax[{EXTRAS[package]}]'"
     if isinstance(e, OSError) and e.errno is not None:  # A disk that is full or read-only, wherever it was met.
         return f"{e.filename}: {e.strerror}" if e.filename else os.strerror(e.errno)
     if isinstance(e, RuntimeError) and "RESOURCE_EXHAUSTED" in str(e):
@@ -297,6 +395,9 @@ def run(argv: Sequence[str] | None = None) -> None:
     A failure ends the process at once: after a failed save, the interpreter's own way out lets the abandoned threads
     and coroutines of the checkpoint library print their tracebacks below the one line that matters.
     """
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] == "train":
+        restart_with_huge_pages()
     status = main(argv)
     sys.stdout.flush()
     sys.stderr.flush()

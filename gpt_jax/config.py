@@ -17,6 +17,10 @@ from gpt_jax.errors import UserError
 AttentionName = Literal["auto", "cudnn", "splash", "block_causal", "xla"]
 DTypeName = Literal["auto", "float32", "bfloat16"]
 RematName = Literal["none", "full", "dots", "dots_no_batch"]
+PositionsName = Literal["learned", "rotary"]
+NormName = Literal["layer", "rms"]
+ActivationName = Literal["gelu_tanh", "gelu", "silu", "relu"]
+RopeScalingName = Literal["none", "linear", "dynamic", "yarn", "llama3"]
 ScheduleName = Literal["cosine", "linear", "wsd", "constant"]
 TokenizerType = Literal["bpe", "unigram", "char"]
 
@@ -40,18 +44,104 @@ def check_types(section: object, prefix: str) -> None:
 
 
 @dataclass(frozen=True)
+class RopeConfig:
+    """Rotary positions (Su et al. 2021), and how they are stretched beyond the context that they were trained with."""
+
+    theta: float = 10_000.0  # Base of the wavelengths.
+    local_theta: float = 0.0  # Base in sliding-window layers, where nothing is stretched; 0: as in all layers.
+    scaling: RopeScalingName = "none"  # How wavelengths are stretched; dynamic is NTK-aware scaling of the base.
+    factor: float = 1.0  # How many times longer the context becomes.
+    original_context: int = 0  # Context before stretching, in tokens; 0: context_length.
+    low_freq_factor: float = 1.0  # llama3: wavelengths longer than original_context / this are stretched wholly.
+    high_freq_factor: float = 4.0  # llama3: wavelengths shorter than original_context / this are not stretched.
+    beta_fast: float = 32.0  # yarn: turns within the original context from which on nothing is stretched.
+    beta_slow: float = 1.0  # yarn: turns within the original context up to which all is stretched.
+    attention_factor: float = 0.0  # yarn: multiplies queries and keys; 0: 0.1 ln(factor) + 1.
+
+    def __post_init__(self) -> None:
+        check_types(self, "model.rope")
+        for name in ("theta", "factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"):
+            check(getattr(self, name) > 0, f"model.rope.{name}", getattr(self, name), "more than 0")
+        for name in ("local_theta", "original_context", "attention_factor"):
+            check(getattr(self, name) >= 0, f"model.rope.{name}", getattr(self, name), "0 or more")
+
+    def dynamic_theta(self, context_length: int, head_dim: int) -> float:
+        """Theta as dynamic scaling raises it for texts that fill the context (bloc97 2023), whatever their length."""
+        times = context_length / (self.original_context or context_length)
+        return self.theta * max(1.0, self.factor * times - (self.factor - 1)) ** (head_dim / (head_dim - 2))
+
+    def spelled_out(self, context_length: int, head_dim: int) -> "RopeConfig":
+        """The same for a model with this context, every default spelled out, and what has no effect at its default."""
+        if self.scaling == "dynamic":
+            return RopeConfig(self.dynamic_theta(context_length, head_dim), self.local_theta or self.theta)
+        used = {
+            "linear": ("factor",),
+            "yarn": ("factor", "original_context", "beta_fast", "beta_slow", "attention_factor"),
+            "llama3": ("factor", "original_context", "low_freq_factor", "high_freq_factor"),
+        }.get(self.scaling, ())
+        values = {name: getattr(self, name) for name in ("theta", "scaling", *used)}
+        if "original_context" in used and not self.original_context:
+            values["original_context"] = context_length
+        return RopeConfig(**values, local_theta=self.local_theta or self.theta)
+
+
+# Fields of ModelConfig that do not decide what the model computes, only how it is run, trained and stored.
+HOW_IT_RUNS = ("vocab_multiple", "dropout", "lora", "dtype", "attention", "unroll", "remat", "loss_chunk")
+
+LORA_TARGETS = ("qkv", "out", "gate", "up", "down")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (Hu et al. 2022): the matrices that training starts from stay as they are, and each target gets
+    a trainable product of two thin ones beside it."""
+
+    rank: int = 0  # Inner width of the adapters; 0: none, all parameters are trained.
+    alpha: float = 16.0  # The adapters' product is multiplied by alpha / rank.
+    # Matrices with adapters: any of qkv, out (attention), gate, up, down (feed-forward).
+    targets: tuple[str, ...] = LORA_TARGETS
+    dropout: float = 0.0  # Probability of dropping an input of the adapters.
+
+    def __post_init__(self) -> None:
+        check_types(self, "model.lora")
+        check(self.rank >= 0, "model.lora.rank", self.rank, "0 (no adapters) or more")
+        check(self.alpha > 0, "model.lora.alpha", self.alpha, "more than 0")
+        known = bool(self.targets) and set(self.targets) <= set(LORA_TARGETS)
+        check(known, "model.lora.targets", self.targets, "some of " + ", ".join(LORA_TARGETS))
+        check(0 <= self.dropout < 1, "model.lora.dropout", self.dropout, "at least 0 and less than 1")
+
+
+@dataclass(frozen=True)
 class ModelConfig:
-    """The GPT itself: GPT-2's architecture by default."""
+    """The GPT itself: GPT-2's architecture by default, and the Llama family's by other values of the same fields."""
 
     vocab_size: int = 0  # Token ids the model knows; 0: as many as the tokenizer has.
+    # Rows of the embedding are filled up to a multiple of this, for speed; the padding is never predicted.
+    vocab_multiple: int = 1
     context_length: int = 1024  # Longest sequence, in tokens.
     n_layer: int = 12  # Transformer blocks.
-    n_head: int = 12  # Attention heads; must divide d_model.
+    n_head: int = 12  # Attention heads.
+    n_kv_head: int = 0  # Key/value heads, each shared by a group of attention heads; 0: as many as attention heads.
     d_model: int = 768  # Width of the residual stream.
+    d_head: int = 0  # Width of one attention head; 0: d_model / n_head.
     d_ff: int = 0  # Width of the feed-forward layer; 0: four times d_model.
-    dropout: float = 0.0  # Probability of dropping an embedding, an attention weight or a block's output.
+    positions: PositionsName = "learned"  # Position embeddings, or rotation of queries and keys.
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    window: int = 0  # Tokens that a sliding-window layer sees, its own included; 0: all layers see all.
+    window_pattern: str = "s"  # Which layers slide (s) and which see all (f), repeated over the layers.
+    norm: NormName = "layer"  # Layer norm, or RMS norm, which has no mean and no bias.
+    norm_eps: float = 1e-5  # Added to the variance in norms.
+    post_norm: bool = False  # Also norm what attention and the feed-forward layer give, as Gemma does.
+    qk_norm: bool = False  # RMS norm of each query and key head.
+    query_scale: float = 0.0  # Queries are multiplied by this; 0: 1 / sqrt(width of a head).
+    activation: ActivationName = "gelu_tanh"  # Of the feed-forward layer; gelu_tanh is GPT-2's approximation.
+    gated: bool = False  # Multiply the activation with a second projection: SwiGLU with silu, GeGLU with gelu.
     bias: bool = True  # Biases in linear layers and layer norms, as GPT-2 has them.
-    norm_eps: float = 1e-5  # Added to the variance in layer norms.
+    biases: tuple[str, ...] = ()  # Linear layers with biases although bias is off: any of qkv, out, mlp.
+    tied_head: bool = True  # Logits come from the token embeddings, and not from a matrix of their own.
+    scale_embeddings: bool = False  # Multiply token embeddings by sqrt(d_model), as Gemma does.
+    dropout: float = 0.0  # Probability of dropping an embedding, an attention weight or a block's output.
+    lora: LoraConfig = field(default_factory=LoraConfig)
     dtype: DTypeName = "auto"  # Compute type; auto: bfloat16 on accelerators, float32 on CPU. Parameters are float32.
     attention: AttentionName = "auto"  # Attention backend; auto: cudnn on GPU, splash on TPU, block_causal on CPU.
     unroll: bool = True  # Unroll the layers (faster steps) or scan over them (compile time independent of depth).
@@ -60,23 +150,42 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         check_types(self, "model")
-        for name in ("context_length", "n_layer", "n_head", "d_model", "loss_chunk"):
+        for name in ("vocab_multiple", "context_length", "n_layer", "n_head", "d_model", "loss_chunk"):
             check(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "1 or more")
         check(self.vocab_size >= 0, "model.vocab_size", self.vocab_size, "0 (the tokenizer's) or more")
-        check(self.d_ff >= 0, "model.d_ff", self.d_ff, "0 (four times d_model) or more")
+        defaults = {"n_kv_head": "n_head", "d_head": "d_model / n_head", "d_ff": "four times d_model", "window": "none"}
+        for name, default in defaults.items():
+            check(getattr(self, name) >= 0, f"model.{name}", getattr(self, name), f"0 ({default}) or more")
+        check(self.query_scale >= 0, "model.query_scale", self.query_scale, "0 (1 / sqrt(d_head)) or more")
         check(
-            self.d_model % self.n_head == 0,
+            self.d_head > 0 or self.d_model % self.n_head == 0,
             "model.n_head",
             self.n_head,
-            f"a divisor of model.d_model = {self.d_model}",
+            f"a divisor of model.d_model = {self.d_model}, where model.d_head is not set",
         )
+        check(
+            self.n_head % self.kv_heads == 0,
+            "model.n_kv_head",
+            self.n_kv_head,
+            f"a divisor of model.n_head = {self.n_head}",
+        )
+        rotary = self.positions == "rotary"
+        check(not rotary or self.head_dim % 2 == 0, "model.d_head", self.head_dim, "even, with rotary positions")
+        pattern_is_known = self.window_pattern != "" and set(self.window_pattern) <= {"s", "f"}
+        check(pattern_is_known, "model.window_pattern", self.window_pattern, "of the letters s and f, such as sssssf")
+        check(set(self.biases) <= {"qkv", "out", "mlp"}, "model.biases", self.biases, "some of qkv, out, mlp")
         check(0 <= self.dropout < 1, "model.dropout", self.dropout, "at least 0 and less than 1")
         check(self.norm_eps > 0, "model.norm_eps", self.norm_eps, "more than 0")
 
     @property
     def head_dim(self) -> int:
         """Width of one attention head, K."""
-        return self.d_model // self.n_head
+        return self.d_head or self.d_model // self.n_head
+
+    @property
+    def kv_heads(self) -> int:
+        """Number of key/value heads, G."""
+        return self.n_kv_head or self.n_head
 
     @property
     def ff_dim(self) -> int:
@@ -84,13 +193,68 @@ class ModelConfig:
         return self.d_ff or 4 * self.d_model
 
     @property
+    def embedding_rows(self) -> int:
+        """Number of token embeddings, V: the vocabulary and its padding."""
+        return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
+
+    @property
+    def sliding(self) -> tuple[bool, ...]:
+        """For each layer, whether it sees a sliding window only."""
+        pattern = self.window_pattern if self.window else "f"
+        return tuple(pattern[i % len(pattern)] == "s" for i in range(self.n_layer))
+
+    @property
+    def drops(self) -> bool:
+        """Whether training drops anything, and so needs random keys."""
+        return self.dropout > 0 or (self.lora.rank > 0 and self.lora.dropout > 0)
+
+    def has_bias(self, layer: str) -> bool:
+        """Whether linear layer `layer` (qkv, out or mlp) has a bias."""
+        return self.bias or layer in self.biases
+
+    @property
     def n_params(self) -> int:
-        """Number of parameters, the tied head counted once."""
-        d, f, bias = self.d_model, self.ff_dim, int(self.bias)
-        attention = 4 * d * d + bias * 4 * d
-        feed_forward = 2 * d * f + bias * (f + d)
-        norm = d + bias * d
-        return (self.vocab_size + self.context_length) * d + self.n_layer * (attention + feed_forward + 2 * norm) + norm
+        """Number of parameters; a tied head is counted once, adapters are not."""
+        d, f, h, g, k = self.d_model, self.ff_dim, self.n_head, self.kv_heads, self.head_dim
+        norm = d * (2 if self.bias and self.norm == "layer" else 1)
+        qkv_width = (h + 2 * g) * k
+        attention = d * qkv_width + h * k * d + self.has_bias("qkv") * qkv_width + self.has_bias("out") * d
+        up = 2 if self.gated else 1
+        feed_forward = (up + 1) * d * f + self.has_bias("mlp") * (up * f + d)
+        block = attention + feed_forward + (4 if self.post_norm else 2) * norm + self.qk_norm * 2 * k
+        embeddings = self.embedding_rows * (1 if self.tied_head else 2) + self.n_positions
+        return embeddings * d + self.n_layer * block + norm
+
+    @property
+    def n_positions(self) -> int:
+        """Number of learned position embeddings."""
+        return self.context_length if self.positions == "learned" else 0
+
+    def deciding(self) -> dict[str, Any]:
+        """What decides which parameters a checkpoint of the model has, and what they mean: by name, as values."""
+        lora = dataclasses.replace(self.lora, dropout=0.0)
+        stored: dict[str, Any] = {"vocab_multiple": self.vocab_multiple, "lora": lora}
+        return dataclasses.asdict(dataclasses.replace(self.architecture(), **stored))
+
+    def architecture(self) -> "ModelConfig":
+        """What decides the function that the model computes, every default spelled out; what only decides how it is
+        run, trained or stored is left at its default. Equal for models that can take each other's parameters."""
+        biases = () if self.bias else ("qkv", "out", "mlp")
+        sliding = any(self.sliding)
+        spelled_out: dict[str, Any] = {
+            "n_kv_head": self.kv_heads,
+            "d_head": self.head_dim,
+            "d_ff": self.ff_dim,
+            "query_scale": self.query_scale or float(self.head_dim) ** -0.5,
+            "biases": tuple(name for name in biases if name in self.biases),
+            "rope": self.rope.spelled_out(self.context_length, self.head_dim)
+            if self.positions == "rotary"
+            else RopeConfig(),
+            "window": self.window if sliding else 0,
+            "window_pattern": "".join("s" if s else "f" for s in self.sliding) if sliding else "s",
+        }
+        default = ModelConfig()
+        return dataclasses.replace(self, **spelled_out | {name: getattr(default, name) for name in HOW_IT_RUNS})
 
 
 @dataclass(frozen=True)
@@ -126,7 +290,8 @@ class OptimizerConfig:
     beta1: float = 0.9  # Decay of the first moment.
     beta2: float = 0.95  # Decay of the second moment.
     eps: float = 1e-8  # Added to the root of the second moment.
-    weight_decay: float = 0.1  # Decoupled weight decay, times the learning rate; on matrices and embeddings only.
+    # Decoupled weight decay, times the learning rate; on matrices (adapters too) and embeddings only.
+    weight_decay: float = 0.1
     clip_norm: float = 1.0  # Largest global norm of the gradient; 0: no clipping.
 
     def __post_init__(self) -> None:
@@ -184,6 +349,8 @@ class Config:
     """An experiment: everything that decides the outcome of a run."""
 
     out_dir: str = ""  # The run's folder; empty: runs/ and the configuration file's name.
+    # Model to start from: a folder with safetensors, a .gguf file, a name on the hub. It decides the architecture.
+    init_from: str = ""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -197,6 +364,8 @@ class Config:
             self.optimizer.warmup_steps,
             f"less than train.steps = {self.train.steps}",
         )
+        has_base = self.model.lora.rank == 0 or self.init_from != ""
+        check(has_base, "model.lora.rank", self.model.lora.rank, "0 without init_from, a model to put adapters on")
 
 
 def load_config(path: Path) -> Config:

@@ -42,7 +42,7 @@ def check_replaceable(folder: Path, marker: str, force: bool) -> None:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     if not (folder / marker).is_file():
-        raise UserError(f"{folder} exists and is not a data folder; choose another --out")
+        raise UserError(f"{folder} exists and was not written by this command; choose another --out")
     if not force:
         raise UserError(f"{folder} exists; --force replaces it when the new one is complete")
 

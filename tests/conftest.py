@@ -16,6 +16,7 @@ atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_e
 
 from gpt_jax import runtime  # noqa: E402
 from tests.cli import run  # noqa: E402
+from tests.smollm2 import smollm2_gguf  # noqa: E402, F401
 
 # The first example of a test compiles, so the time of one says nothing; in CI, the same examples every time.
 settings.register_profile("gpt_jax", deadline=None, derandomize="CI" in os.environ)

@@ -27,6 +27,7 @@ from gpt_jax.errors import UserError
 from gpt_jax.files import save_json
 from gpt_jax.model.backend import resolve
 from gpt_jax.model.gpt import GPT, init_params
+from gpt_jax.model.lora import split
 from tests.cli import ROOT
 
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
@@ -227,7 +228,7 @@ def test_what_is_no_python_file_is_named(tmp_path: Path, name: str) -> None:
         ),
         ("model", {"vocab_size": -1}, "0 (the tokenizer's) or more"),
         ("model", {"d_ff": -1}, "0 (four times d_model) or more"),
-        ("model", {"n_head": 5}, "a divisor of model.d_model = 768"),
+        ("model", {"n_head": 5}, "a divisor of model.d_model = 768, where model.d_head is not set"),
         ("model", {"dropout": 1.0}, "at least 0 and less than 1"),
         ("model", {"dropout": -0.1}, "at least 0 and less than 1"),
         ("model", {"dropout": float("nan")}, "at least 0 and less than 1"),
@@ -326,10 +327,10 @@ def test_the_vocabulary_is_the_tokenizers_unless_it_is_larger() -> None:
 
 @each_config
 def test_parameters_are_counted_as_they_are_made(path: Path) -> None:
-    """Against the shapes that the model really has."""
+    """Against the shapes that the model really has, adapters apart."""
     config = with_vocabulary(load_config(path), 67) if load_config(path).model.vocab_size == 0 else load_config(path)
     model = GPT(resolve(config.model, "cpu"))
-    shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    _, shapes = split(jax.eval_shape(lambda: init_params(model, jax.random.key(0))))
     assert config.model.n_params == sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 

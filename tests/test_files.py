@@ -151,7 +151,7 @@ def test_only_what_is_ours_is_replaced(tmp_path: Path) -> None:
     check_replaceable(tmp_path, "marker", force=False)  # Empty.
     (tmp_path / "letter.txt").write_text("dear")
     for path in (tmp_path, tmp_path / "letter.txt"):
-        with pytest.raises(UserError, match="exists and is not a data folder; choose another --out"):
+        with pytest.raises(UserError, match="exists and was not written by this command; choose another --out"):
             check_replaceable(path, "marker", force=True)
     (tmp_path / "marker").touch()
     check_replaceable(tmp_path, "marker", force=True)

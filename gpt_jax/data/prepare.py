@@ -32,7 +32,7 @@ from gpt_jax.data.sources import Corpus, open_corpus
 from gpt_jax.data.split import ByDocument, ByPosition, choose_split
 from gpt_jax.data.tokenizer import ByteTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
 from gpt_jax.data.train_tokenizer import TextSample, train_sentencepiece
-from gpt_jax.data.worker import END_OF_DOCUMENT
+from gpt_jax.data.worker import END_OF_DOCUMENT, START_OF_DOCUMENT
 from gpt_jax.errors import UserError
 from gpt_jax.files import check_replaceable, whole_folder
 from gpt_jax.system import available_cores
@@ -47,7 +47,7 @@ class PrepareArgs:
 
     source: tyro.conf.Positional[tuple[str, ...]]  # Files, folders, globs, or the corpora python-docs and shakespeare.
     out: Path  # Folder to make.
-    tokenizer: str = "sentencepiece"  # sentencepiece, bytes, or the path of a tokenizer or of a folder that has one.
+    tokenizer: str = "sentencepiece"  # sentencepiece, bytes, or a tokenizer: a file, a folder, a model's name.
     model_type: TokenizerType = "bpe"  # Kind of SentencePiece model to train.
     vocab_size: int = 4096  # Number of tokens in its vocabulary; for char at most.
     val_fraction: float = 0.1  # Share of the text kept for validation.
@@ -63,9 +63,9 @@ class PrepareArgs:
         check(0 < self.val_fraction < 1, "val_fraction", self.val_fraction, "more than 0 and less than 1")
 
 
-def run_prepare(args: PrepareArgs) -> None:
+def run_prepare(args: PrepareArgs, tokenizer: Tokenizer | None = None) -> None:
     """The command: prepares as `args` say, and prints what there is now and what to do next. Errors as in `prepare`."""
-    meta = prepare(args)
+    meta = prepare(args, tokenizer=tokenizer)
     print_summary(args.out, meta)
     print(f"next: python train.py --data.dir {shlex.quote(str(args.out))}")
 
@@ -79,8 +79,9 @@ def print_summary(folder: Path, meta: Meta) -> None:
     print(f"  {'vocabulary':<11}{meta.vocab_size:>15,} tokens{ratio:>13.2f} bytes a token")
 
 
-def prepare(args: PrepareArgs, n_workers: int = 0) -> Meta:
-    """Makes the data folder `args.out`, whole or not at all, with so many tokenising processes (0: one a core).
+def prepare(args: PrepareArgs, n_workers: int = 0, tokenizer: Tokenizer | None = None) -> Meta:
+    """Makes the data folder `args.out`, whole or not at all, with so many tokenising processes (0: one a core), and
+    with `tokenizer`, or the one that `args` name.
 
     The files depend on the text and `args` alone, not on `n_workers`. Raises UserError for what the user can mend, and
     SystemExit after SIGTERM; after either, as after Ctrl-C, `args.out` is as it was.
@@ -90,7 +91,7 @@ def prepare(args: PrepareArgs, n_workers: int = 0) -> Meta:
             check_replaceable(args.out, META_FILE, args.force)
             corpus = open_corpus(args.source, args.text_field)
             survey = _survey(corpus, args.val_fraction)
-            tokenizer = _make_tokenizer(args, survey.sample)
+            tokenizer = tokenizer or _make_tokenizer(args, survey.sample)
             settings = {
                 **{name: value for name, value in asdict(args).items() if name not in ("out", "force")},
                 "source": list(args.source),  # As it comes back from JSON.
@@ -162,9 +163,12 @@ def _write(
     def tasks() -> Iterator[tuple[SplitName, bytes]]:
         """The text of both splits in pieces of about TASK_BYTES, each of one split."""
         waiting = {name: bytearray() for name in SPLITS}
+        within_document = dict.fromkeys(SPLITS, False)
         for name, block in survey.split(fingerprinted()):
             n_bytes[name] += len(block.text)
+            waiting[name] += START_OF_DOCUMENT * (not within_document[name])
             waiting[name] += block.text + END_OF_DOCUMENT * block.ends_document
+            within_document[name] = not block.ends_document
             if len(waiting[name]) >= TASK_BYTES:
                 yield name, bytes(waiting[name])
                 waiting[name].clear()

@@ -1,9 +1,11 @@
 """A process that tokenises: text comes in on stdin, token ids go out on stdout.
 
-Each message is its length (8 bytes, little endian) and then its bytes. Text is UTF-8 in which a byte 0xFF, which no
-UTF-8 contains, ends a document; the answer is the token ids in the type in which they are stored.
+Each message is its length (8 bytes, little endian) and then its bytes. Text is UTF-8 in which a byte 0xFE starts a
+document and a byte 0xFF ends it, neither of which UTF-8 contains; the answer is the token ids in the type in which they
+are stored.
 """
 
+import re
 import sys
 from pathlib import Path
 from typing import BinaryIO
@@ -13,6 +15,7 @@ import numpy as np
 from gpt_jax.data.shards import token_dtype
 from gpt_jax.data.tokenizer import Tokenizer, load_tokenizer
 
+START_OF_DOCUMENT = b"\xfe"
 END_OF_DOCUMENT = b"\xff"
 
 
@@ -34,13 +37,18 @@ def receive(pipe: BinaryIO) -> bytes:
 
 
 def encode_documents(tokenizer: Tokenizer, text: bytes) -> np.ndarray:
-    """Token ids of `text`, in which END_OF_DOCUMENT stands for <|endoftext|>, in the type in which they are stored."""
-    end = np.array([tokenizer.end_of_text], np.int32)
-    first, *others = (tokenizer.encode_array(part.decode()) for part in text.split(END_OF_DOCUMENT))
-    parts = [first]
-    for part in others:
-        parts += [end, part]
-    return np.concatenate(parts).astype(token_dtype(tokenizer.vocab_size))
+    """Token ids of `text`, in the type in which they are stored.
+
+    START_OF_DOCUMENT becomes `begin_of_text`, if there is one, and END_OF_DOCUMENT `end_of_text`. Where the two are the
+    same token, it stands between documents once, so that each of them ends a document.
+    """
+    begin, end = tokenizer.begin_of_text, tokenizer.end_of_text
+    marks = {START_OF_DOCUMENT: [] if begin in (None, end) else [begin], END_OF_DOCUMENT: [end]}
+    ids = [
+        np.array(marks[part], np.int32) if part in marks else tokenizer.encode_array(part.decode())
+        for part in re.split(b"([\xfe\xff])", text)
+    ]
+    return np.concatenate(ids).astype(token_dtype(tokenizer.vocab_size))
 
 
 def main() -> None:

@@ -8,4 +8,5 @@ Array names end in their dimensions, here and everywhere in the project:
     D  model width                  K  width of one head
     F  feed-forward width           L  layers
     V  vocabulary                   N  tokens, B * T flattened
+    X  key/value heads of all sequences, B * G flattened
 """

@@ -9,10 +9,15 @@ from gpt_jax.config import ModelConfig
 
 
 class LayerCache(NamedTuple):
-    """Keys and values of one layer, each (B, S, G, K). Slot s holds the token at position s of its sequence."""
+    """Keys and values of one layer, each (X, S, K): X = B * G, a row for each key/value head of each sequence.
 
-    k_BSGK: jax.Array
-    v_BSGK: jax.Array
+    Slot s holds the token at position s of its sequence. A head's slots lie together, and B and G are one axis: XLA:CPU
+    would otherwise copy the whole cache for every token, to transpose it or to drop a B of 1 (GPT-2 124M with 256
+    slots: 3.0 to 1.2 ms a token at batch 1, 9.0 to 7.3 at batch 8).
+    """
+
+    k_XSK: jax.Array
+    v_XSK: jax.Array
 
 
 Cache = tuple[LayerCache, ...]
@@ -21,7 +26,7 @@ Cache = tuple[LayerCache, ...]
 
 def init_cache(config: ModelConfig, batch: int, length: int) -> Cache:
     """An empty cache for `batch` sequences of up to `length` tokens, in the model's compute dtype."""
-    shape = (batch, length, config.n_head, config.head_dim)
+    shape = (batch * config.kv_heads, length, config.head_dim)
     return tuple(
         LayerCache(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)) for _ in range(config.n_layer)
     )
@@ -29,13 +34,14 @@ def init_cache(config: ModelConfig, batch: int, length: int) -> Cache:
 
 def update(cache: LayerCache, k_BTGK: jax.Array, v_BTGK: jax.Array, start_B: jax.Array) -> LayerCache:
     """The cache with T new tokens written from position start_B (int32) of each sequence on."""
+    B, T, G, K = k_BTGK.shape
 
-    def write(buffer_BSGK: jax.Array, new_BTGK: jax.Array) -> jax.Array:
-        new_BTGK = new_BTGK.astype(buffer_BSGK.dtype)
-        if buffer_BSGK.shape[0] == 1:  # One sequence: a plain slice update, which XLA does in place everywhere.
-            return jax.lax.dynamic_update_slice(buffer_BSGK, new_BTGK, (0, start_B[0], 0, 0))
-        return jax.vmap(lambda row, new, start: jax.lax.dynamic_update_slice(row, new, (start, 0, 0)))(
-            buffer_BSGK, new_BTGK, start_B
+    def write(buffer_XSK: jax.Array, new_BTGK: jax.Array) -> jax.Array:
+        new_XTK = new_BTGK.swapaxes(1, 2).reshape(B * G, T, K).astype(buffer_XSK.dtype)
+        if B == 1:  # One sequence: a plain slice update, which XLA does in place everywhere.
+            return jax.lax.dynamic_update_slice(buffer_XSK, new_XTK, (0, start_B[0], 0))
+        return jax.vmap(lambda row, new, start: jax.lax.dynamic_update_slice(row, new, (start, 0)))(
+            buffer_XSK, new_XTK, jnp.repeat(start_B, G)
         )
 
-    return LayerCache(write(cache.k_BSGK, k_BTGK), write(cache.v_BSGK, v_BTGK))
+    return LayerCache(write(cache.k_XSK, k_BTGK), write(cache.v_XSK, v_BTGK))

@@ -7,16 +7,15 @@ it would have alone.
 
 import functools
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from gpt_jax.config import check
+from gpt_jax.config import ModelConfig, check
 from gpt_jax.model import cache as kv
-from gpt_jax.model.gpt import GPT, Params, forward_cached, unstack
-from gpt_jax.model.loss import head_logits
-from gpt_jax.sample.filters import keep_min_p, keep_top_k, keep_top_p, penalise_repetition
+from gpt_jax.model.gpt import GPT, Params, forward_cached, logits_NV, unstack
+from gpt_jax.sample.filters import draw, keep_min_p, keep_top_k, keep_top_p, penalise_repetition
 
 CHUNK = 32
 """Tokens decoded in one call at most: enough to hide the cost of a call, few enough for streaming to look alive."""
@@ -66,10 +65,34 @@ class DecodeState(NamedTuple):
     seen_BV: jax.Array | None  # bool: tokens of the prompt and the answer; None without a repetition penalty.
 
 
+def prepare_params(params: Params, config: ModelConfig) -> Params:
+    """The parameters as decoding reads them fastest; those that are prepared already, as they are.
+
+    Layers are unstacked: decoding would copy each out of the stack for every token. Kernels are transposed, for
+    `few_rows_product`. Matrices are rounded to the compute type of `config`, to which each product would convert them
+    for every token; so are embeddings, before they are added up.
+    """
+    if isinstance(params["layers"], tuple):
+        return params
+    params = {**params, "layers": prepare_layers(params["layers"], config.n_layer)}
+    dtype = jnp.dtype(config.dtype)
+    return jax.tree.map(lambda x: x.astype(dtype) if x.ndim >= 2 else x, params)
+
+
 @functools.partial(jax.jit, static_argnames="n_layer")
-def prepare_params(params: Params, n_layer: int) -> Params:
-    """The parameters with their layers unstacked: decoding would copy each layer out of the stack for every token."""
-    return {**params, "layers": unstack(params["layers"], n_layer)}
+def prepare_layers(layers: Params, n_layer: int) -> tuple[Params, ...]:
+    """The layers unstacked, their kernels transposed."""
+    return tuple(transpose_kernels(layer) for layer in unstack(layers, n_layer))
+
+
+def transpose_kernels(params: Any) -> Any:
+    """The parameters of a layer with a kernel_FD in the place of each kernel."""
+    if not isinstance(params, dict):
+        return params
+    return {
+        **{name: transpose_kernels(value) for name, value in params.items() if name != "kernel"},
+        **({"kernel_FD": params["kernel"].T} if "kernel" in params else {}),
+    }
 
 
 class Decoder:
@@ -91,7 +114,7 @@ class Decoder:
             tokens_B = jnp.argmax(filtered_BV, axis=-1)
         else:
             keys_B = jax.vmap(jax.random.fold_in, in_axes=(0, None))(state.keys_B, state.drawn)
-            tokens_B = jax.vmap(jax.random.categorical)(keys_B, filtered_BV)
+            tokens_B = jax.vmap(draw)(keys_B, filtered_BV)
         rows = jnp.arange(tokens_B.shape[0])
         logprobs_B = jax.nn.log_softmax(logits_BV, axis=-1)[rows, tokens_B]
         seen_BV = None if state.seen_BV is None else state.seen_BV.at[rows, tokens_B].set(True)
@@ -119,7 +142,7 @@ class Decoder:
         hidden_BTD, cache = forward_cached(self.model, params, tokens_BT, cache, start_B)
         last_hidden_BD = hidden_BTD[jnp.arange(B), length_B - 1]
         state = DecodeState(cache, tokens_BT[:, 0], length_B, drawn, keys_B, seen_BV)
-        return self._draw(head_logits(last_hidden_BD, params["tokens_VD"]), state)
+        return self._draw(logits_NV(self.model, params, last_hidden_BD), state)
 
     def _decode(self, params: Params, state: DecodeState, n: jax.Array) -> tuple[DecodeState, jax.Array, jax.Array]:
         """n more tokens of each row, n <= CHUNK: the state, tokens int32 (CHUNK, B) and log-probabilities (CHUNK, B),
@@ -132,7 +155,7 @@ class Decoder:
             state, tokens, logprobs = carry
             hidden_BTD, cache = forward_cached(self.model, params, state.last_B[:, None], state.cache, state.length_B)
             state = state._replace(cache=cache, length_B=state.length_B + 1)
-            state, logprobs_B = self._draw(head_logits(hidden_BTD[:, 0], params["tokens_VD"]), state)
+            state, logprobs_B = self._draw(logits_NV(self.model, params, hidden_BTD[:, 0]), state)
             return state, tokens.at[i].set(state.last_B), logprobs.at[i].set(logprobs_B)
 
         empty = jnp.zeros((CHUNK, B), jnp.int32), jnp.zeros((CHUNK, B), jnp.float32)

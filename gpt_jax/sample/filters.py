@@ -3,6 +3,8 @@
 Each sets the logits of the tokens that it excludes to -inf, and leaves one token at least.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -15,8 +17,40 @@ def penalise_repetition(logits_BV: jax.Array, seen_BV: jax.Array, penalty: float
 
 def keep_top_k(logits_BV: jax.Array, k: int) -> jax.Array:
     """Keeps the k most probable tokens (Fan et al. 2018), and those that tie with the last of them."""
-    kth_B = jax.lax.top_k(logits_BV, min(k, logits_BV.shape[-1]))[0][:, -1]
-    return jnp.where(logits_BV < kth_B[:, None], -jnp.inf, logits_BV)
+    return jnp.where(logits_BV < kth_largest(logits_BV, min(k, logits_BV.shape[1])), -jnp.inf, logits_BV)
+
+
+def kth_largest(logits_BV: jax.Array, k: int) -> jax.Array:
+    """The k-th largest logit of each row, (B, 1); k <= V.
+
+    It is the same among all logits and among those of the k blocks that have the largest maxima: each of these has a
+    logit no smaller than any outside of them. So two short `top_k` do, where XLA:CPU sorts the whole row for one long
+    one (V 50257, k 50: 13 to 0.2 ms a row).
+    """
+    V = logits_BV.shape[1]
+    block = math.isqrt(V // k)  # There are about as many blocks, then, as logits in k of them.
+    blocks_BNC = in_blocks(logits_BV, block)
+    best_BK = jax.lax.top_k(jnp.max(blocks_BNC, axis=-1), k)[1]
+    candidates_BKC = jnp.take_along_axis(blocks_BNC, best_BK[:, :, None], axis=1)
+    return jax.lax.top_k(candidates_BKC.reshape(-1, k * block), k)[0][:, -1:]
+
+
+def draw(key: jax.Array, logits_V: jax.Array) -> jax.Array:
+    """A token from softmax(logits): first a block of tokens, then one of the block.
+
+    The distribution is that of `jax.random.categorical`, with 2 sqrt(V) random numbers in place of V (V 50257 on CPU:
+    5.9 to 0.2 ms a row).
+    """
+    blocks_NC = in_blocks(logits_V[None], math.isqrt(logits_V.size))[0]
+    block_key, token_key = jax.random.split(key)
+    n = jax.random.categorical(block_key, jax.nn.logsumexp(blocks_NC, axis=-1))
+    return n * blocks_NC.shape[1] + jax.random.categorical(token_key, blocks_NC[n])
+
+
+def in_blocks(logits_BV: jax.Array, size: int) -> jax.Array:
+    """The logits of each row in blocks of `size`, (B, blocks, size), the last one filled up with -inf."""
+    padded_BV = jnp.pad(logits_BV, ((0, 0), (0, -logits_BV.shape[1] % size)), constant_values=-jnp.inf)
+    return padded_BV.reshape(logits_BV.shape[0], -1, size)
 
 
 def keep_top_p(logits_BV: jax.Array, p: float) -> jax.Array:

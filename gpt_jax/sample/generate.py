@@ -34,7 +34,7 @@ class Result:
     """What was generated from one prompt.
 
     logprobs are those of the tokens under the model, in nats, before temperature and filters. finish_reason tells why
-    the text ended: "length", "end_of_text" or "stop".
+    the text ended: "length", "end_of_text" (any of the tokenizer's stop_ids) or "stop".
     """
 
     prompt_tokens: list[int]
@@ -49,8 +49,8 @@ class Row:
 
     def __init__(self, prompt_tokens: list[int], tokenizer: Tokenizer, settings: Settings) -> None:
         self.result = Result(prompt_tokens)
-        self.settings, self.end_of_text = settings, tokenizer.end_of_text
-        self.decoder = tokenizer.decoder()
+        self.settings, self.stop_ids = settings, tokenizer.stop_ids
+        self.decoder = tokenizer.decoder(after=prompt_tokens)
         self.held = ""  # Decoded, but perhaps the beginning of a stop string.
         self.window_start = 0  # The first token that the model still sees.
 
@@ -70,7 +70,7 @@ class Row:
         result = self.result
         if result.finish_reason:
             return ""
-        if token == self.end_of_text:
+        if token in self.stop_ids:
             return self.finish("end_of_text")
         result.tokens.append(token)
         result.logprobs.append(logprob)
@@ -121,12 +121,21 @@ def generate(
     An empty prompt stands for the start of a document. Texts may grow longer than the model's context: each time it is
     full, the model goes on from the last half of it. Raises UserError when a prompt alone does not fit.
     """
-    rows = [
-        Row(encode_prompt(prompt, tokenizer, model.config.context_length), tokenizer, settings)
-        for prompt in prompts
-        for _ in range(num_samples)
-    ]
+    prompt_tokens = [encode_prompt(prompt, tokenizer, model.config.context_length) for prompt in prompts]
+    return generate_tokens(model, params, tokenizer, prompt_tokens, settings, num_samples, on_text)
 
+
+def generate_tokens(
+    model: GPT,
+    params: Params,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    settings: Settings,
+    num_samples: int = 1,
+    on_text: Callable[[int, str], None] | None = None,
+) -> list[Result]:
+    """As `generate`, from token ids: one or more a prompt, and no more than the context has room for."""
+    rows = [Row(list(prompt), tokenizer, settings) for prompt in prompts for _ in range(num_samples)]
     keys_B = row_keys(rows, settings.seed, num_samples)
     for tokens_B, logprobs_B in token_stream(model, params, tokenizer.vocab_size, rows, keys_B, settings):
         for i, row in enumerate(rows):
@@ -137,8 +146,12 @@ def generate(
 
 
 def encode_prompt(prompt: str, tokenizer: Tokenizer, context_length: int) -> list[int]:
-    """The tokens to go on from. Raises UserError when they do not fit into the context."""
-    tokens = tokenizer.encode(prompt) or [tokenizer.end_of_text]
+    """The tokens to go on from: those of the prompt, after `begin_of_text` where there is one.
+
+    Raises UserError when they do not fit into the context.
+    """
+    begin = [] if tokenizer.begin_of_text is None else [tokenizer.begin_of_text]
+    tokens = [*begin, *tokenizer.encode(prompt)] or [tokenizer.end_of_text]
     if len(tokens) > context_length:
         raise UserError(
             f"the prompt has {len(tokens)} tokens, and the model's context_length is {context_length}; shorten it"
@@ -162,7 +175,7 @@ def token_stream(
     Reads the rows, which the caller extends in the meantime, when the context is full and must be filled anew.
     """
     decoder = decoder_for(model, settings.filters, n_tokens)
-    params = prepare_params(params, model.config.n_layer)
+    params = prepare_params(params, model.config)
     drawn = 0
     while not all(row.result.finish_reason for row in rows):
         # A row that has ended takes part with one token: its length must not fill the context of the others.
@@ -194,7 +207,7 @@ def seen_tokens(model: GPT, rows: list[Row], settings: Settings) -> np.ndarray |
     """Which tokens each row has seen, bool (B, V), for the repetition penalty; None without one."""
     if settings.filters.repetition_penalty == 1:
         return None
-    seen_BV = np.zeros((len(rows), model.config.vocab_size), bool)
+    seen_BV = np.zeros((len(rows), model.config.embedding_rows), bool)
     for i, row in enumerate(rows):
         seen_BV[i, row.tokens] = True
     return seen_BV

@@ -12,14 +12,15 @@ import numpy as np
 import optax
 
 from gpt_jax import runtime
-from gpt_jax.checkpoint import Checkpoints, DamagedCheckpointError
-from gpt_jax.config import Config, config_to_dict
+from gpt_jax.checkpoint import Checkpoints, DamagedCheckpointError, tree_fingerprint
+from gpt_jax.config import Config, config_from_dict, config_to_dict
 from gpt_jax.data.loader import Prefetch, TrainBatches, eval_batches
 from gpt_jax.data.shards import Dataset
 from gpt_jax.errors import UserError
 from gpt_jax.files import locked, save_json
+from gpt_jax.model import lora
 from gpt_jax.model.backend import resolve
-from gpt_jax.model.gpt import GPT, Params
+from gpt_jax.model.gpt import GPT, Params, init_params
 from gpt_jax.sample.generate import Settings, encode_prompt, generate
 from gpt_jax.train.metrics import FLOPS_FORMULA, Recorder, flops_per_token
 from gpt_jax.train.optimizer import learning_rate_schedule, make_optimizer
@@ -70,10 +71,13 @@ def train(config: Config, data: Dataset, resume: bool = False, profile: bool = F
         stop_signals() as stop,
         Checkpoints(run / "checkpoints", config.train.keep_checkpoints) as checkpoints,
     ):
-        state = restore(checkpoints, model, optimizer, placement, meta) if resume else None
+        pretrained = load_pretrained_params(config, model, placement, bool(resume and checkpoints.steps()))
+        if model.config.lora.rank:
+            meta["base"] = tree_fingerprint(pretrained)
+        state = restore(checkpoints, model, optimizer, placement, meta, pretrained) if resume else None
         if state is None:
-            initialise = jax.jit(lambda: init_state(model, optimizer, seed), out_shardings=placement.replicated())
-            state = initialise()
+            state = first_state(model, optimizer, seed, placement, pretrained)
+        del pretrained  # The state has it by now, and lets its memory be used for another.
         write_run_folder(run, config, data)
         steps = range(int(state.step), config.train.steps)
 
@@ -97,13 +101,13 @@ def train(config: Config, data: Dataset, resume: bool = False, profile: bool = F
                 recorder.settle()  # Raises when the loss is not finite: no such state is to be saved.
                 with recorder.off_the_clock():
                     if evaluates:
-                        recorder.add_evaluation(**evaluate(state.params))
+                        recorder.add_evaluation(**evaluate(state.all_params()))
                     if saves or stopping:
                         recorder.sync()
                         checkpoints.save(step, state.params, state.opt_state, meta, recorder.val_loss(step))
                         recorder.plot()
                     if samples:
-                        recorder.say(write_sample(model, state.params, data, config))
+                        recorder.say(write_sample(model, state.all_params(), data, config))
                 if stopping:
                     raise Interrupted(stopping)
             if not steps:
@@ -156,11 +160,31 @@ def describe_run(
         f"{config.data.batch_size // n // n_micro} sequences a step",
         "run": config.out_dir,
     }
+    if c.lora.rank:
+        adapters = jax.eval_shape(lambda: lora.split(init_params(model, jax.random.key(0)))[0])
+        n_trained = sum(x.size for x in jax.tree.leaves(adapters))
+        rows["adapters"] = f"rank {c.lora.rank} on {', '.join(c.lora.targets)}: {n_trained / 1e6:,.2f} M parameters"
     if peak:
         rows["mfu"] = f"tokens/s x {flops_per_token(c):.3g} FLOPs / ({n} x {peak:.3g} FLOP/s); {FLOPS_FORMULA}"
     for name, text in rows.items():
         print(f"{name:8} {text}")
     sys.stdout.flush()
+
+
+def first_state(
+    model: GPT,
+    optimizer: optax.GradientTransformation,
+    seed: int,
+    placement: Placement,
+    pretrained: Params | None,
+) -> TrainState:
+    """The state before the first step: random, or pretrained parameters, or random adapters beside these."""
+    sharding = placement.replicated()
+    if pretrained is None or model.config.lora.rank:
+        state = jax.jit(lambda: init_state(model, optimizer, seed), out_shardings=sharding)()
+        return state._replace(frozen=pretrained or {})
+    opt_state = jax.jit(optimizer.init, out_shardings=sharding)(pretrained)
+    return TrainState(jax.device_put(np.int32(0), sharding), pretrained, opt_state, {})
 
 
 def restore(
@@ -169,8 +193,11 @@ def restore(
     optimizer: optax.GradientTransformation,
     placement: Placement,
     meta: dict[str, Any],
+    pretrained: Params | None,
 ) -> TrainState | None:
     """The state of the newest whole checkpoint, on this run's devices; None when there is no checkpoint yet.
+
+    pretrained: the parameters that are not in the checkpoint, where adapters are trained.
 
     Damaged ones are named and passed over. Raises UserError when one does not fit the configuration or the tokenizer,
     or all are damaged.
@@ -189,16 +216,24 @@ def restore(
         for later in damaged:
             checkpoints.set_aside(later)
         print(f"resuming after step {step}")
-        return TrainState(jax.device_put(np.int32(step), placement.replicated()), params, opt_state)
+        frozen = (pretrained or {}) if model.config.lora.rank else {}
+        return TrainState(jax.device_put(np.int32(step), placement.replicated()), params, opt_state, frozen)
     if damaged:
         raise UserError(f"no checkpoint in {checkpoints.folder} is whole; train anew in another --out-dir")
     print("no checkpoint yet: starting from the first step")
     return None
 
 
-DECIDE_THE_MODEL = tuple(
-    f"model.{name}" for name in ("vocab_size", "context_length", "n_layer", "n_head", "d_model", "d_ff", "bias")
-)
+def load_pretrained_params(config: Config, model: GPT, placement: Placement, resumes: bool) -> Params | None:
+    """The parameters of the model in `config.init_from`, on this run's devices; None where none are needed: where there
+    is no such model, or a checkpoint has all parameters."""
+    if not config.init_from or (resumes and not model.config.lora.rank):
+        return None
+    from gpt_jax.interop.load import load_params, open_named
+
+    return load_params(open_named(config.init_from), model.config, placement.replicated())
+
+
 DECIDE_THE_DATA_ORDER = ("data.batch_size", "train.seed")
 
 
@@ -208,16 +243,25 @@ def check_fits(where: Path, saved: dict[str, Any], meta: dict[str, Any]) -> None
     for name in ("tokenizer", "data"):
         if saved[name] != meta[name]:
             raise UserError(f"checkpoint {where} was trained with another {name} than that of the data folder")
+    if saved.get("base") != meta.get("base"):
+        raise UserError(f"the adapters in checkpoint {where} were trained on another model than init_from now is")
+    deciding = [config_from_dict(facts["config"], str(where)).model.deciding() for facts in (saved, meta)]
+    for (name, before), value in zip(deciding[0].items(), deciding[1].values(), strict=True):
+        if before != value:
+            raise UserError(
+                f"checkpoint {where} does not fit the configuration: model.{name} is {before} there and {value} here"
+            )
+    if saved["config"].get("init_from", "") != meta["config"]["init_from"]:
+        raise UserError(
+            f"init_from is {saved['config'].get('init_from')!r} in checkpoint {where} and "
+            f"{meta['config']['init_from']!r} here; a run that goes on cannot begin with another model"
+        )
     for section, now in meta["config"].items():
         then = saved["config"].get(section)
         for name, value in now.items() if isinstance(now, dict) else []:
             full_name, before = f"{section}.{name}", then.get(name, value)
             if before == value:
                 continue
-            if full_name in DECIDE_THE_MODEL:
-                raise UserError(
-                    f"checkpoint {where} does not fit the configuration: {full_name} is {before} there and {value} here"
-                )
             if full_name in DECIDE_THE_DATA_ORDER:
                 raise UserError(
                     f"{full_name} is {before} in checkpoint {where} and {value} here: another order of the data"

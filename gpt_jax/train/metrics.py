@@ -19,18 +19,22 @@ from gpt_jax.errors import UserError
 from gpt_jax.files import replacing
 from gpt_jax.train.step import StepMetrics
 
-FLOPS_FORMULA = "6 N + 6 L T D FLOPs a token (N: parameters without positions; causal attention)"
+FLOPS_FORMULA = "6 N (with adapters 4 N) + 12 H K FLOPs a key seen, a token (N: parameters in products; T / 2 keys)"
 
 
 def flops_per_token(config: ModelConfig) -> float:
     """Floating-point operations of a training step per token, forward and backward, recomputation not counted.
 
-    6 N for the matrix products (Kaplan et al. 2020), with N the parameters but for the position embeddings, which are
-    only looked up; and 6 L T D for attention, half of the 12 L T D of PaLM's appendix B, since causal attention needs
-    half of the scores.
+    6 N for the matrix products (Kaplan et al. 2020), with N the parameters but for embeddings that are only looked up;
+    and 12 H K times the keys that a token sees on the average in each layer: PaLM's appendix B, with T / 2 keys, since
+    attention is causal, and fewer in layers with a sliding window. With adapters, 4 N: the gradients of the frozen
+    matrices are not computed.
     """
-    n = config.n_params - config.context_length * config.d_model
-    return 6 * n + 6 * config.n_layer * config.context_length * config.d_model
+    c, T = config, config.context_length
+    looked_up = c.n_positions + (0 if c.tied_head else c.embedding_rows)
+    window = min(c.window, T)
+    keys = sum(window * (1 - window / (2 * T)) if sliding else T / 2 for sliding in c.sliding)
+    return (4 if c.lora.rank else 6) * (c.n_params - looked_up * c.d_model) + 12 * c.n_head * c.head_dim * keys
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ import optax
 
 from gpt_jax.config import OptimizerConfig
 
-DECAYED = ("kernel", "tokens_VD", "positions_TD")
+DECAYED = ("kernel", "lora_a", "lora_b", "tokens_VD", "positions_TD", "head_VD")
 """Names of the parameters that weight decay applies to. By name and not by number of dimensions, because stacking the
 layers makes the biases and norm scales of all layers look like matrices."""
 

@@ -7,16 +7,25 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from gpt_jax.model.gpt import GPT, Params, forward, init_params
+from gpt_jax.model import lora
+from gpt_jax.model.gpt import GPT, Params, forward, head_VD, init_params
 from gpt_jax.model.loss import loss_sums
 
 
 class TrainState(NamedTuple):
-    """All that a training step changes. `step` counts the optimizer steps taken, an int32 scalar."""
+    """What training goes on from. `step` counts the optimizer steps taken, an int32 scalar.
+
+    params are those that are trained: all of them, or adapters. frozen are the others, which no step changes.
+    """
 
     step: jax.Array
     params: Params
     opt_state: Any
+    frozen: Params
+
+    def all_params(self) -> Params:
+        """The parameters of the model."""
+        return lora.join(self.params, self.frozen)
 
 
 class StepMetrics(NamedTuple):
@@ -28,9 +37,11 @@ class StepMetrics(NamedTuple):
 
 
 def init_state(model: GPT, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
-    """The state before the first step."""
+    """The state before the first step, with random parameters; of a model with adapters, these alone."""
     params = init_params(model, jax.random.key(seed))
-    return TrainState(jnp.int32(0), params, optimizer.init(params))
+    if model.config.lora.rank:
+        params, _ = lora.split(params)
+    return TrainState(jnp.int32(0), params, optimizer.init(params), {})
 
 
 def sum_over(axis_name: str | None, x: Any) -> Any:
@@ -49,14 +60,19 @@ def make_train_step(
     in the global batch, and so on nothing else.
     """
 
-    def loss_fn(params: Params, tokens: jax.Array, keys_B: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    def loss_fn(
+        trained: Params, frozen: Params, tokens: jax.Array, keys_B: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array]:
+        params = lora.join(trained, frozen)
         inputs_BT, targets_BT = tokens[:, :-1], tokens[:, 1:]
         hidden_BTD = forward(model, params, inputs_BT, keys_B)
         mask_BT = jnp.ones(targets_BT.shape, jnp.float32)
-        return loss_sums(hidden_BTD, params["tokens_VD"], targets_BT, mask_BT, model.config.loss_chunk)
+        return loss_sums(
+            hidden_BTD, head_VD(params), targets_BT, mask_BT, model.config.vocab_size, model.config.loss_chunk
+        )
 
     def dropout_keys(step: jax.Array, A: int, B: int) -> jax.Array | None:
-        if not model.config.dropout:
+        if not model.config.drops:
             return None
         device = 0 if axis_name is None else jax.lax.axis_index(axis_name)
         rows = device * A * B + jnp.arange(A * B)
@@ -69,7 +85,9 @@ def make_train_step(
         grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
 
         def microbatch(i: int | jax.Array) -> Any:
-            (loss, count), grads = grad_fn(state.params, tokens[i], None if keys_AB is None else keys_AB[i])
+            (loss, count), grads = grad_fn(
+                state.params, state.frozen, tokens[i], None if keys_AB is None else keys_AB[i]
+            )
             return loss, count, grads
 
         if A == 1:
@@ -84,7 +102,8 @@ def make_train_step(
         metrics = StepMetrics(loss / count, optax.tree.norm(grads), jnp.asarray(schedule(state.step), jnp.float32))
 
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state), metrics
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(state.step + 1, params, opt_state, state.frozen), metrics
 
     return train_step
 
@@ -99,7 +118,9 @@ def make_eval_step(
 
     def eval_step(params: Params, tokens: jax.Array, mask_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
         hidden_BTD = forward(model, params, tokens[:, :-1])
-        sums = loss_sums(hidden_BTD, params["tokens_VD"], tokens[:, 1:], mask_BT, model.config.loss_chunk)
+        sums = loss_sums(
+            hidden_BTD, head_VD(params), tokens[:, 1:], mask_BT, model.config.vocab_size, model.config.loss_chunk
+        )
         return sum_over(axis_name, sums)
 
     return eval_step

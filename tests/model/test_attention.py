@@ -39,12 +39,25 @@ def test_masked_attention_equals_numpy(rng: np.random.Generator, n_groups: int) 
     np.testing.assert_allclose(jax.jit(masked_attention)(q, k, v, mask), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("n_groups", [4, 2])
+@pytest.mark.parametrize("window", [0, 1, 5, 64, 300])
+def test_a_window_is_the_last_tokens(rng: np.random.Generator, n_groups: int, window: int) -> None:
+    """Token t sees tokens t - window + 1 to t."""
+    q, k, v = random_qkv(rng, 1, 150, 4, n_groups, 8)
+    t, s = np.mgrid[:150, :150]
+    seen = (s <= t) & ((t - s < window) | (window == 0))
+    expected = reference(np.asarray(q), np.asarray(k), np.asarray(v), seen[None])
+    for attend in (causal_by_mask, causal_by_blocks):
+        np.testing.assert_allclose(attend(q, k, v, window, 0.0, None), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("window", [0, 30, 100])
 @pytest.mark.parametrize("T", [1, 63, 64, 65, 200, 600])
-def test_blocks_equal_the_full_mask(rng: np.random.Generator, T: int) -> None:
+def test_blocks_equal_the_full_mask(rng: np.random.Generator, T: int, window: int) -> None:
     qkv = random_qkv(rng, 2, T, 2, 2, 8)
 
     def value_and_grads(attend):  # type: ignore[no-untyped-def]
-        return jax.jit(jax.value_and_grad(lambda qkv: jnp.sum(jnp.sin(attend(*qkv, 0.0, None)))))(qkv)
+        return jax.jit(jax.value_and_grad(lambda qkv: jnp.sum(jnp.sin(attend(*qkv, window, 0.0, None)))))(qkv)
 
     for blocks, full in zip(
         jax.tree.leaves(value_and_grads(causal_by_blocks)),
@@ -54,17 +67,17 @@ def test_blocks_equal_the_full_mask(rng: np.random.Generator, T: int) -> None:
         np.testing.assert_allclose(blocks, full, rtol=1e-5, atol=1e-5)
 
 
-def test_splash_kernel_equals_the_full_mask(rng: np.random.Generator) -> None:
+@pytest.mark.parametrize(("n_groups", "window"), [(4, 0), (2, 0), (1, 100), (4, 70)])
+def test_splash_kernel_equals_the_full_mask(rng: np.random.Generator, n_groups: int, window: int) -> None:
     """The TPU kernel, interpreted on CPU."""
-    q, k, v = random_qkv(rng, 1, 256, 2, 2, 64)
-    np.testing.assert_allclose(
-        causal_by_splash(q, k, v, interpret=True), causal_by_mask(q, k, v, 0.0, None), rtol=1e-4, atol=1e-5
-    )
+    q, k, v = random_qkv(rng, 1, 256, 4, n_groups, 64)
+    splash = causal_by_splash(q, k, v, window, interpret=True)
+    np.testing.assert_allclose(splash, causal_by_mask(q, k, v, window, 0.0, None), rtol=1e-4, atol=1e-5)
 
 
 def test_a_token_sees_no_later_one(rng: np.random.Generator) -> None:
     q, k, v = random_qkv(rng, 1, 100, 2, 2, 8)
-    attend = jax.jit(lambda q, k, v: causal_by_blocks(q, k, v, 0.0, None))
+    attend = jax.jit(lambda q, k, v: causal_by_blocks(q, k, v, 0, 0.0, None))
     before = attend(q, k, v)
     after = attend(q, k.at[:, 70:].set(9.0), v.at[:, 70:].set(9.0))
     np.testing.assert_array_equal(before[:, :70], after[:, :70])
@@ -74,12 +87,12 @@ def test_a_token_sees_no_later_one(rng: np.random.Generator) -> None:
 def test_attention_weights_are_dropped_a_sequence_at_a_time(rng: np.random.Generator) -> None:
     q, k, v = random_qkv(rng, 3, 80, 2, 2, 8)
     keys_B = jax.random.split(jax.random.key(1), 3)
-    attend = jax.jit(lambda q, k, v, keys_B: causal_by_blocks(q, k, v, 0.5, keys_B))
+    attend = jax.jit(lambda q, k, v, keys_B: causal_by_blocks(q, k, v, 0, 0.5, keys_B))
     together = attend(q, k, v, keys_B)
     for b in range(3):
         alone = attend(q[b : b + 1], k[b : b + 1], v[b : b + 1], keys_B[b : b + 1])
         np.testing.assert_allclose(together[b], alone[0], rtol=1e-5, atol=1e-6)
-    assert not np.allclose(together, causal_by_mask(q, k, v, 0.0, None))
+    assert not np.allclose(together, causal_by_mask(q, k, v, 0, 0.0, None))
 
 
 CONFIG = ModelConfig(vocab_size=64, context_length=256, n_layer=1, n_head=2, d_model=128)

@@ -6,15 +6,36 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt_jax.config import AttentionName, DTypeName, ModelConfig, RematName
+from gpt_jax.config import AttentionName, DTypeName, LoraConfig, ModelConfig, RematName
 from gpt_jax.model.cache import init_cache
-from gpt_jax.model.gpt import GPT, Params, forward, forward_cached, init_params, unstack
-from gpt_jax.model.loss import head_logits
+from gpt_jax.model.gpt import GPT, Params, forward, forward_cached, head_VD, init_params, logits_NV, unstack
+from gpt_jax.model.loss import loss_sums
 from gpt_jax.model.presets import GPT2, GPT2_LARGE, GPT2_MEDIUM, GPT2_XL
 
 CONFIG = ModelConfig(
     vocab_size=67, context_length=32, n_layer=2, n_head=4, d_model=32, dtype="float32", attention="block_causal"
 )
+
+LLAMA = dataclasses.replace(
+    CONFIG,
+    vocab_multiple=8,
+    n_kv_head=2,
+    d_head=6,
+    d_ff=48,
+    positions="rotary",
+    norm="rms",
+    activation="silu",
+    gated=True,
+    bias=False,
+    biases=("qkv",),
+    qk_norm=True,
+    tied_head=False,
+)
+GEMMA = dataclasses.replace(
+    LLAMA, n_layer=5, window=6, window_pattern="ssf", post_norm=True, scale_embeddings=True, query_scale=0.3, biases=()
+)
+ADAPTED = dataclasses.replace(LLAMA, lora=LoraConfig(rank=2))
+ARCHITECTURES = {"gpt2": CONFIG, "llama": LLAMA, "gemma": GEMMA, "adapted": ADAPTED}
 
 
 def init(config: ModelConfig) -> Params:
@@ -30,7 +51,7 @@ def make(config: ModelConfig = CONFIG) -> tuple[GPT, Params]:
 
 def logits(model: GPT, params: Params, tokens_BT: jax.Array) -> jax.Array:
     def compute(params: Params) -> jax.Array:
-        return jax.vmap(lambda hidden: head_logits(hidden, params["tokens_VD"]))(forward(model, params, tokens_BT))
+        return jax.vmap(lambda hidden: logits_NV(model, params, hidden))(forward(model, params, tokens_BT))
 
     return jax.jit(compute)(params)
 
@@ -39,9 +60,10 @@ def random_tokens(rng: np.random.Generator, *shape: int) -> jax.Array:
     return jnp.asarray(rng.integers(0, CONFIG.vocab_size, shape), jnp.int32)
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma"])
 @pytest.mark.parametrize("bias", [True, False])
-def test_parameter_count(bias: bool) -> None:
-    config = dataclasses.replace(CONFIG, bias=bias, d_ff=80)
+def test_parameter_count(bias: bool, name: str) -> None:
+    config = dataclasses.replace(ARCHITECTURES[name], bias=bias, d_ff=80)
     params = init(config)
     assert sum(x.size for x in jax.tree.leaves(params)) == config.n_params
 
@@ -107,10 +129,11 @@ def value_and_grads(config: ModelConfig) -> list[jax.Array]:
         {"unroll": False, "remat": "dots"},
     ],
 )
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_how_it_runs_does_not_change_what_it_computes(changes: dict, dropout: float) -> None:
+@pytest.mark.parametrize(("name", "dropout"), [("gpt2", 0.0), ("gpt2", 0.3), ("gemma", 0.0), ("adapted", 0.3)])
+def test_how_it_runs_does_not_change_what_it_computes(changes: dict, name: str, dropout: float) -> None:
     """One parameter tree, the same hidden states and gradients, dropout included, however the layers are run."""
-    base = dataclasses.replace(CONFIG, dropout=dropout)
+    config = ARCHITECTURES[name]
+    base = dataclasses.replace(config, dropout=dropout, lora=dataclasses.replace(config.lora, dropout=dropout))
     for ours, expected in zip(
         value_and_grads(dataclasses.replace(base, **changes)), value_and_grads(base), strict=True
     ):
@@ -130,10 +153,12 @@ def test_rematerialisation_really_recomputes() -> None:
     assert full < dots < nothing
 
 
-def test_both_attentions_compute_the_same() -> None:
+@pytest.mark.parametrize("name", ["gpt2", "gemma"])
+def test_both_attentions_compute_the_same(name: str) -> None:
     """Without dropout: what they drop differs, since the blocks draw by themselves."""
+    config = ARCHITECTURES[name]
     for ours, expected in zip(
-        value_and_grads(dataclasses.replace(CONFIG, attention="xla")), value_and_grads(CONFIG), strict=True
+        value_and_grads(dataclasses.replace(config, attention="xla")), value_and_grads(config), strict=True
     ):
         np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-4)
 
@@ -147,23 +172,26 @@ def test_dropout_of_a_sequence_does_not_depend_on_the_batch(rng: np.random.Gener
     assert not np.allclose(together, forward(model, params, tokens), atol=1e-2)
 
 
-@pytest.mark.parametrize("stacked", [True, False])
-def test_cached_decoding_equals_the_full_pass_at_every_position(rng: np.random.Generator, stacked: bool) -> None:
+@pytest.mark.parametrize(("name", "stacked"), [("gpt2", True), ("gpt2", False), ("llama", False), ("gemma", True)])
+def test_cached_decoding_equals_the_full_pass_at_every_position(
+    rng: np.random.Generator, name: str, stacked: bool
+) -> None:
     """Ragged prompts in one batch, then token by token, against the whole sequences without a cache: within 1e-4."""
-    model, params = make()
-    T, prompt_lengths = CONFIG.context_length, np.array([1, 5, 9])
+    config = ARCHITECTURES[name]
+    model, params = make(config)
+    T, prompt_lengths = config.context_length, np.array([1, 5, 9])
     tokens = random_tokens(rng, 3, T)
     expected = logits(model, params, tokens)
     if not stacked:
-        params = {**params, "layers": unstack(params["layers"], CONFIG.n_layer)}
+        params = {**params, "layers": unstack(params["layers"], config.n_layer)}
     step = jax.jit(lambda tokens, cache, start: forward_cached(model, params, tokens, cache, start))
 
     def check(hidden_BTD: jax.Array, row: int, t: int, position: int) -> None:
-        ours = head_logits(hidden_BTD[row, t][None], params["tokens_VD"])[0]
+        ours = logits_NV(model, params, hidden_BTD[row, t][None])[0]
         np.testing.assert_allclose(ours, expected[row, position], atol=1e-4)
 
     longest = int(prompt_lengths.max())
-    hidden, cache = step(tokens[:, :longest], init_cache(CONFIG, 3, T), jnp.zeros(3, jnp.int32))
+    hidden, cache = step(tokens[:, :longest], init_cache(config, 3, T), jnp.zeros(3, jnp.int32))
     for row, length in enumerate(prompt_lengths):
         for t in range(length):
             check(hidden, row, t, t)
@@ -174,6 +202,36 @@ def test_cached_decoding_equals_the_full_pass_at_every_position(rng: np.random.G
         for row in range(3):
             check(hidden, row, 0, int(positions[row]))
         positions += 1
+
+
+def test_padding_of_the_vocabulary_is_never_predicted(rng: np.random.Generator) -> None:
+    """Logits of -inf, and no gradient: the loss is that of the model without it."""
+    padded_model, padded = make(LLAMA)
+    assert padded["tokens_VD"].shape == (72, 32)
+    plain_model = GPT(dataclasses.replace(LLAMA, vocab_multiple=1))
+    plain = {**padded, "tokens_VD": padded["tokens_VD"][:67], "head_VD": padded["head_VD"][:67]}
+    tokens = random_tokens(rng, 2, 32)
+    padded_logits = logits(padded_model, padded, tokens)
+    assert np.all(np.asarray(padded_logits[..., 67:]) == -np.inf)
+    np.testing.assert_allclose(padded_logits[..., :67], logits(plain_model, plain, tokens), rtol=1e-5, atol=1e-5)
+
+    def loss(params: Params) -> jax.Array:
+        hidden = forward(padded_model, params, tokens)
+        return loss_sums(hidden, head_VD(params), tokens, jnp.ones(tokens.shape), 67, 16)[0]
+
+    grads = jax.jit(jax.grad(loss))(padded)
+    assert np.all(np.asarray(grads["head_VD"][67:]) == 0)
+    assert all(np.all(np.isfinite(g)) for g in jax.tree.leaves(grads))
+
+
+def test_adapters_start_as_nothing(rng: np.random.Generator) -> None:
+    """The product of the adapters is 0 before training, and every target has them, no other layer."""
+    params = init(ADAPTED)
+    tokens = random_tokens(rng, 2, 32)
+    np.testing.assert_array_equal(logits(GPT(ADAPTED), params, tokens), logits(GPT(LLAMA), params, tokens))
+    some = init(dataclasses.replace(LLAMA, lora=LoraConfig(rank=3, targets=("qkv", "down"))))
+    names = {jax.tree_util.keystr(p, simple=True) for p, _ in jax.tree_util.tree_leaves_with_path(some)}
+    assert {n.split(".")[0] for n in names if "lora_a" in n} == {"layersattentionqkvlora_a", "layersmlpdownlora_a"}
 
 
 def test_compute_dtype(rng: np.random.Generator) -> None:

@@ -1,3 +1,5 @@
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +22,7 @@ def test_loss_and_gradient_do_not_depend_on_the_chunk(rng: np.random.Generator, 
     targets, mask = jnp.asarray(rng.integers(0, 50, (3, 7))), jnp.asarray(rng.random((3, 7)) < 0.7)
 
     def loss(hidden: jax.Array, head: jax.Array, chunk: int) -> tuple[jax.Array, jax.Array]:
-        return loss_sums(hidden, head, targets, mask, chunk)
+        return loss_sums(hidden, head, targets, mask, head.shape[0], chunk)
 
     grad = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
     (total, count), grads = grad(hidden, head, chunk)
@@ -38,9 +40,28 @@ def test_full_logits_never_exist(rng: np.random.Generator) -> None:
     targets = jnp.zeros((1, n_tokens), jnp.int32)
 
     def loss(hidden: jax.Array, head: jax.Array) -> jax.Array:
-        return loss_sums(hidden, head, targets, jnp.ones(targets.shape), chunk)[0]
+        return loss_sums(hidden, head, targets, jnp.ones(targets.shape), head.shape[0], chunk)[0]
 
     compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(hidden, head).compile()
     memory = compiled.memory_analysis()
     assert memory is not None
     assert memory.temp_size_in_bytes < n_tokens * vocabulary * 4 / 4
+
+
+def test_all_products_of_the_head_multiply_bfloat16(rng: np.random.Generator) -> None:
+    hidden = jnp.asarray(rng.normal(size=(1, 8, 16)), jnp.bfloat16)
+    head = jnp.asarray(rng.normal(size=(50, 16)), jnp.float32)
+    targets, mask = jnp.zeros((1, 8), jnp.int32), jnp.ones((1, 8))
+    gradients = jax.jit(jax.grad(lambda h, w: loss_sums(h, w, targets, mask, 50, 100)[0], argnums=(0, 1)))
+    products = re.findall(r"stablehlo.dot_general.*: \((.*)\) ->", gradients.lower(hidden, head).as_text())
+    of_the_head = [operands for operands in products if "50x" in operands or "x50" in operands]
+    assert len(of_the_head) == 3
+    assert all(operands.count("bf16>") == 2 for operands in of_the_head), of_the_head
+    of_hidden, of_head = gradients(hidden, head)
+    assert (of_hidden.dtype, of_head.dtype) == (jnp.bfloat16, jnp.float32)
+    exact = jax.grad(lambda h, w: loss_sums(h, w, targets, mask, 50, 100)[0], argnums=(0, 1))(
+        hidden.astype(jnp.float32), head
+    )
+    for found, expected in zip((of_hidden, of_head), exact, strict=True):
+        distance = np.linalg.norm(np.asarray(found, np.float32) - expected) / np.linalg.norm(expected)
+        assert distance < 1e-2

@@ -95,7 +95,7 @@ def test_logits_equal_hugging_face(
     """Within 1e-4 in float32, over a full window."""
     model = GPT(dataclasses.replace(CONFIG, attention=attention))
     hidden_BTD = jax.jit(lambda params: forward(model, params, jnp.asarray(tokens)))(params)
-    ours = np.stack([head_logits(hidden_TD, params["tokens_VD"]) for hidden_TD in hidden_BTD])
+    ours = np.stack([head_logits(hidden_TD, params["tokens_VD"], CONFIG.vocab_size) for hidden_TD in hidden_BTD])
     assert np.abs(expected_logits).max() > 1  # Not all alike, which would compare equal to anything.
     np.testing.assert_allclose(ours, expected_logits, atol=1e-4, rtol=0)
 
@@ -107,11 +107,11 @@ def test_cached_decoding_equals_hugging_face(params: Params, tokens: np.ndarray,
     step = jax.jit(lambda tokens, cache, start: forward_cached(model, unstacked, tokens, cache, start))
     hidden, cache = step(jnp.asarray(tokens[:, :100]), init_cache(CONFIG, 3, 128), jnp.zeros(3, jnp.int32))
     np.testing.assert_allclose(
-        head_logits(hidden[:, -1], params["tokens_VD"]), expected_logits[:, 99], atol=1e-4, rtol=0
+        head_logits(hidden[:, -1], params["tokens_VD"], CONFIG.vocab_size), expected_logits[:, 99], atol=1e-4, rtol=0
     )
     for t in range(100, 128):
         hidden, cache = step(jnp.asarray(tokens[:, t : t + 1]), cache, jnp.full(3, t, jnp.int32))
-        ours = head_logits(hidden[:, 0], params["tokens_VD"])
+        ours = head_logits(hidden[:, 0], params["tokens_VD"], CONFIG.vocab_size)
         np.testing.assert_allclose(ours, expected_logits[:, t], atol=1e-4, rtol=0)
 
 
@@ -126,7 +126,7 @@ def test_loss_and_gradients_equal_hugging_face(hugging_face: Any, params: Params
     def mean_loss(params: Params) -> jax.Array:
         inputs, targets = jnp.asarray(tokens[:, :-1]), jnp.asarray(tokens[:, 1:])
         total, count = loss_sums(
-            forward(model, params, inputs), params["tokens_VD"], targets, jnp.ones(targets.shape), 64
+            forward(model, params, inputs), params["tokens_VD"], targets, jnp.ones(targets.shape), CONFIG.vocab_size, 64
         )
         return total / count
 

@@ -12,7 +12,7 @@ from hypothesis.extra.numpy import arrays
 
 from gpt_jax.errors import UserError
 from gpt_jax.sample.decode import Filters
-from gpt_jax.sample.filters import keep_min_p, keep_top_k, keep_top_p, penalise_repetition
+from gpt_jax.sample.filters import draw, keep_min_p, keep_top_k, keep_top_p, penalise_repetition
 
 # Distinct by a good margin: with ties, or sums at the edge of p, float32 and float64 may rightly disagree.
 batches = st.integers(1, 4).flatmap(
@@ -40,6 +40,31 @@ def by_row(reference: Callable[[np.ndarray], set[int]], logits: np.ndarray) -> n
 def test_top_k(logits: np.ndarray, k: int) -> None:
     expected = by_row(lambda row: set(np.argsort(-row)[:k]), logits)
     np.testing.assert_array_equal(keep_top_k(jnp.asarray(logits), k), expected)
+
+
+@pytest.mark.parametrize("k", [1, 7, 50, 999, 1000])
+@pytest.mark.parametrize("distinct", [5, 10**6])
+def test_top_k_of_many_tokens(k: int, distinct: int) -> None:
+    """With whole blocks of logits, with ties (which are kept) and with logits of -inf."""
+    logits = np.random.default_rng(k).integers(0, distinct, (3, 1000)).astype(np.float32)
+    logits[1, 100:700] = -np.inf
+    kth = np.sort(logits, axis=1)[:, -k][:, None]
+    expected = np.where(logits < kth, -np.inf, logits)
+    np.testing.assert_array_equal(keep_top_k(jnp.asarray(logits), k), expected)
+
+
+@pytest.mark.parametrize("V", [2, 17, 100])
+def test_draw_follows_softmax(V: int) -> None:
+    """A chi-squared test of 20,000 draws; excluded tokens are never drawn."""
+    logits = np.random.default_rng(V).normal(size=V).astype(np.float32)
+    logits[3::4] = -np.inf
+    keys = jax.random.split(jax.random.key(1), 20_000)
+    counts = np.bincount(jax.jit(jax.vmap(draw, in_axes=(0, None)))(keys, jnp.asarray(logits)), minlength=V)
+    possible = np.isfinite(logits)
+    assert counts[~possible].sum() == 0
+    expected = 20_000 * softmax(logits)[possible]
+    chi_squared = np.sum((counts[possible] - expected) ** 2 / expected)
+    assert jax.scipy.stats.chi2.sf(chi_squared, possible.sum() - 1) > 1e-3
 
 
 @given(batches, st.floats(0.01, 0.999))

@@ -11,10 +11,9 @@ import pytest
 from gpt_jax.config import ModelConfig
 from gpt_jax.data.tokenizer import ByteTokenizer
 from gpt_jax.errors import UserError
-from gpt_jax.model.gpt import GPT, Params, forward
-from gpt_jax.model.loss import head_logits
-from gpt_jax.sample.decode import Filters, bucket, decoder_for, prepare_params
-from gpt_jax.sample.generate import Result, Settings, generate
+from gpt_jax.model.gpt import GPT, Params, forward, init_params, logits_NV
+from gpt_jax.sample.decode import Filters, bucket, decoder_for, prepare_layers, prepare_params
+from gpt_jax.sample.generate import Result, Settings, encode_prompt, generate, generate_tokens
 
 TOKENIZER = ByteTokenizer()
 CONFIG = ModelConfig(
@@ -45,7 +44,7 @@ def run(params: Params, *prompts: str, n: int = 20, num_samples: int = 1, **chan
 
 @jax.jit
 def full_logits(params: Params, tokens_BT: jax.Array) -> jax.Array:
-    return head_logits(forward(MODEL, params, tokens_BT)[0], params["tokens_VD"])
+    return logits_NV(MODEL, params, forward(MODEL, params, tokens_BT)[0])
 
 
 def slow_greedy(params: Params, prompt: str, n: int) -> tuple[list[int], list[float]]:
@@ -86,6 +85,19 @@ def test_a_row_of_a_batch_equals_its_prompt_alone(params: Params, filters: Filte
             assert ours.tokens == expected.tokens
             assert ours.text == expected.text
             np.testing.assert_allclose(ours.logprobs, expected.logprobs, atol=1e-4)
+
+
+def test_padding_of_the_vocabulary_changes_nothing(params: Params) -> None:
+    """Nor does it with a repetition penalty, which keeps a flag a token."""
+    filters = Filters(temperature=0.0, repetition_penalty=1.3)
+    padded_model = GPT(dataclasses.replace(MODEL.config, vocab_multiple=128))
+    V, rows = MODEL.config.vocab_size, padded_model.config.embedding_rows
+    assert rows > V
+    padded = {**params, "tokens_VD": jnp.zeros((rows, MODEL.config.d_model)).at[:V].set(params["tokens_VD"])}
+    settings = Settings(max_new_tokens=40, filters=filters)
+    [result] = generate(padded_model, padded, TOKENIZER, ["Once"], settings)
+    [expected] = generate(MODEL, params, TOKENIZER, ["Once"], settings)
+    assert result.tokens == expected.tokens
 
 
 def test_same_seed_same_text_and_another_seed_another(params: Params) -> None:
@@ -135,6 +147,29 @@ def test_end_of_text_ends_the_text(params: Params) -> None:
     assert (result.tokens, result.text, result.finish_reason) == ([], "", "end_of_text")
 
 
+def test_any_of_the_stop_ids_ends_the_text(params: Params, monkeypatch: pytest.MonkeyPatch) -> None:
+    [whole] = run(params, "x")
+    stop = whole.tokens[5]
+    monkeypatch.setattr(ByteTokenizer, "stop_ids", frozenset({TOKENIZER.end_of_text, stop}))
+    [result] = run(params, "x")
+    assert result.tokens == whole.tokens[: whole.tokens.index(stop)]
+    assert result.finish_reason == "end_of_text"
+
+
+def test_prompts_may_be_token_ids(params: Params) -> None:
+    settings = Settings(max_new_tokens=20, filters=GREEDY)
+    results = generate_tokens(MODEL, params, TOKENIZER, [list(b"The quick"), [TOKENIZER.end_of_text]], settings)
+    assert results == run(params, "The quick", "")
+
+
+def test_a_prompt_follows_what_begins_a_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert encode_prompt("ab", TOKENIZER, 64) == [97, 98]
+    assert encode_prompt("", TOKENIZER, 64) == [TOKENIZER.end_of_text]
+    monkeypatch.setattr(TOKENIZER, "begin_of_text", 258)
+    assert encode_prompt("ab", TOKENIZER, 64) == [258, 97, 98]
+    assert encode_prompt("", TOKENIZER, 64) == [258]
+
+
 def test_padding_of_the_vocabulary_is_never_drawn(params: Params) -> None:
     tempting = {**params, "tokens_VD": params["tokens_VD"].at[-3:].set(100.0)}
     [result] = run(tempting, "x", n=50, filters=Filters(temperature=2.0))
@@ -174,11 +209,18 @@ def test_the_cache_is_donated(params: Params) -> None:
     decoder = decoder_for(MODEL, GREEDY, TOKENIZER.vocab_size)
     tokens, lengths = np.zeros((1, 16), np.int32), np.ones(1, np.int32)
     keys = jax.random.split(jax.random.key(0), 1)
-    unstacked = prepare_params(params, CONFIG.n_layer)
+    unstacked = prepare_params(params, CONFIG)
     state, _ = decoder.prefill(unstacked, tokens, lengths, 0, keys, None, cache_length=32)
-    buffer = state.cache[0].k_BSGK
+    buffer = state.cache[0].k_XSK
     decoder.decode(unstacked, state, 1)
     assert buffer.is_deleted()
+
+
+def test_prepared_parameters_compute_the_same_and_are_not_prepared_again(params: Params) -> None:
+    prepared = prepare_params(params, CONFIG)
+    assert prepare_params(prepared, CONFIG) is prepared
+    tokens = np.arange(24, dtype=np.int32)[None]
+    np.testing.assert_allclose(full_logits(prepared, tokens), full_logits(params, tokens), atol=1e-4)
 
 
 def test_a_prompt_longer_than_the_context_is_refused(params: Params) -> None:
@@ -192,3 +234,21 @@ def test_a_prompt_longer_than_the_context_is_refused(params: Params) -> None:
 )
 def test_buckets(length: int, expected: int) -> None:
     assert bucket(length, 100) == expected
+
+
+def test_prepared_matrices_are_in_the_compute_type() -> None:
+    config = dataclasses.replace(CONFIG, dtype="bfloat16")
+    model, params = GPT(config), init_params(GPT(config), jax.random.key(0))
+    layers, n_layer = params["layers"], config.n_layer
+    as_they_were = {**params, "layers": prepare_layers(layers, n_layer)}
+    prepared = prepare_params(params, config)
+    assert {str(x.dtype) for x in jax.tree.leaves(prepared) if x.ndim >= 2} == {"bfloat16"}
+    assert {str(x.dtype) for x in jax.tree.leaves(prepared) if x.ndim < 2} == {"float32"}
+    decoder = decoder_for(model, Filters(temperature=0), config.vocab_size)
+    tokens_BT, length_B = np.arange(16, dtype=np.int32).reshape(2, 8), np.full(2, 8, np.int32)
+    keys_B = jax.random.split(jax.random.key(0), 2)
+    states = [
+        decoder.prefill(p, tokens_BT, length_B, 0, keys_B, None, cache_length=16) for p in (as_they_were, prepared)
+    ]
+    # Embeddings are rounded before they are added up, and not after it: bfloat16 has eight bits.
+    np.testing.assert_allclose(states[0][1], states[1][1], atol=2e-2)

@@ -55,6 +55,12 @@ def test_matrices_and_embeddings_decay_and_nothing_else(bias: bool) -> None:
     assert names == {"tokens_VD", "positions_TD", *(f"layers/{layer}/kernel" for layer in layers)}
 
 
+def test_heads_and_adapters_decay_and_norms_of_heads_do_not() -> None:
+    tree = {"head_VD": 1, "qkv": {"kernel": 1, "bias": 1, "lora_a": 1, "lora_b": 1}, "q_norm": {"scale": 1}}
+    no_bias = {"kernel": True, "bias": False, "lora_a": True, "lora_b": True}
+    assert is_decayed(tree) == {"head_VD": True, "qkv": no_bias, "q_norm": {"scale": False}}
+
+
 def test_three_steps_equal_adamw_in_numpy(rng: np.random.Generator) -> None:
     """Clipping, moments, bias correction, decoupled decay and schedule, written out (Loshchilov and Hutter 2019)."""
     c = OptimizerConfig(learning_rate=0.1, warmup_steps=2, weight_decay=0.3, clip_norm=0.5, eps=1e-6)

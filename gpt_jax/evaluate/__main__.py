@@ -1,0 +1,23 @@
+"""The command line of lm_eval with gpt_jax among its models: see `gpt_jax.evaluate.harness`."""
+
+import sys
+
+from gpt_jax import runtime
+from gpt_jax.errors import UserError
+
+
+def main() -> int:
+    """Returns the exit status. What the user can mend is told in one line."""
+    runtime.setup()
+    try:
+        from gpt_jax.evaluate.harness import command_line
+
+        command_line()
+    except UserError as e:
+        print(f"error: {e}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,225 @@
+"""gpt_jax as a model of EleutherAI's lm_eval, whose tasks then run on it as on any other model.
+
+    python -m gpt_jax.evaluate run --model gpt_jax --model_args run=runs/quickstart --tasks lambada_openai
+
+is lm_eval's own command line, where `--model_args` takes run=, checkpoint=, model= and context_length= as the options
+of `gpt-jax eval`. Texts become tokens and windows as in lm_eval's own `hf` model, so that results can be compared.
+"""
+
+import collections
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from gpt_jax.config import check
+from gpt_jax.data.tokenizer import Tokenizer
+from gpt_jax.errors import UserError
+from gpt_jax.evaluate.score import Scorer
+from gpt_jax.evaluate.windows import Window, windows
+from gpt_jax.model.gpt import GPT, Params
+from gpt_jax.runtime import local_devices
+from gpt_jax.sample.decode import Filters
+from gpt_jax.sample.generate import Settings, generate_tokens
+from gpt_jax.sample.run import load_model, newest_run, with_context
+
+try:
+    from lm_eval.__main__ import cli_evaluate
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.utils import normalize_gen_kwargs
+    from lm_eval.utils import simple_parse_args_string
+except ImportError:
+    raise UserError("the tasks of lm_eval need the package lm_eval: pip install 'gpt-jax[lm-eval]'") from None
+
+MAX_GEN_TOKS = 256
+"""Tokens to generate at most where a task does not say, as in lm_eval's `hf` model."""
+
+FILTERS = ("top_k", "top_p", "min_p", "repetition_penalty")
+"""Arguments of generation that are Filters' too."""
+
+
+@register_model("gpt_jax")
+class HarnessModel(TemplateLM):
+    """A model, its parameters and its tokenizer, as lm_eval asks for them.
+
+    Parameters are on one device, which generates; all of `devices`, or else that one, score `batch_size` windows at
+    one time.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        params: Params,
+        tokenizer: Tokenizer,
+        batch_size: int = 8,
+        devices: Sequence[jax.Device] | None = None,
+        context_length: int = 0,
+    ) -> None:
+        super().__init__()
+        self.params, self.tokenizer, self.batch_size = params, tokenizer, batch_size
+        self.context_length = context_length or model.config.context_length
+        self.model = with_context(model, self.context_length)
+        self.scorer = Scorer(self.model, params, devices or local_devices()[:1], batch_size)
+
+    @classmethod
+    def from_names(cls, run: str, checkpoint: str, model: str, context_length: int, batch_size: int) -> Self:
+        """The model that `gpt-jax eval` takes for these arguments, on all devices of this machine."""
+        folder = None if model else Path(run) if run else newest_run()
+        return cls(*load_model(folder, checkpoint, model), batch_size, local_devices(), context_length)
+
+    @classmethod
+    def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> Self:
+        """The same from lm_eval's `--model_args`; its `--batch_size` and `--device` come in additional_config.
+
+        JAX chooses the device. Raises UserError naming an argument that is unknown.
+        """
+        batch_size = str((additional_config or {}).get("batch_size", "auto"))
+        given = {"batch_size": int(batch_size)} if batch_size.isdecimal() else {}
+        named: dict[str, Any] = {"run": "", "checkpoint": "latest", "model": "", "context_length": 0, "batch_size": 8}
+        for name, value in (given | arg_dict).items():
+            if name not in named:
+                raise UserError(f"there is no model argument {name}; there are {', '.join(named)}")
+            kind = type(named[name])
+            check(kind is str or type(value) is int, name, value, "a whole number")
+            named[name] = kind(value)  # lm_eval reads a checkpoint's step, or a folder of digits, as a number.
+        check(named["batch_size"] >= 1, "batch_size", named["batch_size"], "1 or more")
+        return cls.from_names(**named)
+
+    @classmethod
+    def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> Self:
+        """As create_from_arg_obj, from "name=value,name=value"."""
+        return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that the model sees at one time."""
+        return self.context_length
+
+    @property
+    def eot_token_id(self) -> int:
+        """The token that ends a document."""
+        return self.tokenizer.end_of_text
+
+    @property
+    def prefix_token_id(self) -> int:
+        """The token that the first one of a text is predicted from."""
+        begin = self.tokenizer.begin_of_text
+        return self.tokenizer.end_of_text if begin is None else begin
+
+    @property
+    def tokenizer_name(self) -> str:
+        """What tells this tokenizer from others in lm_eval's caches."""
+        return self.tokenizer.fingerprint
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        """Raises UserError: tasks are asked as plain text."""
+        raise UserError("gpt_jax answers the tasks of lm_eval as plain text; leave out --apply_chat_template")
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
+        """The tokens of a text, after the one that starts every document, if the tokenizer has one and it is not
+        refused."""
+        begin = self.tokenizer.begin_of_text
+        start = [] if begin is None or add_special_tokens is False else [begin]
+        return start + self.tokenizer.encode(string)
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str] | None, list[int], list[int]]], disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
+        """(log-probability, whether greedy decoding would give it) of each continuation after its context, both in
+        tokens. A context that is too long loses its beginning."""
+        T = self.context_length
+        found = []
+        for _, context, continuation in requests:
+            if len(continuation) > T:
+                raise UserError(f"a continuation has {len(continuation)} tokens, and the model's context_length is {T}")
+            tokens = np.array((context + continuation)[-(T + 1) :], np.int32)
+            found.append(Window(tokens, len(tokens) - 1 - len(continuation)))
+        answers = [(0.0, False)] * len(requests)
+        with tqdm(total=len(requests), desc="loglikelihood", disable=disable_tqdm) as bar:
+            for score in self.scorer(found):
+                answers[score.number] = answer = (-score.nats, score.greedy)
+                if requests[score.number][0] is not None:
+                    self.cache_hook.add_partial("loglikelihood", requests[score.number][0], answer)
+                bar.update()
+        return answers
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """The log-probability of each whole text, each of its tokens predicted exactly once.
+
+        As in lm_eval's `hf`, a token that the tokenizer puts before every text is predicted, too, from itself.
+        """
+        owners, found = [], []
+        for number, request in enumerate(requests):
+            tokens = np.array([self.prefix_token_id, *self.tok_encode(request.args[0])], np.int32)
+            for window in rolling_windows(tokens, self.context_length):
+                owners.append(number)
+                found.append(window)
+        sums = [0.0] * len(requests)
+        for score in tqdm(self.scorer(found), total=len(found), desc="loglikelihood_rolling", disable=disable_tqdm):
+            sums[owners[score.number]] -= score.nats
+        for request, total in zip(requests, sums, strict=True):
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+        return sums
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """What the model writes after each context, up to a stop string; greedily, unless `do_sample` is set.
+
+        A request that comes again is another sample. Raises UserError naming an argument of generation that is unknown.
+        """
+        groups: dict[tuple[str, int], list[int]] = collections.defaultdict(list)  # What can be generated in one batch.
+        seen: collections.Counter[str] = collections.Counter()
+        for number, request in enumerate(requests):
+            groups[json.dumps(request.args[1], sort_keys=True), seen[json.dumps(request.args)]].append(number)
+            seen[json.dumps(request.args)] += 1
+
+        texts = [""] * len(requests)
+        with tqdm(total=len(requests), desc="generate_until", disable=disable_tqdm) as bar:
+            for (arguments, sample), numbers in groups.items():
+                settings = generation_settings(json.loads(arguments), seed=sample)
+                T, n = self.context_length, settings.max_new_tokens
+                room = T - n if n < T else T // 2  # Where the answer alone fills the context, that slides.
+                prompts = {i: self.tok_encode(requests[i].args[0])[-room:] or [self.prefix_token_id] for i in numbers}
+                by_length = sorted(numbers, key=lambda i: len(prompts[i]))
+                for first in range(0, len(by_length), self.batch_size):
+                    rows = by_length[first : first + self.batch_size]
+                    results = generate_tokens(
+                        self.model, self.params, self.tokenizer, [prompts[i] for i in rows], settings
+                    )
+                    for i, result in zip(rows, results, strict=True):
+                        texts[i] = result.text
+                        self.cache_hook.add_partial("generate_until", requests[i].args, result.text)
+                    bar.update(len(rows))
+        return texts
+
+
+def rolling_windows(tokens: np.ndarray, context_length: int) -> Iterator[Window]:
+    """Windows that do not overlap, but for the last one: it reaches back until it is full, as lm_eval's own do."""
+    for window in windows([tokens], context_length, context_length):
+        reaching_back = tokens[-(context_length + 1) :]
+        whole = len(window.tokens) == context_length + 1
+        yield window if whole else Window(reaching_back, len(reaching_back) - 1 - window.n_scored)
+
+
+def generation_settings(arguments: dict[str, Any], seed: int) -> Settings:
+    """How to generate, from a task's generation_kwargs. Raises UserError naming one that is unknown."""
+    wanted = dict(normalize_gen_kwargs(arguments, MAX_GEN_TOKS))
+    stop = tuple(string for string in wanted.pop("until") if string)
+    max_new_tokens = wanted.pop("max_gen_toks")
+    sampled = wanted.pop("do_sample")
+    temperature = float(wanted.pop("temperature", 1.0)) if sampled else 0.0
+    wanted.pop("temperature", None)
+    filters = {name: wanted.pop(name) for name in FILTERS if name in wanted}
+    if wanted:
+        raise UserError(f"the task asks for {', '.join(wanted)} in generation, which gpt_jax does not have")
+    return Settings(max_new_tokens, seed, stop, Filters(temperature, **filters))
+
+
+def command_line() -> None:
+    """lm_eval's own, which knows the model gpt_jax once this module is imported."""
+    cli_evaluate()

@@ -1,0 +1,131 @@
+"""The loss of a model on a split of a data folder, or on text as it is, with every token scored exactly once."""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from tqdm import tqdm
+
+from gpt_jax.data.formats import Block
+from gpt_jax.data.shards import TokenFiles
+from gpt_jax.data.sources import Corpus
+from gpt_jax.data.tokenizer import Tokenizer
+from gpt_jax.errors import UserError
+from gpt_jax.evaluate.score import Scorer
+from gpt_jax.evaluate.windows import Window, windows
+
+PIECE_TOKENS = 1 << 20  # Of a data folder, read at one time.
+PIECE_BYTES = 4 << 20  # Documents up to about this size are tokenised as a whole, longer ones in pieces.
+
+
+@dataclass
+class Tally:
+    """What was read and scored of a text."""
+
+    documents: int = 0
+    bytes: int = 0  # Of the text, in UTF-8.
+    characters: int | None = None  # Of the text; None where only its tokens are at hand.
+    nats: float = 0.0  # -log of the probability of all scored tokens.
+    tokens: int = 0  # Tokens that were scored.
+    unscored: int = 0  # Tokens that had nothing before them to be predicted from.
+
+    @property
+    def loss(self) -> float:
+        """Nats a token."""
+        return self.nats / self.tokens
+
+    @property
+    def perplexity(self) -> float:
+        """e to the loss."""
+        return math.exp(min(self.loss, 700))  # Beyond that, it is no float.
+
+    @property
+    def bits(self) -> float:
+        """Bits that tell the whole text. A token that was not scored counts as the others do on average, which is how
+        training's evaluations count."""
+        return self.loss * (self.tokens + self.unscored) / math.log(2)
+
+
+def evaluate_split(scorer: Scorer, split: TokenFiles, context_length: int, stride: int) -> Tally:
+    """The loss over a split of a data folder, read as one stream of tokens, ends of documents included. Its first
+    token, which nothing predicts, is not scored.
+
+    With stride = context_length, this is the val_loss of training. Raises UserError when the split has fewer than two
+    tokens, and as `add_up` does.
+    """
+    n = len(split)
+    if n < 2:
+        raise UserError(f"the split has {n} tokens, and two are needed; prepare the data with more text")
+    pieces = (split.read(start, min(PIECE_TOKENS, n - start)) for start in range(0, n, PIECE_TOKENS))
+    tally = Tally(documents=len(split.document_starts), bytes=split.n_bytes, unscored=1)
+    add_up(scorer, windows(pieces, context_length, stride), tally, n - 1)
+    return tally
+
+
+def evaluate_corpus(scorer: Scorer, corpus: Corpus, tokenizer: Tokenizer, context_length: int, stride: int) -> Tally:
+    """The loss over documents, each on its own: every token of their text is scored, the first one as what follows the
+    token that starts a text.
+
+    Raises UserError when there is no text, naming a file that cannot be read, and as `add_up` does.
+    """
+    tally = Tally(characters=0)
+    documents = tokenised(corpus.blocks(lambda n_bytes: None), tokenizer, tally)
+    found = (window for document in documents for window in windows(document, context_length, stride))
+    add_up(scorer, found, tally, None)
+    return tally
+
+
+def tokenised(blocks: Iterable[Block], tokenizer: Tokenizer, tally: Tally) -> Iterator[Iterator[np.ndarray]]:
+    """For each document, its tokens in pieces, int32, after the one that starts a text. What is read is tallied.
+
+    Each document has to be read to its end before the next one is asked for.
+    """
+    start = tokenizer.end_of_text if tokenizer.begin_of_text is None else tokenizer.begin_of_text
+    parts = text_parts(blocks)
+
+    def document(part: str, ends: bool) -> Iterator[np.ndarray]:
+        yield np.array([start], np.int32)
+        while True:
+            tally.bytes += len(part.encode())
+            tally.characters = (tally.characters or 0) + len(part)
+            yield tokenizer.encode_array(part)
+            if ends:
+                return
+            part, ends = next(parts)
+
+    for part, ends in parts:
+        tally.documents += 1
+        yield document(part, ends)
+
+
+def text_parts(blocks: Iterable[Block]) -> Iterator[tuple[str, bool]]:
+    """The text of documents in parts of about PIECE_BYTES at most, and whether each ends its document."""
+    text = bytearray()
+    for block in blocks:
+        text += block.text
+        if block.ends_document or len(text) >= PIECE_BYTES:
+            yield text.decode(), block.ends_document
+            text.clear()
+
+
+def add_up(scorer: Scorer, found: Iterator[Window], tally: Tally, n_tokens: int | None) -> None:
+    """Scores the windows that are found into the tally, with a progress bar on a terminal. n_tokens: how many tokens
+    there are to score, where that is known.
+
+    Raises UserError when there are none, or when the loss is not finite.
+    """
+    with tqdm(total=n_tokens, desc="evaluating", unit=" tokens", unit_scale=True, disable=None) as bar:
+
+        def counted() -> Iterator[Window]:
+            for window in found:
+                tally.tokens += window.n_scored
+                bar.update(window.n_scored)
+                yield window
+
+        for score in scorer(counted()):
+            tally.nats += score.nats
+    if not tally.tokens:
+        raise UserError("there is no text to evaluate: every document is empty")
+    if not math.isfinite(tally.nats):
+        raise UserError(f"the loss is {tally.nats}: the model's parameters or what it computes are not finite")

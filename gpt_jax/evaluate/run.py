@@ -1,0 +1,117 @@
+"""`python -m gpt_jax eval`: loads a model, evaluates it on a text, and prints the numbers."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from gpt_jax import runtime
+from gpt_jax.config import check, load_saved_config
+from gpt_jax.data.shards import Dataset, SplitName, open_dataset
+from gpt_jax.data.sources import Corpus, open_corpus
+from gpt_jax.data.tokenizer import Tokenizer
+from gpt_jax.errors import UserError
+from gpt_jax.evaluate.loss import Tally, evaluate_corpus, evaluate_split
+from gpt_jax.evaluate.score import Scorer
+from gpt_jax.sample.run import load_model, newest_run, with_context
+
+
+@dataclass(frozen=True)
+class EvalArgs:
+    """Tell how well a GPT predicts a text: loss, perplexity, bits per byte. Every token is scored exactly once."""
+
+    run: str = ""  # Folder of the run; empty: the newest under runs/.
+    model: str = ""  # In its place: a folder with a published model, a .gguf file, or a name on the hub.
+    checkpoint: str = "latest"  # Of a run: latest, best (lowest validation loss), or a step.
+    data: str = ""  # Folder made by prepare; empty: the one that the run was trained on.
+    split: SplitName = "val"  # Of that folder: val or train. It is read as one stream of tokens.
+    text: tuple[str, ...] = ()  # In its place: files, folders, globs or corpora. Each document is read on its own.
+    text_field: str = "text"  # Field or column of JSON Lines and Parquet that holds the text.
+    context_length: int = 0  # Tokens that the model sees at one time; 0: as many as it was made for.
+    # Tokens from the start of a window to that of the next; None: context_length. With fewer, each token after the
+    # first window is predicted from context_length - stride tokens or more, and more is computed.
+    stride: int | None = None
+    batch_size: int = 8  # Windows that a device reads at one time.
+    # Print one JSON object.
+    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+
+    def __post_init__(self) -> None:
+        check(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
+        if self.model and (self.run or self.checkpoint != "latest"):
+            raise UserError("--model names a model, and --run or --checkpoint another one; use one of them")
+        if self.text and self.data:
+            raise UserError("--text names a text, and --data another one; use one of them")
+        if self.model and not (self.text or self.data):
+            raise UserError("--model needs a text: name it with --text, or a data folder with --data")
+
+
+def run_eval(args: EvalArgs) -> None:
+    """The command. Raises UserError for what the user can mend."""
+    run = None if args.model else Path(args.run) if args.run else newest_run()
+    text_name, text = open_text(args, run)  # What is not there is told before a model is loaded.
+    runtime.setup()
+    model, params, tokenizer = load_model(run, args.checkpoint, args.model)
+    T = args.context_length or model.config.context_length
+    stride = T if args.stride is None else args.stride
+    model = with_context(model, T)
+    check(1 <= stride <= T, "stride", stride, f"between 1 and context_length = {T}")
+
+    scorer = Scorer(model, params, runtime.local_devices(), args.batch_size)
+    if isinstance(text, Corpus):
+        tally = evaluate_corpus(scorer, text, tokenizer, T, stride)
+    else:
+        check_tokenizer(text_name, text, tokenizer)
+        tally = evaluate_split(scorer, text.train if args.split == "train" else text.val, T, stride)
+
+    model_name = args.model or f"{run}, checkpoint {args.checkpoint}"
+    if args.json:
+        settings = {"model": model_name, "text": text_name, "context_length": T, "stride": stride}
+        print(json.dumps({**settings, **report(tally)}, ensure_ascii=False))
+    else:
+        print_table(model_name, text_name, f"{T} tokens, {stride} from one to the next", report(tally))
+
+
+def open_text(args: EvalArgs, run: Path | None) -> tuple[str, Corpus | Dataset]:
+    """What to evaluate on, and its name. Raises UserError when it is not there."""
+    if args.text:
+        return ", ".join(args.text), open_corpus(args.text, args.text_field)
+    folder = args.data if args.data or run is None else load_saved_config(run / "config.json").data.dir
+    return f"{folder}, {args.split}", open_dataset(Path(folder))
+
+
+def check_tokenizer(text_name: str, data: Dataset, tokenizer: Tokenizer) -> None:
+    """Raises UserError when a data folder's tokens are not the model's."""
+    if data.tokenizer.fingerprint != tokenizer.fingerprint:
+        raise UserError(
+            f"{text_name}: these tokens were made by another tokenizer than the model's; "
+            "name the text itself with --text, or prepare it with the --tokenizer of the model's folder"
+        )
+
+
+def report(tally: Tally) -> dict[str, float]:
+    """The numbers of an evaluation by name; those of characters only where they are known."""
+    numbers = {"loss": tally.loss, "perplexity": tally.perplexity, "bits_per_byte": tally.bits / tally.bytes}
+    counts = {"tokens": tally.tokens, "documents": tally.documents, "bytes": tally.bytes}
+    if tally.characters is None:
+        return numbers | counts
+    per_character = {"bits_per_character": tally.bits / tally.characters}
+    return numbers | per_character | counts | {"characters": tally.characters}
+
+
+def print_table(model: str, text: str, windows: str, numbers: dict[str, float]) -> None:
+    """The report for a reader."""
+    counts = ", ".join(f"{numbers[name]:,} {name}" for name in ("documents", "bytes", "tokens"))
+    rows = {
+        "model": model,
+        "text": f"{text}: {counts}",
+        "windows": windows,
+        "loss": f"{numbers['loss']:.4f} nats a token",
+        "perplexity": f"{numbers['perplexity']:.4g}",
+    }
+    for unit in ("byte", "character"):
+        if f"bits_per_{unit}" in numbers:
+            rows[f"bits a {unit}"] = f"{numbers[f'bits_per_{unit}']:.4f}"
+    for name, value in rows.items():
+        print(f"{name:18}{value}")

@@ -1,0 +1,78 @@
+"""Log-probabilities of windows of text under a model, on one device or on several."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gpt_jax.evaluate.windows import Window, batches
+from gpt_jax.model.attention import SPLASH_BLOCKS
+from gpt_jax.model.gpt import GPT, Params, forward, logits_NV
+from gpt_jax.train.placement import Placement
+
+CHUNK = 1024
+"""Tokens that have logits at one time: enough to fill matrix units, and 200 MB with 50,000 tokens in the vocabulary."""
+
+
+class Score(NamedTuple):
+    """How well a window's scored tokens are predicted."""
+
+    number: int  # Which of the windows, counted from 0.
+    nats: float  # -log of their probability.
+    greedy: bool  # Whether each of them is the most probable one.
+
+
+def make_score_step(
+    model: GPT, axis_name: str | None
+) -> Callable[[Params, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
+    """The scoring step: `(params, tokens, mask)` to the nats and the greediness of every row of the whole batch, (B,).
+
+    tokens: int32 (B, T + 1), mask: bool (B, T), this device's share of the batch. float32, as logits are.
+    """
+
+    def score_step(params: Params, tokens: jax.Array, mask_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+        hidden_BTD = forward(model, params, tokens[:, :-1])
+
+        def score_token(x: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            hidden_D, target = x
+            logits_V = logits_NV(model, params, hidden_D[None])[0]
+            return jax.nn.logsumexp(logits_V) - logits_V[target], jnp.argmax(logits_V) == target
+
+        flat = hidden_BTD.reshape(-1, hidden_BTD.shape[-1]), tokens[:, 1:].reshape(-1)
+        nats_BT, greedy_BT = (x.reshape(mask_BT.shape) for x in jax.lax.map(score_token, flat, batch_size=CHUNK))
+        scores = jnp.sum(nats_BT, axis=1, where=mask_BT), jnp.all(greedy_BT, axis=1, where=mask_BT)
+        return scores if axis_name is None else jax.lax.all_gather(scores, axis_name, tiled=True)
+
+    return score_step
+
+
+class Scorer:
+    """A model ready to score, on devices that each hold all parameters and score `batch_size` windows at one time."""
+
+    def __init__(self, model: GPT, params: Params, devices: Sequence[jax.Device], batch_size: int) -> None:
+        self.model = model
+        self.placement = Placement(devices)
+        self.params = jax.device_put(params, self.placement.replicated())
+        self.batch_size = batch_size * self.placement.n_devices
+        self.step = self.placement.jit(make_score_step(model, self.placement.axis_name), n_batch_args=2, donate=False)
+
+    def __call__(self, windows: Iterable[Window]) -> Iterator[Score]:
+        """The score of each window, as batches of windows of one length become full."""
+        before: tuple[list[int], Any] = [], ()
+        fused = self.model.config.attention in ("cudnn", "splash")  # They work on whole blocks.
+        least = SPLASH_BLOCKS[-1] if fused else 16
+        for batch in batches(windows, self.batch_size, self.model.config.context_length, least):
+            result = self.step(self.params, self.placement.split(batch.tokens), self.placement.split(batch.mask_BT))
+            if self.placement.must_wait:
+                jax.block_until_ready(result)
+            yield from read(*before)  # While the devices work on the batch that follows.
+            before = batch.numbers, result
+        yield from read(*before)
+
+
+def read(numbers: list[int], result: tuple[jax.Array, jax.Array]) -> Iterator[Score]:
+    """The scores of a batch that was given to the devices; its empty rows are left out."""
+    for number, nats, greedy in zip(numbers, *map(np.asarray, result), strict=False):
+        yield Score(number, float(nats), bool(greedy))

@@ -1,0 +1,73 @@
+"""Text of any length as windows that fit the model, each token scored exactly once, and windows as batches."""
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from gpt_jax.sample.decode import bucket
+
+
+class Window(NamedTuple):
+    """Tokens to show to the model at one time. Each but the first is a target, predicted from those before it."""
+
+    tokens: np.ndarray  # int32 (n + 1,)
+    seen: int  # So many of the first targets are there as context alone, and not scored.
+
+    @property
+    def n_scored(self) -> int:
+        """Number of targets that are scored."""
+        return len(self.tokens) - 1 - self.seen
+
+
+class Batch(NamedTuple):
+    """Windows of about the same length, filled up to one shape."""
+
+    numbers: list[int]  # Which of the windows each row is; fewer than B in a batch that was filled up with empty rows.
+    tokens: np.ndarray  # int32 (B, T + 1)
+    mask_BT: np.ndarray  # bool: the targets to score.
+
+
+def windows(pieces: Iterable[np.ndarray], context_length: int, stride: int) -> Iterator[Window]:
+    """The windows over one text, whose tokens come in pieces, int32; every token but the first is scored exactly once.
+
+    Windows have context_length targets, the last one perhaps fewer, and start `stride` tokens apart: each target after
+    the first window is predicted from context_length - stride tokens or more. No more than a window and a piece are
+    held in memory.
+    """
+    held, seen = np.empty(0, np.int32), 0
+    for piece in pieces:
+        held = np.concatenate([held, piece])
+        while len(held) > context_length:
+            yield Window(held[: context_length + 1], seen)
+            held, seen = held[stride:], context_length - stride
+    if len(held) - 1 > seen:
+        yield Window(held, seen)
+
+
+def batches(windows: Iterable[Window], batch_size: int, context_length: int, least: int) -> Iterator[Batch]:
+    """The windows in batches of `batch_size`, each as soon as it is full, with few shapes in all.
+
+    Windows are padded to the next power of two, from `least` up, but no further than to context_length; masked rows
+    fill up the last batch of each length.
+    """
+    waiting: dict[int, list[tuple[int, Window]]] = {}
+    for numbered in enumerate(windows):
+        T = bucket(len(numbered[1].tokens) - 1, context_length, least)
+        rows = waiting.setdefault(T, [])
+        rows.append(numbered)
+        if len(rows) == batch_size:
+            yield filled(waiting.pop(T), T, batch_size)
+    for T, rows in sorted(waiting.items()):
+        yield filled(rows, T, batch_size)
+
+
+def filled(rows: list[tuple[int, Window]], T: int, batch_size: int) -> Batch:
+    """One batch (batch_size, T) of numbered windows."""
+    batch = Batch(
+        [number for number, _ in rows], np.zeros((batch_size, T + 1), np.int32), np.zeros((batch_size, T), bool)
+    )
+    for row, (_, window) in enumerate(rows):
+        batch.tokens[row, : len(window.tokens)] = window.tokens
+        batch.mask_BT[row, window.seen : len(window.tokens) - 1] = True
+    return batch

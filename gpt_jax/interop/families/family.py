@@ -1,0 +1,94 @@
+"""What a family of models is: names of settings, values that all its models share, and the layout of its tensors."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from gpt_jax.config import ModelConfig
+from gpt_jax.errors import UserError
+from gpt_jax.interop.families.rope import read_rope, write_rope
+from gpt_jax.interop.layout import Layout
+
+Settings = dict[str, Any]
+"""The content of a config.json."""
+
+ACTIVATIONS = {
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu": "gelu",
+    "silu": "silu",
+    "swish": "silu",
+    "relu": "relu",
+}
+
+
+@dataclass(frozen=True)
+class Family:
+    """One family. Where a setting is missing in a config.json, transformers' default holds, so that is here too."""
+
+    model_type: str  # Its name in config.json.
+    architecture: str  # Its class in transformers.
+    activation: tuple[str, str]  # The setting that is our activation, and its default.
+    settings: Mapping[str, tuple[str, Any]]  # Their setting: ours, and their default.
+    shared: Mapping[str, Any]  # Our settings, the same for all models of the family.
+    tensors: Mapping[str, Layout]  # Our leaf, "layers/" for those of each layer: theirs.
+    prefix: str  # What names in files begin with, and some files leave out.
+    rope_theta: float = 10_000.0  # Default of theirs.
+    rope_local_theta: float = 0.0  # The same for layers with a sliding window; 0: they rotate as the others.
+    only: Mapping[str, Any] = field(default_factory=dict)  # Settings that must have this value, if they are there.
+    not_weights: tuple[str, ...] = ()  # Patterns of tensors in older files that are constants.
+    read_more: Callable[[Settings], Settings] = lambda theirs: {}  # Ours, where one of theirs is not one of ours.
+    write_more: Callable[[ModelConfig], Settings] = lambda config: {}  # And back.
+
+    def to_config(self, settings: Settings, where: str) -> ModelConfig:
+        """Our configuration of a model. Raises UserError naming what this project does not have."""
+        try:
+            return self._to_config(settings)
+        except UserError as e:
+            raise UserError(f"{where}: {e}") from e
+        except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as e:  # Of another type somewhere.
+            raise UserError(
+                f"{where} has a configuration that is no {self.model_type}'s ({type(e).__name__}: {e})"
+            ) from e
+
+    def _to_config(self, settings: Settings) -> ModelConfig:
+        for name, value in self.only.items():
+            if settings.get(name, value) not in (value, None):
+                raise UserError(
+                    f"{name} = {settings[name]!r} is not supported for {self.model_type}; only {value!r} is"
+                )
+        name, default = self.activation
+        activation = settings.get(name) or default
+        if activation not in ACTIVATIONS:
+            raise UserError(f"{name} = {activation!r} is not known; known are {', '.join(ACTIVATIONS)}")
+        ours: Settings = dict(self.shared)
+        for theirs, (name, default) in self.settings.items():
+            value = settings.get(theirs, default)
+            ours[name] = 0 if value is None else value
+        ours["activation"] = ACTIVATIONS[activation]
+        ours |= self.read_more(settings)
+        if self.shared["positions"] == "rotary":
+            context = ours["context_length"]
+            ours["rope"] = read_rope(settings, context, self.rope_theta, self.rope_local_theta)
+        floats = {f.name for f in fields(ModelConfig) if f.type is float}
+        values: Any = {k: float(v) if k in floats else v for k, v in ours.items()}
+        return ModelConfig(**values)
+
+    def to_settings(self, config: ModelConfig) -> Settings:
+        """The config.json of a model, as far as the architecture goes: what `to_config` reads."""
+        config = config.architecture()
+        theirs = {name: getattr(config, ours) for name, (ours, _) in self.settings.items()}
+        names = (self.activation[1], *ACTIVATIONS)  # A family's own name for it first: some programs know no other.
+        theirs[self.activation[0]] = next(name for name in names if ACTIVATIONS[name] == config.activation)
+        if config.positions == "rotary":
+            theirs |= write_rope(config, self.rope_local_theta > 0)
+        return {"model_type": self.model_type, "architectures": [self.architecture]} | theirs | self.write_more(config)
+
+    def can_express(self, config: ModelConfig) -> bool:
+        """Whether a model of this family computes what one of ours does."""
+        try:
+            back = self.to_config(self.to_settings(config), "")
+        except UserError:
+            return False
+        return back.architecture() == config.architecture()

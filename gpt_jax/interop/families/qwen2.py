@@ -1,0 +1,44 @@
+"""Qwen2 and Qwen2.5: Llama with biases of queries, keys and values; upper layers may have a sliding window."""
+
+from dataclasses import replace
+
+from gpt_jax.config import ModelConfig
+from gpt_jax.interop.families import llama
+from gpt_jax.interop.families.family import Settings
+from gpt_jax.interop.families.windows import from_layer_types, to_layer_types
+
+
+def read_window(settings: Settings) -> Settings:
+    """A window for the layers from `max_window_layers` on, or for those in `layer_types`."""
+    window = settings.get("sliding_window", 4096) if settings.get("use_sliding_window") else 0
+    if not window:
+        return {}
+    first, n_layer = settings.get("max_window_layers", 28), settings.get("num_hidden_layers", 32)
+    default = ["sliding_attention" if i >= first else "full_attention" for i in range(n_layer)]
+    return from_layer_types(settings.get("layer_types") or default, window)
+
+
+def write_window(config: ModelConfig) -> Settings:
+    """See `read_window`."""
+    return {
+        "use_sliding_window": bool(config.window),
+        "sliding_window": config.window or None,
+        "layer_types": to_layer_types(config),
+    }
+
+
+FAMILY = replace(
+    llama.FAMILY,
+    model_type="qwen2",
+    architecture="Qwen2ForCausalLM",
+    settings={
+        **llama.FAMILY.settings,
+        "vocab_size": ("vocab_size", 151936),
+        "max_position_embeddings": ("context_length", 32768),
+        "intermediate_size": ("d_ff", 22016),
+        "num_key_value_heads": ("n_kv_head", 32),
+    },
+    shared={**llama.FAMILY.shared, "biases": ("qkv",)},
+    read_more=read_window,
+    write_more=write_window,
+)

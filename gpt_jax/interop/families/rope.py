@@ -1,0 +1,75 @@
+"""Rotary positions in a config.json: the form of transformers 5 (rope_parameters) and the one before (rope_scaling)."""
+
+from typing import Any
+
+from gpt_jax.config import ModelConfig, RopeConfig
+from gpt_jax.errors import UserError
+
+TYPES = {"default": "none", "linear": "linear", "dynamic": "dynamic", "yarn": "yarn", "llama3": "llama3"}
+NUMBERS = {
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "yarn": ("factor", "beta_fast", "beta_slow", "attention_factor"),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+}
+ORIGINAL = "original_max_position_embeddings"
+ONLY = {"partial_rotary_factor": 1.0, "truncate": True, "mscale": None, "mscale_all_dim": None}
+
+
+def read_rope(settings: dict[str, Any], context: int, default_theta: float, default_local_theta: float) -> RopeConfig:
+    """Our rotary settings of a model with this context. A local theta of 0: its sliding layers rotate as the others.
+
+    Raises UserError for a scaling that is not known.
+    """
+    rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
+    local: dict[str, Any] = {}
+    if "full_attention" in rope:  # transformers 5, for models with two kinds of layers.
+        rope, local = rope["full_attention"], rope.get("sliding_attention", {})
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind not in TYPES:
+        raise UserError(f"rotary positions of type {kind!r} are not supported; there are {', '.join(TYPES)}")
+    for name, only in ONLY.items():
+        value = rope.get(name, settings.get(name))
+        if value not in (only, None):
+            raise UserError(f"{name} = {value!r} is not supported for rotary positions; only {only!r} is")
+    if local.get("rope_type", "default") != "default":
+        raise UserError("rotary positions of sliding layers that are scaled are not supported")
+    numbers = {name: float(rope[name]) for name in NUMBERS.get(kind, ()) if rope.get(name) is not None}
+    original = 0
+    if kind in ("yarn", "llama3"):
+        original = int(rope.get(ORIGINAL) or settings.get(ORIGINAL) or context)
+    elif kind == "dynamic":
+        original = context
+    if kind == "yarn" and "factor" not in numbers:
+        numbers["factor"] = context / original
+    local_theta = local.get("rope_theta") or settings.get("rope_local_base_freq") or default_local_theta
+    return RopeConfig(
+        theta=float(rope.get("rope_theta") or settings.get("rope_theta") or default_theta),
+        local_theta=float(local_theta) if default_local_theta else 0.0,
+        scaling=TYPES[kind],  # type: ignore[arg-type]
+        original_context=original,
+        **numbers,
+    )
+
+
+def write_rope(config: ModelConfig, has_local_theta: bool) -> dict[str, Any]:
+    """The settings that `read_rope` reads, in both forms, of a model whose defaults are spelled out.
+
+    Dynamic scaling is a larger theta by then: in transformers, it would begin at the longer context only.
+    """
+    rope = config.rope
+    kind = next(theirs for theirs, ours in TYPES.items() if ours == rope.scaling)
+    scaling: dict[str, Any] = {"rope_type": kind}
+    scaling |= {name: getattr(rope, name) for name in NUMBERS.get(kind, ()) if getattr(rope, name)}
+    if kind in ("yarn", "llama3"):
+        scaling[ORIGINAL] = rope.original_context
+    full = scaling | {"rope_theta": rope.theta}
+    theirs: dict[str, Any] = {"rope_theta": rope.theta, "rope_parameters": full}
+    if kind != "default":
+        theirs["rope_scaling"] = scaling
+    if has_local_theta:
+        local_theta = rope.local_theta or rope.theta
+        theirs["rope_local_base_freq"] = local_theta
+        local = {"rope_type": "default", "rope_theta": local_theta}
+        theirs["rope_parameters"] = {"full_attention": full, "sliding_attention": local}
+    return theirs

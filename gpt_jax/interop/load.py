@@ -1,0 +1,198 @@
+"""A published model as one of ours: its configuration, its parameters, read tensor by tensor, and its tokenizer."""
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from gpt_jax.config import HOW_IT_RUNS, LoraConfig, ModelConfig, check
+from gpt_jax.data.tokenizer import Tokenizer
+from gpt_jax.errors import UserError
+from gpt_jax.interop.families import family_of
+from gpt_jax.interop.families.family import Family
+from gpt_jax.interop.hub import find_model
+from gpt_jax.interop.layout import Layout
+from gpt_jax.interop.model_files import ModelFiles, open_model
+from gpt_jax.interop.weights import some
+from gpt_jax.model.backend import resolve
+from gpt_jax.model.gpt import GPT, Params, init_params
+from gpt_jax.runtime import local_devices, platform_name
+
+KEPT = (*HOW_IT_RUNS, "context_length")  # What a published model does not decide.
+PADDED_TO = 128  # Rows of the embedding become a multiple of it, for which matrix units are made.
+ALIGNMENT = 64  # Bytes. Arrays that begin at a multiple of it are used by XLA:CPU as they are, and not copied.
+
+
+def load_pretrained(name: str, context_length: int = 0) -> tuple[GPT, Params, Tokenizer]:
+    """A published model, its parameters on this machine's first device, and its tokenizer.
+
+    name: a folder, a .gguf file, or a name on the hub. context_length: in tokens; 0: the model's own. Raises UserError
+    naming what is missing, damaged or not supported.
+    """
+    files = open_named(name)
+    device = local_devices()[0]
+    theirs = their_config(files)
+    config = dataclasses.replace(theirs, context_length=context_length or theirs.context_length)
+    config = resolve(padded(config), platform_name(device))
+    check_context(config, theirs, files.where)
+    tokenizer = files.tokenizer()
+    check_tokenizer(tokenizer, config, files.where)
+    return GPT(config), load_params(files, config, jax.sharding.SingleDeviceSharding(device)), tokenizer
+
+
+def open_named(name: str) -> ModelFiles:
+    """The files of a model: a folder, a .gguf file, or a name on the hub."""
+    return open_model(find_model(name))
+
+
+def adopt(files: ModelFiles, config: ModelConfig) -> ModelConfig:
+    """`config` with the architecture of a published model; how it is run and trained, and its context, stay.
+
+    Raises UserError when the model is of a family or has a setting that is not supported, or its context is shorter.
+    """
+    theirs = their_config(files)
+    ours: dict[str, Any] = {name: getattr(config, name) for name in KEPT}
+    if config.context_length == ModelConfig().context_length:  # Not asked for, so it is no reason to refuse.
+        ours["context_length"] = min(config.context_length, theirs.context_length)
+    adopted = padded(dataclasses.replace(theirs, **ours))
+    check_context(adopted, theirs, files.where)
+    return adopted
+
+
+def their_config(files: ModelFiles) -> ModelConfig:
+    """The configuration of a published model, with its own context. Raises UserError for one that is not supported."""
+    return family_of(files.config, files.where).to_config(files.config, files.where)
+
+
+def padded(config: ModelConfig) -> ModelConfig:
+    """`config` with a vocabulary that is padded for speed, unless it says how already."""
+    return dataclasses.replace(config, vocab_multiple=PADDED_TO) if config.vocab_multiple == 1 else config
+
+
+def check_context(config: ModelConfig, theirs: ModelConfig, where: str) -> None:
+    """Raises UserError when a model with learned positions is to have more of them than it has learned."""
+    if config.positions == "learned":
+        allowed = f"{theirs.context_length} at most: the positions in {where} are learned"
+        check(config.context_length <= theirs.context_length, "context_length", config.context_length, allowed)
+
+
+def check_architecture(config: ModelConfig, theirs: ModelConfig, where: str) -> None:
+    """Raises UserError naming what differs, unless `config` is of the published architecture, but for the context."""
+    ours = dataclasses.replace(config, context_length=theirs.context_length)
+    published = dataclasses.asdict(theirs.architecture())
+    different = [
+        f"model.{name} is {published[name]} there and {value} here"
+        for name, value in dataclasses.asdict(ours.architecture()).items()
+        if value != published[name]
+    ]
+    if different:
+        raise UserError(f"the model in {where} is not that of the configuration: {'; '.join(different)}")
+
+
+def check_tokenizer(tokenizer: Tokenizer, config: ModelConfig, where: str) -> None:
+    """Raises UserError when the tokenizer has ids that the model does not know."""
+    if tokenizer.vocab_size > config.vocab_size:
+        raise UserError(
+            f"{where}: the tokenizer has {tokenizer.vocab_size} tokens and the model only {config.vocab_size}; "
+            "they do not belong together"
+        )
+
+
+def load_params(files: ModelFiles, config: ModelConfig, sharding: jax.sharding.Sharding) -> Params:
+    """The parameters of a published model, float32, placed by `sharding`, without any adapters that `config` has.
+
+    Tensors are read one by one into the leaf that they are a part of: on the host, there is never more than one leaf
+    besides what is placed already. Raises UserError, before anything is allocated, when the tensors are not those that
+    the model's config.json asks for.
+    """
+    family, theirs = family_of(files.config, files.where), their_config(files)
+    file_names = check_tensors(files, family, theirs)
+    check_architecture(config, theirs, files.where)
+    config = dataclasses.replace(config, lora=LoraConfig())
+
+    def load(path: tuple[Any, ...], shape: jax.ShapeDtypeStruct) -> jax.Array:
+        leaf = leaf_name(path)
+        out = aligned(shape.shape)
+        for part, layout, number in parts(out, leaf, family):
+
+            def read(name: str, out: np.ndarray | None = None, number: int = number) -> np.ndarray:
+                return files.weights.read(file_names[name.format(i=number)], out)
+
+            layout.fill(part, read, config)
+        return jax.device_put(out, sharding)
+
+    return jax.tree_util.tree_map_with_path(load, param_shapes(config))
+
+
+def param_shapes(config: ModelConfig) -> Params:
+    """The shapes of a model's parameters."""
+    config = dataclasses.replace(config, dtype="float32")  # Any will do: parameters are float32.
+    return jax.eval_shape(lambda: init_params(GPT(config), jax.random.key(0)))
+
+
+def leaf_name(path: tuple[Any, ...]) -> str:
+    """The name of a leaf of the parameter tree, such as layers/attention/qkv/kernel."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def parts(leaf: Any, name: str, family: Family) -> Iterator[tuple[Any, Layout, int]]:
+    """What has a layout in a leaf: itself, or each layer's part of it, with the layer's number."""
+    layout = family.tensors[name]
+    if name.startswith("layers/"):
+        yield from ((leaf[i], layout, i) for i in range(len(leaf)))
+    else:
+        yield leaf, layout, 0
+
+
+def tensor_shapes(family: Family, config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The name and shape of every tensor of a model, as the family has them."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path, shape in jax.tree_util.tree_leaves_with_path(param_shapes(config)):
+        leaf = leaf_name(path)
+        layout = family.tensors[leaf]
+        stacked = leaf.startswith("layers/")
+        part = jax.ShapeDtypeStruct(shape.shape[1:], shape.dtype) if stacked else shape
+        tensors = jax.eval_shape(lambda x, layout=layout: layout.write(x, config), part)
+        for i in range(config.n_layer if stacked else 1):
+            shapes |= {name.format(i=i): tensor.shape for name, tensor in zip(layout.names, tensors, strict=True)}
+    return shapes
+
+
+def check_tensors(files: ModelFiles, family: Family, config: ModelConfig) -> dict[str, str]:
+    """The name in the files of each tensor of the model.
+
+    Raises UserError naming all tensors that are missing, not known, or of another shape than config.json asks for.
+    """
+    expected, there = tensor_shapes(family, config), files.weights.shapes
+    short = {name: name.removeprefix(family.prefix) for name in expected}  # As the files of OpenAI's GPT-2 have them.
+    names = {name: name if name in there or short[name] not in there else short[name] for name in expected}
+    ignored = re.compile("|".join([*family.not_weights, *(["lm_head.weight"] if config.tied_head else [])]) or r"(?!)")
+    problems = {
+        "missing": [name for name in names.values() if name not in there],
+        "not known": [name for name in there if name not in names.values() and not ignored.fullmatch(name)],
+        "of another shape": [
+            f"{names[name]} {there[names[name]]}, not {shape}"
+            for name, shape in expected.items()
+            if there.get(names[name], shape) != shape
+        ],
+    }
+    told = "; ".join(f"{what}: {some(which)}" for what, which in problems.items() if which)
+    if told:
+        raise UserError(f"the tensors in {files.where} do not fit its configuration: {told}")
+    return names
+
+
+def check_files(files: ModelFiles) -> None:
+    """Raises UserError unless the tensors are those that the model's configuration asks for."""
+    check_tensors(files, family_of(files.config, files.where), their_config(files))
+
+
+def aligned(shape: tuple[int, ...]) -> np.ndarray:
+    """An empty float32 array that begins where XLA:CPU needs no copy of it."""
+    n_bytes = 4 * int(np.prod(shape))
+    memory = np.empty(n_bytes + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return memory[start : start + n_bytes].view(np.float32).reshape(shape)

@@ -1,0 +1,83 @@
+"""A model of ours as one of a published family: its tensors and settings as transformers has them."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from gpt_jax.config import ModelConfig
+from gpt_jax.data.tokenizer import Tokenizer
+from gpt_jax.errors import UserError
+from gpt_jax.interop.families import FAMILIES, family_for
+from gpt_jax.interop.families.family import Family
+from gpt_jax.interop.load import leaf_name, param_shapes, tensor_shapes
+from gpt_jax.interop.weights import write_safetensors
+from gpt_jax.model.gpt import Params
+
+StoredDType = Literal["float32", "float16", "bfloat16"]
+MAX_SHARD_BYTES = 5_000_000_000  # As transformers has it.
+
+
+def in_a_family(config: ModelConfig, params: Params) -> tuple[ModelConfig, Params, Family]:
+    """The family whose models compute what this one does; with biases of 0, where it asks for some that are not there.
+
+    Raises UserError when there is none.
+    """
+    family = family_for(config)
+    if family is None and not config.bias:
+        with_biases = dataclasses.replace(config, bias=True)
+        family = family_for(with_biases)
+        if family:
+            config, params = with_biases, filled_up(params, param_shapes(with_biases))
+    if family is None:
+        raise UserError(
+            "transformers has no model that computes what this one does; what can be exported are the architectures of "
+            f"{', '.join(FAMILIES)}"
+        )
+    return config, params, family
+
+
+def filled_up(params: Any, shapes: Any) -> Any:
+    """`params` with zeros for what there is in `shapes` only."""
+    if not isinstance(shapes, dict):
+        return np.zeros(shapes.shape, shapes.dtype) if params is None else params
+    return {name: filled_up((params or {}).get(name), shape) for name, shape in shapes.items()}
+
+
+def write_model(folder: Path, family: Family, config: ModelConfig, params: Params, dtype: StoredDType) -> None:
+    """Writes the tensors, one after the other."""
+    leaves = {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    places: dict[str, tuple[str, int, int]] = {}  # Of each tensor: its leaf, its layer, its number in the layout.
+    for leaf in leaves:
+        layout = family.tensors[leaf]
+        for i in range(config.n_layer if leaf.startswith("layers/") else 1):
+            places |= {name.format(i=i): (leaf, i, k) for k, name in enumerate(layout.names)}
+
+    def read(name: str) -> np.ndarray:
+        leaf, i, k = places[name]
+        layout, stacked = family.tensors[leaf], leaf.startswith("layers/")
+        part = np.asarray(leaves[leaf][i] if stacked else leaves[leaf])
+        return np.ascontiguousarray(layout.write(part, config)[k])
+
+    write_safetensors(folder, tensor_shapes(family, config), read, dtype, MAX_SHARD_BYTES)
+
+
+def model_settings(family: Family, config: ModelConfig, tokenizer: Tokenizer, dtype: StoredDType) -> dict[str, Any]:
+    """The config.json."""
+    settings = family.to_settings(config) | generation_settings(tokenizer)
+    if family.model_type == "gpt2":
+        settings |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout)
+    return settings | {"dtype": dtype, "torch_dtype": dtype, "use_cache": True}
+
+
+def generation_settings(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The generation_config.json: where a text begins and ends."""
+    stops = sorted(tokenizer.stop_ids)
+    begin = tokenizer.begin_of_text
+    return {
+        "bos_token_id": tokenizer.end_of_text if begin is None else begin,
+        "eos_token_id": stops[0] if len(stops) == 1 else stops,
+        "pad_token_id": tokenizer.end_of_text,
+    }

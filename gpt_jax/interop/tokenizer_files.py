@@ -1,0 +1,297 @@
+"""Tokenizers as they were published before `tokenizer.json`, and as GGUF files hold them, put into its terms.
+
+Three kinds: SentencePiece models of the Llama kind, the byte-level BPE of GPT-2 (`vocab.json` and `merges.txt`) and the
+WordPiece of BERT (`vocab.txt`), which Chinese GPT-2 models use.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from enum import IntEnum
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gpt_jax.data.hf_tokenizer import PARTS, HuggingFaceTokenizer, read_settings
+from gpt_jax.data.tokenizer import BYTE_LEVEL_FILE
+from gpt_jax.errors import UserError
+
+# How text is cut before BPE, by the names that GGUF files give to it. Each regular expression is that of the models'
+# own tokenizer.json; GPT-2's is built into the library.
+_GPT2_NAMES = ("gpt-2", "default")
+_SINGLE_DIGITS_NAMES = ("smollm", "starcoder", "refact", "command-r", "codeshell")  # As GPT-2, after cutting at digits.
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
+_TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_PATTERNS = {
+    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3"), _LLAMA3),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), _QWEN2),
+    "tekken": _TEKKEN,  # Mistral's since Nemo.
+}
+
+
+class Kind(IntEnum):
+    """What a piece of a vocabulary is, numbered as in SentencePiece and GGUF."""
+
+    NORMAL = 1
+    UNKNOWN = 2
+    CONTROL = 3
+    USER_DEFINED = 4
+    UNUSED = 5
+    BYTE = 6
+
+
+class Piece(NamedTuple):
+    """A token of a SentencePiece vocabulary."""
+
+    text: str
+    score: float
+    kind: int
+
+
+def from_vocabulary(path: Path) -> HuggingFaceTokenizer:
+    """The tokenizer of a `vocab.json` with `merges.txt` beside it, or of a `vocab.txt`.
+
+    Raises ValueError when it is damaged, FileNotFoundError when the merges are missing.
+    """
+    settings = read_settings(path.parent)
+    if path.name != BYTE_LEVEL_FILE:
+        return _wordpiece(path.read_text(encoding="utf-8"), settings)
+    lines = path.with_name("merges.txt").read_text(encoding="utf-8").split("\n")
+    merges = [line for line in lines if line and not line.startswith("#version")]
+    tokenizer = _byte_level(json.loads(path.read_bytes()), merges, "gpt-2")
+    _add_tokens(tokenizer, settings, path.parent)
+    return finished(tokenizer, settings)
+
+
+def from_sentencepiece(path: Path) -> HuggingFaceTokenizer:
+    """The tokenizer of a SentencePiece model, with the results of transformers' LlamaTokenizer.
+
+    That differs from SentencePiece itself in one thing: before a text that begins with a space, it puts no other, so
+    that this space is lost when the tokens are decoded. Raises ValueError when the file is damaged or of a type other
+    than bpe and unigram.
+    """
+    model = sentencepiece_proto(path.read_bytes())
+    spec = model.trainer_spec
+    if spec.model_type not in (spec.BPE, spec.UNIGRAM):
+        raise ValueError("it is a SentencePiece model of words or characters; bpe and unigram are supported")
+    settings = read_settings(path.parent)
+    ids = {"bos_token": spec.bos_id, "eos_token": spec.eos_id, "unk_token": spec.unk_id}
+    names = {part: model.pieces[i].piece for part, i in ids.items() if 0 <= i < len(model.pieces)}
+    settings = {**names, **{key: value for key, value in settings.items() if value is not None}}
+    tokenizer = _sentencepiece(
+        sentencepiece_pieces(model),
+        unigram=spec.model_type == spec.UNIGRAM,
+        space_before=settings.get("add_prefix_space", model.normalizer_spec.add_dummy_prefix),
+        charsmap=model.normalizer_spec.precompiled_charsmap,
+    )
+    _add_tokens(tokenizer, settings, path.parent)
+    return finished(tokenizer, {"add_bos_token": True, **settings})
+
+
+def sentencepiece_proto(content: bytes) -> Any:
+    """The content of a SentencePiece model's file. Raises ValueError when it is damaged."""
+    from sentencepiece import sentencepiece_model_pb2
+
+    model = sentencepiece_model_pb2.ModelProto()
+    try:
+        model.ParseFromString(content)
+    except Exception as e:  # Of a class that depends on how protobuf was built.
+        raise ValueError(f"it is not a SentencePiece model, or damaged ({e})") from None
+    return model
+
+
+def sentencepiece_pieces(model: Any) -> list[Piece]:
+    """The vocabulary of a SentencePiece model, by id."""
+    return [Piece(piece.piece, piece.score, piece.type) for piece in model.pieces]
+
+
+def gguf_tokenizer(fields: Mapping[str, Any]) -> HuggingFaceTokenizer:
+    """The tokenizer that the metadata of a GGUF file describe; fields: str, int or list by key.
+
+    Raises UserError when a key is missing, and when the vocabulary is of a kind that is not supported.
+    """
+    prefix = "tokenizer.ggml."
+    own = {key.removeprefix(prefix): value for key, value in fields.items() if key.startswith(prefix)}
+    try:
+        kind, pre, tokens = own["model"], own.get("pre", "default"), own["tokens"]
+        types = own.get("token_type") or [Kind.NORMAL] * len(tokens)
+        if kind == "llama":
+            pieces = [Piece(*piece) for piece in zip(tokens, own["scores"], types, strict=True)]
+            tokenizer = _sentencepiece(pieces, space_before=own.get("add_space_prefix", True))
+        elif kind == "gpt2":
+            tokenizer = _byte_level({token: i for i, token in enumerate(tokens)}, own["merges"], pre)
+            _add_by_kind(tokenizer, tokens, types)
+        else:
+            raise UserError(f"the GGUF file has a tokenizer of model {kind!r}; gpt2 and llama are supported")
+        ids = {part: own.get(key) for part, key in zip(PARTS, _GGUF_IDS, strict=True)}
+        settings = {part: tokens[i] for part, i in ids.items() if i is not None}
+        settings["stop_ids"] = [own[key] for key in ("eos_token_id", "eot_token_id", "eom_token_id") if key in own]
+        settings["add_bos_token"] = own.get("add_bos_token", kind == "llama" or _PATTERNS.get(pre) == _LLAMA3)
+        settings["chat_template"] = fields.get("tokenizer.chat_template")
+        return finished(tokenizer, settings)
+    except KeyError as e:
+        raise UserError(f"the GGUF file has no {prefix}{e.args[0]}, without which there is no tokenizer") from None
+    except (ValueError, IndexError) as e:
+        raise UserError(f"the tokenizer in the GGUF file is damaged: {e}") from e
+
+
+_GGUF_IDS = (  # In the order of PARTS.
+    "bos_token_id",
+    "eos_token_id",
+    "unknown_token_id",
+    "seperator_token_id",  # Spelled so in the format.
+    "padding_token_id",
+    "cls_token_id",
+    "mask_token_id",
+)
+
+
+def bpe_model(pieces: Sequence[Piece]) -> Any:
+    """SentencePiece's BPE as the library's.
+
+    SentencePiece joins the neighbours that make up the piece of the highest score, whatever they are; the library wants
+    the pairs that may be joined, best first. Special pieces are never joined from text.
+    """
+    from tokenizers.models import BPE
+
+    ids = {piece.text: i for i, piece in enumerate(pieces)}
+    joined = sorted((p for p in pieces if p.kind == Kind.NORMAL), key=lambda p: -p.score)
+    parts = {piece.text for piece in joined}
+    merges = [
+        (piece.text[:cut], piece.text[cut:])
+        for piece in joined
+        for cut in range(1, len(piece.text))
+        if piece.text[:cut] in parts and piece.text[cut:] in parts
+    ]
+    byte_fallback = any(piece.kind == Kind.BYTE for piece in pieces)
+    unknown = next((piece.text for piece in pieces if piece.kind == Kind.UNKNOWN), None)
+    return BPE(ids, merges, unk_token=unknown, fuse_unk=True, byte_fallback=byte_fallback)
+
+
+def unigram_model(pieces: Sequence[Piece]) -> Any:
+    """SentencePiece's unigram model as the library's, where no special piece is ever the best reading of a text."""
+    from tokenizers.models import Unigram
+
+    normal = (Kind.NORMAL, Kind.USER_DEFINED)
+    lowest = min((piece.score for piece in pieces if piece.kind in normal), default=0.0) - 1000
+    unknown = next((i for i, piece in enumerate(pieces) if piece.kind == Kind.UNKNOWN), None)
+    return Unigram(
+        [(piece.text, piece.score if piece.kind in normal else lowest) for piece in pieces],
+        unk_id=unknown,
+        byte_fallback=any(piece.kind == Kind.BYTE for piece in pieces),
+    )
+
+
+def _sentencepiece(pieces: Sequence[Piece], space_before: bool, unigram: bool = False, charsmap: bytes = b"") -> Any:
+    from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
+
+    tokenizer = Tokenizer(unigram_model(pieces) if unigram else bpe_model(pieces))
+    if charsmap:
+        tokenizer.normalizer = normalizers.Precompiled(charsmap)
+    # Not "always": a space comes before the text, and not after each special token within it.
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first" if space_before else "never", split=False)
+    strip = [decoders.Strip(" ", left=1)] if space_before else []
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip]
+    )
+    _add_by_kind(tokenizer, [piece.text for piece in pieces], [piece.kind for piece in pieces])
+    return tokenizer
+
+
+def _byte_level(vocabulary: dict[str, int], merges: Sequence[str], pre: str) -> Any:
+    """Byte-level BPE. pre: how text is cut first, in GGUF's terms. Raises UserError when that is not known."""
+    from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+    from tokenizers.models import BPE
+
+    pattern = _PATTERNS.get(pre)
+    if pattern is None and pre not in (*_GPT2_NAMES, *_SINGLE_DIGITS_NAMES):
+        known = ", ".join(sorted([*_PATTERNS, *_GPT2_NAMES, *_SINGLE_DIGITS_NAMES]))
+        raise UserError(f"the GGUF file's tokenizer.ggml.pre is {pre!r}, which is not known; supported are {known}")
+    try:
+        pairs = [(left, right) for left, right in (merge.split(" ") for merge in merges)]
+        model = BPE(vocabulary, pairs, ignore_merges=pattern in (_LLAMA3, _TEKKEN))
+    except Exception as e:  # The library raises nothing more definite.
+        raise ValueError(f"its merges do not fit its vocabulary ({e})") from None
+    tokenizer = Tokenizer(model)
+    if pattern == _QWEN2:
+        tokenizer.normalizer = normalizers.NFC()
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)
+    before: list[Any] = []
+    if pattern is not None:
+        before = [pre_tokenizers.Split(Regex(pattern), behavior="isolated")]
+    elif pre in _SINGLE_DIGITS_NAMES:
+        before = [pre_tokenizers.Digits(individual_digits=True)]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*before, byte_level])
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _wordpiece(vocabulary: str, settings: Mapping[str, Any]) -> HuggingFaceTokenizer:
+    from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors
+    from tokenizers.models import WordPiece
+
+    ids = {token: i for i, token in enumerate(vocabulary.removesuffix("\n").split("\n"))}
+    defaults = {"unk_token": "[UNK]", "sep_token": "[SEP]", "pad_token": "[PAD]", "cls_token": "[CLS]"}
+    named = {key: value for key, value in settings.items() if value is not None}
+    settings = {**defaults, "mask_token": "[MASK]", **named}
+    missing = [settings[part] for part in defaults if settings[part] not in ids]
+    if missing:
+        raise ValueError(f"it is not the vocabulary of a BERT: it has no {', '.join(missing)}")
+    unknown, begin, end = settings["unk_token"], settings["cls_token"], settings["sep_token"]
+    tokenizer = Tokenizer(WordPiece(ids, unk_token=unknown))
+    tokenizer.normalizer = normalizers.BertNormalizer(
+        clean_text=True,
+        handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
+        strip_accents=settings.get("strip_accents"),
+        lowercase=settings.get("do_lower_case", True),
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece(prefix="##")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{begin} $A {end}", special_tokens=[(begin, ids[begin]), (end, ids[end])]
+    )
+    return finished(tokenizer, settings)
+
+
+def _add_by_kind(tokenizer: Any, tokens: Sequence[str], kinds: Sequence[int]) -> None:
+    """Makes control and unknown pieces special, and has user-defined ones recognised in text before all else."""
+    from tokenizers import AddedToken
+
+    special, within_text = (Kind.CONTROL, Kind.UNKNOWN), (Kind.USER_DEFINED,)
+    tokenizer.add_tokens(
+        [
+            AddedToken(token, normalized=False, special=kind in special)
+            for token, kind in zip(tokens, kinds, strict=True)
+            if kind in (*special, *within_text)
+        ]
+    )
+
+
+def _add_tokens(tokenizer: Any, settings: Mapping[str, Any], folder: Path) -> None:
+    """Adds what tokenizer_config.json and added_tokens.json list. Raises ValueError where the ids leave gaps."""
+    from tokenizers import AddedToken
+
+    added: dict[int, Any] = {}
+    if (folder / "added_tokens.json").is_file():
+        names = json.loads((folder / "added_tokens.json").read_bytes())
+        added = {i: AddedToken(name, normalized=False, special=True) for name, i in names.items()}
+    for i, token in (settings.get("added_tokens_decoder") or {}).items():
+        flags = {
+            key: token[key] for key in ("single_word", "lstrip", "rstrip", "normalized", "special") if key in token
+        }
+        added[int(i)] = AddedToken(token["content"], **flags)
+    for i, token in sorted(added.items()):
+        tokenizer.add_tokens([token])
+        if tokenizer.token_to_id(token.content) != i:
+            raise ValueError(f"the added token {token.content} should have id {i}, which the vocabulary does not allow")
+
+
+def finished(tokenizer: Any, settings: Mapping[str, Any]) -> HuggingFaceTokenizer:
+    """Ours, from one of the library's."""
+    return HuggingFaceTokenizer(tokenizer.to_str().encode(), settings)

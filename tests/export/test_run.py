@@ -1,0 +1,88 @@
+"""Exports as transformers loads them, with no code of ours. Needs the extra `parity`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gpt_jax.interop import save
+from gpt_jax.sample.run import load_run
+from tests.cli import ROOT, TINY, refused, run
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.parity
+
+TEXT = "The cat saw 语言 and 🌧️ rain,  twice.\n\n\tThen:  x_1 = (a+b)*7;"
+
+
+@pytest.fixture(scope="module", params=["bpe", "unigram", "char", "bytes"])
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run from random weights, with a tokenizer trained on the licence and a bit of everything."""
+    folder = tmp_path_factory.mktemp(request.param)
+    text = (ROOT / "LICENSE").read_text(encoding="utf-8") + TEXT * 20
+    (folder / "text.txt").write_text(text, encoding="utf-8")
+    tokenizer = ["--tokenizer", "bytes"] if request.param == "bytes" else ["--model-type", request.param]
+    data = folder / "data"
+    run("prepare", folder / "text.txt", "--out", data, *tokenizer, "--vocab-size", 400)
+    out = folder / "run"
+    run("train", *TINY, "--data.dir", data, "--out-dir", out, "--train.steps=20", "--optimizer.learning-rate=1e-2")
+    return out
+
+
+def export(trained: Path, out: Path, *flags: str) -> tuple[Any, Any]:
+    run("export", "--run", trained, "--out", out, *flags)
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not any(report[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    return model.eval(), transformers.AutoTokenizer.from_pretrained(out)
+
+
+def test_transformers_reads_and_writes_as_we_do(trained: Path, tmp_path: Path) -> None:
+    """The same tokens of a text, and the same greedy continuation of it, until the context is full."""
+    model, tokenizer = export(trained, tmp_path / "exported")
+    _, _, ours = load_run(trained)
+    assert tokenizer(TEXT)["input_ids"] == ours.encode(TEXT)
+    assert tokenizer.decode(ours.encode(TEXT)) == ours.decode(ours.encode(TEXT))
+    prompt = "The"
+    tokens = torch.tensor([tokenizer(prompt)["input_ids"]])
+    n = 16 - tokens.shape[1]
+    expected = model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=n, do_sample=False)
+    sampled = run("sample", "--run", trained, "--prompt", prompt, "--temperature=0", "--max-new-tokens", n, "--json")
+    result = json.loads(sampled[0])
+    continued = expected[0, tokens.shape[1] :].tolist()
+    assert result["tokens"] == continued[: len(result["tokens"])]
+    assert len(result["tokens"]) == n or continued[len(result["tokens"])] in ours.stop_ids
+
+
+def test_the_card_tells_how_it_was_trained(trained: Path, tmp_path: Path) -> None:
+    run("export", "--run", trained, "--out", tmp_path / "bard")
+    card = (tmp_path / "bard" / "README.md").read_text(encoding="utf-8")
+    record = json.loads((trained / "metrics.jsonl").read_text().splitlines()[-1])
+    for part in ("# bard", "20 of 20", "learning rate 0.01", f"{record['val_loss']:.4f}", f"{record['tokens']:,}"):
+        assert part in card
+
+
+def test_shards(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Above the limit, there are several files and an index; transformers reads the same numbers from them."""
+    whole, _ = export(trained, tmp_path / "whole")
+    monkeypatch.setattr(save, "MAX_SHARD_BYTES", 20_000)
+    from gpt_jax.export.run import ExportArgs, run_export
+
+    run_export(ExportArgs(run=str(trained), out=str(tmp_path / "shards")))
+    assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 1
+    sharded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "shards")
+    for name, parameter in sharded.state_dict().items():
+        np.testing.assert_array_equal(parameter.numpy(), whole.state_dict()[name].numpy())
+
+
+def test_an_export_that_fails_leaves_what_was_there(trained: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.txt").write_text("mine")
+    assert "out" in refused("export", "--run", trained, "--out", out, "--force")
+    assert (out / "thesis.txt").read_text() == "mine"
+    assert "out" in refused("export", "--run", trained)
+    assert "not a run" in refused("export", "--run", tmp_path, "--out", tmp_path / "new")
+    assert not (tmp_path / "new").exists()

@@ -1,0 +1,173 @@
+"""Every family against transformers, with small models of random weights. Needs the extra `parity`."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gpt_jax.config import AttentionName, ModelConfig
+from gpt_jax.interop.families import FAMILIES, family_for
+from gpt_jax.interop.load import load_params, padded, their_config
+from gpt_jax.interop.model_files import ModelFiles, open_model
+from gpt_jax.interop.save import in_a_family, write_model
+from gpt_jax.model.backend import resolve
+from gpt_jax.model.cache import init_cache
+from gpt_jax.model.gpt import GPT, Params, forward, forward_cached, logits_NV, unstack
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.parity
+
+T = 48
+COMMON = {
+    "vocab_size": 99,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": T,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+GPT2 = {"vocab_size": 99, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": T, "bos_token_id": 1}
+GPT2 |= {"eos_token_id": 2}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 12}
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 16}
+
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt2": ("GPT2Config", GPT2),
+    "gpt2-erf-gelu-wide": ("GPT2Config", GPT2 | {"activation_function": "gelu", "n_inner": 72}),
+    "gpt2-untied": ("GPT2Config", GPT2 | {"tie_word_embeddings": False}),
+    "llama": ("LlamaConfig", COMMON),
+    "llama-tied-own-head-width": ("LlamaConfig", COMMON | {"tie_word_embeddings": True, "head_dim": 10}),
+    "llama-biases": ("LlamaConfig", COMMON | {"attention_bias": True, "mlp_bias": True}),
+    "llama-linear": ("LlamaConfig", COMMON | {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
+    "llama-dynamic": ("LlamaConfig", COMMON | {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}),
+    "llama-yarn": ("LlamaConfig", COMMON | {"rope_scaling": YARN}),
+    "llama-llama3": ("LlamaConfig", COMMON | {"rope_scaling": LLAMA3, "rope_theta": 500.0}),
+    "mistral": ("MistralConfig", COMMON | {"sliding_window": 8}),
+    "mistral-no-window": ("MistralConfig", COMMON | {"sliding_window": None}),
+    "qwen2": ("Qwen2Config", COMMON),
+    "qwen2-window": (
+        "Qwen2Config",
+        COMMON | {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2},
+    ),
+    "qwen3": ("Qwen3Config", COMMON | {"head_dim": 16}),
+    "gemma3": (
+        "Gemma3TextConfig",
+        COMMON | {"num_hidden_layers": 7, "sliding_window": 8, "head_dim": 8, "query_pre_attn_scalar": 12},
+    ),
+}
+
+
+def make(name: str) -> Any:
+    """A model in which every weight is random: biases and norms too, which start as 0 and 1."""
+    config_class, settings = MODELS[name]
+    torch.manual_seed(0)
+    config = getattr(transformers, config_class)(attn_implementation="eager", **settings)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def published(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    """A model of transformers, and the folder that it was saved to."""
+    folder = tmp_path_factory.mktemp(request.param)
+    model = make(request.param)
+    model.save_pretrained(folder)
+    return model, folder
+
+
+def load(files: ModelFiles, **changes: Any) -> tuple[GPT, Params]:
+    config = dataclasses.replace(resolve(padded(their_config(files)), "cpu"), **changes)
+    return GPT(config), load_params(files, config, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+
+
+def our_logits(model: GPT, params: Params, tokens: np.ndarray) -> np.ndarray:
+    @jax.jit
+    def compute(params: Params) -> jax.Array:
+        return jax.vmap(lambda hidden: logits_NV(model, params, hidden))(forward(model, params, jnp.asarray(tokens)))
+
+    return np.asarray(compute(params))[..., : model.config.vocab_size]
+
+
+def their_logits(model: Any, tokens: np.ndarray) -> np.ndarray:
+    with torch.no_grad():
+        return model(torch.tensor(tokens)).logits.numpy()
+
+
+@pytest.fixture(scope="module")
+def tokens() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 99, (2, T))
+
+
+@pytest.mark.parametrize("attention", ["xla", "block_causal"])
+def test_logits_equal(published: tuple[Any, Path], tokens: np.ndarray, attention: AttentionName) -> None:
+    """Within 1e-4 in float32, over a full window."""
+    theirs, folder = published
+    expected = their_logits(theirs, tokens)
+    assert np.abs(expected).max() > 0.5
+    ours = our_logits(*load(open_model(folder), attention=attention), tokens)
+    np.testing.assert_allclose(ours, expected, atol=1e-4, rtol=0)
+
+
+def test_cached_decoding_equals(published: tuple[Any, Path], tokens: np.ndarray) -> None:
+    """The same, token by token after a prefill of 20."""
+    theirs, folder = published
+    expected = their_logits(theirs, tokens)
+    model, params = load(open_model(folder))
+    params = {**params, "layers": unstack(params["layers"], model.config.n_layer)}
+    step = jax.jit(lambda tokens, cache, start: forward_cached(model, params, tokens, cache, start))
+    hidden, cache = step(jnp.asarray(tokens[:, :20]), init_cache(model.config, 2, T), jnp.zeros(2, jnp.int32))
+    for t in range(20, T):
+        ours = logits_NV(model, params, hidden[:, -1])[:, :99]
+        np.testing.assert_allclose(ours, expected[:, t - 1], atol=1e-4, rtol=0)
+        hidden, cache = step(jnp.asarray(tokens[:, t : t + 1]), cache, jnp.full(2, t, jnp.int32))
+
+
+def save(folder: Path, model: GPT, params: Params) -> None:
+    """What an export writes, but for the tokenizer."""
+    config, params, family = in_a_family(model.config, params)
+    write_model(folder, family, config, params, "float32")
+    settings = family.to_settings(config) | {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    (folder / "config.json").write_text(json.dumps(settings))
+
+
+def test_round_trip(published: tuple[Any, Path], tokens: np.ndarray, tmp_path: Path) -> None:
+    """Import, export, import: the same bits; and transformers computes with the export what it did before."""
+    theirs, folder = published
+    model, params = load(open_model(folder))
+    save(tmp_path, model, params)
+    again_model, again = load(open_model(tmp_path))
+    assert again_model.config.architecture() == model.config.architecture()
+    jax.tree.map(np.testing.assert_array_equal, again, params)
+    exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    np.testing.assert_allclose(their_logits(exported, tokens), their_logits(theirs, tokens), atol=1e-5, rtol=0)
+
+
+def test_every_family_is_covered() -> None:
+    types = {getattr(transformers, config_class)().model_type for config_class, _ in MODELS.values()}
+    assert types == set(FAMILIES)
+
+
+def test_a_model_without_biases_gets_those_that_gpt2_has(tokens: np.ndarray, tmp_path: Path) -> None:
+    config = resolve(ModelConfig(vocab_size=99, context_length=T, n_layer=2, n_head=4, d_model=32, bias=False), "cpu")
+    assert family_for(config) is None
+    rng = np.random.default_rng(0)
+    model = GPT(config)
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, T), jnp.int32)))["params"]
+    params = jax.tree.map(lambda x: jnp.asarray(0.3 * rng.normal(size=x.shape), jnp.float32), shapes)
+    save(tmp_path, model, params)
+    exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    np.testing.assert_allclose(their_logits(exported, tokens), our_logits(model, params, tokens), atol=1e-4, rtol=0)

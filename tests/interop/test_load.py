@@ -1,0 +1,207 @@
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gpt_jax.config import LoraConfig, ModelConfig, RopeConfig
+from gpt_jax.errors import UserError
+from gpt_jax.files import save_json
+from gpt_jax.interop.load import adopt, aligned, load_params, load_pretrained, open_named, their_config
+from gpt_jax.model.gpt import GPT, Params, forward, logits_NV
+from gpt_jax.model.rope import frequencies, plain
+from tests.cli import refused
+from tests.interop.models import LLAMA, publish
+
+GPT2 = ModelConfig(vocab_size=261, context_length=32, n_layer=2, n_head=4, d_model=32, dtype="float32", attention="xla")
+DEVICE = jax.devices()[0]
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Params]:
+    folder = tmp_path_factory.mktemp("llama")
+    return folder, publish(folder)
+
+
+def copied(folder: Path, to: Path, **settings: Any) -> Path:
+    """A copy of a published model, with other settings in its config.json."""
+    shutil.copytree(folder, to, dirs_exist_ok=True)
+    config = json.loads((to / "config.json").read_text())
+    save_json(to / "config.json", config | settings)
+    return to
+
+
+def logits(model: GPT, params: Params, tokens: jax.Array) -> np.ndarray:
+    hidden = forward(model, params, tokens)
+    return np.asarray(jax.vmap(lambda hidden: logits_NV(model, params, hidden))(hidden))[..., :261]
+
+
+def test_the_vocabulary_is_padded_with_zeros(llama: tuple[Path, Params]) -> None:
+    folder, original = llama
+    model, params, tokenizer = load_pretrained(str(folder))
+    assert model.config.embedding_rows == 384
+    assert model.config.vocab_size == tokenizer.vocab_size == 261
+    for name in ("tokens_VD", "head_VD"):
+        np.testing.assert_array_equal(params[name][:261], original[name])
+        assert not np.any(params[name][261:])
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 261, (2, 32)))
+    np.testing.assert_allclose(logits(model, params, tokens), logits(GPT(LLAMA), original, tokens), atol=1e-5, rtol=0)
+
+
+def test_parameters_are_placed_as_they_are_wanted(llama: tuple[Path, Params]) -> None:
+    """On all eight devices, the same bits on each."""
+    folder, original = llama
+    mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    params = load_params(open_named(str(folder)), LLAMA, everywhere)
+    for ours, expected in zip(jax.tree.leaves(params), jax.tree.leaves(original), strict=True):
+        assert len(ours.addressable_shards) == 8
+        for shard in ours.addressable_shards:
+            np.testing.assert_array_equal(shard.data, expected)
+
+
+def test_one_cpu_device_takes_the_memory_that_was_read_into() -> None:
+    """No copy: else an import would need a leaf's memory twice."""
+    array = aligned((64, 64))
+    array[...] = 1
+    placed = jax.device_put(array, jax.sharding.SingleDeviceSharding(DEVICE))
+    assert placed.unsafe_buffer_pointer() == array.ctypes.data
+
+
+def test_a_shorter_context_crops_learned_positions(tmp_path: Path) -> None:
+    original = publish(tmp_path, GPT2)
+    model, params, _ = load_pretrained(str(tmp_path), context_length=8)
+    assert params["positions_TD"].shape == (8, 32)
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 261, (2, 8)))
+    np.testing.assert_allclose(logits(model, params, tokens), logits(GPT(GPT2), original, tokens), atol=1e-5, rtol=0)
+    with pytest.raises(UserError, match="32 at most"):
+        load_pretrained(str(tmp_path), context_length=33)
+
+
+def test_a_longer_context_where_positions_rotate(llama: tuple[Path, Params]) -> None:
+    model, params, _ = load_pretrained(str(llama[0]), context_length=100)
+    tokens = jnp.zeros((1, 100), jnp.int32)
+    assert np.all(np.isfinite(logits(model, params, tokens)))
+
+
+def test_dynamic_scaling_depends_on_the_context(llama: tuple[Path, Params], tmp_path: Path) -> None:
+    """Within the original context it is no scaling; twice as long, the base grows as the formula says."""
+    folder = copied(llama[0], tmp_path, rope_scaling={"rope_type": "dynamic", "factor": 2.0}, rope_parameters=None)
+    config = their_config(open_named(str(folder)))
+    assert config.rope.original_context == 32
+    np.testing.assert_allclose(frequencies(config, False)[0], plain(10_000.0, 8))
+    longer = dataclasses.replace(config, context_length=64)
+    np.testing.assert_allclose(frequencies(longer, False)[0], plain(10_000.0 * 3 ** (8 / 6), 8))
+
+
+def test_training_keeps_its_own_settings(llama: tuple[Path, Params]) -> None:
+    """The architecture is the published model's; dropout, adapters and how it runs are the configuration's."""
+    wanted = ModelConfig(context_length=16, dropout=0.1, remat="full", lora=LoraConfig(rank=2), n_layer=7)
+    config = adopt(open_named(str(llama[0])), wanted)
+    assert (config.n_layer, config.n_kv_head, config.positions) == (2, 2, "rotary")
+    assert (config.context_length, config.dropout, config.remat, config.lora.rank) == (16, 0.1, "full", 2)
+    assert adopt(open_named(str(llama[0])), ModelConfig()).context_length == 32
+
+
+def test_wrong_tensors_are_named_all_at_once(llama: tuple[Path, Params], tmp_path: Path) -> None:
+    """Before anything is allocated: the configuration asks for a thousand layers."""
+    folder = copied(llama[0], tmp_path, num_hidden_layers=1000, intermediate_size=47, tie_word_embeddings=True)
+    tensors = (folder / "model.safetensors").read_bytes().replace(b"model.norm.weight", b"model.name.weight")
+    (folder / "model.safetensors").write_bytes(tensors)
+    with pytest.raises(UserError) as caught:
+        load_params(open_named(str(folder)), LLAMA, jax.sharding.SingleDeviceSharding(DEVICE))
+    message = str(caught.value)
+    assert "missing: model.norm.weight, model.layers.2." in message
+    assert "more; not known: model.name.weight; of another shape: " in message
+    assert "model.layers.0.mlp.gate_proj.weight (48, 32), not (47, 32)" in message
+    assert "lm_head" not in message  # A tied head may be stored, too.
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"model_type": "mamba"}, "models of type 'mamba' are not supported; supported are gpt2, llama"),
+        ({"hidden_act": "xielu"}, "hidden_act = 'xielu' is not known"),
+        ({"rope_parameters": {"rope_type": "longrope"}}, "rotary positions of type 'longrope' are not supported"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5 is not supported"),
+        ({"num_key_value_heads": 3}, "model.n_kv_head = 3 is not possible: it must be a divisor of model.n_head = 4"),
+        ({"hidden_size": "wide"}, "must be of type int"),
+        ({"vocab_size": 200}, "the tokenizer has 261 tokens and the model only 200"),
+        ({"quantization_config": {"bits": 4}}, "is quantised"),
+        ({"model_type": ["llama"]}, "are not supported"),
+        ({"hidden_act": ["silu"]}, "no llama's"),
+        ({"num_hidden_layers": None}, "model.n_layer = 0 is not possible"),
+        ({"rope_parameters": [1]}, "no llama's"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": "a"}}, "no llama's"),
+        ({"model_type": "qwen2", "use_sliding_window": True, "layer_types": ["odd"] * 2}, "no qwen2's"),
+        ({"model_type": "gemma3_text", "sliding_window_pattern": 0}, "no gemma3_text's"),
+    ],
+    ids=str,
+)
+def test_settings_that_are_not_supported(
+    llama: tuple[Path, Params], tmp_path: Path, settings: dict[str, Any], told: str
+) -> None:
+    folder = copied(llama[0], tmp_path, **settings)
+    with pytest.raises(UserError) as caught:
+        load_pretrained(str(folder))
+    assert told in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_yarn_without_a_factor_is_the_ratio_of_the_contexts(llama: tuple[Path, Params], tmp_path: Path) -> None:
+    rope = {"rope_type": "yarn", "original_max_position_embeddings": 8}
+    folder = copied(llama[0], tmp_path, rope_parameters=rope)
+    assert their_config(open_named(str(folder))).rope.factor == 4.0
+
+
+@pytest.mark.parametrize("changes", [{"n_layer": 3}, {"n_layer": 1}, {"d_ff": 64}, {"norm_eps": 1e-3}], ids=str)
+def test_another_architecture_than_the_files_have_is_refused(
+    llama: tuple[Path, Params], changes: dict[str, Any]
+) -> None:
+    """As when a run goes on with adapters, and its model was replaced by another one."""
+    config = dataclasses.replace(LLAMA, **changes)
+    with pytest.raises(UserError, match=rf"model\.{next(iter(changes))} is .* there and .* here"):
+        load_params(open_named(str(llama[0])), config, jax.sharding.SingleDeviceSharding(DEVICE))
+
+
+def test_equal_models_have_equal_architectures() -> None:
+    """However they were written."""
+    scaled = RopeConfig(scaling="yarn", factor=2.0)
+    for one, other in [
+        (replaced(rope=scaled), replaced(rope=dataclasses.replace(scaled, original_context=32, low_freq_factor=9.0))),
+        (replaced(rope=RopeConfig(beta_fast=7.0)), LLAMA),
+        (replaced(window=8, window_pattern="sf"), replaced(window=8, window_pattern="sfsf")),
+        (replaced(window=8, window_pattern="f"), LLAMA),
+        (replaced(d_head=8, query_scale=8**-0.5, dropout=0.5), LLAMA),
+    ]:
+        assert one.architecture() == other.architecture()
+    assert replaced(window=8).architecture() != LLAMA.architecture()
+    assert replaced(rope=scaled).architecture() != LLAMA.architecture()
+
+
+def replaced(**changes: Any) -> ModelConfig:
+    return dataclasses.replace(LLAMA, **changes)
+
+
+def test_bad_folders_end_in_one_line(llama: tuple[Path, Params], tmp_path: Path) -> None:
+    """As a user meets them: each a line, and a status that is not 0."""
+    sample = ["sample", "--prompt", "a", "--model"]
+    cut = copied(llama[0], tmp_path / "cut")
+    whole = (cut / "model.safetensors").read_bytes()
+    (cut / "model.safetensors").write_bytes(whole[:-100])
+    assert "model.safetensors" in refused(*sample, cut)
+    (cut / "model.safetensors").unlink()
+    assert "safetensors" in refused(*sample, cut)
+    (cut / "config.json").write_text("{")
+    assert "config.json" in refused(*sample, cut)
+    assert "no config.json" in refused(*sample, tmp_path)
+    assert "no folder or file" in refused(*sample, tmp_path / "nothing")
+    (tmp_path / "x.gguf").write_bytes(b"GGUX" + bytes(100))
+    assert "x.gguf" in refused(*sample, tmp_path / "x.gguf")
+    assert "use one of them" in refused(*sample, llama[0], "--run", tmp_path)

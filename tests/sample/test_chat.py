@@ -1,0 +1,291 @@
+"""Conversations with a small random model and a tokenizer that has a chat template; Ctrl-C in a real process."""
+
+import os
+import select
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+pytest.importorskip("tokenizers")
+pytest.importorskip("jinja2")
+
+from gpt_jax.cli import SampleArgs
+from gpt_jax.config import ModelConfig
+from gpt_jax.data.hf_tokenizer import HuggingFaceTokenizer, read_settings
+from gpt_jax.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
+from gpt_jax.errors import UserError
+from gpt_jax.model.gpt import GPT, Params
+from gpt_jax.sample import chat as chat_module
+from gpt_jax.sample.chat import HELP, Message, chat, fit
+from gpt_jax.sample.decode import Filters
+from gpt_jax.sample.generate import Settings
+from tests import cli
+from tests.published import byte_level
+
+TOKENIZER = load_tokenizer(byte_level())
+SETTINGS = Settings(max_new_tokens=8, filters=Filters(temperature=0))
+MODEL = GPT(
+    ModelConfig(
+        vocab_size=TOKENIZER.vocab_size,
+        context_length=128,
+        n_layer=1,
+        n_head=2,
+        d_model=16,
+        dtype="float32",
+        attention="block_causal",
+    )
+)
+
+
+@pytest.fixture(scope="module")
+def params() -> Params:
+    """Random, with a seed for which the answers are words."""
+    return jax.jit(MODEL.init)(jax.random.key(3), jnp.zeros((1, 1), jnp.int32))["params"]
+
+
+@pytest.fixture
+def prompts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What the model is given to go on from, turn by turn."""
+    seen: list[str] = []
+    generate_tokens = chat_module.generate_tokens
+
+    def recorded(*args: Any, **options: Any) -> Any:
+        seen.append(TOKENIZER.decode(args[3][0]))
+        return generate_tokens(*args, **options)
+
+    monkeypatch.setattr(chat_module, "generate_tokens", recorded)
+    return seen
+
+
+def talk(
+    params: Params,
+    *lines: str,
+    system: str | None = None,
+    settings: Settings = SETTINGS,
+    tokenizer: Tokenizer = TOKENIZER,
+    say: Callable[[str], None] = lambda text: None,
+) -> str:
+    """Says the lines one after the other, and returns all that was answered."""
+    said: list[str] = []
+    waiting: Iterator[str] = iter(lines)
+
+    def ask() -> str:
+        for line in waiting:
+            return line
+        raise EOFError
+
+    def both(text: str) -> None:
+        said.append(text)
+        say(text)
+
+    chat(MODEL, params, tokenizer, settings, system, ask, both)
+    return "".join(said)
+
+
+def turn(role: str, content: str) -> str:
+    return f"<|im_start|>{role}\n{content}<|im_end|>\n"
+
+
+BEGIN = "<|im_start|>assistant\n"
+
+
+def test_the_history_is_part_of_every_prompt(params: Params, prompts: list[str]) -> None:
+    said = talk(params, "Hello", "And now?")
+    answer = talk(params, "Hello").strip()
+    assert answer
+    assert prompts[0] == turn("user", "Hello") + BEGIN
+    assert prompts[1] == turn("user", "Hello") + turn("assistant", answer) + turn("user", "And now?") + BEGIN
+    assert said.startswith(f"{answer}\n")
+
+
+def test_commands(params: Params, prompts: list[str]) -> None:
+    said = talk(
+        params, "One", "/reset", "Two", "/system Be kind.", "/reset", "Three", "/system", "/reset", "Four", "/help"
+    )
+    expected = [turn("user", "One"), turn("user", "Two"), turn("system", "Be kind.") + turn("user", "Three")]
+    assert prompts == [text + BEGIN for text in (*expected, turn("user", "Four"))]
+    assert said.endswith(f"{HELP}\n")
+    prompts.clear()
+    talk(params, "", "  ", "/exit", "never said")
+    assert prompts == []
+
+
+def test_an_answer_that_is_interrupted_stays_as_far_as_it_was_said(params: Params, prompts: list[str]) -> None:
+    pieces: list[str] = []
+
+    def interrupted(text: str) -> None:
+        pieces.append(text)
+        if len(pieces) == 3:
+            raise KeyboardInterrupt
+
+    talk(params, "Hello", "Again", say=interrupted)
+    assert prompts[1] == turn("user", "Hello") + turn("assistant", "".join(pieces[:3])) + turn("user", "Again") + BEGIN
+
+
+def test_a_message_without_any_answer_is_forgotten(
+    params: Params, prompts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate_tokens = chat_module.generate_tokens
+    calls: list[int] = []
+
+    def at_once(*args: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        return generate_tokens(*args, **options)
+
+    monkeypatch.setattr(chat_module, "generate_tokens", at_once)
+    talk(params, "Hello", "Again")
+    assert prompts == [turn("user", "Again") + BEGIN]
+
+
+def test_at_the_prompt_two_interrupts_leave(params: Params, prompts: list[str]) -> None:
+    """One may have been meant for an answer that had just ended: the conversation goes on."""
+    said: list[str] = []
+    inputs: list[str | type[KeyboardInterrupt]] = [
+        "Hello",
+        KeyboardInterrupt,
+        "Again",
+        *[KeyboardInterrupt] * 2,
+        "Never",
+    ]
+
+    def ask() -> str:
+        text = inputs.pop(0)
+        if not isinstance(text, str):
+            raise text
+        return text
+
+    chat(MODEL, params, TOKENIZER, SETTINGS, None, ask, said.append)
+    assert inputs == ["Never"]
+    assert len(prompts) == 2
+    assert turn("user", "Hello") in prompts[1]
+    assert any(HELP in text for text in said)
+
+
+def history(n: int) -> list[Message]:
+    turns = [[("user", f"Question {i}"), ("assistant", f"Answer {i}")] for i in range(n)]
+    return [{"role": role, "content": text} for pair in turns for role, text in pair][:-1]
+
+
+def test_the_oldest_turns_are_forgotten_and_the_system_prompt_is_kept() -> None:
+    kept, tokens = fit(TOKENIZER, "Be brief.", history(10), 128, 16)
+    text = TOKENIZER.decode(tokens)
+    assert len(tokens) <= 112
+    assert text.startswith(turn("system", "Be brief.") + "<|im_start|>user\nQuestion ")
+    assert kept == history(10)[-len(kept) :]
+    longer = history(10)[-len(kept) - 2 :]
+    assert len(TOKENIZER.encode_chat([{"role": "system", "content": "Be brief."}, *longer])) > 112
+    assert fit(TOKENIZER, None, history(1), 128, 10**6)[0] == history(1)  # Half of the context is for the prompt.
+
+
+def test_what_cannot_be_answered_is_told_and_the_talk_goes_on(params: Params, prompts: list[str]) -> None:
+    said = talk(params, "word " * 200, "Hello")
+    assert said.startswith("error: the message has ")
+    assert "the context has room for 120 beside the answer; shorten it\n" in said
+    assert prompts == [turn("user", "Hello") + BEGIN]
+
+
+def test_a_template_may_refuse_the_system_prompt(params: Params) -> None:
+    template = (
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}{% endfor %}"
+    )
+    settings = {**read_settings(byte_level()), "chat_template": template + "user"}
+    tokenizer = HuggingFaceTokenizer((byte_level() / "tokenizer.json").read_bytes(), settings)
+    with pytest.raises(UserError, match="refuses this conversation: no system"):
+        talk(params, "Hello", system="Be brief.", tokenizer=tokenizer)
+    assert "error: the chat template refuses" in talk(params, "/system x", "Hello", tokenizer=tokenizer)
+
+
+def test_without_a_template_there_is_no_chat(params: Params) -> None:
+    with pytest.raises(UserError, match="the tokenizer has no chat template"):
+        talk(params, "Hello", tokenizer=ByteTokenizer())
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose tokenizer has a chat template."""
+    folder = tmp_path_factory.mktemp("chat")
+    (folder / "text.txt").write_text("the cat sat on the mat and saw the rain. " * 200)
+    cli.run("prepare", folder / "text.txt", "--out", folder / "data", "--tokenizer", byte_level())
+    tiny = [*cli.TINY, "--model.context-length=128", "--train.steps=5"]
+    cli.run("train", "--data.dir", folder / "data", "--out-dir", folder / "run", *tiny)
+    return folder / "run"
+
+
+def start_chat(run_folder: Path, *args: str) -> "cli.subprocess.Popen[str]":
+    command = [
+        cli.sys.executable,
+        "-m",
+        "gpt_jax",
+        "sample",
+        "--run",
+        str(run_folder),
+        "--chat",
+        "--temperature=0",
+        *args,
+    ]
+    pipe = cli.subprocess.PIPE
+    return cli.subprocess.Popen(command, cwd=cli.ROOT, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+
+
+def read_some(pipe: IO[str], n: int) -> str:
+    """At least n bytes of what a process writes."""
+    out, deadline = b"", time.monotonic() + 120
+    while len(out) < n:
+        assert select.select([pipe], [], [], deadline - time.monotonic())[0], f"only {out!r}"
+        part = os.read(pipe.fileno(), 4096)
+        assert part, f"it ended after {out!r}"
+        out += part
+    return out.decode()
+
+
+def read_until_silent(pipe: IO[str], seconds: float = 3.0) -> None:
+    """Reads what a process writes until it has written nothing for so long."""
+    while select.select([pipe], [], [], seconds)[0]:
+        assert os.read(pipe.fileno(), 4096), "it ended"
+
+
+@pytest.mark.slow
+def test_each_line_of_a_pipe_is_a_message(run_folder: Path) -> None:
+    process = start_chat(run_folder, "--max-new-tokens=4", "--system=Be brief.")
+    out, err = process.communicate("Hello\n/reset\nHello\n", timeout=120)
+    assert process.returncode == 0, err
+    assert "error" not in out + err
+    first, second = out[: len(out) // 2], out[len(out) // 2 :]
+    assert first == second != "\n"  # After /reset, the same message gets the same answer.
+
+
+@pytest.mark.slow
+def test_ctrl_c_stops_the_answer_and_not_the_program(run_folder: Path) -> None:
+    process = start_chat(run_folder, "--max-new-tokens=1000000")
+    assert process.stdin
+    assert process.stdout
+    for _ in range(2):
+        process.stdin.write("Hello\n")
+        process.stdin.flush()
+        read_some(process.stdout, 20)
+        process.send_signal(signal.SIGINT)
+        read_until_silent(process.stdout)  # What is left of this answer must not be taken for the next one.
+    process.stdin.write("/help\n")
+    process.stdin.flush()
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert err == ""
+    assert HELP in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"chat": True, "json": True}, "--chat goes with none of"), ({"system": "x"}, "--system goes with --chat only")],
+    ids=["json", "system"],
+)
+def test_flags_that_do_not_go_together_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        SampleArgs(**arguments)
