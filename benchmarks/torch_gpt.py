@@ -1,12 +1,23 @@
-"""The same GPT in PyTorch, eager: what the training step is compared with."""
+"""The same GPT in PyTorch, as a good PyTorch engineer writes it today: what ours is compared with."""
 
-import math
+from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812 (as everybody calls it)
 
 from gpt_jax.config import ModelConfig, OptimizerConfig
+
+Arrays = dict[str, np.ndarray]
+"""Parameters, or their gradients, by their path in our tree: "layers/mlp/up/kernel" (L, D, F)."""
+
+LayerCache = tuple[torch.Tensor, torch.Tensor]
+"""Keys and values of one layer, each (B, H, S, K), with room for S tokens."""
+
+LAYER_NORMS = {"norm_1": "norm_1", "norm_2": "norm_2"}
+LAYER_LINEARS = {"attention/qkv": "qkv", "attention/out": "out", "mlp/up": "up", "mlp/down": "down"}
+"""Names of the parts of a layer, ours and theirs."""
 
 
 class Block(nn.Module):
@@ -14,47 +25,108 @@ class Block(nn.Module):
 
     def __init__(self, c: ModelConfig) -> None:
         super().__init__()
-        self.n_head = c.n_head
-        self.norm_1 = nn.LayerNorm(c.d_model, bias=c.bias)
+        self.n_head, self.dropout = c.n_head, c.dropout
+        self.norm_1 = nn.LayerNorm(c.d_model, c.norm_eps, bias=c.bias)
         self.qkv = nn.Linear(c.d_model, 3 * c.d_model, bias=c.bias)
         self.out = nn.Linear(c.d_model, c.d_model, bias=c.bias)
-        self.norm_2 = nn.LayerNorm(c.d_model, bias=c.bias)
+        self.norm_2 = nn.LayerNorm(c.d_model, c.norm_eps, bias=c.bias)
         self.up = nn.Linear(c.d_model, c.ff_dim, bias=c.bias)
         self.down = nn.Linear(c.ff_dim, c.d_model, bias=c.bias)
 
-    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+    def forward(self, x_BTD: torch.Tensor, cache: LayerCache | None = None, start: int = 0) -> torch.Tensor:
+        """x_BTD after this layer. With a cache, its tokens stand at positions `start` and on, and are written there."""
         B, T, D = x_BTD.shape
         q, k, v = (x.view(B, T, self.n_head, -1).transpose(1, 2) for x in self.qkv(self.norm_1(x_BTD)).split(D, dim=-1))
-        attention = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x_BTD = x_BTD + self.out(attention.transpose(1, 2).reshape(B, T, D))
-        return x_BTD + self.down(F.gelu(self.up(self.norm_2(x_BTD)), approximate="tanh"))
+        if cache is not None:
+            for buffer_BHSK, new_BHTK in zip(cache, (k, v), strict=True):
+                buffer_BHSK[:, :, start : start + T] = new_BHTK
+            k, v = (buffer_BHSK[:, :, : start + T] for buffer_BHSK in cache)
+        p = self.dropout if self.training else 0.0
+        y_BHTK = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=start == 0)
+        x_BTD = x_BTD + F.dropout(self.out(y_BHTK.transpose(1, 2).reshape(B, T, D)), p)
+        return x_BTD + F.dropout(self.down(F.gelu(self.up(self.norm_2(x_BTD)), approximate="tanh")), p)
 
 
 class TorchGPT(nn.Module):
-    """GPT-2 with a tied head."""
+    """GPT-2: learned positions, layer norm, GELU, with or without biases, its head tied or not.
+
+    Its parameters come from `load`.
+    """
 
     def __init__(self, c: ModelConfig) -> None:
+        """Raises ValueError for what GPT-2 does not have."""
         super().__init__()
+        if c.positions != "learned" or c.norm != "layer" or c.gated or c.kv_heads != c.n_head or c.window:
+            raise ValueError("this PyTorch model is GPT-2's architecture only")
+        self.config = c
         self.tokens = nn.Embedding(c.vocab_size, c.d_model)
         self.positions = nn.Embedding(c.context_length, c.d_model)
         self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
-        self.final_norm = nn.LayerNorm(c.d_model, bias=c.bias)
-        for name, parameter in self.named_parameters():
-            if parameter.dim() == 2:
-                adds_to_residual = name.endswith(("out.weight", "down.weight"))
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * c.n_layer) if adds_to_residual else 0.02)
+        self.final_norm = nn.LayerNorm(c.d_model, c.norm_eps, bias=c.bias)
+        self.head = nn.Linear(c.d_model, c.vocab_size, bias=False)
+        if c.tied_head:
+            self.head.weight = self.tokens.weight
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Mean loss in nats of int64 tokens (B, T + 1)."""
-        inputs_BT, targets_BT = tokens[:, :-1], tokens[:, 1:]
-        x_BTD = self.tokens(inputs_BT) + self.positions.weight[: inputs_BT.shape[1]]
-        for block in self.blocks:
-            x_BTD = block(x_BTD)
-        logits_BTV = self.final_norm(x_BTD) @ self.tokens.weight.T
-        return F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten())
+    def forward(self, inputs_BT: torch.Tensor) -> torch.Tensor:
+        """Logits (B, T, V) of int64 tokens (B, T)."""
+        return self.head(self.hidden(inputs_BT))
+
+    def hidden(self, inputs_BT: torch.Tensor, caches: list[LayerCache] | None = None, start: int = 0) -> torch.Tensor:
+        """Hidden states (B, T, D) after the final norm.
+
+        With caches, one a layer, the tokens stand at positions `start` and on: a whole prompt from 0 on, or one token.
+        """
+        T = inputs_BT.shape[1]
+        x_BTD = self.tokens(inputs_BT) + self.positions.weight[start : start + T]
+        x_BTD = F.dropout(x_BTD, self.config.dropout if self.training else 0.0)
+        for i, block in enumerate(self.blocks):
+            x_BTD = block(x_BTD, caches[i] if caches else None, start)
+        return self.final_norm(x_BTD)
+
+    def empty_caches(self, batch: int, length: int) -> list[LayerCache]:
+        """A cache a layer, for `batch` sequences of up to `length` tokens, in the weights' dtype and where they are."""
+        shape = (batch, self.config.n_head, length, self.config.head_dim)
+        new = self.head.weight.new_empty
+        return [(new(shape), new(shape)) for _ in self.blocks]
 
 
-def make_adamw(model: TorchGPT, c: OptimizerConfig) -> torch.optim.Optimizer:
+@torch.inference_mode()
+def generate(
+    model: TorchGPT, prompts_BT: torch.Tensor, new: int, top_k: int, cached: bool
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The next token of each sequence, int64 (B,), and the logits (B, V) that it was chosen by, `new` times.
+
+    prompts_BT: int64. top_k: draw from so many, or 0 for the most probable. cached: keep keys and values, or read the
+    whole sequence for every token. Nothing waits for the device.
+    """
+    B, T = prompts_BT.shape
+    caches = model.empty_caches(B, T + new) if cached else None
+    inputs_BT, start = prompts_BT, 0
+    for _ in range(new):
+        logits_BV = model.head(model.hidden(inputs_BT, caches, start)[:, -1])
+        next_B1 = choose(logits_BV, top_k)
+        yield next_B1[:, 0], logits_BV
+        if cached:
+            start, inputs_BT = start + inputs_BT.shape[1], next_B1
+        else:
+            inputs_BT = torch.cat([inputs_BT, next_B1], dim=1)
+
+
+def choose(logits_BV: torch.Tensor, top_k: int) -> torch.Tensor:
+    """The most probable token, or with top_k one drawn from so many, int64 (B, 1)."""
+    if not top_k:
+        return logits_BV.argmax(dim=-1, keepdim=True)
+    logits_BK, tokens_BK = logits_BV.topk(top_k)
+    return tokens_BK.gather(1, torch.multinomial(logits_BK.float().softmax(dim=-1), 1))
+
+
+def mean_loss(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    """Mean loss in nats of int64 tokens (B, T + 1)."""
+    logits_BTV = model(tokens[:, :-1])
+    return F.cross_entropy(logits_BTV.flatten(0, 1), tokens[:, 1:].flatten())
+
+
+def make_adamw(model: nn.Module, c: OptimizerConfig) -> torch.optim.Optimizer:
     """PyTorch's fused AdamW, with decay on matrices and embeddings."""
     groups = [
         {"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": c.weight_decay},
@@ -63,13 +135,61 @@ def make_adamw(model: TorchGPT, c: OptimizerConfig) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, c.learning_rate, betas=(c.beta1, c.beta2), eps=c.eps, fused=True)
 
 
-def train_step(
-    model: TorchGPT, optimizer: torch.optim.Optimizer, tokens: torch.Tensor, c: OptimizerConfig
-) -> torch.Tensor:
-    """One optimizer step; returns the loss."""
-    loss = model(tokens)
-    optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    nn.utils.clip_grad_norm_(model.parameters(), c.clip_norm)
-    optimizer.step()
-    return loss
+def regroup(x: np.ndarray, n_head: int, to_theirs: bool) -> np.ndarray:
+    """The outputs of our qkv, (..., H, 3, K) as one axis, in the order of theirs, (..., 3, H, K); or the way back."""
+    *rest, n = x.shape
+    groups = (n_head, 3) if to_theirs else (3, n_head)
+    return x.reshape(*rest, *groups, n // (3 * n_head)).swapaxes(-3, -2).reshape(*rest, n)
+
+
+def parameter_paths(c: ModelConfig) -> dict[str, list[str]]:
+    """Our parameters' paths, and the names of theirs: one, or one a layer."""
+    kinds = ["weight", "bias"] if c.bias else ["weight"]
+    ours = {"weight": ("scale", "kernel"), "bias": ("bias", "bias")}
+    paths = {"tokens_VD": ["tokens.weight"], "positions_TD": ["positions.weight"]}
+    for kind in kinds:
+        norm, linear = ours[kind]
+        paths[f"final_norm/{norm}"] = [f"final_norm.{kind}"]
+        for parts, name in ((LAYER_NORMS, norm), (LAYER_LINEARS, linear)):
+            for our_part, their_part in parts.items():
+                paths[f"layers/{our_part}/{name}"] = [f"blocks.{i}.{their_part}.{kind}" for i in range(c.n_layer)]
+    if not c.tied_head:
+        paths["head_VD"] = ["head.weight"]
+    return paths
+
+
+def to_theirs(arrays: Arrays, c: ModelConfig) -> dict[str, torch.Tensor]:
+    """Our arrays by their names: layers one by one, kernels (D, F) as weights (F, D)."""
+    paths = parameter_paths(c)
+    if set(paths) != set(arrays):
+        raise ValueError(f"parameters differ: {sorted(set(paths) ^ set(arrays))}")
+    theirs = {}
+    for path, names in paths.items():
+        array = arrays[path]
+        if "/qkv/" in path:
+            array = regroup(array, c.n_head, to_theirs=True)
+        if path.endswith("kernel"):
+            array = array.swapaxes(1, 2)
+        for name, x in zip(names, array if path.startswith("layers/") else [array], strict=True):
+            theirs[name] = torch.tensor(np.ascontiguousarray(x))
+    return theirs
+
+
+def to_ours(tensors: dict[str, torch.Tensor], c: ModelConfig) -> Arrays:
+    """The other way round; float32."""
+    ours = {}
+    for path, names in parameter_paths(c).items():
+        parts = [tensors[name].detach().float().cpu().numpy() for name in names]
+        array = np.stack(parts) if path.startswith("layers/") else parts[0]
+        if path.endswith("kernel"):
+            array = array.swapaxes(1, 2)
+        ours[path] = regroup(array, c.n_head, to_theirs=False) if "/qkv/" in path else array
+    return ours
+
+
+def load(model: TorchGPT, arrays: Arrays) -> None:
+    """Gives the model our parameters."""
+    theirs = to_theirs(arrays, model.config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():  # A tied head is named once, as the embedding.
+            parameter.copy_(theirs[name])

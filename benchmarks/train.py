@@ -1,180 +1,293 @@
-"""The training step against eager PyTorch, side by side: python -m benchmarks.train [--preset nano] [--rounds 7]
+"""Training steps, side by side: python -m benchmarks train [--preset nano baby gpt2] and python -m benchmarks variants.
 
-Each contestant is a process of its own, so that neither holds the other's threads or memory. They take turns, a round
-of steps each, while the other one waits; both are warm, and both have every loss brought to the host. Needs the extra
-`parity`. Prints a table and writes benchmarks/results/train-PRESET.json.
+All contestants start with the same parameters and get the same batches. Each compiles and warms up, all must compute
+the same, and then they take turns, a round of steps each, while the others wait.
 """
 
-import argparse
-import json
-import os
-import platform
-import statistics
-import subprocess
-import sys
-import time
+import dataclasses
+import tempfile
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
-import numpy as np
+from benchmarks import parity
+from benchmarks.machine import measure
+from benchmarks.presets import Preset, presets
+from benchmarks.results import Results, Row, ratios, spread
+from benchmarks.worker import FailedError, Worker, take_turns
+from gpt_jax.config import ModelConfig
+from gpt_jax.errors import UserError
 
-from gpt_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig
-from gpt_jax.files import save_json
-
-RESULTS = Path(__file__).parent / "results"
-
-
-class Preset(NamedTuple):
-    """A model and batch to train on CPU in float32, and how many steps make a round of a few seconds."""
-
-    model: ModelConfig
-    batch_size: int
-    steps: int
-
-
-def make_preset(L: int, H: int, D: int, T: int, V: int, B: int, steps: int) -> Preset:
-    """A preset from its numbers: layers, heads, width, context, vocabulary, batch, steps a round."""
-    model = ModelConfig(vocab_size=V, context_length=T, n_layer=L, n_head=H, d_model=D, bias=False, dtype="float32")
-    return Preset(model, B, steps)
+OURS = "gpt_jax"
+PYTORCH = ("pytorch, eager", "pytorch, compiled")
+WHY_MORE_MEMORY = (
+    "gpt_jax has the higher peak: XLA and the programs that it compiles are part of the process, "
+    "and where there are several CPU devices, each has the whole state"
+)
+WARM_UP = 1_000_000
+"""The first batch of the steps that are not timed; those that are have smaller numbers."""
 
 
-PRESETS = {
-    "nano": make_preset(4, 4, 128, 64, 65, 12, 60),
-    "baby": make_preset(6, 6, 384, 256, 65, 8, 4),
-    "gpt2": make_preset(12, 12, 768, 256, 50304, 2, 2),
-}
-OPTIMIZER = OptimizerConfig(learning_rate=1e-3, warmup_steps=0, schedule="constant", beta2=0.99)
-
-Step = Callable[[np.ndarray], float]
-"""Trains on tokens (B, T + 1) and returns the loss, which makes sure that the step is done."""
+def run(results: Results, machine: Row, rounds: int, names: tuple[str, ...] = ()) -> None:
+    """Ours against PyTorch's, for each preset of the machine's platform, or those named."""
+    for preset in chosen_presets(machine, names):
+        row_name = f"train/{preset.name}"
+        if results.missing(row_name):
+            print(f"{row_name}: {describe(preset)}", flush=True)
+            results.put(row_name, compare_with_pytorch(preset, machine, rounds))
 
 
-def make_jax_step(preset: Preset) -> Step:
-    """Ours, placed as `train.py` would place it."""
-    import jax
-
-    from gpt_jax import runtime
-    from gpt_jax.model.backend import resolve
-    from gpt_jax.model.gpt import GPT
-    from gpt_jax.train.optimizer import learning_rate_schedule, make_optimizer
-    from gpt_jax.train.placement import Placement
-    from gpt_jax.train.step import init_state, make_train_step
-
-    config = Config(model=preset.model, data=DataConfig(batch_size=preset.batch_size))
-    runtime.setup(runtime.choose_cpu_devices(config))
-    placement = Placement(runtime.choose_devices(config))
-    model = GPT(resolve(preset.model, runtime.platform_name(placement.devices[0])))
-    optimizer, schedule = make_optimizer(OPTIMIZER, 1), learning_rate_schedule(OPTIMIZER, 1)
-    train_step = placement.jit(
-        make_train_step(model, optimizer, schedule, 0, placement.axis_name), n_batch_args=1, donate=True
-    )
-    state = jax.jit(lambda: init_state(model, optimizer, 0), out_shardings=placement.replicated())()
-
-    def step(tokens: np.ndarray) -> float:
-        nonlocal state
-        state, metrics = train_step(state, placement.split(tokens, 1))
-        jax.block_until_ready(state)
-        return float(metrics.loss)
-
-    return step
+def run_variants(results: Results, machine: Row, rounds: int, names: tuple[str, ...] = ()) -> None:
+    """Ours, as it chooses to run, against ours with other placements, loops and attentions."""
+    for preset in chosen_presets(machine, names):
+        row_name = f"variants/{preset.name}"
+        if results.missing(row_name):
+            print(f"{row_name}: {describe(preset)}", flush=True)
+            workers = {name: Worker("benchmarks.ours:Training", **spec) for name, spec in variants(preset, machine)}
+            try:
+                results.put(row_name, time_training(preset, machine, rounds, workers, None))
+            finally:
+                close(workers)
 
 
-def make_torch_step(preset: Preset) -> Step:
-    """PyTorch's, eager, on all cores."""
-    import torch
-
-    from benchmarks.torch_gpt import TorchGPT, make_adamw, train_step
-
-    torch.manual_seed(0)
-    model = TorchGPT(preset.model)
-    optimizer = make_adamw(model, OPTIMIZER)
-    return lambda tokens: train_step(model, optimizer, torch.from_numpy(tokens).long(), OPTIMIZER).item()
-
-
-CONTESTANTS = {"gpt_jax": make_jax_step, "pytorch": make_torch_step}
-
-
-def work(contestant: str, preset: Preset) -> None:
-    """A contestant's process: for each line on standard input, a round of steps, and its times as a line of JSON."""
-    rng = np.random.default_rng(0)
-    step = CONTESTANTS[contestant](preset)
-    for _ in sys.stdin:
-        seconds = []
-        for _ in range(preset.steps):
-            tokens = rng.integers(
-                0, preset.model.vocab_size, (preset.batch_size, preset.model.context_length + 1), dtype=np.int32
-            )
-            begin = time.perf_counter()
-            loss = step(tokens)
-            seconds.append(time.perf_counter() - begin)
-        print(json.dumps({"seconds": seconds, "loss": loss}), flush=True)
-
-
-def compare(name: str, rounds: int) -> dict[str, object]:
-    """Lets the contestants take turns, after a round to warm up, and returns their figures."""
-    workers = {
-        contestant: subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.train", "--preset", name, "--worker", contestant],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for contestant in CONTESTANTS
-    }
-    medians: dict[str, list[float]] = {contestant: [] for contestant in CONTESTANTS}
-    for turn in range(rounds + 1):
-        for contestant, worker in workers.items():
-            assert worker.stdin is not None
-            assert worker.stdout is not None
-            worker.stdin.write("go\n")
-            worker.stdin.flush()
-            answer = json.loads(worker.stdout.readline())
-            median = 1e3 * statistics.median(answer["seconds"])
-            if turn:
-                medians[contestant].append(median)
-            print(
-                f"round {turn or 'to warm up'}: {contestant:8} {median:8.1f} ms  loss {answer['loss']:.3f}", flush=True
-            )
-    for worker in workers.values():
-        worker.communicate()
-    ratios = [torch / ours for ours, torch in zip(medians["gpt_jax"], medians["pytorch"], strict=True)]
-    return {
-        **{f"{contestant}_ms": summary(values) for contestant, values in medians.items()},
-        "times_as_fast_as_pytorch": summary(ratios),
-    }
-
-
-def summary(values: list[float]) -> dict[str, float]:
-    """Median and extremes."""
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
-
-
-def main() -> None:
-    """Parses the arguments, and is a contestant or the referee."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--preset", choices=PRESETS, default="nano", help="model and batch")
-    parser.add_argument("--rounds", type=int, default=7, help="rounds of each contestant")
-    parser.add_argument("--worker", choices=CONTESTANTS, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.worker:
-        work(args.worker, PRESETS[args.preset])
+def run_largest(results: Results, machine: Row, rounds: int, name: str = "gpt2") -> None:
+    """On a GPU: each contestant by itself, with the largest batch that its memory holds. Not in turns: two would not
+    fit, and a step then takes long enough for the clock to be the smaller trouble."""
+    row_name = f"train/{name}-largest-batch"
+    if machine["platform"] != "gpu" or not results.missing(row_name):
         return
-    result = {
-        "command": f"python -m benchmarks.train --preset {args.preset} --rounds {args.rounds}",
-        "machine": {"cpu": platform.processor() or platform.machine(), "cores": os.cpu_count()},
-        "versions": {name: version(name) for name in ("jax", "flax", "optax", "torch")},
-        "preset": args.preset,
-        **compare(args.preset, args.rounds),
+    known = results.rows.get(f"train/{name}")
+    if known is None:
+        print(f"{row_name}: left out: train/{name} is to be measured first", flush=True)
+        return
+    preset = presets(machine["platform"])[name]
+    memory = measure("device_memory")
+    rows: dict[str, Row] = {}
+    failed: dict[str, str] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        parameters = str(Path(folder) / "parameters.npz")
+        with Worker("benchmarks.ours:Training", preset=preset.spec(), devices=1) as worker:
+            worker.ask("write_parameters", path=parameters)
+        specs: dict[str, tuple[str, Row]] = {OURS: ("benchmarks.ours:Training", {"devices": 1})}
+        for other in PYTORCH:
+            compiled = other == "pytorch, compiled"
+            specs[other] = ("benchmarks.theirs:Training", {"parameters": parameters, "compiled": compiled})
+        for contestant, (target, arguments) in specs.items():
+            if contestant not in known["contestants"]:
+                continue
+            batch = batch_that_fits(preset, known["contestants"][contestant]["peak_bytes"], memory)
+            while batch > preset.batch_size:
+                larger = dataclasses.replace(preset, batch_size=batch, steps=5)
+                try:
+                    with Worker(target, preset=larger.spec(), **arguments) as worker:
+                        rows[contestant] = time_alone(larger, machine, rounds, worker)
+                except FailedError as e:
+                    print(f"  {contestant}: batch {batch}: {e}", flush=True)
+                    failed[contestant] = f"batch {batch}: {e}"
+                    batch = int(0.85 * batch) // 4 * 4
+                    continue
+                failed.pop(contestant, None)
+                break
+    if OURS not in rows:
+        print(f"{row_name}: left out: gpt_jax has no larger batch than {preset.batch_size}", flush=True)
+        return
+    row = {**known, "rounds": rounds, "parity": {}, "contestants": rows, "failed": failed, "notes": []}
+    row["notes"].append(
+        "one contestant after the other, each with the largest batch that its memory holds: "
+        + ", ".join(f"{name} {found['how']['batch']}" for name, found in rows.items())
+    )
+    row.pop("times_as_fast", None)
+    others = [other for other in PYTORCH if other in rows]
+    if others:
+        rates = {who: found["tokens_per_second"] for who, found in rows.items()}
+        better = max(others, key=lambda other: rates[other]["median"])
+        ours, theirs = rates[OURS], rates[better]
+        row["times_as_fast"] = {
+            "over": better,
+            "median": ours["median"] / theirs["median"],
+            "min": ours["min"] / theirs["max"],
+            "max": ours["max"] / theirs["min"],
+        }
+    results.put(row_name, row)
+
+
+def batch_that_fits(preset: Preset, peak_bytes: int, memory: float) -> int:
+    """A guess, a multiple of 4, from the peak at the preset's batch: parameters, gradients and Adam's two moments, 16
+    bytes a parameter, stay as they are, and the rest grows with the batch."""
+    fixed = 16 * preset.model.n_params
+    per_sequence = max(1.0, (peak_bytes - fixed) / preset.batch_size)
+    return int((0.9 * memory - fixed) / per_sequence) // 4 * 4
+
+
+def time_alone(preset: Preset, machine: Row, rounds: int, worker: Worker) -> Row:
+    """A contestant's figures, without others. Raises FailedError."""
+    first = worker.ask("seconds", first=WARM_UP, count=1)
+    worker.ask("seconds", first=WARM_UP, count=preset.steps)
+    seconds = [worker.ask("seconds", first=turn * preset.steps, count=preset.steps) for turn in range(rounds)]
+    how = {**worker.ask("how"), "batch": preset.batch_size}
+    print(f"  batch {preset.batch_size}: {1e3 * spread(seconds)['median']:.1f} ms a step", flush=True)
+    return figures(preset, machine, seconds, first, worker.ask("peak_bytes"), how, peak(preset.model, machine)[0])
+
+
+def chosen_presets(machine: Row, names: tuple[str, ...]) -> list[Preset]:
+    """The presets to run. Raises UserError for a name that the platform does not have."""
+    known = presets(machine["platform"])
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise UserError(f"there is no preset {unknown[0]} on {machine['platform']}; there are {', '.join(known)}")
+    return [preset for name, preset in known.items() if not names or name in names]
+
+
+def describe(preset: Preset) -> str:
+    """The preset in a line."""
+    c = preset.model
+    return (
+        f"{c.n_layer} layers, {c.n_head} heads, width {c.d_model}, context {c.context_length}, "
+        f"batch {preset.batch_size}, {c.n_params / 1e6:.1f} million parameters, {c.dtype}"
+    )
+
+
+def variants(preset: Preset, machine: Row) -> list[tuple[str, Row]]:
+    """Names and arguments of our contestant: as `train.py` would have it, and each other choice by itself."""
+    c = preset.model
+
+    def spec(devices: int = default_devices(machine), **changes: Any) -> Row:
+        model = dataclasses.replace(c, **changes)
+        return {"preset": dataclasses.replace(preset, model=model).spec(), "devices": devices}
+
+    n_devices = machine["cores"] if machine["platform"] == "cpu" else machine["devices"]
+    attentions = {"cpu": ("xla", "block_causal"), "gpu": ("xla", "cudnn"), "tpu": ("xla", "splash")}
+    chosen = [(OURS, spec())]
+    if n_devices > 1:
+        chosen += [("1 device", spec(1))]
+        if preset.batch_size % n_devices == 0:
+            chosen += [(f"pmap, {n_devices} devices", spec(n_devices))]
+    chosen += [("layers scanned" if c.unroll else "layers unrolled", spec(unroll=not c.unroll))]
+    return chosen + [(f"attention {name}", spec(attention=name)) for name in attentions[machine["platform"]]]
+
+
+def default_devices(machine: Row) -> int:
+    """parallel.devices of our contestant: on CPU what `train.py` would choose, and one accelerator, as PyTorch has."""
+    return 0 if machine["platform"] == "cpu" else 1
+
+
+def compare_with_pytorch(preset: Preset, machine: Row, rounds: int) -> Row:
+    """The row of a preset. Raises UserError when the contestants do not compute the same."""
+    with tempfile.TemporaryDirectory() as name:
+        parameters = str(Path(name) / "parameters.npz")
+        workers = {OURS: Worker("benchmarks.ours:Training", preset=preset.spec(), devices=default_devices(machine))}
+        try:
+            workers[OURS].ask("write_parameters", path=parameters)
+            if machine["platform"] != "tpu":
+                theirs: Row = {"preset": preset.spec(), "parameters": parameters}
+                workers["pytorch, eager"] = Worker("benchmarks.theirs:Training", **theirs)
+                workers["pytorch, compiled"] = Worker("benchmarks.theirs:Training", **theirs, compiled=True)
+                if preset.hugging_face:
+                    workers["transformers"] = Worker("benchmarks.theirs:HuggingFaceTraining", **theirs)
+            return time_training(preset, machine, rounds, workers, Path(name))
+        except FailedError as e:
+            raise UserError(f"{preset.name}: gpt_jax failed: {e}") from e
+        finally:
+            close(workers)
+
+
+def time_training(preset: Preset, machine: Row, rounds: int, workers: dict[str, Worker], folder: Path | None) -> Row:
+    """Compiles, warms up, checks parity if there is a folder for the arrays, and times in turns."""
+    failed: dict[str, str] = {}
+    first_seconds = once(workers, failed, lambda worker: worker.ask("seconds", first=WARM_UP, count=1))
+    once(workers, failed, lambda worker: worker.ask("seconds", first=WARM_UP, count=preset.steps))
+    peak_bytes = once(workers, failed, lambda worker: worker.ask("peak_bytes"))
+    how = once(workers, failed, lambda worker: worker.ask("how"))
+    differences = {}
+    if folder is not None:
+        computed = once(workers, failed, lambda worker: parity.compute(worker, folder))
+        for name in computed:
+            if OURS in computed and name != OURS:
+                differences[name] = parity.compare(computed[OURS], computed[name])
+                parity.check(differences[name], preset.model.dtype, f"{preset.name}: gpt_jax and {name}")
+        print("  all compute the same", flush=True)
+    turns = iter(range(rounds * len(workers)))
+    seconds = take_turns(
+        workers,
+        rounds,
+        lambda worker: worker.ask("seconds", first=1 + next(turns) // len(workers) * preset.steps, count=preset.steps),
+        lambda turn, name, value: print(f"  round {turn + 1}: {name:20} {1e3 * value:9.1f} ms a step", flush=True),
+        failed,
+    )
+    if OURS not in seconds:
+        raise UserError(f"{preset.name}: gpt_jax failed: {failed[OURS]}")
+    peak_flops, source = peak(preset.model, machine)
+    contestants = {
+        name: figures(preset, machine, values, first_seconds[name], peak_bytes[name], how[name], peak_flops)
+        for name, values in seconds.items()
     }
-    RESULTS.mkdir(exist_ok=True)
-    save_json(RESULTS / f"train-{args.preset}.json", result)
-    for name in ("gpt_jax_ms", "pytorch_ms", "times_as_fast_as_pytorch"):
-        s = result[name]
-        assert isinstance(s, dict)
-        print(f"{name.replace('_', ' '):26} {s['median']:8.2f}  ({s['min']:.2f} to {s['max']:.2f})")
+    row: Row = {
+        "preset": preset.spec(),
+        "dtype": preset.model.dtype,
+        "rounds": rounds,
+        "parity": differences,
+        "flops_per_token": flops_per_token(preset.model),
+        "peak_flops": peak_flops,
+        "peak_source": source,
+        "contestants": contestants,
+        "failed": failed,
+        "notes": [],
+    }
+    others = [name for name in PYTORCH if name in seconds]
+    if others:
+        if machine["platform"] == "cpu" and peak_bytes[OURS] > min(peak_bytes[name] for name in others):
+            row["notes"].append(WHY_MORE_MEMORY)
+        better = min(others, key=lambda name: spread(seconds[name])["median"])
+        row["times_as_fast"] = {"over": better, **ratios(seconds[better], seconds[OURS])}
+        print(f"  gpt_jax is {row['times_as_fast']['median']:.2f} times as fast as {better}", flush=True)
+    return row
 
 
-if __name__ == "__main__":
-    main()
+def figures(
+    preset: Preset,
+    machine: Row,
+    seconds: list[float],
+    first: float,
+    peak_bytes: int,
+    how: Row,
+    peak_flops: float | None,
+) -> Row:
+    """What a contestant's rounds came to. seconds: a step's, of each round; first: the first step's, of a process."""
+    rates = [preset.tokens_per_step / value for value in seconds]
+    devices = 1 if machine["platform"] == "cpu" else how.get("devices", 1)
+    flops = flops_per_token(preset.model)
+    return {
+        "how": how,
+        "step_ms": spread([1e3 * value for value in seconds]),
+        "tokens_per_second": spread(rates),
+        "mfu": peak_flops and spread([rate * flops / (devices * peak_flops) for rate in rates]),
+        "peak_bytes": peak_bytes,
+        "compile_seconds": max(0.0, first - spread(seconds)["median"]),
+    }
+
+
+def once(workers: dict[str, Worker], failed: dict[str, str], ask: Callable[[Worker], Any]) -> dict[str, Any]:
+    """An answer of each contestant."""
+    return {name: answers[0] for name, answers in take_turns(workers, 1, ask, lambda *_: None, failed).items()}
+
+
+def close(workers: dict[str, Worker]) -> None:
+    """Ends the contestants."""
+    for worker in workers.values():
+        worker.close()
+
+
+def flops_per_token(model: ModelConfig) -> float:
+    """FLOPs a token, as gpt_jax counts them."""
+    from gpt_jax.train.metrics import flops_per_token
+
+    return flops_per_token(model)
+
+
+def peak(model: ModelConfig, machine: Row) -> tuple[float | None, str]:
+    """Peak FLOP/s of a device in the model's dtype, and where that is from; None where it is not known."""
+    if machine["platform"] != "cpu":
+        return machine["peak_flops"], "the maker's data sheet, bfloat16"
+    if model.dtype != "float32":
+        return None, ""
+    return measure("matmul"), "the fastest product of two 2048 x 2048 matrices, in the better of both libraries"

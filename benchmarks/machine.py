@@ -1,0 +1,176 @@
+"""What machine this is, and what its memory and its matrix units can do at best, measured."""
+
+import os
+import platform
+import re
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from benchmarks.worker import ENVIRONMENT, FailedError, Worker, seconds_of
+from gpt_jax.errors import UserError
+from gpt_jax.system import available_cores
+
+MATMUL = 2048
+"""Rows and columns of the matrices whose product is timed."""
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "transformers", "numpy")
+
+
+class JaxProbe:
+    """Asks JAX, in a process of its own: the referee must hold no accelerator."""
+
+    def devices(self) -> dict[str, Any]:
+        """Platform (cpu, gpu, tpu), kind, number, and peak FLOP/s in bfloat16 of one, where it is known."""
+        from gpt_jax import runtime
+
+        runtime.setup()
+        devices = runtime.local_devices()
+        kind = devices[0].device_kind
+        return {
+            "platform": runtime.platform_name(devices[0]),
+            "device": kind,
+            "devices": len(devices),
+            "peak_flops": runtime.peak_flops(kind),
+            "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        }
+
+    def matmul(self) -> float:
+        """FLOP/s of a float32 matrix product: the best of ten."""
+        import jax
+        import jax.numpy as jnp
+
+        from gpt_jax import runtime
+
+        runtime.setup()
+        a, multiply = jnp.ones((MATMUL, MATMUL)), jax.jit(lambda a: a @ a)
+        return best_of_ten(lambda: multiply(a).block_until_ready(), 2 * MATMUL**3)
+
+
+class TorchProbe:
+    """Asks PyTorch, in a process of its own."""
+
+    def cuda(self) -> bool:
+        """Whether there is a GPU for it."""
+        import torch
+
+        return bool(torch.cuda.is_available())
+
+    def device_memory(self) -> int:
+        """Bytes of the GPU's memory."""
+        import torch
+
+        return int(torch.cuda.get_device_properties(0).total_memory)
+
+    def bandwidth(self) -> float:
+        """Bytes a second read from memory: the best of ten sums over an array that no cache holds."""
+        import torch
+
+        device, synchronize = torch_device()
+        array = torch.ones(2**30 if device == "cuda" else 2**27, device=device)
+
+        def read() -> None:
+            array.sum()
+            synchronize()
+
+        return best_of_ten(read, array.nbytes)
+
+    def matmul(self) -> float:
+        """FLOP/s of a float32 matrix product: the best of ten."""
+        import torch
+
+        device, synchronize = torch_device()
+        a = torch.ones((MATMUL, MATMUL), device=device)
+
+        def multiply() -> None:
+            a @ a
+            synchronize()
+
+        return best_of_ten(multiply, 2 * MATMUL**3)
+
+
+def best_of_ten(work: Callable[[], object], amount: float) -> float:
+    """`amount` over the seconds of a call, the shortest of ten, after one to warm up."""
+    work()
+    return amount / min(seconds_of(work) for _ in range(10))
+
+
+def torch_device() -> tuple[str, Any]:
+    """PyTorch's device, with all cores in use where it is the CPU, and what waits for its work to be done."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high")
+        return "cuda", torch.cuda.synchronize
+    torch.set_num_threads(available_cores())
+    return "cpu", lambda: None
+
+
+def describe() -> dict[str, Any]:
+    """This machine, the versions of the packages, and the flags.
+
+    Raises UserError where a package is missing, or where JAX and PyTorch do not run on the same kind of device.
+    """
+    missing = [name for name in ("torch", "transformers") if not installed(name)]
+    if missing:
+        raise UserError(f'{" and ".join(missing)} cannot be compared with: not installed; pip install -e ".[bench]"')
+    try:
+        with Worker("benchmarks.machine:JaxProbe") as jax_probe, Worker("benchmarks.machine:TorchProbe") as torch_probe:
+            devices, cuda = jax_probe.ask("devices"), torch_probe.ask("cuda")
+    except FailedError as e:
+        raise UserError(f"the libraries do not start: {e}") from e
+    if (devices["platform"] == "gpu") != cuda:
+        theirs = "a GPU" if cuda else "the CPU"
+        raise UserError(
+            f"JAX runs on {devices['device']} and PyTorch on {theirs}, which is no comparison; install both for the "
+            "GPU (extra cuda12 or cuda13), or hide it with CUDA_VISIBLE_DEVICES="
+        )
+    flags = {"XLA_FLAGS": devices.pop("xla_flags"), **ENVIRONMENT}
+    cpu = cpu_name()
+    name = cpu if devices["platform"] == "cpu" else devices["device"]
+    count = available_cores() if devices["platform"] == "cpu" else devices["devices"]
+    unit = "core" if devices["platform"] == "cpu" else "device"
+    return {
+        "name": f"{name}, {count} {unit}{'s' if count > 1 else ''}",
+        "cpu": cpu,
+        "cores": available_cores(),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        **devices,
+        "python": platform.python_version(),
+        "versions": {package: version(package) for package in PACKAGES if installed(package)},
+        "flags": flags,
+    }
+
+
+def installed(package: str) -> bool:
+    """Whether a package is there."""
+    try:
+        version(package)
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+def cpu_name() -> str:
+    """The processor, as the kernel calls it."""
+    path = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", path.read_text()) if path.exists() else None
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def file_name(machine: dict[str, Any]) -> str:
+    """The name of this machine's file of results."""
+    return re.sub(r"[^a-z0-9]+", "-", machine["name"].lower()).strip("-") + ".json"
+
+
+def measure(what: str) -> float:
+    """The machine's "bandwidth" or "device_memory", as PyTorch measures it, or the better "matmul" of both libraries.
+
+    Each is measured in a process of its own, which is gone afterwards. Raises FailedError.
+    """
+    found = []
+    for probe in ("TorchProbe", "JaxProbe") if what == "matmul" else ("TorchProbe",):
+        with Worker(f"benchmarks.machine:{probe}") as worker:
+            found.append(float(worker.ask(what)))
+    return max(found)

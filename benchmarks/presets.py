@@ -1,0 +1,84 @@
+"""The models and batches that are compared, by platform."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from gpt_jax.config import ModelConfig, OptimizerConfig, config_from_dict
+from gpt_jax.model.presets import GPT2, GPT2_MEDIUM
+
+OPTIMIZER = OptimizerConfig(learning_rate=1e-4, warmup_steps=0, schedule="constant", beta2=0.99)
+"""Of both sides. A rate as in a warm-up: Adam's first steps move by it even the weights whose gradient is noise."""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A model and batch to train, and how many steps make a round of a few seconds."""
+
+    name: str
+    model: ModelConfig
+    batch_size: int
+    steps: int
+    hugging_face: bool = False  # Whether Hugging Face's GPT-2, which always has biases, is a contestant.
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of a batch."""
+        return self.batch_size * self.model.context_length
+
+    def spec(self) -> dict[str, Any]:
+        """As JSON can hold it, for `from_spec`."""
+        return dataclasses.asdict(self)
+
+
+def from_spec(spec: dict[str, Any]) -> Preset:
+    """The preset that `spec` was made of."""
+    model = config_from_dict({"model": spec["model"]}, "a preset").model
+    return Preset(**{**spec, "model": model})
+
+
+def small(n_layer: int, n_head: int, d_model: int, context_length: int, dtype: str) -> ModelConfig:
+    """One of nanoGPT's character models: 65 tokens, no biases."""
+    return ModelConfig(
+        vocab_size=65,
+        context_length=context_length,
+        n_layer=n_layer,
+        n_head=n_head,
+        d_model=d_model,
+        bias=False,
+        dtype=dtype,  # type: ignore[arg-type]
+    )
+
+
+def presets(platform: str) -> dict[str, Preset]:
+    """The presets of a platform (cpu, gpu, tpu), the most telling first.
+
+    float32 on CPU, where the bfloat16 row shows what it would cost, and bfloat16 on accelerators.
+    """
+    if platform == "cpu":
+        gpt2 = dataclasses.replace(GPT2, context_length=256, dtype="float32")
+        chosen = [
+            Preset("nano", small(4, 4, 128, 64, "float32"), 12, 60),
+            Preset("baby", small(6, 6, 384, 256, "float32"), 8, 5),
+            Preset("gpt2", gpt2, 2, 3, hugging_face=True),
+            Preset("baby-bfloat16", small(6, 6, 384, 256, "bfloat16"), 8, 3),
+        ]
+    else:
+        gpt2 = dataclasses.replace(GPT2, dtype="bfloat16")
+        medium = dataclasses.replace(GPT2_MEDIUM, dtype="bfloat16", unroll=True)
+        chosen = [
+            Preset("gpt2", gpt2, 12, 30, hugging_face=True),
+            Preset("baby", small(6, 6, 384, 256, "bfloat16"), 64, 100),
+            Preset("nano", small(4, 4, 128, 64, "bfloat16"), 12, 300),
+            Preset("gpt2-medium", medium, 8, 15),
+        ]
+    return {preset.name: preset for preset in chosen}
+
+
+def random_tokens(preset: Preset, batch: int) -> np.ndarray:
+    """The tokens of a batch, int32 (B, T + 1); the same for all contestants."""
+    c = preset.model
+    rng = np.random.default_rng(batch)
+    return rng.integers(0, c.vocab_size, (preset.batch_size, c.context_length + 1), dtype=np.int32)

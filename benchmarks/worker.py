@@ -1,0 +1,187 @@
+"""A contestant's process, and how the referee talks to it.
+
+Every contestant is a process of its own, so that neither library holds the other's threads or memory. The referee sends
+lines of JSON and gets one for each: first what to make, a class and its arguments, then which of its methods to call.
+"""
+
+import contextlib
+import importlib
+import json
+import os
+import re
+import selectors
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from gpt_jax.system import HUGE_PAGES
+
+ROOT = Path(__file__).parent.parent
+T = TypeVar("T")
+
+ENVIRONMENT = {
+    **HUGE_PAGES,  # As `gpt_jax train` gives itself; all contestants get them.
+    "JAX_ENABLE_COMPILATION_CACHE": "false",  # Compile times are those of a first run, on both sides.
+    "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1",
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # The contestants share the GPU's memory.
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
+}
+
+LIMIT_SECONDS = 900.0
+"""What takes longer than this has failed."""
+
+
+class FailedError(Exception):
+    """A contestant could not do what it was asked: it ran out of memory, does not run here, or took too long."""
+
+
+class Worker:
+    """A contestant, as the referee sees it. A context manager: leaving it ends the process."""
+
+    def __init__(self, target: str, **arguments: Any) -> None:
+        """target: "module:class"; arguments: those of the class, as JSON can hold them."""
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with the process)
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self.log,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, **ENVIRONMENT},
+        )
+        self.unmade: dict[str, Any] | None = {"make": target, "arguments": arguments}
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def ask(self, method: str, **arguments: Any) -> Any:
+        """What the contestant's method returns. Raises FailedError when it fails, and the contestant has ended then."""
+        if self.unmade is not None:
+            message, self.unmade = self.unmade, None
+            self.exchange(message)
+        return self.exchange({"ask": method, "arguments": arguments})
+
+    def exchange(self, message: dict[str, Any]) -> Any:
+        """Sends a line and returns the value of the answer. Raises FailedError."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        try:
+            self.process.stdin.write(json.dumps(message) + "\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            raise FailedError(self.last_words()) from None
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.process.stdout, selectors.EVENT_READ)
+            if not selector.select(LIMIT_SECONDS):
+                self.close(at_once=True)
+                raise FailedError(f"no answer within {LIMIT_SECONDS:.0f} s")
+        line = self.process.stdout.readline()
+        if not line.endswith("\n"):
+            raise FailedError(self.last_words())
+        answer = json.loads(line)
+        if "error" in answer:
+            self.close(at_once=True)
+            raise FailedError(answer["error"])
+        return answer["value"]
+
+    def last_words(self) -> str:
+        """Why the process ended, as far as it can be told."""
+        status = self.process.wait()
+        self.log.seek(0)
+        lines = [line for line in self.log.read().splitlines() if line.strip()]
+        ended = f"killed by signal {-status}" if status < 0 else f"ended with status {status}"
+        return f"{ended}: {lines[-1][:200]}" if lines else ended
+
+    def close(self, at_once: bool = False) -> None:
+        """Ends the process: when it has done what it was told, or at once."""
+        if self.process.poll() is None:
+            if at_once:
+                self.process.kill()
+            else:
+                try:
+                    self.process.communicate(timeout=20)
+                except subprocess.TimeoutExpired:
+                    self.process.kill()
+        self.process.wait()
+        for stream in (self.process.stdin, self.process.stdout):
+            assert stream is not None
+            with contextlib.suppress(BrokenPipeError):
+                stream.close()
+
+
+def take_turns(
+    workers: dict[str, Worker],
+    rounds: int,
+    ask: Callable[[Worker], T],
+    show: Callable[[int, str, T], None],
+    failed: dict[str, str],
+) -> dict[str, list[T]]:
+    """`rounds` answers of each contestant, who take turns, the order reversed every other round.
+
+    One that fails is out: its reason goes into `failed`, it leaves `workers`, and its answers are dropped.
+    """
+    answers: dict[str, list[T]] = {name: [] for name in workers}
+    for turn in range(rounds):
+        for name in list(workers) if turn % 2 == 0 else list(workers)[::-1]:
+            try:
+                answer = ask(workers[name])
+            except FailedError as e:
+                failed[name] = str(e)
+                workers.pop(name).close()
+                del answers[name]
+                print(f"  {name} is out: {e}", flush=True)
+                continue
+            answers[name].append(answer)
+            show(turn, name, answer)
+    return answers
+
+
+def serve() -> None:
+    """A contestant's process: does what the lines on standard input ask."""
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # What libraries print must not get between the answers.
+    made: Any = None
+    for line in sys.stdin:
+        message: Mapping[str, Any] = json.loads(line)
+        try:
+            if "make" in message:
+                module, _, name = message["make"].partition(":")
+                made = getattr(importlib.import_module(module), name)(**message["arguments"])
+                answer: dict[str, Any] = {"value": None}
+            else:
+                answer = {"value": getattr(made, message["ask"])(**message["arguments"])}
+        except Exception as e:
+            traceback.print_exc()
+            first_line = str(e).strip().partition("\n")[0][:200]
+            answer = {"error": f"{type(e).__name__}: {first_line}"}
+        print(json.dumps(answer), file=replies, flush=True)
+
+
+def seconds_of(work: Callable[[], object]) -> float:
+    """Wall time of a call."""
+    begin = time.perf_counter()
+    work()
+    return time.perf_counter() - begin
+
+
+def peak_memory(pid: int | str = "self") -> int:
+    """Bytes of memory that a process has held at most, libraries and compilation included; 0 for one that has ended."""
+    try:
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+    except OSError:
+        return 0
+    return int(found[1]) * 1024 if found else 0
+
+
+if __name__ == "__main__":
+    serve()

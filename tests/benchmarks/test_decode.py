@@ -1,0 +1,90 @@
+"""The part `decode` of the benchmarks: with and without a cache, PyTorch's answers are ours. Needs torch."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+from benchmarks import decode, decode_theirs  # noqa: E402
+from benchmarks.results import Results  # noqa: E402
+from benchmarks.worker import Worker  # noqa: E402
+from gpt_jax.config import ModelConfig  # noqa: E402
+from gpt_jax.errors import UserError  # noqa: E402
+
+pytestmark = pytest.mark.parity
+
+TINY = ModelConfig(vocab_size=128, context_length=256, n_layer=2, n_head=2, d_model=32, dtype="float32")
+MACHINE = {"platform": "cpu", "versions": {}, "flags": {}, "name": "test"}
+
+
+def test_all_contestants_choose_the_same_tokens(tmp_path: Path) -> None:
+    spec: dict[str, Any] = {"model": dataclasses.asdict(TINY)}
+    theirs: dict[str, Any] = {**spec, "parameters": str(tmp_path / "parameters.npz")}
+    with Worker("benchmarks.decode_ours:Decoding", **spec) as ours:
+        ours.ask("write_parameters", path=theirs["parameters"])
+        expected = ours.ask("greedy", batch=3, prompt=5, new=40)
+    for contestant in (
+        decode_theirs.Decoding(**theirs),
+        decode_theirs.Decoding(**theirs, cached=False),
+        decode_theirs.HuggingFaceDecoding(**theirs),
+    ):
+        answer = contestant.greedy(batch=3, prompt=5, new=40)
+        assert answer["tokens"] == expected["tokens"]
+        np.testing.assert_allclose(answer["logprobs"], expected["logprobs"], atol=1e-4)
+
+
+@pytest.mark.parametrize("top_k", [0, 1, 5])
+def test_a_cache_changes_nothing(tmp_path: Path, top_k: int) -> None:
+    with Worker("benchmarks.decode_ours:Decoding", model=dataclasses.asdict(TINY)) as ours:
+        ours.ask("write_parameters", path=str(tmp_path / "parameters.npz"))
+    answers = []
+    for cached in (True, False):
+        torch.manual_seed(0)
+        theirs = decode_theirs.Decoding(dataclasses.asdict(TINY), str(tmp_path / "parameters.npz"), cached)
+        torch.manual_seed(1)
+        answers.append(theirs.answer(batch=2, prompt=4, new=20, top_k=top_k))
+    assert torch.equal(*answers)
+
+
+def test_sequences_that_part_are_compared_until_they_do() -> None:
+    ours = {"tokens": [[1, 2, 3, 4], [5, 6, 7, 8]], "logprobs": [[-1.0, -2.0, -3.0, -4.0]] * 2}
+    theirs = {"tokens": [[1, 2, 9, 4], [5, 6, 7, 8]], "logprobs": [[-1.0, -2.0, -3.25, -9.0], [-1.0, -2.0, -3.0, -4.5]]}
+    found = decode.difference(ours, theirs)
+    assert found == {"same_tokens": 0.75, "logprobs": pytest.approx(np.sqrt((0.25**2 + 0.5**2) / 7))}
+
+
+@pytest.mark.slow
+def test_the_part_measures_a_row_for_each_batch_and_none_twice(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decode, "NEW", 8)
+    monkeypatch.setattr(decode, "PARITY_TOKENS", 8)
+    path = tmp_path / "test.json"
+    decode.run(Results(path, MACHINE), MACHINE, rounds=1, batches=(2, 1), model=TINY)
+    rows = json.loads(path.read_text())["rows"]
+    assert list(rows) == ["decode/1", "decode/2"]
+    one = rows["decode/1"]
+    assert one["failed"] == {}
+    assert set(one["modes"]["greedy"]["contestants"]) == set(one["peak_bytes"])
+    assert set(one["modes"]["top_50"]["times_as_fast"]) == {"transformers", "pytorch, cache"}
+    assert one["modes"]["greedy"]["contestants"]["gpt_jax"]["roofline"]["median"] > 0
+    assert "pytorch, no cache" not in rows["decode/2"]["peak_bytes"]
+
+    capsys.readouterr()
+    decode.run(Results(path, MACHINE), MACHINE, rounds=1, batches=(1, 2), model=TINY)
+    assert capsys.readouterr().out.count("measured already") == 2
+
+
+def test_no_parity_no_timing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = {
+        name: {"tokens": [[token]], "logprobs": [[-1.0]]} for name, token in (("gpt_jax", 1), ("transformers", 2))
+    }
+    monkeypatch.setattr(decode, "once", lambda *_, **__: dict(answers))
+    with pytest.raises(UserError, match="gpt_jax and transformers do not compute the same"):
+        decode.check_parity("float32", 1, {}, {})
