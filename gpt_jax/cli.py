@@ -14,8 +14,10 @@ import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any, TypeVar
 
 import tyro
@@ -389,6 +391,18 @@ def told(e: Exception) -> str | None:
     return None
 
 
+def interrupt(signum: int, frame: FrameType | None) -> None:
+    """A handler of SIGINT that raises KeyboardInterrupt, but not where it would be lost.
+
+    JAX has a callback of the garbage collector, and what is raised in one is printed and forgotten: from there, the
+    signal is sent again a little later.
+    """
+    if frame is not None and frame.f_code.co_name == "_xla_gc_callback":
+        threading.Timer(0.01, os.kill, (os.getpid(), signum)).start()
+    else:
+        raise KeyboardInterrupt
+
+
 def run(argv: Sequence[str] | None = None) -> None:
     """`main` as a process of its own.
 
@@ -396,6 +410,8 @@ def run(argv: Sequence[str] | None = None) -> None:
     and coroutines of the checkpoint library print their tracebacks below the one line that matters.
     """
     argv = sys.argv[1:] if argv is None else argv
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # And is not ignored, as of a background job.
+        signal.signal(signal.SIGINT, interrupt)
     if argv and argv[0] == "train":
         restart_with_huge_pages()
     status = main(argv)

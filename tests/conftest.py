@@ -3,6 +3,7 @@
 import atexit
 import os
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 
@@ -23,6 +24,9 @@ settings.register_profile("gpt_jax", deadline=None, derandomize="CI" in os.envir
 settings.load_profile("gpt_jax")
 
 runtime.setup(cpu_devices=8)
+
+# A shell ignores SIGINT for what it starts in the background, and so would the commands that these tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """The commands as a user meets them: what they make, and the one line that they say to what cannot be."""
 
+import gc
 import json
 import os
 import re
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from gpt_jax.cli import main, train_arguments
+from gpt_jax.cli import interrupt, main, train_arguments
 from tests.cli import ROOT, TINY, records, refused, run, start
 
 
@@ -136,6 +137,30 @@ def test_ctrl_c_while_sampling_ends_quietly(trained: Path) -> None:
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert err.strip() == "interrupted"
+
+
+def test_an_interrupt_is_not_lost_in_the_garbage_collector() -> None:
+    """What a callback of the collector raises is printed and forgotten; JAX has one, of this name."""
+    inside = []
+
+    def _xla_gc_callback(phase: str, info: dict[str, int]) -> None:
+        if phase == "start":
+            inside.append(phase)
+            signal.raise_signal(signal.SIGINT)
+
+    def collect() -> None:
+        gc.collect()
+        time.sleep(1)
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    gc.callbacks.append(_xla_gc_callback)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            collect()
+    finally:
+        gc.callbacks.remove(_xla_gc_callback)
+        signal.signal(signal.SIGINT, before)
+    assert inside
 
 
 @pytest.mark.parametrize(
