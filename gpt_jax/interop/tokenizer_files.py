@@ -293,5 +293,17 @@ def _add_tokens(tokenizer: Any, settings: Mapping[str, Any], folder: Path) -> No
 
 
 def finished(tokenizer: Any, settings: Mapping[str, Any]) -> HuggingFaceTokenizer:
-    """Ours, from one of the library's."""
+    """Ours, from one of the library's.
+
+    What begins a text becomes a rule of the definition too, from which other readers take it: transformers does not
+    look at add_bos_token where there is a tokenizer.json.
+    """
+    from tokenizers import processors
+
+    begin = settings.get("bos_token") if settings.get("add_bos_token") else None
+    number = None if begin is None else tokenizer.token_to_id(begin)
+    if number is not None and tokenizer.post_processor is None:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=[begin, "$A"], pair=[begin, "$A", f"{begin}:1", "$B:1"], special_tokens=[(begin, number)]
+        )
     return HuggingFaceTokenizer(tokenizer.to_str().encode(), settings)

@@ -1,5 +1,6 @@
 """Published tokenizers give what transformers gives, on 2,000 random texts."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from gpt_jax.data.tokenizer import Tokenizer, load_tokenizer  # noqa: E402
 from gpt_jax.interop.tokenizer_export import export_tokenizer  # noqa: E402
 from gpt_jax.interop.tokenizer_files import gguf_tokenizer  # noqa: E402
 from tests.data.test_tokenizer import EVERY  # noqa: E402
+from tests.interop.test_tokenizer_files import llama_fields  # noqa: E402
 from tests.published import CHINESE, PUBLISHED, TEMPLATE, TEXT, llama, random_texts  # noqa: E402
 
 pytestmark = pytest.mark.parity
@@ -69,6 +71,26 @@ def test_tokenizers_made_here_are_the_same_in_transformers(name: str, tmp_path: 
     assert_equal(ours, theirs, [*random_texts(), *more])
     assert len(theirs) == ours.vocab_size
     assert theirs.eos_token_id == ours.end_of_text
+
+
+@pytest.mark.parametrize("adds", [True, False])
+def test_a_text_begins_in_transformers_as_it_was_published(adds: bool, tmp_path: Path) -> None:
+    """From a folder and from a GGUF file. Ours never adds the token to what it encodes."""
+    original = tmp_path / "original"
+    shutil.copytree(llama(), original)
+    settings = json.loads((original / "tokenizer_config.json").read_text())
+    (original / "tokenizer_config.json").write_text(json.dumps(settings | {"add_bos_token": adds}))
+    theirs = transformers.AutoTokenizer.from_pretrained(original)
+    gguf = gguf_tokenizer(llama_fields(add_bos_token=adds))
+    for name, ours in (("folder", load_tokenizer(original)), ("gguf", gguf)):
+        exported = tmp_path / name
+        exported.mkdir()
+        export_tokenizer(ours, exported, context_length=512)
+        again = transformers.AutoTokenizer.from_pretrained(exported)
+        assert ours.begin_of_text == (1 if adds else None)
+        for text in ("the world", "", "你好"):
+            assert again(text).input_ids == theirs(text).input_ids == [1] * adds + ours.encode(text)
+        assert again("the", "world").input_ids == theirs("the", "world").input_ids
 
 
 def test_unigram_models_encode_as_sentencepiece_does() -> None:
