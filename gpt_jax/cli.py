@@ -261,7 +261,7 @@ def sample_command(argv: Sequence[str]) -> int:
     runtime.setup()
     run = None if args.model else Path(args.run) if args.run else newest_run()
     model, params, tokenizer = load_model(run, args.checkpoint, args.model, args.context_length)
-    params = prepare_params(params, model.config)  # Once for all answers, and the only copy that stays.
+    params = prepare_params(params, model.config, donate=True)  # Once for all answers, and the only copy.
 
     if args.chat:
         from gpt_jax.sample.chat import HELP, ask_terminal, chat, say_terminal

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from gpt_jax.config import ModelConfig, check
 from gpt_jax.model import cache as kv
-from gpt_jax.model.gpt import GPT, Params, forward_cached, logits_NV, unstack
+from gpt_jax.model.gpt import GPT, Params, forward_cached, logits_NV
 from gpt_jax.sample.filters import draw, keep_min_p, keep_top_k, keep_top_p, penalise_repetition
 
 CHUNK = 32
@@ -65,34 +65,48 @@ class DecodeState(NamedTuple):
     seen_BV: jax.Array | None  # bool: tokens of the prompt and the answer; None without a repetition penalty.
 
 
-def prepare_params(params: Params, config: ModelConfig) -> Params:
+def prepare_params(params: Params, config: ModelConfig, donate: bool = False) -> Params:
     """The parameters as decoding reads them fastest; those that are prepared already, as they are.
 
     Layers are unstacked: decoding would copy each out of the stack for every token. Kernels are transposed, for
     `few_rows_product`. Matrices are rounded to the compute type of `config`, to which each product would convert them
     for every token; so are embeddings, before they are added up.
+
+    donate: the arrays that are given may be deleted, each when what is made of it is there, so that never more than one
+    of them is in memory twice.
     """
     if isinstance(params["layers"], tuple):
         return params
-    params = {**params, "layers": prepare_layers(params["layers"], config.n_layer)}
-    dtype = jnp.dtype(config.dtype)
-    return jax.tree.map(lambda x: x.astype(dtype) if x.ndim >= 2 else x, params)
+
+    def deleting(given: jax.Array, made: Any) -> Any:
+        if donate and made is not given:
+            jax.block_until_ready(made)
+            given.delete()
+        return made
+
+    def prepare(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: prepare(part) for name, part in value.items()}
+        return value if value.ndim < 2 or value.dtype == config.dtype else deleting(value, value.astype(config.dtype))
+
+    def prepare_layers(value: Any, kernel: bool = False) -> tuple[Any, ...]:
+        if not isinstance(value, dict):
+            layers = tuple(layer_of(value, i, config.dtype, kernel) for i in range(config.n_layer))
+            return deleting(value, layers)
+        parts = {
+            "kernel_FD" if name == "kernel" else name: prepare_layers(part, name == "kernel")
+            for name, part in value.items()
+        }
+        return tuple({name: part[i] for name, part in parts.items()} for i in range(config.n_layer))
+
+    return {name: prepare_layers(part) if name == "layers" else prepare(part) for name, part in params.items()}
 
 
-@functools.partial(jax.jit, static_argnames="n_layer")
-def prepare_layers(layers: Params, n_layer: int) -> tuple[Params, ...]:
-    """The layers unstacked, their kernels transposed."""
-    return tuple(transpose_kernels(layer) for layer in unstack(layers, n_layer))
-
-
-def transpose_kernels(params: Any) -> Any:
-    """The parameters of a layer with a kernel_FD in the place of each kernel."""
-    if not isinstance(params, dict):
-        return params
-    return {
-        **{name: transpose_kernels(value) for name, value in params.items() if name != "kernel"},
-        **({"kernel_FD": params["kernel"].T} if "kernel" in params else {}),
-    }
+@functools.partial(jax.jit, static_argnames=("dtype", "kernel"))
+def layer_of(stacked: jax.Array, i: int, dtype: str, kernel: bool) -> jax.Array:
+    """What layer i has of a leaf: kernels transposed, matrices in `dtype`."""
+    layer = stacked[i].T if kernel else stacked[i]
+    return layer.astype(dtype) if layer.ndim >= 2 else layer
 
 
 class Decoder:

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt_jax.config import ModelConfig
+from gpt_jax.config import DTypeName, ModelConfig
 from gpt_jax.data.tokenizer import ByteTokenizer
 from gpt_jax.errors import UserError
 from gpt_jax.model.gpt import GPT, Params, forward, init_params, logits_NV
-from gpt_jax.sample.decode import Filters, bucket, decoder_for, prepare_layers, prepare_params
+from gpt_jax.sample.decode import Filters, bucket, decoder_for, prepare_params
 from gpt_jax.sample.generate import Result, Settings, encode_prompt, generate, generate_tokens
 
 TOKENIZER = ByteTokenizer()
@@ -223,6 +223,19 @@ def test_prepared_parameters_compute_the_same_and_are_not_prepared_again(params:
     np.testing.assert_allclose(full_logits(prepared, tokens), full_logits(params, tokens), atol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_donated_parameters_leave_no_second_copy(dtype: DTypeName) -> None:
+    """The same result; of what was given, only what is a part of the result is left."""
+    config = dataclasses.replace(CONFIG, dtype=dtype)
+    params = init_params(GPT(config), jax.random.key(0))
+    expected = prepare_params(params, config)
+    given = jax.tree.leaves(params)
+    prepared = prepare_params(params, config, donate=True)
+    jax.tree.map(np.testing.assert_array_equal, prepared, expected)
+    kept = {id(leaf) for leaf in jax.tree.leaves(prepared)}
+    assert all(leaf.is_deleted() != (id(leaf) in kept) for leaf in given)
+
+
 def test_a_prompt_longer_than_the_context_is_refused(params: Params) -> None:
     assert len(run(params, "x" * 64, n=1)[0].tokens) == 1
     with pytest.raises(UserError, match="the prompt has 65 tokens, and the model's context_length is 64"):
@@ -239,8 +252,7 @@ def test_buckets(length: int, expected: int) -> None:
 def test_prepared_matrices_are_in_the_compute_type() -> None:
     config = dataclasses.replace(CONFIG, dtype="bfloat16")
     model, params = GPT(config), init_params(GPT(config), jax.random.key(0))
-    layers, n_layer = params["layers"], config.n_layer
-    as_they_were = {**params, "layers": prepare_layers(layers, n_layer)}
+    as_they_were = prepare_params(params, dataclasses.replace(config, dtype="float32"))
     prepared = prepare_params(params, config)
     assert {str(x.dtype) for x in jax.tree.leaves(prepared) if x.ndim >= 2} == {"bfloat16"}
     assert {str(x.dtype) for x in jax.tree.leaves(prepared) if x.ndim < 2} == {"float32"}
