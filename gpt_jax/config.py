@@ -70,10 +70,15 @@ class RopeConfig:
         times = context_length / (self.original_context or context_length)
         return self.theta * max(1.0, self.factor * times - (self.factor - 1)) ** (head_dim / (head_dim - 2))
 
-    def spelled_out(self, context_length: int, head_dim: int) -> "RopeConfig":
-        """The same for a model with this context, every default spelled out, and what has no effect at its default."""
+    def spelled_out(self, context_length: int, head_dim: int, sliding: bool) -> "RopeConfig":
+        """The same for a model with this context, every default spelled out, and what has no effect at its default.
+
+        sliding: whether the model has sliding-window layers. Their theta stays 0 where there is a scaling that holds
+        for them, too, since then they rotate with no plain theta.
+        """
         if self.scaling == "dynamic":
-            return RopeConfig(self.dynamic_theta(context_length, head_dim), self.local_theta or self.theta)
+            theta = self.dynamic_theta(context_length, head_dim)
+            return RopeConfig(theta, self.local_theta).spelled_out(context_length, head_dim, sliding)
         used = {
             "linear": ("factor",),
             "yarn": ("factor", "original_context", "beta_fast", "beta_slow", "attention_factor"),
@@ -82,7 +87,8 @@ class RopeConfig:
         values = {name: getattr(self, name) for name in ("theta", "scaling", *used)}
         if "original_context" in used and not self.original_context:
             values["original_context"] = context_length
-        return RopeConfig(**values, local_theta=self.local_theta or self.theta)
+        default = self.theta if self.scaling == "none" else 0.0
+        return RopeConfig(**values, local_theta=self.local_theta or default if sliding else 0.0)
 
 
 # Fields of ModelConfig that do not decide what the model computes, only how it is run, trained and stored.
@@ -247,7 +253,7 @@ class ModelConfig:
             "d_ff": self.ff_dim,
             "query_scale": self.query_scale or float(self.head_dim) ** -0.5,
             "biases": tuple(name for name in biases if name in self.biases),
-            "rope": self.rope.spelled_out(self.context_length, self.head_dim)
+            "rope": self.rope.spelled_out(self.context_length, self.head_dim, sliding)
             if self.positions == "rotary"
             else RopeConfig(),
             "window": self.window if sliding else 0,

@@ -156,6 +156,23 @@ def test_round_trip(published: tuple[Any, Path], tokens: np.ndarray, tmp_path: P
     np.testing.assert_allclose(their_logits(exported, tokens), their_logits(theirs, tokens), atol=1e-5, rtol=0)
 
 
+def test_dynamic_scaling_at_a_raised_context(tmp_path: Path) -> None:
+    """Over a full window: transformers raises the base by the longest text that it has seen, ours by the context. The
+    export, which has the raised base, gives the same also for a part of it."""
+    n = 3 * T
+    theirs = make("llama-dynamic")
+    theirs.save_pretrained(tmp_path / "original")
+    tokens = np.random.default_rng(0).integers(0, 99, (2, n))
+    model, params = load(open_model(tmp_path / "original"), context_length=n)
+    ours = our_logits(model, params, tokens)
+    assert np.abs(ours - our_logits(*load(open_model(tmp_path / "original")), tokens)).max() > 1e-2
+    np.testing.assert_allclose(ours, their_logits(theirs, tokens), atol=1e-4, rtol=0)
+    save(tmp_path, model, params)
+    exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    np.testing.assert_allclose(their_logits(exported, tokens[:, :T]), ours[:, :T], atol=1e-4, rtol=0)
+    np.testing.assert_allclose(their_logits(exported, tokens), ours, atol=1e-4, rtol=0)
+
+
 def test_every_family_is_covered() -> None:
     types = {getattr(transformers, config_class)().model_type for config_class, _ in MODELS.values()}
     assert types == set(FAMILIES)

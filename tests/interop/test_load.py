@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt_jax.config import LoraConfig, ModelConfig, RopeConfig
+from gpt_jax.config import LoraConfig, ModelConfig, RopeConfig, RopeScalingName
 from gpt_jax.errors import UserError
 from gpt_jax.files import save_json
+from gpt_jax.interop.families import family_for
 from gpt_jax.interop.load import adopt, aligned, load_params, load_pretrained, open_named, their_config
 from gpt_jax.model.gpt import GPT, Params, forward, logits_NV
 from gpt_jax.model.rope import frequencies, plain
@@ -176,6 +177,8 @@ def test_equal_models_have_equal_architectures() -> None:
     for one, other in [
         (replaced(rope=scaled), replaced(rope=dataclasses.replace(scaled, original_context=32, low_freq_factor=9.0))),
         (replaced(rope=RopeConfig(beta_fast=7.0)), LLAMA),
+        (replaced(rope=RopeConfig(local_theta=7.0)), LLAMA),
+        (replaced(window=8, rope=RopeConfig(local_theta=10_000.0)), replaced(window=8)),
         (replaced(window=8, window_pattern="sf"), replaced(window=8, window_pattern="sfsf")),
         (replaced(window=8, window_pattern="f"), LLAMA),
         (replaced(d_head=8, query_scale=8**-0.5, dropout=0.5), LLAMA),
@@ -183,6 +186,26 @@ def test_equal_models_have_equal_architectures() -> None:
         assert one.architecture() == other.architecture()
     assert replaced(window=8).architecture() != LLAMA.architecture()
     assert replaced(rope=scaled).architecture() != LLAMA.architecture()
+
+
+@pytest.mark.parametrize("scaling", ["linear", "yarn", "llama3"])
+def test_sliding_layers_that_are_stretched_are_not_those_that_are_not(scaling: RopeScalingName) -> None:
+    stretched = replaced(window=8, rope=RopeConfig(scaling=scaling, factor=2.0))
+    plain_ones = replaced(window=8, rope=RopeConfig(scaling=scaling, factor=2.0, local_theta=10_000.0))
+    assert not np.allclose(frequencies(stretched, True)[0], frequencies(plain_ones, True)[0])
+    assert stretched.architecture() != plain_ones.architecture()
+
+
+@pytest.mark.parametrize("changes", [{}, {"window": 8}], ids=["llama", "mistral"])
+def test_dynamic_scaling_can_be_exported_at_any_context(changes: dict[str, Any]) -> None:
+    """As a larger theta, for sliding layers too."""
+    rope = RopeConfig(scaling="dynamic", factor=2.0, original_context=32)
+    longer = replaced(context_length=64, rope=rope, **changes)
+    family = family_for(longer)
+    assert family is not None
+    again = family.to_config(family.to_settings(longer), "")
+    for sliding in (False, True):
+        np.testing.assert_allclose(frequencies(again, sliding)[0], frequencies(longer, sliding)[0])
 
 
 def replaced(**changes: Any) -> ModelConfig:
