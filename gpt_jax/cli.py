@@ -22,7 +22,7 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
-from gpt_jax.config import Config, DataConfig, check, load_config, load_saved_config, with_vocabulary
+from gpt_jax.config import Config, DataConfig, ModelConfig, check, load_config, load_saved_config, with_vocabulary
 from gpt_jax.data.shards import Dataset, open_dataset
 from gpt_jax.data.tokenizer import Tokenizer, load_tokenizer
 from gpt_jax.errors import UserError
@@ -138,7 +138,10 @@ def start_from(config: Config, argv: Sequence[str]) -> tuple[Config, Tokenizer]:
         if name not in KEPT:
             raise UserError(f"{flag} cannot be given with init_from: the model there decides it")
     files = open_named(config.init_from)
-    model = adopt(files, config.model)
+    # A file that sets the default cannot be told from one that sets nothing; a flag can.
+    is_default = config.model.context_length == ModelConfig().context_length
+    asks_context = not is_default or flag_value(argv, "--model.context-length") is not None
+    model = adopt(files, config.model, asks_context)
     theirs = their_config(files).context_length
     if model.context_length < theirs:
         print(f"the context of {theirs:,} tokens is shortened to model.context_length = {model.context_length:,}")

@@ -48,14 +48,15 @@ def open_named(name: str) -> ModelFiles:
     return open_model(find_model(name))
 
 
-def adopt(files: ModelFiles, config: ModelConfig) -> ModelConfig:
+def adopt(files: ModelFiles, config: ModelConfig, asks_context: bool = True) -> ModelConfig:
     """`config` with the architecture of a published model; how it is run and trained, and its context, stay.
 
-    Raises UserError when the model is of a family or has a setting that is not supported, or its context is shorter.
+    asks_context: whether somebody asked for that context; if not, it is no longer than the model's own. Raises UserError
+    when the model is of a family or has a setting that is not supported, or has learned fewer positions.
     """
     theirs = their_config(files)
     ours: dict[str, Any] = {name: getattr(config, name) for name in KEPT}
-    if config.context_length == ModelConfig().context_length:  # Not asked for, so it is no reason to refuse.
+    if not asks_context:
         ours["context_length"] = min(config.context_length, theirs.context_length)
     adopted = padded(dataclasses.replace(theirs, **ours))
     check_context(adopted, theirs, files.where)

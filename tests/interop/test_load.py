@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt_jax.config import LoraConfig, ModelConfig, RopeConfig, RopeScalingName
+from gpt_jax.cli import start_from
+from gpt_jax.config import Config, LoraConfig, ModelConfig, RopeConfig, RopeScalingName
 from gpt_jax.errors import UserError
 from gpt_jax.files import save_json
 from gpt_jax.interop.families import family_for
@@ -106,7 +107,13 @@ def test_training_keeps_its_own_settings(llama: tuple[Path, Params]) -> None:
     config = adopt(open_named(str(llama[0])), wanted)
     assert (config.n_layer, config.n_kv_head, config.positions) == (2, 2, "rotary")
     assert (config.context_length, config.dropout, config.remat, config.lora.rank) == (16, 0.1, "full", 2)
-    assert adopt(open_named(str(llama[0])), ModelConfig()).context_length == 32
+    assert adopt(open_named(str(llama[0])), ModelConfig(), asks_context=False).context_length == 32
+    assert adopt(open_named(str(llama[0])), ModelConfig()).context_length == 1024
+
+
+@pytest.mark.parametrize(("flags", "context"), [([], 32), (["--model.context-length=1024"], 1024)], ids=str)
+def test_a_flag_with_the_default_context_counts(llama: tuple[Path, Params], flags: list[str], context: int) -> None:
+    assert start_from(Config(init_from=str(llama[0])), flags)[0].model.context_length == context
 
 
 def test_wrong_tensors_are_named_all_at_once(llama: tuple[Path, Params], tmp_path: Path) -> None:
