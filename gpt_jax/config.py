@@ -60,10 +60,17 @@ class RopeConfig:
 
     def __post_init__(self) -> None:
         check_types(self, "model.rope")
-        for name in ("theta", "factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"):
+        check(self.theta > 1, "model.rope.theta", self.theta, "more than 1")
+        for name in ("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"):
             check(getattr(self, name) > 0, f"model.rope.{name}", getattr(self, name), "more than 0")
         for name in ("local_theta", "original_context", "attention_factor"):
             check(getattr(self, name) >= 0, f"model.rope.{name}", getattr(self, name), "0 or more")
+        check(
+            self.scaling != "llama3" or self.high_freq_factor > self.low_freq_factor,
+            "model.rope.high_freq_factor",
+            self.high_freq_factor,
+            f"more than model.rope.low_freq_factor = {self.low_freq_factor}",
+        )
 
     def dynamic_theta(self, context_length: int, head_dim: int) -> float:
         """Theta as dynamic scaling raises it for texts that fill the context (bloc97 2023), whatever their length."""
@@ -158,10 +165,17 @@ class ModelConfig:
         check_types(self, "model")
         for name in ("vocab_multiple", "context_length", "n_layer", "n_head", "d_model", "loss_chunk"):
             check(getattr(self, name) >= 1, f"model.{name}", getattr(self, name), "1 or more")
-        check(self.vocab_size >= 0, "model.vocab_size", self.vocab_size, "0 (the tokenizer's) or more")
-        defaults = {"n_kv_head": "n_head", "d_head": "d_model / n_head", "d_ff": "four times d_model", "window": "none"}
+        defaults = {
+            "vocab_size": "the tokenizer's",
+            "n_kv_head": "n_head",
+            "d_head": "d_model / n_head",
+            "d_ff": "four times d_model",
+            "window": "none",
+        }
         for name, default in defaults.items():
             check(getattr(self, name) >= 0, f"model.{name}", getattr(self, name), f"0 ({default}) or more")
+        for name in ("context_length", "n_layer", "n_head", "d_model", *defaults):  # Ids and positions are int32.
+            check(getattr(self, name) < 2**31, f"model.{name}", getattr(self, name), "less than 2**31")
         check(self.query_scale >= 0, "model.query_scale", self.query_scale, "0 (1 / sqrt(d_head)) or more")
         check(
             self.d_head > 0 or self.d_model % self.n_head == 0,
@@ -177,6 +191,8 @@ class ModelConfig:
         )
         rotary = self.positions == "rotary"
         check(not rotary or self.head_dim % 2 == 0, "model.d_head", self.head_dim, "even, with rotary positions")
+        dynamic = rotary and self.rope.scaling == "dynamic"
+        check(not dynamic or self.head_dim > 2, "model.d_head", self.head_dim, "more than 2, with dynamic scaling")
         pattern_is_known = self.window_pattern != "" and set(self.window_pattern) <= {"s", "f"}
         check(pattern_is_known, "model.window_pattern", self.window_pattern, "of the letters s and f, such as sssssf")
         check(set(self.biases) <= {"qkv", "out", "mlp"}, "model.biases", self.biases, "some of qkv, out, mlp")

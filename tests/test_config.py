@@ -42,17 +42,21 @@ SECTIONS = {
 }
 
 
-def count(low: int) -> st.SearchStrategy[int]:
-    return st.integers(low, 2**40)
+def count(low: int, high: int = 2**40) -> st.SearchStrategy[int]:
+    return st.integers(low, high)
+
+
+def size(low: int) -> st.SearchStrategy[int]:
+    return count(low, 2**31 - 1)
 
 
 # Values that are possible, of every field; those of the fields left out are few, or depend on one another.
 FIELDS: dict[str, dict[str, st.SearchStrategy[Any]]] = {
     "model": {
-        "vocab_size": count(0),
-        "context_length": count(1),
-        "n_layer": count(1),
-        "d_ff": count(0),
+        "vocab_size": size(0),
+        "context_length": size(1),
+        "n_layer": size(1),
+        "d_ff": size(0),
         "dropout": st.floats(0, 1, exclude_max=True),
         "bias": st.booleans(),
         "norm_eps": st.floats(0, 1, exclude_min=True),
@@ -237,6 +241,10 @@ def test_what_is_no_python_file_is_named(tmp_path: Path, name: str) -> None:
         ("model", {"attention": "flash"}, "auto or cudnn or splash or block_causal or xla"),
         ("model", {"remat": "some"}, "none or full or dots or dots_no_batch"),
         ("data", {"batch_size": 0}, "1 or more"),
+        *(
+            ("model", {name: 2**31}, "less than 2**31")
+            for name in ("vocab_size", "context_length", "d_model", "window")
+        ),
         ("data", {"microbatch_size": -1}, "0 (the whole share) or more"),
         ("data", {"vocab_size": 0}, "1 or more"),
         *(("data", {"val_fraction": value}, "more than 0 and less than 1") for value in (0.0, 1.0)),

@@ -172,7 +172,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
     In the terms of tokenizer_config.json, with tokens by name, the chat template wherever it lies, and as `stop_ids`
     those that end a generated text. Raises ValueError naming a file that is damaged.
     """
-    settings = {**_read_json(folder / "special_tokens_map.json"), **_read_json(folder / CONFIG_FILE)}
+    settings = {**read_json(folder / "special_tokens_map.json"), **read_json(folder / CONFIG_FILE)}
     settings |= {part: _name(settings[part]) for part in PARTS if part in settings}
     template = settings.get("chat_template")
     if isinstance(template, list):  # Several, by name.
@@ -181,7 +181,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
     if (folder / TEMPLATE_FILE).is_file():
         template = (folder / TEMPLATE_FILE).read_text(encoding="utf-8")
     for file in ("generation_config.json", "config.json"):
-        stop = _read_json(folder / file).get("eos_token_id") if "stop_ids" not in settings else None
+        stop = read_json(folder / file).get("eos_token_id") if "stop_ids" not in settings else None
         if stop is not None:
             settings["stop_ids"] = stop if isinstance(stop, list) else [stop]
     if not isinstance(template, str | None):
@@ -191,13 +191,13 @@ def read_settings(folder: Path) -> dict[str, Any]:
     return {**settings, "chat_template": template}
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    """The object in a file; an empty one where there is no such file."""
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file; an empty one where there is no such file. Raises ValueError naming one that is damaged."""
     try:
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
         return {}
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise ValueError(f"{path.name} beside it is damaged ({e})") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path.name} beside it is not a JSON object")

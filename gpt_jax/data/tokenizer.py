@@ -320,6 +320,11 @@ def load_tokenizer(path: Path) -> Tokenizer:
         raise UserError(f"{e.filename or path} cannot be read ({e.strerror})") from e
     except ValueError as e:
         raise UserError(f"{path} cannot be used as a tokenizer: {e}") from e
+    except (TypeError, LookupError, AttributeError, RecursionError) as e:  # Something of another type somewhere.
+        raise UserError(
+            f"{path} cannot be used as a tokenizer: something in it, or in a file beside it, is of another type than "
+            f"it should be ({type(e).__name__}: {e})"
+        ) from e
 
 
 def _load(path: Path, content: bytes) -> Tokenizer:

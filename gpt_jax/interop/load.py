@@ -51,8 +51,8 @@ def open_named(name: str) -> ModelFiles:
 def adopt(files: ModelFiles, config: ModelConfig, asks_context: bool = True) -> ModelConfig:
     """`config` with the architecture of a published model; how it is run and trained, and its context, stay.
 
-    asks_context: whether somebody asked for that context; if not, it is no longer than the model's own. Raises UserError
-    when the model is of a family or has a setting that is not supported, or has learned fewer positions.
+    asks_context: whether somebody asked for that context; if not, it is no longer than the model's own. Raises
+    UserError when the model is of a family or has a setting that is not supported, or has learned fewer positions.
     """
     theirs = their_config(files)
     ours: dict[str, Any] = {name: getattr(config, name) for name in KEPT}
@@ -129,9 +129,11 @@ def load_params(files: ModelFiles, config: ModelConfig, sharding: jax.sharding.S
 
 
 def param_shapes(config: ModelConfig) -> Params:
-    """The shapes of a model's parameters."""
-    config = dataclasses.replace(config, dtype="float32")  # Any will do: parameters are float32.
-    return jax.eval_shape(lambda: init_params(GPT(config), jax.random.key(0)))
+    """The shapes of a model's parameters, found with one layer: a file may ask for any number of them."""
+    one = dataclasses.replace(config, n_layer=1, dtype="float32")  # Any dtype will do: parameters are float32.
+    shapes = jax.eval_shape(lambda: init_params(GPT(one), jax.random.key(0)))
+    layers = jax.tree.map(lambda x: jax.ShapeDtypeStruct((config.n_layer, *x.shape[1:]), x.dtype), shapes["layers"])
+    return {**shapes, "layers": layers}
 
 
 def leaf_name(path: tuple[Any, ...]) -> str:

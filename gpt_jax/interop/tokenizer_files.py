@@ -10,7 +10,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gpt_jax.data.hf_tokenizer import PARTS, HuggingFaceTokenizer, read_settings
+from gpt_jax.data.hf_tokenizer import PARTS, HuggingFaceTokenizer, read_json, read_settings
 from gpt_jax.data.tokenizer import BYTE_LEVEL_FILE
 from gpt_jax.errors import UserError
 
@@ -137,7 +137,7 @@ def gguf_tokenizer(fields: Mapping[str, Any]) -> HuggingFaceTokenizer:
         return finished(tokenizer, settings)
     except KeyError as e:
         raise UserError(f"the GGUF file has no {prefix}{e.args[0]}, without which there is no tokenizer") from None
-    except (ValueError, IndexError) as e:
+    except (ValueError, IndexError, TypeError, AttributeError) as e:  # Of another type somewhere.
         raise UserError(f"the tokenizer in the GGUF file is damaged: {e}") from e
 
 
@@ -278,9 +278,8 @@ def _add_tokens(tokenizer: Any, settings: Mapping[str, Any], folder: Path) -> No
     from tokenizers import AddedToken
 
     added: dict[int, Any] = {}
-    if (folder / "added_tokens.json").is_file():
-        names = json.loads((folder / "added_tokens.json").read_bytes())
-        added = {i: AddedToken(name, normalized=False, special=True) for name, i in names.items()}
+    for name, i in read_json(folder / "added_tokens.json").items():
+        added[int(i)] = AddedToken(name, normalized=False, special=True)
     for i, token in (settings.get("added_tokens_decoder") or {}).items():
         flags = {
             key: token[key] for key in ("single_word", "lstrip", "rstrip", "normalized", "special") if key in token

@@ -97,9 +97,14 @@ def test_text_is_cut_as_the_file_says(pre: str, tokens: list[str]) -> None:
         ({"model": "rwkv"}, "tokenizer of model 'rwkv'; gpt2 and llama are supported"),
         ({"token_type": [1]}, "the tokenizer in the GGUF file is damaged"),
         ({"eos_token_id": 10**6}, "the tokenizer in the GGUF file is damaged"),
+        ({"tokens": 5}, "the tokenizer in the GGUF file is damaged"),
+        ({"token_type": 5}, "the tokenizer in the GGUF file is damaged"),
+        ({"merges": 5}, "the tokenizer in the GGUF file is damaged"),
+        ({"model": "llama", "scores": 5}, "the tokenizer in the GGUF file is damaged"),
+        ({"eos_token_id": "<eos>"}, "the tokenizer in the GGUF file is damaged"),
         ({"merges": ["a"]}, "the tokenizer in the GGUF file is damaged: its merges do not fit its vocabulary"),
     ],
-    ids=["pre", "model", "token_type", "eos_token_id", "merges"],
+    ids=str,
 )
 def test_fields_that_cannot_be_used_are_named(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
@@ -128,3 +133,31 @@ def test_added_tokens_follow_the_vocabulary(tmp_path: Path) -> None:
     (tmp_path / "added_tokens.json").write_text('{"<|im_start|>": 1000, "<|other|>": 1005}')
     with pytest.raises(UserError, match=r"<\|other\|> should have id 1005"):
         load_tokenizer(tmp_path)
+
+
+DEEP = "[" * 100_000
+TOKEN = {"content": "<|im_end|>", "special": True}
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "told"),
+    [
+        ("added_tokens.json", "[1]", "added_tokens.json beside it is not a JSON object"),
+        ("added_tokens.json", '{"<|im_end|>": "a"}', ""),
+        ("tokenizer_config.json", {"added_tokens_decoder": [TOKEN]}, ""),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"1000": {"special": True}}}, "content"),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"1000": "<|im_end|>"}}, ""),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"1000": TOKEN | {"special": "no"}}}, ""),
+        ("tokenizer_config.json", DEEP, "tokenizer_config.json beside it is damaged"),
+        ("tokenizer.json", DEEP, "tokenizer.json cannot be used as a tokenizer"),
+    ],
+    ids=lambda value: str(value)[:60],
+)
+def test_files_of_another_kind_end_in_one_line(tmp_path: Path, file: str, content: Any, told: str) -> None:
+    shutil.copy(llama() / "tokenizer.model", tmp_path)
+    (tmp_path / file).write_text(content if isinstance(content, str) else json.dumps(content))
+    with pytest.raises(UserError) as caught:
+        load_tokenizer(tmp_path)
+    assert "cannot be used as a tokenizer" in str(caught.value)
+    assert told in str(caught.value)
+    assert "\n" not in str(caught.value)
