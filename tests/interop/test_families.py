@@ -52,6 +52,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-linear": ("LlamaConfig", COMMON | {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
     "llama-dynamic": ("LlamaConfig", COMMON | {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}),
     "llama-yarn": ("LlamaConfig", COMMON | {"rope_scaling": YARN}),
+    "llama-yarn-mscale": ("LlamaConfig", COMMON | {"rope_scaling": YARN | {"mscale": 0.7, "mscale_all_dim": 2.0}}),
+    "llama-yarn-one-mscale": ("LlamaConfig", COMMON | {"rope_scaling": YARN | {"mscale": 0.7}}),
     "llama-llama3": ("LlamaConfig", COMMON | {"rope_scaling": LLAMA3, "rope_theta": 500.0}),
     "mistral": ("MistralConfig", COMMON | {"sliding_window": 8}),
     "mistral-no-window": ("MistralConfig", COMMON | {"sliding_window": None}),

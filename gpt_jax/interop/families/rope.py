@@ -1,5 +1,6 @@
 """Rotary positions in a config.json: the form of transformers 5 (rope_parameters) and the one before (rope_scaling)."""
 
+import math
 from typing import Any
 
 from gpt_jax.config import ModelConfig, RopeConfig
@@ -13,7 +14,7 @@ NUMBERS = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
 }
 ORIGINAL = "original_max_position_embeddings"
-ONLY = {"partial_rotary_factor": 1.0, "truncate": True, "mscale": None, "mscale_all_dim": None}
+ONLY = {"partial_rotary_factor": 1.0, "truncate": True}
 
 
 def read_rope(settings: dict[str, Any], context: int, default_theta: float, default_local_theta: float) -> RopeConfig:
@@ -42,6 +43,10 @@ def read_rope(settings: dict[str, Any], context: int, default_theta: float, defa
         original = context
     if kind == "yarn" and "factor" not in numbers:
         numbers["factor"] = context / original
+    scales = [float(rope.get(name) or 0) for name in ("mscale", "mscale_all_dim")]
+    if kind == "yarn" and "attention_factor" not in numbers and all(scales):
+        of, by = (1 + 0.1 * scale * math.log(max(numbers["factor"], 1)) for scale in scales)
+        numbers["attention_factor"] = of / by
     local_theta = local.get("rope_theta") or settings.get("rope_local_base_freq") or default_local_theta
     return RopeConfig(
         theta=float(rope.get("rope_theta") or settings.get("rope_theta") or default_theta),
