@@ -1,6 +1,7 @@
 """`python -m gpt_jax eval`: loads a model, evaluates it on a text, and prints the numbers."""
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -17,6 +18,10 @@ from gpt_jax.evaluate.loss import Tally, evaluate_corpus, evaluate_split
 from gpt_jax.evaluate.score import Scorer
 from gpt_jax.sample.run import load_model, newest_run, with_context
 
+MOST_CONTEXT = 2048
+"""Tokens of a window, at most, that nobody asked for: some models were made for a hundred thousand, in which a machine
+without an accelerator would spend hours."""
+
 
 @dataclass(frozen=True)
 class EvalArgs:
@@ -29,7 +34,8 @@ class EvalArgs:
     split: SplitName = "val"  # Of that folder: val or train. It is read as one stream of tokens.
     text: tuple[str, ...] = ()  # In its place: files, folders, globs or corpora. Each document is read on its own.
     text_field: str = "text"  # Field or column of JSON Lines and Parquet that holds the text.
-    context_length: int = 0  # Tokens that the model sees at one time; 0: as many as it was made for.
+    # Tokens that the model sees at one time; 0: as many as it was made for, but of a published model no more than 2048.
+    context_length: int = 0
     # Tokens from the start of a window to that of the next; None: context_length. With fewer, each token after the
     # first window is predicted from context_length - stride tokens or more, and more is computed.
     stride: int | None = None
@@ -53,7 +59,10 @@ def run_eval(args: EvalArgs) -> None:
     text_name, text = open_text(args, run)  # What is not there is told before a model is loaded.
     runtime.setup()
     model, params, tokenizer = load_model(run, args.checkpoint, args.model)
-    T = args.context_length or model.config.context_length
+    theirs = model.config.context_length
+    T = args.context_length or (theirs if run else min(theirs, MOST_CONTEXT))
+    if not args.context_length and theirs > T:
+        print(f"windows of {T:,} tokens, of the model's {theirs:,}; --context-length takes more", file=sys.stderr)
     stride = T if args.stride is None else args.stride
     model = with_context(model, T)
     check(1 <= stride <= T, "stride", stride, f"between 1 and context_length = {T}")

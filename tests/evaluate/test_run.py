@@ -14,10 +14,12 @@ import pytest
 from gpt_jax import runtime
 from gpt_jax.config import ModelConfig, RopeConfig
 from gpt_jax.errors import UserError
+from gpt_jax.evaluate import run as evaluate_run
 from gpt_jax.evaluate.run import EvalArgs, run_eval
 from gpt_jax.model.gpt import GPT
 from gpt_jax.sample.run import with_context
 from tests.cli import ROOT, TINY, records, refused, run
+from tests.interop.models import publish
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +146,21 @@ def test_rotary_positions_take_any_context() -> None:
         config = with_context(rotary, context_length).config
         assert config.context_length == context_length
         assert config.rope == RopeConfig(scaling="yarn", factor=4.0, original_context=16)  # Stretched as before.
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_long_context_has_to_be_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate_run, "MOST_CONTEXT", 8)
+    publish(tmp_path / "model")
+    (tmp_path / "one.txt").write_text("one two three " * 10)
+    args: dict[str, Any] = {"model": str(tmp_path / "model"), "text": (str(tmp_path / "one.txt"),), "json": True}
+    for context_length, expected, told in ((0, 8, 1), (8, 8, 0), (32, 32, 0)):
+        run_eval(EvalArgs(**args, context_length=context_length))
+        out, err = capsys.readouterr()
+        assert json.loads(out)["context_length"] == expected
+        assert err.count("windows of 8 tokens, of the model's 32; --context-length takes more\n") == told
 
 
 def test_a_missing_lm_eval_is_told() -> None:
