@@ -104,6 +104,11 @@ class HuggingFaceTokenizer:
         save_json(folder / CONFIG_FILE, self.config())
         return save_bytes(folder / JSON_FILE, self._definition)
 
+    def rules(self) -> dict[str, Any]:
+        """The content of `tokenizer.json`, every default spelled out."""
+        rules: dict[str, Any] = json.loads(self._tokenizer.to_str())
+        return rules
+
     def config(self) -> dict[str, Any]:
         """The content of `tokenizer_config.json`, for `read_settings` and for transformers."""
         template = {} if self.chat_template is None else {"chat_template": self.chat_template}

@@ -5,12 +5,12 @@ from pathlib import Path
 
 from gpt_jax.checkpoint import Checkpoints
 from gpt_jax.config import check, load_saved_config
-from gpt_jax.data.hf_tokenizer import HuggingFaceTokenizer
 from gpt_jax.errors import UserError
 from gpt_jax.export.model_card import model_card
 from gpt_jax.files import check_replaceable, replacing, save_json, whole_folder
 from gpt_jax.interop.save import StoredDType, generation_settings, in_a_family, model_settings, write_model
-from gpt_jax.interop.tokenizer_export import export_tokenizer
+from gpt_jax.interop.tokenizer_export import as_hugging_face, export_tokenizer
+from gpt_jax.interop.tokenizer_files import encodes_as_qwen2
 from gpt_jax.sample.run import choose_step, load_model, newest_run
 from gpt_jax.train.metrics import read_records
 
@@ -44,8 +44,11 @@ def run_export(args: ExportArgs) -> None:
         step = choose_step(checkpoints, args.checkpoint)
     model, params, tokenizer = load_model(run, str(step), "", args.context_length)
     exported, params, family = in_a_family(model.config, params)
-    if family.model_type == "qwen2" and not isinstance(tokenizer, HuggingFaceTokenizer):
-        raise UserError(f"{run} has Qwen2's architecture and a tokenizer of its own, which transformers would not load")
+    if family.model_type == "qwen2" and not encodes_as_qwen2(as_hugging_face(tokenizer)):
+        raise UserError(
+            f"{run} has Qwen2's architecture, for which transformers has fixed rules of cutting text into tokens; its "
+            "tokenizer has others, so that transformers would read texts in another way"
+        )
     try:
         with whole_folder(out) as folder:
             write_model(folder, family, exported, params, args.dtype)

@@ -232,6 +232,17 @@ def _byte_level(vocabulary: dict[str, int], merges: Sequence[str], pre: str) -> 
     return tokenizer
 
 
+def encodes_as_qwen2(tokenizer: HuggingFaceTokenizer) -> bool:
+    """Whether transformers' Qwen2Tokenizer, which takes vocabulary and merges from a folder and has its own rules for
+    the rest, encodes as `tokenizer` does."""
+    own, qwen2 = tokenizer.rules(), json.loads(_byte_level({}, [], "qwen2").to_str())
+    for rules in (own, qwen2):
+        for step in (rules["pre_tokenizer"] or {}).get("pretokenizers", []):
+            step.pop("trim_offsets", None)  # Decides where tokens are said to lie, and not which they are.
+    options = [{k: v or None for k, v in r["model"].items() if k not in ("vocab", "merges")} for r in (own, qwen2)]
+    return options[0] == options[1] and all(own[part] == qwen2[part] for part in ("normalizer", "pre_tokenizer"))
+
+
 def _wordpiece(vocabulary: str, settings: Mapping[str, Any]) -> HuggingFaceTokenizer:
     from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors
     from tokenizers.models import WordPiece

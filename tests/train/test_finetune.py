@@ -6,13 +6,20 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from gpt_jax.checkpoint import Checkpoints
 from gpt_jax.interop.load import load_pretrained
+from gpt_jax.interop.tokenizer_export import export_tokenizer
+from gpt_jax.interop.tokenizer_files import gguf_tokenizer
+from gpt_jax.model.gpt import forward, logits_NV
+from gpt_jax.sample.run import load_run
 from tests.cli import records, refused, run
 from tests.interop.models import LLAMA, publish
+from tests.interop.test_tokenizer_files import byte_level_fields
+from tests.published import random_texts
 
 SETTINGS = [
     "--model.context-length=16",
@@ -124,6 +131,47 @@ def test_export_and_load_again(adapted: Path, base: Path, tmp_path: Path) -> Non
     _, params, _ = load_pretrained(str(out))
     rounded = np.asarray(params["tokens_VD"])
     assert np.array_equal(rounded, rounded.astype("bfloat16").astype(np.float32))
+
+
+@pytest.mark.parity
+def test_transformers_opens_the_export_of_adapters(adapted: Path, tmp_path: Path) -> None:
+    """The same tokens, and the same logits within 1e-4."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    out = tmp_path / "exported"
+    run("export", "--run", adapted, "--out", out)
+    theirs, report = transformers.AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
+    assert not any(report[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    model, params, tokenizer = load_run(adapted)
+    ids = tokenizer.encode("the cat sat on 语")
+    assert transformers.AutoTokenizer.from_pretrained(out)("the cat sat on 语").input_ids == ids
+    tokens = np.array([ids[:16]])
+    hidden_ND = forward(model, params, jnp.asarray(tokens))[0]
+    ours = logits_NV(model, params, hidden_ND)[:, : tokenizer.vocab_size]
+    with torch.no_grad():
+        expected = theirs.eval()(torch.tensor(tokens)).logits[0].numpy()
+    np.testing.assert_allclose(ours, expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parity
+def test_only_tokenizers_that_qwen2_has_are_exported_with_its_architecture(base: Path, tmp_path: Path) -> None:
+    """transformers takes them for Qwen2's, whatever tokenizer_config.json says."""
+    transformers = pytest.importorskip("transformers")
+    for pre in ("qwen2", "gpt-2"):
+        folder = tmp_path / pre
+        tokenizer = gguf_tokenizer(byte_level_fields(pre=pre))
+        publish(folder / "model", dataclasses.replace(LLAMA, vocab_size=tokenizer.vocab_size, biases=("qkv",)))
+        export_tokenizer(tokenizer, folder / "model", 32)
+        init_from, data = f"--init-from={folder / 'model'}", f"--data.dir={folder / 'data'}"
+        train(base, folder / "run", init_from, data, "--train.steps=4")
+        export = ["export", "--run", folder / "run", "--out", folder / "out"]
+        if pre != "qwen2":
+            assert "Qwen2's architecture" in refused(*export)
+            continue
+        run(*export)
+        theirs = transformers.AutoTokenizer.from_pretrained(folder / "out")
+        assert type(theirs).__name__ == "Qwen2Tokenizer"
+        for text in random_texts()[:500]:
+            assert theirs(text).input_ids == tokenizer.encode(text)
 
 
 def test_wrong_requests(base: Path, adapted: Path, tmp_path: Path) -> None:
