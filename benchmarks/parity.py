@@ -41,11 +41,18 @@ def compute(worker: Worker, folder: Path) -> Computed:
 
 
 def compare(ours: Computed, theirs: Computed) -> dict[str, float]:
-    """The largest differences, measured as in TOLERANCES."""
+    """The largest differences, measured as in TOLERANCES; nan where anything is.
+
+    Raises UserError where one side has gradients that the other has not.
+    """
+    one_sided = ours.gradients.keys() ^ theirs.gradients.keys()
+    if one_sided:
+        raise UserError(f"only one of the two has gradients of {', '.join(sorted(one_sided))}")
     of_losses = np.abs(ours.losses - theirs.losses) / theirs.losses
     return {
         "loss": float(of_losses[0]),
-        "gradients": max(distance(ours.gradients[path], array) for path, array in theirs.gradients.items()),
+        # NumPy's max: Python's own drops a nan that is not the first.
+        "gradients": float(np.max([distance(ours.gradients[path], array) for path, array in theirs.gradients.items()])),
         "losses": float(of_losses.max()),
     }
 

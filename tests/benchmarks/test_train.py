@@ -57,6 +57,19 @@ def test_no_parity_is_one_line() -> None:
         parity.check(parity.compare(nothing, theirs), "float32", "ours and theirs")
 
 
+def test_a_nan_or_a_gradient_of_one_side_only_is_no_parity() -> None:
+    losses = np.array([2.0, 1.0])
+    ours = parity.Computed({"a": np.ones(3), "b": np.ones(3)}, losses)
+    nan = parity.Computed({"a": np.ones(3), "b": np.array([1.0, np.nan, 1.0])}, losses)
+    for pair in ((ours, nan), (nan, ours)):
+        with pytest.raises(UserError, match="gradients differ by nan"):
+            parity.check(parity.compare(*pair), "float32", "ours and theirs")
+    fewer = parity.Computed({"a": np.ones(3)}, losses)
+    for pair in ((ours, fewer), (fewer, ours)):
+        with pytest.raises(UserError, match="only one of the two has gradients of b"):
+            parity.compare(*pair)
+
+
 def test_an_unknown_preset_or_part_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="there is no preset huge on cpu; there are nano, baby"):
         train.chosen_presets(MACHINE, ("huge",))
