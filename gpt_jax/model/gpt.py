@@ -21,7 +21,7 @@ import numpy as np
 from gpt_jax.config import ModelConfig, RematName
 from gpt_jax.model import cache as kv
 from gpt_jax.model.attention import cached_attention, causal_attention
-from gpt_jax.model.layers import INIT_STD, RMSNorm, dropout, few_rows_product, fold_in, linear, lora_keys, norm
+from gpt_jax.model.layers import INIT_STD, RMSNorm, decoding_product, dropout, fold_in, linear, lora_keys, norm
 from gpt_jax.model.loss import hide_padding
 from gpt_jax.model.rope import rotate
 
@@ -245,7 +245,7 @@ def head_VD(params: Params) -> Any:
 def logits_NV(model: GPT, params: Params, hidden_ND: jax.Array) -> jax.Array:
     """The logits of hidden states, float32; -inf for the padding of the vocabulary."""
     head = head_VD(params).astype(hidden_ND.dtype)
-    return hide_padding(few_rows_product(hidden_ND, head), model.config.vocab_size)
+    return hide_padding(decoding_product(hidden_ND, head, jnp.float32), model.config.vocab_size)
 
 
 def rematerialised(layer: Any, policy: RematName) -> Any:

@@ -69,7 +69,7 @@ def prepare_params(params: Params, config: ModelConfig, donate: bool = False) ->
     """The parameters as decoding reads them fastest; those that are prepared already, as they are.
 
     Layers are unstacked: decoding would copy each out of the stack for every token. Kernels are transposed, for
-    `few_rows_product`. Matrices are rounded to the compute type of `config`, to which each product would convert them
+    `decoding_product`. Matrices are rounded to the compute type of `config`, to which each product would convert them
     for every token; so are embeddings, before they are added up.
 
     donate: the arrays that are given may be deleted, each when what is made of it is there, so that never more than one
