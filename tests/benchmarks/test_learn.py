@@ -1,5 +1,6 @@
 """The benchmark of learning runs, and its two sides learn the same."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -81,6 +82,84 @@ def test_the_initial_parameters_are_drawn_as_nanogpt_draws_them() -> None:
     assert set(arrays) > {"tokens_VD", "positions_TD", "layers/mlp/down/kernel", "final_norm/scale"}
     assert arrays["tokens_VD"].std() == pytest.approx(0.02, rel=0.1)
     assert arrays["layers/mlp/down/kernel"].std() == pytest.approx(0.02 / 2**0.5, rel=0.1)
+
+
+def test_the_draws_are_nanogpts(text: Path, tmp_path: Path) -> None:
+    """Against the order of drawing in nanoGPT's model.py and train.py, written down anew: on a CPU, without dropout."""
+    import torch
+    from torch import nn
+
+    from benchmarks.nanogpt import Draws
+
+    r, read = RECIPE, learn.read_text(str(text))
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.ln_1 = nn.LayerNorm(r.d_model, bias=False)
+            self.attn = nn.ModuleDict(
+                {
+                    "c_attn": nn.Linear(r.d_model, 3 * r.d_model, bias=False),
+                    "c_proj": nn.Linear(r.d_model, r.d_model, bias=False),
+                }
+            )
+            self.ln_2 = nn.LayerNorm(r.d_model, bias=False)
+            self.mlp = nn.ModuleDict(
+                {
+                    "c_fc": nn.Linear(r.d_model, 4 * r.d_model, bias=False),
+                    "c_proj": nn.Linear(4 * r.d_model, r.d_model, bias=False),
+                }
+            )
+
+    class GPT(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.transformer = nn.ModuleDict(
+                {
+                    "wte": nn.Embedding(read.vocab_size, r.d_model),
+                    "wpe": nn.Embedding(r.context_length, r.d_model),
+                    "h": nn.ModuleList([Block() for _ in range(r.n_layer)]),
+                    "ln_f": nn.LayerNorm(r.d_model, bias=False),
+                }
+            )
+            self.lm_head = nn.Linear(r.d_model, read.vocab_size, bias=False)
+            self.transformer["wte"].weight = self.lm_head.weight
+            self.apply(self._init_weights)
+            for name, parameter in self.named_parameters():
+                if name.endswith("c_proj.weight"):
+                    nn.init.normal_(parameter, mean=0.0, std=0.02 / (2 * r.n_layer) ** 0.5)
+
+        def _init_weights(self, module: nn.Module) -> None:
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, mean=0.0, std=0.02)
+
+    def get_batch(split: str) -> np.ndarray:
+        data = read.train if split == "train" else read.val
+        return torch.randint(len(data) - r.context_length, (r.batch_size,)).numpy()
+
+    Draws().write(dataclasses.asdict(r), str(text), str(tmp_path / "draws.npz"))
+    with np.load(tmp_path / "draws.npz") as file:
+        drawn = dict(file)
+
+    torch.manual_seed(r.seed)
+    state = GPT().state_dict()
+    for ours, theirs in (
+        ("tokens_VD", state["transformer.wte.weight"]),
+        ("positions_TD", state["transformer.wpe.weight"]),
+        ("layers/attention/out/kernel", state["transformer.h.0.attn.c_proj.weight"].T),
+        ("layers/mlp/up/kernel", state["transformer.h.0.mlp.c_fc.weight"].T),
+        ("layers/mlp/down/kernel", state["transformer.h.0.mlp.c_proj.weight"].T),
+    ):
+        np.testing.assert_array_equal(np.squeeze(drawn[f"parameters/{ours}"]), theirs.numpy())
+    train, train_eval, val_eval = [get_batch("train")], [], []
+    for iteration in range(r.steps + 1):
+        if iteration % r.eval_every == 0 or iteration == r.steps:
+            train_eval.append([get_batch("train") for _ in range(r.eval_batches)])
+            val_eval.append([get_batch("val") for _ in range(r.eval_batches)])
+        train.append(get_batch("train"))
+    np.testing.assert_array_equal(drawn["train"], train[: r.steps + 1])
+    np.testing.assert_array_equal(drawn["train_eval"], train_eval)
+    np.testing.assert_array_equal(drawn["val_eval"], val_eval)
 
 
 def test_the_learning_rate_is_that_of_gpt_jax() -> None:
