@@ -1,17 +1,19 @@
 """The same GPT in PyTorch and in JAX on this machine: python -m benchmarks [PART ...]
 
-Parts, each runnable alone: train, decode, learn, variants, scale, on a GPU largest (all of them without a name), and
-report, which writes the README's tables and the plots from what was measured. What has been measured already is not
-measured again, so an interrupted run continues.
+Parts, each runnable alone: train, decode, on a GPU largest, learn, variants, scale (all of them without a name, the
+most telling first), and report, which writes the README's tables and the plots from what was measured. What has been
+measured already, with the same versions and flags, is not measured again, so an interrupted run continues. A row that
+cannot be measured is told of, and the others go on; the exit status is 1 then.
 """
 
 import argparse
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks import decode, learn, machine, report, results, scale, train
+from benchmarks import decode, learn, machine, report, results, scale, train, worker
 from gpt_jax.errors import UserError
 
 README = Path(__file__).parent.parent / "README.md"
@@ -21,19 +23,24 @@ def main(argv: Sequence[str]) -> int:
     """Runs the parts; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument(
-        "parts", nargs="*", metavar="PART", help="train, decode, learn, largest, variants, scale, report"
+        "parts", nargs="*", metavar="PART", help="train, decode, largest, learn, variants, scale, report"
     )
     parser.add_argument("--rounds", type=int, default=3, help="rounds of each contestant (default: 3)")
     parser.add_argument("--preset", nargs="+", default=[], help="of train and variants: these presets only")
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 64], help="of decode: sequences at a time")
     parser.add_argument("--again", action="store_true", help="measure anew what has been measured already")
     parser.add_argument(
-        "--minutes", type=float, default=0, help="begin no measurement after this time (default: no limit)"
+        "--minutes",
+        type=float,
+        default=0,
+        help="begin nothing after this time, keep the whole rounds until then, and end within two minutes "
+        "(default: no limit)",
     )
+    parser.add_argument("--text", type=Path, help="of learn: the text (default: tiny Shakespeare, which is downloaded)")
     parser.add_argument("--out", type=Path, default=results.FOLDER, help="folder of the results")
     args = parser.parse_args(argv)
     try:
-        run(args)
+        failed = run(args)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
@@ -41,36 +48,49 @@ def main(argv: Sequence[str]) -> int:
         print(f"error: {e.filename}: {e.strerror}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on with what is missing", file=sys.stderr)
+        which = "without --again, the command" if args.again else "the same command"
+        print(f"interrupted; what was measured is kept, and {which} goes on with what is missing", file=sys.stderr)
         return 128 + signal.SIGINT
-    return 0
+    if failed:
+        print(f"error: not measured, for the reasons above: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
 
 
-def run(args: argparse.Namespace) -> None:
-    """Runs the parts that were asked for, in order of importance. Raises UserError."""
+def run(args: argparse.Namespace) -> list[str]:
+    """Runs the parts that were asked for, in order of importance; returns the rows that could not be measured.
+
+    Raises UserError for what was asked for and is not there.
+    """
     chosen = args.parts or list(PARTS) + ["report"]
     unknown = [part for part in chosen if part not in (*PARTS, "report")]
     if unknown:
         raise UserError(f"there is no part {unknown[0]}; there are {', '.join(PARTS)}, report")
     if args.rounds < 1:
         raise UserError(f"--rounds {args.rounds} must be 1 or more")
+    if args.text and not args.text.is_file():
+        raise UserError(f"--text {args.text}: there is no such file")
+    failed: list[str] = []
     measured = [part for part in PARTS if part in chosen]
     if measured:
+        if args.minutes:
+            worker.deadline = time.monotonic() + 60 * args.minutes
         here = machine.describe()
-        measurements = results.Results(args.out / machine.file_name(here), here, args.again, args.minutes)
+        measurements = results.Results(args.out / machine.file_name(here), here, args.again)
+        failed = measurements.failed
         print(f"{here['name']}: {', '.join(f'{name} {version}' for name, version in here['versions'].items())}")
         for part in measured:
             print(f"== {part}", flush=True)
             PARTS[part](measurements, here, args)
     if "report" in chosen:
         report.report(args.out, README)
+    return failed
 
 
 PARTS: dict[str, Callable[[results.Results, results.Row, argparse.Namespace], None]] = {
     "train": lambda measured, here, args: train.run(measured, here, args.rounds, tuple(args.preset)),
     "decode": lambda measured, here, args: decode.run(measured, here, args.rounds, tuple(args.batch)),
-    "learn": lambda measured, here, args: learn.run(measured, here, args.rounds),
     "largest": lambda measured, here, args: train.run_largest(measured, here, args.rounds),
+    "learn": lambda measured, here, args: learn.run(measured, here, args.rounds, path=args.text),
     "variants": lambda measured, here, args: train.run_variants(measured, here, args.rounds, tuple(args.preset)),
     "scale": lambda measured, here, args: scale.run(measured, here, args.rounds),
 }

@@ -24,7 +24,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks.results import Results, Row, ratios, spread
-from benchmarks.worker import ENVIRONMENT, LIMIT_SECONDS, ROOT, FailedError, Worker, peak_memory
+from benchmarks.worker import (
+    ENVIRONMENT,
+    ROOT,
+    FailedError,
+    Worker,
+    limit_seconds,
+    peak_memory,
+    take_turns,
+    too_late,
+)
 from gpt_jax.config import ModelConfig, OptimizerConfig
 from gpt_jax.errors import UserError
 
@@ -174,6 +183,7 @@ class Run:
     curve: list[Point]
     whole_val_loss: float
     peak_bytes: int | None
+    memory: Row | None = None
 
     def reached(self, target: float) -> Point | None:
         """The first evaluation at which the loss, to two decimals as nanoGPT tells its own, was down to the target."""
@@ -192,24 +202,11 @@ def run(
     path: Path | None = None,
     own_arguments: Sequence[str] = OWN_ARGUMENTS,
 ) -> None:
-    """Measures the row, unless it is there already or there is no text.
+    """Measures the row, unless it is there already.
 
     path: the text, in place of tiny Shakespeare; own_arguments: those of `gpt_jax train` for its own recipe.
-    Raises UserError when gpt_jax fails, or when the losses of the two sides differ.
     """
-    if not results.missing(NAME):
-        return
-    try:
-        path = path or find_text()
-    except UserError as e:
-        print(f"{NAME}: left out: {e}", flush=True)
-        return
-    print(f"{NAME}: {recipe.describe()}", flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            results.put(NAME, compare(recipe, path, machine, rounds, Path(folder), own_arguments))
-        except FailedError as e:
-            raise UserError(f"{NAME}: gpt_jax failed: {e}") from e
+    results.measure(NAME, recipe.describe(), compare, recipe, path, machine, rounds, own_arguments)
 
 
 def find_text() -> Path:
@@ -221,13 +218,19 @@ def find_text() -> Path:
     return shakespeare()
 
 
-def compare(recipe: Recipe, path: Path, machine: Row, rounds: int, folder: Path, own_arguments: Sequence[str]) -> Row:
-    """The row. Raises FailedError when gpt_jax fails, and UserError when the losses of the two sides differ."""
+def compare(recipe: Recipe, path: Path | None, machine: Row, rounds: int, own_arguments: Sequence[str]) -> Row:
+    """The row. Raises FailedError when gpt_jax fails, and UserError when there is no text, or when the losses of the
+    two sides differ."""
+    path = path or find_text()
+    with tempfile.TemporaryDirectory() as folder:
+        return race(recipe, path.absolute(), machine, rounds, Path(folder), own_arguments)
+
+
+def race(recipe: Recipe, path: Path, machine: Row, rounds: int, folder: Path, own_arguments: Sequence[str]) -> Row:
+    """As `compare`, with a folder for what the contestants share."""
     on_cpu = machine["platform"] == "cpu"
     devices = 0 if on_cpu else 1  # On CPU what `train.py` would choose, and one accelerator, as PyTorch has.
     data, draws = folder / "data", str(folder / "draws.npz")
-    with started(["gpt_jax", "prepare", str(path), "--out", str(data), "--model-type", "char"], subprocess.DEVNULL):
-        pass
     write_draws(recipe, path, draws)
     spec = {"recipe": dataclasses.asdict(recipe), "path": str(path), "draws": draws}
 
@@ -244,15 +247,25 @@ def compare(recipe: Recipe, path: Path, machine: Row, rounds: int, folder: Path,
         eager, compiled = PYTORCH
         contestants[eager] = script("learn_torch", compiled=False)
         contestants[compiled] = script("learn_torch", compiled=True)
-    runs, failed = take_turns({**contestants, OWN_RECIPE: own_recipe}, rounds, recipe.target)
-    for needed in (OURS, OWN_RECIPE):
-        if needed in failed:
-            raise FailedError(failed[needed])
+    failed: dict[str, str] = {}
+    try:
+        prepare = ["gpt_jax", "prepare", str(path), "--out", str(data), "--model-type", "char"]
+        with started(prepare, subprocess.DEVNULL):
+            pass
+        contestants[OWN_RECIPE] = own_recipe
+    except FailedError as e:  # The commands need packages that the rest does without: command line, tokenizers.
+        failed[OWN_RECIPE] = f"gpt_jax prepare {e}"
+        print(f"  {OWN_RECIPE} is out: {failed[OWN_RECIPE]}", flush=True)
+    runs = take_turns(
+        contestants, rounds, lambda run: run(), lambda turn, name, done: show(turn, name, done, recipe.target), failed
+    )
+    if OURS in failed:
+        raise FailedError(f"gpt_jax failed: {failed[OURS]}")
     others = [name for name in PYTORCH if name in runs]
     return {
         "recipe": recipe.describe(),
         "target": recipe.target,
-        "rounds": rounds,
+        "rounds": len(runs[OURS]),
         "notes": NOTES,
         "failed": failed,
         "parity": {name: check_parity(runs[OURS][0], runs[name][0], name) for name in others},
@@ -280,7 +293,7 @@ def initial_parameters(draws: str) -> dict[str, np.ndarray]:
 def started(arguments: list[str], stdout: int) -> Iterator[subprocess.Popen[str]]:
     """`python -m ...`, which is waited for at the end, or killed when the referee is interrupted.
 
-    stdout: as Popen's. Raises FailedError when the process fails or takes too long.
+    stdout: as Popen's. Raises FailedError when the process fails or takes too long, and OutOfTimeError.
     """
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
@@ -291,7 +304,8 @@ def started(arguments: list[str], stdout: int) -> Iterator[subprocess.Popen[str]
             cwd=ROOT,
             env={**os.environ, **ENVIRONMENT},
         )
-        timer = threading.Timer(LIMIT_SECONDS, process.kill)
+        limit, begin = limit_seconds(), time.monotonic()
+        timer = threading.Timer(limit, process.kill)
         timer.start()
         try:
             yield process
@@ -302,6 +316,8 @@ def started(arguments: list[str], stdout: int) -> Iterator[subprocess.Popen[str]
             process.wait()
             if process.stdout:
                 process.stdout.close()
+        if status and time.monotonic() - begin >= limit:
+            raise too_late(limit)
         if status:
             log.seek(0)
             lines = log.read().split("\n")
@@ -342,26 +358,6 @@ def follow_command(arguments: list[str], metrics: Path, on_cpu: bool) -> Run:
     return Run(curve, curve[-1].val_loss, peak_bytes if on_cpu and peak_bytes else None)
 
 
-def take_turns(
-    contestants: dict[str, Callable[[], Run]], rounds: int, target: float
-) -> tuple[dict[str, list[Run]], dict[str, str]]:
-    """The runs of each contestant, who take turns, the order reversed every other round; and why others are out."""
-    runs: dict[str, list[Run]] = {name: [] for name in contestants}
-    failed: dict[str, str] = {}
-    for turn in range(rounds):
-        for name in list(runs) if turn % 2 == 0 else list(runs)[::-1]:
-            try:
-                done = contestants[name]()
-            except FailedError as e:
-                failed[name] = str(e)
-                del runs[name]
-                print(f"  {name} is out: {e}", flush=True)
-                continue
-            runs[name].append(done)
-            show(turn, name, done, target)
-    return runs, failed
-
-
 def show(turn: int, name: str, done: Run, target: float) -> None:
     """Prints how a run went."""
     at, last = done.reached(target), done.curve[-1]
@@ -400,6 +396,7 @@ def summary(runs: list[Run], target: float) -> Row:
         "val_loss": last.val_loss,
         "whole_val_loss": median.whole_val_loss,
         "peak_bytes": max(peaks) if peaks else None,
+        "memory": median.memory,
         "curve": [[point.seconds, point.iterations, point.val_loss] for point in median.curve],
     }
 

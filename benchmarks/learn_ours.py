@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.learn import Recipe, Windows, initial_parameters, read_text, say, whole_val
-from benchmarks.worker import peak_memory
+from benchmarks.ours import bytes_of, temporary_bytes
+from benchmarks.worker import peak_memory, resident_memory
 from gpt_jax import runtime
 from gpt_jax.config import Config, DataConfig, ParallelConfig
 from gpt_jax.data.loader import Prefetch
@@ -36,6 +37,7 @@ def main(recipe: Recipe, path: str, draws: str, devices: int) -> None:
     )
     runtime.setup(runtime.choose_cpu_devices(config))
     placement = Placement(runtime.choose_devices(config))
+    libraries = resident_memory()
     model = GPT(resolve(config.model, runtime.platform_name(placement.devices[0])))
     optimizer = make_optimizer(config.optimizer, recipe.steps)
     schedule = learning_rate_schedule(config.optimizer, recipe.steps)
@@ -78,9 +80,15 @@ def main(recipe: Recipe, path: str, draws: str, devices: int) -> None:
 
     stats = placement.devices[0].memory_stats()
     peak_bytes = int(stats["peak_bytes_in_use"]) if stats else peak_memory()
+    memory = {
+        "libraries": libraries,
+        "state": bytes_of(state),
+        "temporaries": temporary_bytes(train_step, state, tokens) * placement.n_devices,
+    }
     say(
         whole_val_loss=mean_loss(state.params, (put(*batch) for batch in whole_val(recipe, text))),
         peak_bytes=peak_bytes,
+        memory=memory,
     )
 
 

@@ -12,8 +12,9 @@ from torch.nn import functional as F  # noqa: N812 (as everybody calls it)
 
 from benchmarks.learn import Recipe, Windows, initial_parameters, read_text, say, whole_val
 from benchmarks.machine import torch_device
+from benchmarks.theirs import bytes_of_state
 from benchmarks.torch_gpt import TorchGPT, load, make_adamw, mean_loss
-from benchmarks.worker import peak_memory
+from benchmarks.worker import peak_memory, resident_memory
 
 
 def main(recipe: Recipe, path: str, draws: str, compiled: bool) -> None:
@@ -24,6 +25,7 @@ def main(recipe: Recipe, path: str, draws: str, compiled: bool) -> None:
     text = read_text(path)
     windows = Windows(recipe, text, draws)
     device, _ = torch_device()
+    libraries = resident_memory()
     model = TorchGPT(recipe.model(text.vocab_size))
     load(model, initial_parameters(draws))
     model.to(device).train()
@@ -78,7 +80,8 @@ def main(recipe: Recipe, path: str, draws: str, compiled: bool) -> None:
             evaluate(next(numbers), iterations)
 
     peak_bytes = torch.cuda.max_memory_allocated() if device == "cuda" else peak_memory()
-    say(whole_val_loss=whole_loss(whole_val(recipe, text)), peak_bytes=peak_bytes)
+    memory = {"libraries": libraries, "state": bytes_of_state(model, optimizer)}
+    say(whole_val_loss=whole_loss(whole_val(recipe, text)), peak_bytes=peak_bytes, memory=memory)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """What machine this is, and what its memory and its matrix units can do at best, measured."""
 
+import functools
 import os
 import platform
 import re
@@ -164,10 +165,12 @@ def file_name(machine: dict[str, Any]) -> str:
     return re.sub(r"[^a-z0-9]+", "-", machine["name"].lower()).strip("-") + ".json"
 
 
+@functools.cache
 def measure(what: str) -> float:
-    """The machine's "bandwidth" or "device_memory", as PyTorch measures it, or the better "matmul" of both libraries.
+    """The machine's "device_memory", as PyTorch tells it, or the better "matmul" of both libraries.
 
-    Each is measured in a process of its own, which is gone afterwards. Raises FailedError.
+    Measured once a run, each in a process of its own, which is gone afterwards: what shares are of is then the same in
+    all rows. Raises FailedError and OutOfTimeError.
     """
     found = []
     for probe in ("TorchProbe", "JaxProbe") if what == "matmul" else ("TorchProbe",):

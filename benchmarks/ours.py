@@ -10,7 +10,7 @@ import numpy as np
 import optax
 
 from benchmarks.presets import OPTIMIZER, from_spec, random_tokens
-from benchmarks.worker import peak_memory, seconds_of
+from benchmarks.worker import peak_memory, resident_memory, seconds_of
 from gpt_jax import runtime
 from gpt_jax.config import Config, DataConfig, ParallelConfig
 from gpt_jax.model.backend import resolve
@@ -52,6 +52,7 @@ class Training:
         runtime.setup(runtime.choose_cpu_devices(config))
         self.placement = Placement(runtime.choose_devices(config))
         self.model = GPT(resolve(self.preset.model, runtime.platform_name(self.placement.devices[0])))
+        self.libraries = resident_memory()
         self.train_step, self.make_state = self.build(make_optimizer(OPTIMIZER, 1))
         self.start()
 
@@ -116,6 +117,22 @@ class Training:
         """Most memory that was in use so far."""
         stats = self.placement.devices[0].memory_stats()
         return int(stats["peak_bytes_in_use"]) if stats else peak_memory()
+
+    def memory(self) -> dict[str, int]:
+        """Bytes, by kind: the process with its libraries and devices, before there was any array; the state, on all
+        devices; and the temporaries of a step, by the account that XLA gives. To be called after a step."""
+        temporaries = temporary_bytes(self.train_step, self.state, self.tokens(0)) * self.placement.n_devices
+        return {"libraries": self.libraries, "state": bytes_of(self.state), "temporaries": temporaries}
+
+
+def temporary_bytes(step: Any, *arguments: Any, **static: Any) -> int:
+    """Bytes that a compiled function needs besides its arguments and results, on each device, as XLA says."""
+    return step.lower(*arguments, **static).compile().memory_analysis().temp_size_in_bytes
+
+
+def bytes_of(tree: Any) -> int:
+    """Bytes of a tree's arrays, on all the devices that they lie on."""
+    return sum(shard.data.nbytes for x in jax.tree.leaves(tree) for shard in x.addressable_shards)
 
 
 def write_tree(path: str, tree: Any) -> None:

@@ -1,14 +1,13 @@
 """What was measured: one JSON file a machine, written after every row, so that an interrupted run continues."""
 
 import json
-import math
 import statistics
 import subprocess
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.worker import FailedError, OutOfTimeError, time_is_over
 from gpt_jax.errors import UserError
 from gpt_jax.files import save_json
 
@@ -29,35 +28,68 @@ def ratios(theirs: Sequence[float], ours: Sequence[float]) -> dict[str, float]:
 class Results:
     """The rows measured on a machine, by name."""
 
-    def __init__(self, path: Path, machine: Row, again: bool = False, minutes: float = 0) -> None:
-        """Reads what is there already. again: measure every row anew, and replace it then; minutes: begin no row
-        after that time; 0: no limit. Raises UserError when the file is not one of ours."""
+    def __init__(self, path: Path, machine: Row, again: bool = False) -> None:
+        """Reads what is there already. again: measure every row anew, and replace it then. Raises UserError when the
+        file is not one of ours."""
         self.path, self.machine = path, machine
-        self.deadline = time.monotonic() + 60 * minutes if minutes else math.inf
         try:
             self.rows: dict[str, Row] = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else {}
         except (ValueError, KeyError, TypeError) as e:
             raise UserError(f"{path} holds no measurements that could be added to; move it away") from e
         self.stale = set(self.rows) if again else set()
+        self.failed: list[str] = []
+
+    def measure(self, name: str, line: str, make: Callable[..., Row], *arguments: Any) -> None:
+        """Keeps the row that `make(*arguments)` measures, unless it is there; `line` tells what it is.
+
+        What keeps it from being measured is told in one line, the name goes into `failed`, and the caller goes on.
+        """
+        if not self.missing(name):
+            return
+        print(f"{name}: {line}", flush=True)
+        try:
+            self.put(name, make(*arguments))
+        except OutOfTimeError:
+            print(f"{name}: left out, the time was over before a whole round", flush=True)
+        except (UserError, FailedError) as e:
+            print(f"{name}: not measured: {e}", flush=True)
+            self.failed.append(name)
 
     def missing(self, name: str) -> bool:
-        """Whether the row is still to be measured; says so where it is not."""
-        if name in self.rows and name not in self.stale:
+        """Whether the row is still to be measured; says so where it is not, and where it is to be measured anew."""
+        changed = self.changed(name) if name in self.rows and name not in self.stale else ""
+        if name in self.rows and name not in self.stale and not changed:
             print(f"{name}: measured already; --again measures it anew", flush=True)
             return False
-        if time.monotonic() > self.deadline:
+        if time_is_over():
             print(f"{name}: left out, the time is over; the same command goes on with it", flush=True)
             return False
+        if changed:
+            print(f"{name}: measured anew, because it was measured with {changed}", flush=True)
         return True
 
+    def under(self) -> dict[str, Row]:
+        """What a row is measured with: versions, flags, and all else that is known of the machine."""
+        apart = ("versions", "flags")
+        machine = {key: value for key, value in self.machine.items() if key not in apart}
+        return {**{kind: self.machine[kind] for kind in apart}, "machine": machine}
+
+    def changed(self, name: str) -> str:
+        """What a row was measured with and is not there now, in a few words; empty where all is the same."""
+        before = self.rows[name].get("under", {})
+        for kind, now in self.under().items():
+            was = before.get(kind, {})
+            for key in (*now, *was):
+                if was.get(key) != now.get(key):
+                    return f"{key} {was.get(key, 'not recorded')}, and it is {now.get(key, 'not there')} now"
+        return ""
+
     def put(self, name: str, row: Row) -> None:
-        """Keeps a row, with the commit and the versions that it was measured with."""
-        under = {"commit": commit(), "versions": self.machine["versions"], "flags": self.machine["flags"]}
-        self.rows[name] = {**row, "under": under}
+        """Keeps a row, with the commit and what it was measured with."""
+        self.rows[name] = {**row, "under": {"commit": commit(), **self.under()}}
         self.stale.discard(name)
-        self.path.parent.mkdir(exist_ok=True)
-        machine = {key: value for key, value in self.machine.items() if key not in ("versions", "flags")}
-        save_json(self.path, {"machine": machine, "rows": self.rows})
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        save_json(self.path, {"machine": self.under()["machine"], "rows": self.rows})
 
 
 def commit() -> str:

@@ -57,28 +57,32 @@ def run(
 ) -> None:
     """Measures a row for each axis (context, batch, depth), and one of compile time against depth.
 
-    base and axes: what is measured, where it is not what belongs to the machine's platform. Raises UserError when the
-    contestants do not compute the same at the base.
+    base and axes: what is measured, where it is not what belongs to the machine's platform.
     """
     on_cpu = machine["platform"] == "cpu"
     base = base or (CPU_BASE if on_cpu else BASE)
     axes = axes or (CPU_AXES if on_cpu else AXES)
     measured: dict[Preset, Point] = {}  # The axes meet at the base, and unrolled layers are compiled for two of them.
-    for axis, values in axes.items():
-        if results.missing(f"scale/{axis}"):
-            for preset in (at(base, axis, x) for x in values):
-                if preset not in measured:
-                    measured[preset] = measure(preset, machine, rounds, check=preset == base)
-            row = step_times(axis, {x: measured[at(base, axis, x)] for x in values})
-            results.put(f"scale/{axis}", {"base": base.spec(), "rounds": rounds, **row})
-    if results.missing("scale/compile"):
+
+    def steps(axis: str, values: Sequence[int]) -> Row:
+        for preset in (at(base, axis, x) for x in values):
+            if preset not in measured:
+                measured[preset] = measure(preset, machine, rounds, check=preset == base)
+        row = step_times(axis, {x: measured[at(base, axis, x)] for x in values})
+        return {"base": base.spec(), "rounds": rounds, **row}
+
+    def compiling() -> Row:
         compiled: dict[str, dict[int, Point]] = {}
         for name, unroll in (("scan", False), ("unroll", True)):
             by_depth = {x: at(base, "depth", x, unroll=unroll) for x in axes["depth"]}
             compiled[name] = {
                 x: measured.get(preset) or measure(preset, machine, 1, alone=True) for x, preset in by_depth.items()
             }
-        results.put("scale/compile", {"base": base.spec(), "rounds": 1, **compile_times(compiled)})
+        return {"base": base.spec(), "rounds": 1, **compile_times(compiled)}
+
+    for axis, values in axes.items():
+        results.measure(f"scale/{axis}", ", ".join(map(str, values)), steps, axis, values)
+    results.measure("scale/compile", "layers scanned and unrolled, by depth", compiling)
 
 
 def step_times(axis: str, measured: Mapping[int, Point]) -> Row:

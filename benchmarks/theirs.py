@@ -10,7 +10,7 @@ from torch import nn
 from benchmarks.machine import torch_device
 from benchmarks.presets import OPTIMIZER, from_spec, random_tokens
 from benchmarks.torch_gpt import Arrays, TorchGPT, load, make_adamw, mean_loss, to_ours, to_theirs
-from benchmarks.worker import peak_memory, seconds_of
+from benchmarks.worker import peak_memory, resident_memory, seconds_of
 from gpt_jax.config import ModelConfig
 
 
@@ -21,6 +21,7 @@ class Training:
         """preset: a Preset's spec; parameters: the file with ours, to start from."""
         self.preset, self.parameters, self.compiled = from_spec(preset), parameters, compiled
         self.device, self.synchronize = torch_device()
+        self.libraries = resident_memory()
         self.bfloat16 = self.preset.model.dtype == "bfloat16"
         self.loss = torch.compile(mean_loss) if compiled else mean_loss
         self.model = self.make_model(read_arrays(parameters)).to(self.device).train()
@@ -85,6 +86,17 @@ class Training:
     def peak_bytes(self) -> int:
         """Most memory that was in use so far."""
         return torch.cuda.max_memory_allocated() if self.device == "cuda" else peak_memory()
+
+    def memory(self) -> dict[str, int]:
+        """Bytes, by kind: the process with its libraries, before there was any array; and the state, parameters and
+        optimizer's. To be called after a step."""
+        return {"libraries": self.libraries, "state": bytes_of_state(self.model, self.optimizer)}
+
+
+def bytes_of_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of the parameters, and of what the optimizer keeps."""
+    kept = [x for values in optimizer.state.values() for x in values.values() if isinstance(x, torch.Tensor)]
+    return sum(x.nbytes for x in (*model.parameters(), *kept))
 
 
 class HuggingFaceTraining(Training):

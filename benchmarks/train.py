@@ -5,6 +5,7 @@ the same, and then they take turns, a round of steps each, while the others wait
 """
 
 import dataclasses
+import math
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,16 +15,14 @@ from benchmarks import parity
 from benchmarks.machine import measure
 from benchmarks.presets import Preset, presets
 from benchmarks.results import Results, Row, ratios, spread
-from benchmarks.worker import FailedError, Worker, take_turns
+from benchmarks.worker import FailedError, OutOfTimeError, Worker, take_turns
 from gpt_jax.config import ModelConfig
 from gpt_jax.errors import UserError
 
 OURS = "gpt_jax"
 PYTORCH = ("pytorch, eager", "pytorch, compiled")
-WHY_MORE_MEMORY = (
-    "gpt_jax has the higher peak: XLA and the programs that it compiles are part of the process, "
-    "and where there are several CPU devices, each has the whole state"
-)
+TRIES = 5
+"""Batches that are tried in search of the largest one, at most."""
 WARM_UP = 1_000_000
 """The first batch of the steps that are not timed; those that are have smaller numbers."""
 
@@ -31,36 +30,50 @@ WARM_UP = 1_000_000
 def run(results: Results, machine: Row, rounds: int, names: tuple[str, ...] = ()) -> None:
     """Ours against PyTorch's, for each preset of the machine's platform, or those named."""
     for preset in chosen_presets(machine, names):
-        row_name = f"train/{preset.name}"
-        if results.missing(row_name):
-            print(f"{row_name}: {describe(preset)}", flush=True)
-            results.put(row_name, compare_with_pytorch(preset, machine, rounds))
+        results.measure(f"train/{preset.name}", describe(preset), compare_with_pytorch, preset, machine, rounds)
 
 
 def run_variants(results: Results, machine: Row, rounds: int, names: tuple[str, ...] = ()) -> None:
-    """Ours, as it chooses to run, against ours with other placements, loops and attentions."""
+    """Ours, as it chooses to run, against ours with other placements, loops and attentions; unless presets are named,
+    in the type that the platform is fast in."""
+    usual = "float32" if machine["platform"] == "cpu" else "bfloat16"
     for preset in chosen_presets(machine, names):
-        row_name = f"variants/{preset.name}"
-        if results.missing(row_name):
-            print(f"{row_name}: {describe(preset)}", flush=True)
-            workers = {name: Worker("benchmarks.ours:Training", **spec) for name, spec in variants(preset, machine)}
-            try:
-                results.put(row_name, time_training(preset, machine, rounds, workers, None))
-            finally:
-                close(workers)
+        if names or preset.model.dtype == usual:
+            results.measure(f"variants/{preset.name}", describe(preset), compare_variants, preset, machine, rounds)
+
+
+def compare_variants(preset: Preset, machine: Row, rounds: int) -> Row:
+    """The row of a preset's variants; one that comes to a program that is there already is left out."""
+    workers: dict[str, Worker] = {}
+    known: list[Row] = []
+    try:
+        for name, spec in variants(preset, machine):
+            workers[name] = Worker("benchmarks.ours:Training", **spec)
+            how = workers[name].ask("how")
+            if how in known:
+                workers.pop(name).close()
+            known.append(how)
+        return time_training(preset, machine, rounds, workers, None)
+    finally:
+        close(workers)
 
 
 def run_largest(results: Results, machine: Row, rounds: int, name: str = "gpt2") -> None:
     """On a GPU: each contestant by itself, with the largest batch that its memory holds. Not in turns: two would not
     fit, and a step then takes long enough for the clock to be the smaller trouble."""
     row_name = f"train/{name}-largest-batch"
-    if machine["platform"] != "gpu" or not results.missing(row_name):
+    if machine["platform"] != "gpu":
         return
     known = results.rows.get(f"train/{name}")
     if known is None:
         print(f"{row_name}: left out: train/{name} is to be measured first", flush=True)
         return
     preset = presets(machine["platform"])[name]
+    results.measure(row_name, f"as train/{name}, with other batches", compare_largest, preset, known, machine, rounds)
+
+
+def compare_largest(preset: Preset, known: Row, machine: Row, rounds: int) -> Row:
+    """The row; known: that of the preset at its own batch. Raises FailedError when ours has no larger batch."""
     memory = measure("device_memory")
     rows: dict[str, Row] = {}
     failed: dict[str, str] = {}
@@ -68,34 +81,28 @@ def run_largest(results: Results, machine: Row, rounds: int, name: str = "gpt2")
         parameters = str(Path(folder) / "parameters.npz")
         with Worker("benchmarks.ours:Training", preset=preset.spec(), devices=1) as worker:
             worker.ask("write_parameters", path=parameters)
-        specs: dict[str, tuple[str, Row]] = {OURS: ("benchmarks.ours:Training", {"devices": 1})}
+        # PyTorch may take all of the memory, so that JAX may, too: by itself it would stop at three quarters.
+        all_of_it = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}
+        specs: dict[str, Row] = {OURS: {"target": "benchmarks.ours:Training", "environment": all_of_it, "devices": 1}}
         for other in PYTORCH:
             compiled = other == "pytorch, compiled"
-            specs[other] = ("benchmarks.theirs:Training", {"parameters": parameters, "compiled": compiled})
-        for contestant, (target, arguments) in specs.items():
-            if contestant not in known["contestants"]:
-                continue
-            batch = batch_that_fits(preset, known["contestants"][contestant]["peak_bytes"], memory)
-            while batch > preset.batch_size:
-                larger = dataclasses.replace(preset, batch_size=batch, steps=5)
-                try:
-                    with Worker(target, preset=larger.spec(), **arguments) as worker:
-                        rows[contestant] = time_alone(larger, machine, rounds, worker)
-                except FailedError as e:
-                    print(f"  {contestant}: batch {batch}: {e}", flush=True)
-                    failed[contestant] = f"batch {batch}: {e}"
-                    batch = int(0.85 * batch) // 4 * 4
-                    continue
-                failed.pop(contestant, None)
-                break
+            specs[other] = {"target": "benchmarks.theirs:Training", "parameters": parameters, "compiled": compiled}
+        for contestant, spec in specs.items():
+            if contestant in known["contestants"]:
+                guess = batch_that_fits(preset, known["contestants"][contestant]["peak_bytes"], memory)
+                found = with_largest_batch(contestant, spec, preset, guess, machine, rounds)
+                if isinstance(found, str):
+                    failed[contestant] = found
+                else:
+                    rows[contestant] = found
     if OURS not in rows:
-        print(f"{row_name}: left out: gpt_jax has no larger batch than {preset.batch_size}", flush=True)
-        return
-    row = {**known, "rounds": rounds, "parity": {}, "contestants": rows, "failed": failed, "notes": []}
-    row["notes"].append(
-        "one contestant after the other, each with the largest batch that its memory holds: "
-        + ", ".join(f"{name} {found['how']['batch']}" for name, found in rows.items())
-    )
+        raise FailedError(f"gpt_jax has no larger batch than {preset.batch_size}")
+    batches = ", ".join(f"{name} {found['how']['batch']}" for name, found in rows.items())
+    notes = [
+        f"one contestant after the other, each with the largest batch that its memory holds: {batches}",
+        f"that all compute the same was checked at a batch of {preset.batch_size} only",
+    ]
+    row = {**known, "rounds": rounds, "parity": {}, "contestants": rows, "failed": failed, "notes": notes}
     row.pop("times_as_fast", None)
     others = [other for other in PYTORCH if other in rows]
     if others:
@@ -108,7 +115,35 @@ def run_largest(results: Results, machine: Row, rounds: int, name: str = "gpt2")
             "min": ours["min"] / theirs["max"],
             "max": ours["max"] / theirs["min"],
         }
-    results.put(row_name, row)
+    return row
+
+
+def with_largest_batch(contestant: str, spec: Row, preset: Preset, batch: int, machine: Row, rounds: int) -> Row | str:
+    """The figures with the largest batch that was found to fit, or why none larger than the preset's does.
+
+    Begins with `batch`, goes up by a sixth where that fits, and down where it does not, until it would meet what it
+    knows already.
+    """
+    fits, fails = preset.batch_size, math.inf
+    found: Row | str = f"no batch larger than {fits} was tried: {batch} is guessed to fit"
+    for _ in range(TRIES):
+        if not fits < batch < fails:
+            break
+        larger = dataclasses.replace(preset, batch_size=batch, steps=5)
+        try:
+            with Worker(preset=larger.spec(), **spec) as worker:
+                found, fits = time_alone(larger, machine, rounds, worker), batch
+            batch = 7 * batch // 6 // 4 * 4
+        except FailedError as e:
+            print(f"  {contestant}: batch {batch}: {e}", flush=True)
+            fails, batch = batch, 6 * batch // 7 // 4 * 4
+            if isinstance(found, str):
+                found = f"batch {fails}: {e}"
+        except OutOfTimeError:
+            if isinstance(found, str):
+                raise
+            break
+    return found
 
 
 def batch_that_fits(preset: Preset, peak_bytes: int, memory: float) -> int:
@@ -126,7 +161,8 @@ def time_alone(preset: Preset, machine: Row, rounds: int, worker: Worker) -> Row
     seconds = [worker.ask("seconds", first=turn * preset.steps, count=preset.steps) for turn in range(rounds)]
     how = {**worker.ask("how"), "batch": preset.batch_size}
     print(f"  batch {preset.batch_size}: {1e3 * spread(seconds)['median']:.1f} ms a step", flush=True)
-    return figures(preset, machine, seconds, first, worker.ask("peak_bytes"), how, peak(preset.model, machine)[0])
+    peak_bytes, held = worker.ask("peak_bytes"), worker.ask("memory")
+    return figures(preset, machine, seconds, first, peak_bytes, held, how, peak(preset.model, machine)[0])
 
 
 def chosen_presets(machine: Row, names: tuple[str, ...]) -> list[Preset]:
@@ -172,7 +208,7 @@ def default_devices(machine: Row) -> int:
 
 
 def compare_with_pytorch(preset: Preset, machine: Row, rounds: int) -> Row:
-    """The row of a preset. Raises UserError when the contestants do not compute the same."""
+    """The row of a preset. Raises as `time_training`."""
     with tempfile.TemporaryDirectory() as name:
         parameters = str(Path(name) / "parameters.npz")
         workers = {OURS: Worker("benchmarks.ours:Training", preset=preset.spec(), devices=default_devices(machine))}
@@ -185,27 +221,38 @@ def compare_with_pytorch(preset: Preset, machine: Row, rounds: int) -> Row:
                 if preset.hugging_face:
                     workers["transformers"] = Worker("benchmarks.theirs:HuggingFaceTraining", **theirs)
             return time_training(preset, machine, rounds, workers, Path(name))
-        except FailedError as e:
-            raise UserError(f"{preset.name}: gpt_jax failed: {e}") from e
         finally:
             close(workers)
 
 
 def time_training(preset: Preset, machine: Row, rounds: int, workers: dict[str, Worker], folder: Path | None) -> Row:
-    """Compiles, warms up, checks parity if there is a folder for the arrays, and times in turns."""
+    """Compiles, warms up, checks parity if there is a folder for the arrays, and times in turns.
+
+    Raises UserError when the contestants do not compute the same, and FailedError when ours fails.
+    """
     failed: dict[str, str] = {}
-    first_seconds = once(workers, failed, lambda worker: worker.ask("seconds", first=WARM_UP, count=1))
-    once(workers, failed, lambda worker: worker.ask("seconds", first=WARM_UP, count=preset.steps))
-    peak_bytes = once(workers, failed, lambda worker: worker.ask("peak_bytes"))
-    how = once(workers, failed, lambda worker: worker.ask("how"))
+
+    def of_each(ask: Callable[[Worker], Any]) -> dict[str, Any]:
+        answers = once(workers, failed, ask)
+        if OURS in failed:
+            raise FailedError(f"gpt_jax failed: {failed[OURS]}")
+        return answers
+
+    first_seconds = of_each(lambda worker: worker.ask("seconds", first=WARM_UP, count=1))
+    of_each(lambda worker: worker.ask("seconds", first=WARM_UP, count=preset.steps))
+    peak_bytes = of_each(lambda worker: worker.ask("peak_bytes"))
+    held = of_each(lambda worker: worker.ask("memory"))
+    how = of_each(lambda worker: worker.ask("how"))
     differences = {}
     if folder is not None:
-        computed = once(workers, failed, lambda worker: parity.compute(worker, folder))
+        computed = of_each(lambda worker: parity.compute(worker, folder))
         for name in computed:
-            if OURS in computed and name != OURS:
+            if name != OURS:
                 differences[name] = parity.compare(computed[OURS], computed[name])
-                parity.check(differences[name], preset.model.dtype, f"{preset.name}: gpt_jax and {name}")
-        print("  all compute the same", flush=True)
+                parity.check(differences[name], preset.model.dtype, f"gpt_jax and {name}")
+    if differences:
+        print(f"  {', '.join(differences)}: compute the same as gpt_jax", flush=True)
+    peak_flops, source = peak(preset.model, machine)
     turns = iter(range(rounds * len(workers)))
     seconds = take_turns(
         workers,
@@ -215,16 +262,15 @@ def time_training(preset: Preset, machine: Row, rounds: int, workers: dict[str, 
         failed,
     )
     if OURS not in seconds:
-        raise UserError(f"{preset.name}: gpt_jax failed: {failed[OURS]}")
-    peak_flops, source = peak(preset.model, machine)
+        raise FailedError(f"gpt_jax failed: {failed[OURS]}")
     contestants = {
-        name: figures(preset, machine, values, first_seconds[name], peak_bytes[name], how[name], peak_flops)
+        name: figures(preset, machine, values, first_seconds[name], peak_bytes[name], held[name], how[name], peak_flops)
         for name, values in seconds.items()
     }
     row: Row = {
         "preset": preset.spec(),
         "dtype": preset.model.dtype,
-        "rounds": rounds,
+        "rounds": len(seconds[OURS]),
         "parity": differences,
         "flops_per_token": flops_per_token(preset.model),
         "peak_flops": peak_flops,
@@ -235,8 +281,6 @@ def time_training(preset: Preset, machine: Row, rounds: int, workers: dict[str, 
     }
     others = [name for name in PYTORCH if name in seconds]
     if others:
-        if machine["platform"] == "cpu" and peak_bytes[OURS] > min(peak_bytes[name] for name in others):
-            row["notes"].append(WHY_MORE_MEMORY)
         better = min(others, key=lambda name: spread(seconds[name])["median"])
         row["times_as_fast"] = {"over": better, **ratios(seconds[better], seconds[OURS])}
         print(f"  gpt_jax is {row['times_as_fast']['median']:.2f} times as fast as {better}", flush=True)
@@ -249,10 +293,12 @@ def figures(
     seconds: list[float],
     first: float,
     peak_bytes: int,
+    held: Row,
     how: Row,
     peak_flops: float | None,
 ) -> Row:
-    """What a contestant's rounds came to. seconds: a step's, of each round; first: the first step's, of a process."""
+    """What a contestant's rounds came to. seconds: a step's, of each round; first: the first step's, of a process;
+    held: its memory, by kind."""
     rates = [preset.tokens_per_step / value for value in seconds]
     devices = 1 if machine["platform"] == "cpu" else how.get("devices", 1)
     flops = flops_per_token(preset.model)
@@ -262,6 +308,7 @@ def figures(
         "tokens_per_second": spread(rates),
         "mfu": peak_flops and spread([rate * flops / (devices * peak_flops) for rate in rates]),
         "peak_bytes": peak_bytes,
+        "memory": held,
         "compile_seconds": max(0.0, first - spread(seconds)["median"]),
     }
 
@@ -290,4 +337,8 @@ def peak(model: ModelConfig, machine: Row) -> tuple[float | None, str]:
         return machine["peak_flops"], "the maker's data sheet, bfloat16"
     if model.dtype != "float32":
         return None, ""
-    return measure("matmul"), "the fastest product of two 2048 x 2048 matrices, in the better of both libraries"
+    try:
+        measured = measure("matmul")
+    except FailedError:
+        return None, ""
+    return measured, "the fastest product of two 2048 x 2048 matrices, in the better of both libraries"

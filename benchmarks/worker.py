@@ -5,8 +5,10 @@ lines of JSON and gets one for each: first what to make, a class and its argumen
 """
 
 import contextlib
+import ctypes
 import importlib
 import json
+import math
 import os
 import re
 import selectors
@@ -22,10 +24,14 @@ from typing import Any, TypeVar
 from gpt_jax.system import HUGE_PAGES
 
 ROOT = Path(__file__).parent.parent
+C = TypeVar("C")
 T = TypeVar("T")
 
+TUNABLES = "GLIBC_TUNABLES"
+
 ENVIRONMENT = {
-    **HUGE_PAGES,  # As `gpt_jax train` gives itself; all contestants get them.
+    # Huge pages, as `gpt_jax train` gives itself, and what `runtime.keep_freed_memory` asks of glibc: for all.
+    TUNABLES: f"{HUGE_PAGES[TUNABLES]}:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold={2**30}",
     "JAX_ENABLE_COMPILATION_CACHE": "false",  # Compile times are those of a first run, on both sides.
     "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1",
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # The contestants share the GPU's memory.
@@ -36,16 +42,42 @@ ENVIRONMENT = {
 LIMIT_SECONDS = 900.0
 """What takes longer than this has failed."""
 
+GRACE_SECONDS = 60.0
+"""So long after the deadline a contestant is still waited for."""
+
+deadline = math.inf
+"""When the time of the whole run is over, on the clock time.monotonic(). The referee sets it once, as it begins."""
+
 
 class FailedError(Exception):
     """A contestant could not do what it was asked: it ran out of memory, does not run here, or took too long."""
 
 
+class OutOfTimeError(Exception):
+    """The time of the whole run is over, through no fault of a contestant."""
+
+
+def time_is_over() -> bool:
+    """Whether nothing is to begin any more."""
+    return time.monotonic() > deadline
+
+
+def limit_seconds() -> float:
+    """How long a contestant is waited for, from now on."""
+    return max(0.0, min(LIMIT_SECONDS, deadline + GRACE_SECONDS - time.monotonic()))
+
+
+def too_late(limit: float) -> FailedError | OutOfTimeError:
+    """What to raise when a contestant was waited for so long, in vain."""
+    return OutOfTimeError("the time is over") if time_is_over() else FailedError(f"no answer within {limit:.0f} s")
+
+
 class Worker:
     """A contestant, as the referee sees it. A context manager: leaving it ends the process."""
 
-    def __init__(self, target: str, **arguments: Any) -> None:
-        """target: "module:class"; arguments: those of the class, as JSON can hold them."""
+    def __init__(self, target: str, environment: Mapping[str, str] | None = None, **arguments: Any) -> None:
+        """target: "module:class"; environment: variables besides ENVIRONMENT; arguments: those of the class, as JSON
+        can hold them."""
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with the process)
         self.process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.worker"],
@@ -54,7 +86,7 @@ class Worker:
             stderr=self.log,
             text=True,
             cwd=ROOT,
-            env={**os.environ, **ENVIRONMENT},
+            env={**os.environ, **ENVIRONMENT, **(environment or {})},
         )
         self.unmade: dict[str, Any] | None = {"make": target, "arguments": arguments}
 
@@ -65,14 +97,17 @@ class Worker:
         self.close()
 
     def ask(self, method: str, **arguments: Any) -> Any:
-        """What the contestant's method returns. Raises FailedError when it fails, and the contestant has ended then."""
+        """What the contestant's method returns. When it fails, the contestant is ended.
+
+        Raises FailedError, or OutOfTimeError when the time of the whole run is over before there is an answer.
+        """
         if self.unmade is not None:
             message, self.unmade = self.unmade, None
             self.exchange(message)
         return self.exchange({"ask": method, "arguments": arguments})
 
     def exchange(self, message: dict[str, Any]) -> Any:
-        """Sends a line and returns the value of the answer. Raises FailedError."""
+        """Sends a line and returns the value of the answer. Raises FailedError and OutOfTimeError."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         try:
@@ -82,9 +117,10 @@ class Worker:
             raise FailedError(self.last_words()) from None
         with selectors.DefaultSelector() as selector:
             selector.register(self.process.stdout, selectors.EVENT_READ)
-            if not selector.select(LIMIT_SECONDS):
+            limit = limit_seconds()
+            if not selector.select(limit):
                 self.close(at_once=True)
-                raise FailedError(f"no answer within {LIMIT_SECONDS:.0f} s")
+                raise too_late(limit)
         line = self.process.stdout.readline()
         if not line.endswith("\n"):
             raise FailedError(self.last_words())
@@ -97,6 +133,7 @@ class Worker:
     def last_words(self) -> str:
         """Why the process ended, as far as it can be told."""
         status = self.process.wait()
+        self.close()
         self.log.seek(0)
         lines = [line for line in self.log.read().splitlines() if line.strip()]
         ended = f"killed by signal {-status}" if status < 0 else f"ended with status {status}"
@@ -120,25 +157,31 @@ class Worker:
 
 
 def take_turns(
-    workers: dict[str, Worker],
+    contestants: dict[str, C],
     rounds: int,
-    ask: Callable[[Worker], T],
+    ask: Callable[[C], T],
     show: Callable[[int, str, T], None],
     failed: dict[str, str],
 ) -> dict[str, list[T]]:
     """`rounds` answers of each contestant, who take turns, the order reversed every other round.
 
-    One that fails is out: its reason goes into `failed`, it leaves `workers`, and its answers are dropped.
+    One that fails is out: its reason goes into `failed`, it leaves `contestants`, and its answers are dropped. When the
+    time of the whole run is over, the whole rounds until then are returned; raises OutOfTimeError where there is none.
     """
-    answers: dict[str, list[T]] = {name: [] for name in workers}
+    answers: dict[str, list[T]] = {name: [] for name in contestants}
     for turn in range(rounds):
-        for name in list(workers) if turn % 2 == 0 else list(workers)[::-1]:
+        if turn and time_is_over():
+            break
+        for name in list(contestants) if turn % 2 == 0 else list(contestants)[::-1]:
             try:
-                answer = ask(workers[name])
+                answer = ask(contestants[name])
+            except OutOfTimeError:
+                if not turn:
+                    raise
+                return {name: values[:turn] for name, values in answers.items()}
             except FailedError as e:
                 failed[name] = str(e)
-                workers.pop(name).close()
-                del answers[name]
+                del contestants[name], answers[name]
                 print(f"  {name} is out: {e}", flush=True)
                 continue
             answers[name].append(answer)
@@ -176,11 +219,29 @@ def seconds_of(work: Callable[[], object]) -> float:
 
 def peak_memory(pid: int | str = "self") -> int:
     """Bytes of memory that a process has held at most, libraries and compilation included; 0 for one that has ended."""
+    return memory_of(pid, "VmHWM")
+
+
+def resident_memory() -> int:
+    """Bytes of memory that this process holds."""
+    return memory_of("self", "VmRSS")
+
+
+def memory_of(pid: int | str, field: str) -> int:
+    """A field of /proc/PID/status, in bytes; 0 where there is none."""
     try:
-        found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
+        found = re.search(rf"{field}:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
     except OSError:
         return 0
     return int(found[1]) * 1024 if found else 0
+
+
+def forget_peak() -> None:
+    """Gives back what this process has freed, and lets `peak_memory` begin anew (proc(5), clear_refs)."""
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 if __name__ == "__main__":

@@ -62,6 +62,21 @@ def test_both_sides_learn_the_same(text: Path, tmp_path: Path) -> None:
     assert path.read_bytes() == before
 
 
+def test_without_the_commands_packages_their_contestant_is_left_out(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tyro.py").write_text("raise ImportError('there is no tyro')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    results = Results(tmp_path / "results" / "machine.json", {**MACHINE, "platform": "tpu"})
+    learn.run(results, {**MACHINE, "platform": "tpu"}, 1, RECIPE, text, OWN)  # As on a TPU: without PyTorch.
+    row = results.rows[learn.NAME]
+    assert set(row["contestants"]) == {learn.OURS}
+    assert row["failed"] == {
+        learn.OWN_RECIPE: "gpt_jax prepare ended with status 1: ImportError: there is no tyro",
+    }
+    assert results.failed == []
+
+
 def test_the_whole_validation_text_has_each_target_once(text: Path) -> None:
     read = learn.read_text(str(text))
     assert len(read.train) == int(0.9 * len(text.read_text(encoding="utf-8")))

@@ -13,6 +13,7 @@ import pytest
 from benchmarks import parity, train
 from benchmarks.presets import Preset, from_spec, presets, random_tokens, small
 from benchmarks.results import Results
+from benchmarks.worker import FailedError
 from gpt_jax.config import DTypeName, ModelConfig
 from gpt_jax.errors import UserError
 from tests.cli import ROOT
@@ -42,6 +43,32 @@ def test_every_choice_is_a_variant() -> None:
         *("gpt_jax", "1 device", "pmap, 2 devices", "layers scanned", "attention xla", "attention block_causal")
     ]
     assert "attention cudnn" in [name for name, _ in train.variants(TINY, {**MACHINE, "platform": "gpu"})]
+
+
+@pytest.mark.slow
+def test_a_variant_that_comes_to_the_same_program_is_left_out() -> None:
+    row = train.compare_variants(dataclasses.replace(TINY, batch_size=3), MACHINE, 1)
+    hows = [found["how"] for found in row["contestants"].values()]
+    assert len(hows) > 2
+    assert all(how not in hows[:i] for i, how in enumerate(hows))
+
+
+@pytest.mark.parametrize(("holds", "largest"), [(20, 20), (23, 20), (40, 40), (16, 16), (12, None)])
+def test_the_largest_batch_is_looked_for_in_both_directions(
+    monkeypatch: pytest.MonkeyPatch, holds: int, largest: int | None
+) -> None:
+    """From a preset's batch of 12 and a guess of 24; how many the memory holds is made up."""
+
+    def alone(preset: Preset, *_: object) -> dict[str, Any]:
+        if preset.batch_size > holds:
+            raise FailedError("out of memory")
+        return {"how": {"batch": preset.batch_size}}
+
+    monkeypatch.setattr(train, "time_alone", alone)
+    spec = {"target": "tests.benchmarks.contestants:Counter"}
+    preset = dataclasses.replace(TINY, batch_size=12)
+    found = train.with_largest_batch("gpt_jax", spec, preset, 24, MACHINE, 1)
+    assert found == ("batch 16: out of memory" if largest is None else {"how": {"batch": largest}})
 
 
 def test_no_parity_is_one_line() -> None:
@@ -96,7 +123,8 @@ def test_all_contestants_compute_the_same(tmp_path: Path, monkeypatch: pytest.Mo
     assert set(row["parity"]) == {*train.PYTORCH, "transformers"}
     for found in row["contestants"].values():
         assert found["step_ms"]["min"] > 0
-        assert found["peak_bytes"] > 1e8
+        assert found["peak_bytes"] > found["memory"]["libraries"] > 1e7
+        assert found["memory"]["state"] >= 3 * 4 * WITH_BIASES.n_params
     assert row["times_as_fast"]["over"] in train.PYTORCH
     assert (row["peak_flops"] is None) == (dtype == "bfloat16")
 

@@ -1,14 +1,21 @@
 """Contestants as processes: they answer, take turns, and are out when they fail."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from benchmarks import worker
 from benchmarks.results import Results, ratios, spread
-from benchmarks.worker import FailedError, Worker, take_turns
+from benchmarks.worker import FailedError, OutOfTimeError, Worker, take_turns
 from gpt_jax.errors import UserError
+from tests.cli import ROOT
 
 COUNTER = "tests.benchmarks.contestants:Counter"
 
@@ -81,6 +88,115 @@ def test_results_are_kept_row_by_row(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert json.loads(path.read_text())["rows"]["train/b"]["x"] == 2
 
 
+@pytest.mark.parametrize(
+    ("now", "what"),
+    [
+        ({"versions": {"jax": "2"}}, "jax 1, and it is 2 now"),
+        ({"versions": {}}, "jax 1, and it is not there now"),
+        ({"flags": {"XLA_FLAGS": "--fast"}}, "XLA_FLAGS not recorded, and it is --fast now"),
+        ({"memory_gib": 8}, "memory_gib 16, and it is 8 now"),
+    ],
+)
+def test_a_row_of_other_versions_flags_or_memory_is_measured_anew(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], now: dict[str, Any], what: str
+) -> None:
+    machine = {"name": "test", "memory_gib": 16, "versions": {"jax": "1"}, "flags": {}}
+    path = tmp_path / "a" / "b" / "machine.json"
+    Results(path, machine).put("train/a", {"x": 1})
+    results = Results(path, {**machine, **now})
+    assert results.missing("train/a")
+    assert capsys.readouterr().out == f"train/a: measured anew, because it was measured with {what}\n"
+    results.put("train/b", {"x": 2})
+    rows = json.loads(path.read_text())["rows"]
+    assert rows["train/a"]["under"]["machine"] == {"name": "test", "memory_gib": 16}
+    assert rows["train/b"]["under"]["machine"]["memory_gib"] == now.get("memory_gib", 16)
+
+
+def test_a_row_that_fails_is_a_line_and_the_next_has_its_turn(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(error: Exception) -> dict[str, Any]:
+        raise error
+
+    results = Results(tmp_path / "machine.json", {"versions": {}, "flags": {}})
+    results.measure("a", "first", fail, FailedError("gpt_jax failed: out of memory"))
+    results.measure("b", "second", fail, UserError("they do not compute the same"))
+    results.measure("c", "third", fail, OutOfTimeError("the time is over"))
+    results.measure("d", "fourth", dict, {"x": 1})
+    assert results.failed == ["a", "b"]
+    assert list(results.rows) == ["d"]
+    assert capsys.readouterr().out.splitlines()[1::2] == [
+        "a: not measured: gpt_jax failed: out of memory",
+        "b: not measured: they do not compute the same",
+        "c: left out, the time was over before a whole round",
+    ]
+
+
+def test_the_whole_rounds_until_the_deadline_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the third round a contestant does not answer any more, and the time is over while it is waited for."""
+    monkeypatch.setattr(worker, "GRACE_SECONDS", 0.5)
+    counters = {"a": Worker(COUNTER, start=0), "b": Worker(COUNTER, start=10)}
+    asked: list[str] = []
+
+    def ask(counter: Worker) -> int:
+        asked.append("late" if len(asked) == 5 else "")
+        if asked[-1]:
+            monkeypatch.setattr(worker, "deadline", time.monotonic())
+        return int(counter.ask("sleep" if asked[-1] else "next"))
+
+    failed: dict[str, str] = {}
+    assert take_turns(counters, 9, ask, lambda *_: None, failed) == {"a": [1, 2], "b": [11, 12]}
+    assert failed == {}
+    with pytest.raises(OutOfTimeError):
+        take_turns({"c": Worker(COUNTER, start=0)}, 1, lambda counter: counter.ask("sleep"), lambda *_: None, failed)
+    for counter in counters.values():
+        counter.close()
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_goes_on_with_what_is_missing(tmp_path: Path) -> None:
+    """The first run is interrupted in its second row, which would never end."""
+    out = tmp_path / "a" / "b"
+    results = out / "a-tpu.json"
+
+    def command(steps: int, *more: str) -> list[str]:
+        run = [sys.executable, "-m", "tests.benchmarks.interrupted", str(steps), "train", "--rounds", "1"]
+        return [*run, "--out", str(out), *more]
+
+    for more in ((), ("--again",)):
+        process = subprocess.Popen(
+            command(10**9, *more),
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        assert process.stdout is not None
+        for line in process.stdout:
+            if line.startswith("train/long:"):
+                break
+        os.killpg(process.pid, signal.SIGINT)  # As a terminal does: to the contestants, too.
+        said = process.communicate(timeout=60)[1].splitlines()[-1]
+        assert process.returncode == 130
+        assert list(json.loads(results.read_text())["rows"]) == ["train/short"]
+        who = "without --again, the command" if more else "the same command"
+        assert said == f"interrupted; what was measured is kept, and {who} goes on with what is missing"
+
+    done = subprocess.run(command(1), cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "train/short: measured already" in done.stdout
+    assert list(json.loads(results.read_text())["rows"]) == ["train/short", "train/long"]
+
+
+@pytest.mark.slow
+def test_a_run_with_a_row_that_fails_ends_with_status_1(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.benchmarks.interrupted", "0", "train", "--rounds", "1"]
+    done = subprocess.run([*command, "--out", str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr == "error: not measured, for the reasons above: train/long\n"
+    assert list(json.loads((tmp_path / "a-tpu.json").read_text())["rows"]) == ["train/short"]
+
+
 @pytest.mark.parametrize("content", ["", "[]", '{"machine": {}}'])
 def test_a_file_of_something_else_is_refused(tmp_path: Path, content: str) -> None:
     path = tmp_path / "machine.json"
@@ -90,8 +206,11 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path, content: str) -> No
     assert path.read_text() == content
 
 
-def test_no_row_begins_when_the_time_is_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    results = Results(tmp_path / "machine.json", {"versions": {}, "flags": {}}, minutes=1e-9)
+def test_no_row_begins_when_the_time_is_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker, "deadline", time.monotonic() - 1)
+    results = Results(tmp_path / "machine.json", {"versions": {}, "flags": {}})
     assert not results.missing("train/a")
     assert "the time is over" in capsys.readouterr().out
 
