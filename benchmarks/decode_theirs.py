@@ -8,7 +8,7 @@ from benchmarks.decode import prompts
 from benchmarks.machine import torch_device
 from benchmarks.theirs import HuggingFace, read_arrays
 from benchmarks.torch_gpt import Arrays, TorchGPT, generate, load
-from benchmarks.worker import peak_memory, seconds_of
+from benchmarks.worker import forget_peak, peak_memory, resident_memory, seconds_of
 from gpt_jax.config import config_from_dict
 
 
@@ -19,6 +19,7 @@ class Decoding:
         """model: a ModelConfig's fields, in whose dtype the weights are held; parameters: the file with ours."""
         self.config, self.cached = config_from_dict({"model": model}, "a benchmark").model, cached
         self.device, _ = torch_device()
+        self.libraries = resident_memory()
         made = self.make_model(read_arrays(parameters))
         self.model = made.to(self.device, getattr(torch, self.config.dtype)).eval()
 
@@ -27,6 +28,12 @@ class Decoding:
         model = TorchGPT(self.config)
         load(model, arrays)
         return model
+
+    def ready(self) -> None:
+        """What was needed to load the weights and is not needed any more is given back."""
+        forget_peak()
+        if self.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
 
     def prompts(self, batch: int, prompt: int) -> torch.Tensor:
         """The prompts on the device, int64 (B, T)."""
@@ -58,6 +65,14 @@ class Decoding:
     def peak_bytes(self) -> int:
         """Most memory that was in use so far."""
         return torch.cuda.max_memory_allocated() if self.device == "cuda" else peak_memory()
+
+    def memory(self, batch: int, prompt: int, new: int) -> dict[str, int]:
+        """Bytes, by kind: the process with its libraries, before there was any array; weights and the cache of so many
+        tokens."""
+        c = self.config
+        weights = [*self.model.parameters()]
+        cache = 2 * c.n_layer * c.d_model * batch * (prompt + new) * weights[0].element_size() if self.cached else 0
+        return {"libraries": self.libraries, "state": sum(x.nbytes for x in weights) + cache}
 
 
 class HuggingFaceDecoding(Decoding):

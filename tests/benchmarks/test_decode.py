@@ -64,21 +64,25 @@ def test_the_part_measures_a_row_for_each_batch_and_none_twice(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(decode, "NEW", 8)
+    monkeypatch.setattr(decode, "NEW_SLOW", 8)
+    monkeypatch.setattr(decode, "LONG_PROMPT", 40)
     monkeypatch.setattr(decode, "PARITY_TOKENS", 8)
     path = tmp_path / "test.json"
     decode.run(Results(path, MACHINE), MACHINE, rounds=1, batches=(2, 1), model=TINY)
     rows = json.loads(path.read_text())["rows"]
-    assert list(rows) == ["decode/1", "decode/2"]
+    assert list(rows) == ["decode/2", "decode/1", "decode/1, prompt 40"]
     one = rows["decode/1"]
     assert one["failed"] == {}
     assert set(one["modes"]["greedy"]["contestants"]) == set(one["peak_bytes"])
     assert set(one["modes"]["top_50"]["times_as_fast"]) == {"transformers", "pytorch, cache"}
-    assert one["modes"]["greedy"]["contestants"]["gpt_jax"]["roofline"]["median"] > 0
+    assert one["bandwidth"]["max"] > 0
+    assert set(one["memory"]["gpt_jax"]) == {"libraries", "state", "temporaries"}
+    assert one["memory"]["gpt_jax"]["state"] > 4 * TINY.n_params
     assert "pytorch, no cache" not in rows["decode/2"]["peak_bytes"]
 
     capsys.readouterr()
     decode.run(Results(path, MACHINE), MACHINE, rounds=1, batches=(1, 2), model=TINY)
-    assert capsys.readouterr().out.count("measured already") == 2
+    assert capsys.readouterr().out.count("measured already") == 3
 
 
 def test_no_parity_no_timing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,4 +91,4 @@ def test_no_parity_no_timing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     }
     monkeypatch.setattr(decode, "once", lambda *_, **__: dict(answers))
     with pytest.raises(UserError, match="gpt_jax and transformers do not compute the same"):
-        decode.check_parity("float32", 1, {}, {})
+        decode.check_parity("float32", decode.Case(1, 16, 32), {}, {})
