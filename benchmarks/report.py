@@ -1,7 +1,8 @@
 """The README's tables and the plots, from what was measured: python -m benchmarks report
 
 A table stands in the README between the markers `<!-- benchmarks: FILE PART -->` and `<!-- end -->`: FILE is a file of
-results without its .json, and PART one of those of `tables`. What stands there is replaced by what was measured.
+results without its .json, and PART one of those of `tables`; a file of ALONE has one table only, and no part. What
+stands there is replaced by what was measured.
 """
 
 import json
@@ -10,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks import plots
-from benchmarks.results import Row
+from benchmarks.results import Row, spread
 from gpt_jax.errors import UserError
 from gpt_jax.files import replacing
 
@@ -34,7 +35,7 @@ def report(results_folder: Path, readme: Path) -> None:
     text = readme.read_text(encoding="utf-8")
     rendered = render(text, files)
     for name, measured in files.items():
-        for path in plots.draw(measured, results_folder / name):
+        for path in () if name in ALONE else plots.draw(measured, results_folder / name):
             print(f"{path} drawn", flush=True)
     if rendered != text:
         with replacing(readme) as temporary:
@@ -45,7 +46,7 @@ def report(results_folder: Path, readme: Path) -> None:
 def read_results(folder: Path) -> dict[str, Row]:
     """The files of results, by their names without .json; other JSON in the folder is passed over."""
     files = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
-    return {name: content for name, content in files.items() if "rows" in content}
+    return {name: content for name, content in files.items() if "rows" in content or name in ALONE}
 
 
 def render(readme_text: str, files: Mapping[str, Row]) -> str:
@@ -59,9 +60,10 @@ def render(readme_text: str, files: Mapping[str, Row]) -> str:
         file, _, part = name.partition(" ")
         if file not in files:
             raise UserError(f"README: the marker {name!r} names no file of results; there are: {', '.join(files)}")
-        if part not in PARTS:
-            raise UserError(f"README: the marker {name!r} names no part; there are: {', '.join(PARTS)}")
-        return f"{marker}{tables(files[file])[part]}\n{end}"
+        parts = {"": ALONE[file](files[file])} if file in ALONE else tables(files[file])
+        if part not in parts:
+            raise UserError(f"README: the marker {name!r} names no part; there are: {', '.join(parts)}")
+        return f"{marker}{parts[part]}\n{end}"
 
     ended = {match.start() for match in BLOCK.finditer(readme_text)}
     for marker in MARKER.finditer(readme_text):
@@ -80,25 +82,50 @@ def tables(rows_file: Row) -> dict[str, str]:
 
 
 def summary(_: Row, rows: Rows) -> list[str]:
-    """The headline ratios: training, decoding against transformers, learning, each with its winner."""
-    found = []
+    """The ratio of every row of training, decoding and learning, over the fastest of the others, with the winner; and
+    where PyTorch is the faster in scaling."""
+    found: list[tuple[str, str, Row]] = []
     for preset, row in of_part(rows, "train"):
         if "times_as_fast" in row:
             found.append((f"train {preset}, {row['dtype']}", row["times_as_fast"]["over"], row["times_as_fast"]))
-    for batch, row in of_part(rows, "decode"):
-        ratio = row["modes"]["greedy"]["times_as_fast"].get(TRANSFORMERS)
-        if batch in ("1", "8") and ratio:
-            found.append((f"decode GPT-2, {row['dtype']}, batch {batch}, greedy", TRANSFORMERS, ratio))
+    for row in decoding(rows):
+        for mode, of_mode in row["modes"].items():
+            ratios = of_mode["times_as_fast"]
+            if ratios:
+                fastest = min(ratios, key=lambda other: ratios[other]["median"])
+                what = f"decode GPT-2, {row['dtype']}, {case_of(row)}, {named(mode)}"
+                found.append((what, fastest, ratios[fastest]))
     for name, row in of_part(rows, "learn"):
-        others = [other for other in PYTORCH if other in row["times_as_fast"]]
-        if others:
-            better = min(others, key=lambda other: row["times_as_fast"][other]["median"])
-            found.append((f"learn {name}, {until(row)}", better, row["times_as_fast"][better]))
+        ratios = {other: row["times_as_fast"][other] for other in PYTORCH if other in row["times_as_fast"]}
+        if ratios:
+            fastest = min(ratios, key=lambda other: ratios[other]["median"])
+            found.append((f"learn {name}, {until(row)}", fastest, ratios[fastest]))
     return [
         table(
-            ["gpt_jax", "against", "times as fast", "faster"],
+            ["gpt_jax", "against the fastest", "times as fast", "faster"],
             [[what, proper(other), with_range(ratio), faster(ratio, other)] for what, other, ratio in found],
-        )
+        ),
+        bullets(lost_points(rows)),
+    ]
+
+
+def lost_points(rows: Rows) -> list[str]:
+    """Where ours is not the faster in scaling, by the medians."""
+    lost, n_points = [], 0
+    for axis, row in of_part(rows, "scale"):
+        for point in row["points"]:
+            if "pytorch" in point and OURS in point:
+                n_points += 1
+                ratio = point["pytorch"]["median"] / point[OURS]["median"]
+                if ratio < 1:
+                    lost.append(f"{axis} {point['x']:,} ({number(ratio)} times as fast)")
+    if not n_points:
+        return []
+    if not lost:
+        return [f"step time against context, batch and depth: gpt_jax is the faster at all {n_points} sizes"]
+    return [
+        f"step time against context, batch and depth: **PyTorch, eager, is the faster** at {len(lost)} of {n_points} "
+        f"sizes: {', '.join(lost)}"
     ]
 
 
@@ -120,17 +147,17 @@ def train(machine: Row, rows: Rows) -> list[str]:
             ]
         )
         theirs = {name: contestants[name]["peak_bytes"] for name in PYTORCH if name in contestants}
-        least = min(theirs.values(), default=None)
-        more = bool(ours) and least is not None and ours["peak_bytes"] > least
-        if more and not row["notes"]:
-            remarks.append(f"{preset}: gpt_jax needs more memory than PyTorch, for a reason that is not noted")
+        peaks = {**theirs, **({OURS: ours["peak_bytes"]} if ours else {})}
+        remarks += more_memory(
+            machine, preset, peaks, {name: found.get("memory") for name, found in contestants.items()}
+        )
         costs.append(
             [
                 preset,
                 with_range(ours.get("tokens_per_second")),
                 with_range(ours.get("mfu"), percent),
-                memory(ours.get("peak_bytes")) + (", more" if more else ""),
-                memory(least),
+                marked(peaks, OURS),
+                memory(min(theirs.values(), default=None)),
                 seconds(ours.get("compile_seconds")),
                 seconds(contestants.get(PYTORCH[1], {}).get("compile_seconds")),
             ]
@@ -154,7 +181,9 @@ def train(machine: Row, rows: Rows) -> list[str]:
         bullets(
             [
                 "a preset is layers/heads/width, context, batch, type; times as fast: than the better PyTorch",
-                *peaks(row for _, row in presets),
+                *peak_flops(presets),
+                "compiling is what a first step takes longer than the others; that of gpt_jax's initial parameters is "
+                "apart, and not counted",
                 measure_of_memory(machine),
                 *remarks,
                 *notes(presets),
@@ -190,15 +219,23 @@ def variants(machine: Row, rows: Rows) -> list[str]:
 
 def decode(machine: Row, rows: Rows) -> list[str]:
     """Decoding: tokens a second and the ratios, then first tokens, the share of the roofline and memory."""
-    batches = sorted(of_part(rows, "decode"), key=lambda item: int(item[0]))
+    measured = decoding(rows)
+    if not measured:
+        return []
     modes = [
-        (f"{batch}, {mode.replace('top_', 'top-k ')}", row, of_mode)
-        for batch, row in batches
-        for mode, of_mode in row["modes"].items()
+        (f"{case_of(row)}, {named(mode)}", row, of_mode) for row in measured for mode, of_mode in row["modes"].items()
     ]
     names = present([(name, of_mode) for name, _, of_mode in modes], (OURS, TRANSFORMERS, *CACHES))
     others = [name for name in names if name != OURS and name != CACHES[1]]
-    speed, costs = [], []
+    bandwidths = [row["bandwidth"] for row in measured if row["bandwidth"]]
+    bandwidth = max((found["max"] for found in bandwidths), default=None)
+    speed, costs, held, remarks = [], [], [], []
+    if bandwidth:
+        slowest = min(found["min"] for found in bandwidths)
+        remarks.append(
+            f"the roofline of all rows is by the best bandwidth that was read from memory in any round, "
+            f"{number(bandwidth / 1e9)} GB/s; the slowest round had {number(slowest / 1e9)}"
+        )
     for name, row, of_mode in modes:
         contestants, ratios = of_mode["contestants"], of_mode["times_as_fast"]
         hardest = min(ratios, key=lambda other: ratios[other]["median"], default="")
@@ -211,35 +248,29 @@ def decode(machine: Row, rows: Rows) -> list[str]:
             ]
         )
         first = {n: contestants[n]["first_token_ms"] for n in contestants}
-        costs.append(
-            [
-                name,
-                *best(names, first, row, min),
-                with_range(contestants.get(OURS, {}).get("roofline"), percent),
-            ]
-        )
-    if not batches:
-        return []
-    peaks = [
-        [batch, *(memory(row["peak_bytes"].get(name)) for name in names)] for batch, row in batches if row["peak_bytes"]
-    ]
+        rates = contestants.get(OURS, {}).get("tokens_per_second")
+        share = None
+        if rates and bandwidth:
+            of_rate = row["weight_bytes"] / row["batch"] / bandwidth
+            share = {which: rate * of_rate for which, rate in rates.items()}
+        costs.append([name, *best(names, first, row, min), with_range(share, percent)])
+    for row in measured:
+        held.append([case_of(row), *(marked(row["peak_bytes"], name) for name in names)])
+        remarks += more_memory(machine, case_of(row), row["peak_bytes"], row.get("memory", {}))
     as_fast = [f"times as fast as {proper(other)}" for other in others]
     return [
-        table(["batch, choice", *(f"{proper(name)}, tokens/s" for name in names), *as_fast, "faster"], speed),
-        table(
-            ["batch, choice", *(f"{proper(name)}, ms to the first token" for name in names), "of the roofline"], costs
-        ),
-        table(["batch", *(f"{proper(name)}, peak memory" for name in names)], peaks),
+        table(["decoding", *(f"{proper(name)}, tokens/s" for name in names), *as_fast, "faster"], speed),
+        table(["decoding", *(f"{proper(name)}, ms to the first token" for name in names), "of the roofline"], costs),
+        table(["decoding", *(f"{proper(name)}, peak memory" for name in names)], held),
         bullets(
             [
                 *(
-                    f"batch {batch}: {row['new']} tokens after a prompt of {row['prompt']}, {row['dtype']}"
-                    + (f", memory read at {number(row['bandwidth']['median'] / 1e9)} GB/s" if row["bandwidth"] else "")
-                    for batch, row in batches
+                    f"{case_of(row)}: {row['new']} tokens after a prompt of {row['prompt']}, {row['dtype']}"
+                    for row in measured
                 ),
-                *more_memory(batches),
-                measure_of_memory(machine),
-                *notes(batches, "batch "),
+                measure_of_memory(machine, " once the weights are there, compiling included"),
+                *remarks,
+                *notes([(case_of(row), row) for row in measured]),
             ]
         ),
     ]
@@ -248,15 +279,58 @@ def decode(machine: Row, rows: Rows) -> list[str]:
 CACHES = ("pytorch, cache", "pytorch, no cache")
 
 
-def more_memory(batches: Sequence[tuple[str, Row]]) -> list[str]:
-    """Where ours needs more memory in decoding than the least of the others."""
-    found = []
-    for batch, row in batches:
-        others = {name: value for name, value in row["peak_bytes"].items() if name != OURS}
-        if others and row["peak_bytes"].get(OURS, 0) > min(others.values()):
-            least = min(others, key=lambda name: others[name])
-            found.append(f"batch {batch}: gpt_jax needs more memory than {proper(least)}")
-    return found
+def decoding(rows: Rows) -> list[Row]:
+    """The rows of decoding, the short prompts first, by batch."""
+    return sorted((row for _, row in of_part(rows, "decode")), key=lambda row: (row["prompt"], row["batch"]))
+
+
+def case_of(row: Row) -> str:
+    """What a row of decoding measures."""
+    return f"batch {row['batch']}" + (f", prompt {row['prompt']}" if row["prompt"] > 16 else "")
+
+
+def named(mode: str) -> str:
+    """How tokens are chosen."""
+    return mode.replace("top_", "top-k ")
+
+
+def marked(peak_bytes: Mapping[str, int | None], name: str) -> str:
+    """A contestant's peak memory; ours says so where it is more than the least of the others."""
+    return memory(peak_bytes.get(name)) + (", more" if least_of_others(peak_bytes, name) else "")
+
+
+def least_of_others(peak_bytes: Mapping[str, int | None], ours: str) -> str | None:
+    """The contestant that needs the least memory; None where ours needs no more, or is not ours."""
+    others = {name: peak for name, peak in peak_bytes.items() if peak is not None and not name.startswith(OURS)}
+    least = min(others, key=lambda name: others[name], default=None)
+    peak = peak_bytes.get(ours) if ours.startswith(OURS) else None
+    return least if least is not None and peak is not None and peak > others[least] else None
+
+
+def more_memory(
+    machine: Row, what: str, peak_bytes: Mapping[str, int | None], held: Mapping[str, Row | None]
+) -> list[str]:
+    """Where ours needs more memory than the least of the others: what each holds, as it was measured."""
+
+    def by_kind(name: str) -> str:
+        peak, kinds = peak_bytes[name], held.get(name)
+        assert peak is not None
+        if not kinds:
+            return f"{memory(peak)}, by kind not recorded"
+        parts = {
+            kind: kinds[kind] for kind in ("libraries", "state") if kind != "libraries" or machine["platform"] == "cpu"
+        }
+        said = [f"{kind} {memory(value)}" for kind, value in parts.items()]
+        said.append(f"the rest {memory(max(0, peak - sum(parts.values())))}")
+        if "temporaries" in kinds:
+            said.append(f"XLA's own account of temporaries {memory(kinds['temporaries'])}")
+        return f"{memory(peak)} ({', '.join(said)})"
+
+    return [
+        f"{what}: {ours} needs more memory, {by_kind(ours)}, than {proper(other)}, {by_kind(other)}"
+        for ours in peak_bytes
+        if (other := least_of_others(peak_bytes, ours))
+    ]
 
 
 def learn(machine: Row, rows: Rows) -> list[str]:
@@ -269,6 +343,7 @@ def learn(machine: Row, rows: Rows) -> list[str]:
         reached = {n: contestants[n]["seconds"] for n in names if contestants[n]["seconds"]}
         late = "where the loss is not reached, times as fast is by the seconds in all"
         unreached = [] if len(reached) == len(names) else [late]
+        peaks = {n: contestants[n]["peak_bytes"] for n in names}
         lines = []
         for n, time in zip(names, best(names, reached, row, min), strict=True):
             found, ratio = contestants[n], row["times_as_fast"].get(n)
@@ -277,9 +352,10 @@ def learn(machine: Row, rows: Rows) -> list[str]:
                     proper(n),
                     time if n in reached else "not reached",
                     f"{found['iterations']:,}",
+                    f"{found['tokens']:,}",
                     with_range(found["total_seconds"]),
                     f"{found['whole_val_loss']:.3f}",
-                    memory(found["peak_bytes"]),
+                    marked(peaks, n),
                     with_range(ratio),
                     faster(ratio, n) if ratio else NOTHING,
                 ]
@@ -290,6 +366,7 @@ def learn(machine: Row, rows: Rows) -> list[str]:
                     name,
                     f"s {until(row)}",
                     "iterations until then",
+                    "tokens",
                     "s in all",
                     "loss at the end",
                     "peak memory",
@@ -298,7 +375,15 @@ def learn(machine: Row, rows: Rows) -> list[str]:
                 ],
                 lines,
             ),
-            bullets([row["recipe"], *unreached, measure_of_memory(machine), *notes([(name, row)])]),
+            bullets(
+                [
+                    row["recipe"],
+                    *unreached,
+                    measure_of_memory(machine),
+                    *more_memory(machine, name, peaks, {n: contestants[n].get("memory") for n in names}),
+                    *notes([(name, row)]),
+                ]
+            ),
         ]
     return parts
 
@@ -337,23 +422,26 @@ def scale(_: Row, rows: Rows) -> list[str]:
 def machine(machine: Row, rows: Rows) -> list[str]:
     """The machine, and what was installed when its rows were measured."""
     under = [row["under"] for row in rows.values() if "under" in row]
-    versions: dict[str, list[str]] = {}
-    for each in under:
-        for package, version in each["versions"].items():
-            if version not in versions.setdefault(package, []):
-                versions[package].append(version)
+
+    def all_of(values: Iterable[str]) -> str:
+        return " and ".join(dict.fromkeys(values))
+
+    def fact(write: Callable[[Row], str]) -> str:
+        return all_of(write(each.get("machine", machine)) for each in under) or write(machine)
+
+    packages = dict.fromkeys(package for each in under for package in each["versions"])
     flags = sorted({f"{name}={value}" for each in under for name, value in each["flags"].items() if value})
-    peak = machine.get("peak_flops")
     lines = [
         ["machine", machine["name"]],
-        ["processor", f"{machine['cpu']}, {machine['cores']} cores, {machine['memory_gib']} GiB"],
+        ["processor", fact(lambda of: f"{of['cpu']}, {of['cores']} cores, {of['memory_gib']} GiB")],
     ]
     if machine["platform"] != "cpu":
-        lines.append(["accelerator", f"{machine['devices']} x {machine['device']}"])
-    if peak:
-        lines.append(["peak of a device", f"{flops(peak)} in bfloat16"])
-    lines.append(["Python", machine["python"]])
-    lines += [[package, " and ".join(found)] for package, found in versions.items()]
+        lines.append(["accelerator", fact(lambda of: f"{of['devices']} x {of['device']}")])
+    if machine.get("peak_flops"):
+        lines.append(["peak of a device", f"{flops(machine['peak_flops'])} in bfloat16"])
+    lines.append(["Python", fact(lambda of: of["python"])])
+    for package in packages:
+        lines.append([package, all_of(each["versions"][package] for each in under if package in each["versions"])])
     if flags:
         lines.append(["flags", ", ".join(f"`{flag}`" for flag in flags)])
     commits = list(dict.fromkeys(each["commit"] for each in under if each["commit"]))
@@ -371,6 +459,30 @@ PARTS: dict[str, Callable[[Row, Rows], list[str]]] = {
     "scale": scale,
     "machine": machine,
 }
+
+
+def startup(measured: Row) -> str:
+    """What `benchmarks.startup` measured."""
+    kinds = (("cold", "empty compile cache"), ("warm", "warm compile cache"))
+    lines = [[what, f"{with_range(spread(measured['seconds'][kind]))} s"] for kind, what in kinds]
+    return table(["from starting `train.py` to the end of the first step (`python -m benchmarks.startup`)", ""], lines)
+
+
+def prepare(measured: Row) -> str:
+    """What `benchmarks.prepare` measured."""
+    found, alone, on = (measured[name] for name in ("prepare", "sentencepiece_alone_on_one_core", "machine"))
+    rate = f"{found['mb_per_second']:.1f} MB/s, {found['tokens_per_second'] / 1e6:.1f} million tokens/s"
+    lines = [
+        ["time", f"{found['seconds']:.0f} s: {rate}"],
+        ["cores busy, reading twice included", f"{found['cores_busy']:.2f} of {on['cores']}"],
+        ["memory at most, all processes", f"{found['peak_mib_all_processes']:.0f} MiB"],
+        ["SentencePiece alone on one core", f"{alone['tokens_per_second'] / 1e6:.1f} million tokens/s"],
+    ]
+    return table([f"`prepare` of {found['text_bytes'] / 2**30:.1f} GiB of text (`{measured['command']}`)", ""], lines)
+
+
+ALONE: dict[str, Callable[[Row], str]] = {"startup": startup, "prepare": prepare}
+"""The files that hold one measurement, and what writes it."""
 
 
 def of_part(rows: Rows, part: str) -> list[tuple[str, Row]]:
@@ -419,30 +531,34 @@ def size(row: Row) -> str:
     )
 
 
-def peaks(rows: Iterable[Row]) -> list[str]:
-    """What MFU is measured by."""
-    known = {
-        f"MFU is of {flops(row['peak_flops'])} in {row['dtype']}: {row['peak_source']}"
-        for row in rows
-        if row["peak_flops"]
-    }
-    return sorted(known)
+def peak_flops(presets: Sequence[tuple[str, Row]]) -> list[str]:
+    """What MFU is measured by, a line for the presets that have it in common."""
+    lines: dict[str, list[str]] = {}
+    for preset, row in presets:
+        if row["peak_flops"]:
+            line = f"MFU is of {flops(row['peak_flops'])} in {row['dtype']}: {row['peak_source']}"
+            lines.setdefault(line, []).append(preset)
+    return [f"{', '.join(names)}: {line}" for line, names in lines.items()]
 
 
-def measure_of_memory(machine: Row) -> str:
-    """What peak memory is."""
+def measure_of_memory(machine: Row, when: str = "") -> str:
+    """What peak memory is, and its kinds."""
+    kinds = "state: weights and what the optimizer or the cache holds, on all devices; the rest: temporaries"
     if machine["platform"] == "cpu":
-        return "peak memory is the whole process's, the libraries included"
-    return "peak memory is what was allocated on the device"
+        return (
+            f"peak memory is the whole process's{when}; libraries: what it held with its devices started, before there "
+            f"was any array; {kinds}, compiling, what was compiled, and what the allocator keeps"
+        )
+    return f"peak memory is what was allocated on the device; {kinds} and batches"
 
 
-def notes(rows: Sequence[tuple[str, Row]], prefix: str = "") -> list[str]:
+def notes(rows: Sequence[tuple[str, Row]]) -> list[str]:
     """What was noted, and who failed for what reason; a line that holds for several rows once."""
     lines: dict[str, list[str]] = {}
     for name, row in rows:
         for line in (*row["notes"], *(f"{proper(who)} failed: {why}" for who, why in row["failed"].items())):
             lines.setdefault(line, []).append(name)
-    return [f"{prefix}{', '.join(names)}: {line}" for line, names in lines.items()]
+    return [f"{', '.join(names)}: {line}" for line, names in lines.items()]
 
 
 def proper(name: str) -> str:
@@ -477,14 +593,14 @@ def percent(value: float) -> str:
     return f"{value:.0%}" if value >= 0.1 else f"{value:.1%}"
 
 
-def with_range(spread: Row | None, write: Callable[[float], str] = number) -> str:
+def with_range(found: Row | None, write: Callable[[float], str] = number) -> str:
     """Median (min to max), or the median where there is no more to tell."""
-    if spread is None:
+    if found is None:
         return NOTHING
-    median = write(spread["median"])
-    if "min" not in spread:
+    median = write(found["median"])
+    if "min" not in found:
         return median
-    return f"{median} ({write(spread['min'])} to {write(spread['max'])})"
+    return f"{median} ({write(found['min'])} to {write(found['max'])})"
 
 
 def flops(per_second: float) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from benchmarks import plots
-from benchmarks.report import NOT_MEASURED, PARTS, percent, read_results, render, report, tables
+from benchmarks.report import ALONE, MARKER, NOT_MEASURED, PARTS, percent, read_results, render, report, tables
 from benchmarks.results import FOLDER, spread
 from gpt_jax.errors import UserError
 
@@ -94,7 +94,7 @@ def made_up() -> dict[str, Any]:
         "transformers": trained(900, GIB),
     }
     greedy = {
-        "contestants": {"gpt_jax": {**decoded(50), "roofline": around(0.8)}, "transformers": decoded(25)},
+        "contestants": {"gpt_jax": decoded(50), "transformers": decoded(25)},
         "times_as_fast": {"transformers": around(2)},
     }
     step = [{"x": n, "gpt_jax": around(0.3 * n), "pytorch": around(0.4 * n + 20)} for n in (64, 128, 256, 512, 1024)]
@@ -179,12 +179,18 @@ def test_a_win_and_a_loss_are_told_alike() -> None:
     assert cells(found["summary"], "train gpt2")[1:] == ["PyTorch, eager", "0.50 (0.45 to 0.55)", "**PyTorch, eager**"]
     assert cells(found["summary"], "learn")[2:] == ["1.05 (0.95 to 1.16)", "neither, within the spread"]
     assert cells(found["summary"], "decode GPT-2, float32, batch 8, greedy")[3] == "gpt_jax"
+    assert found["summary"].endswith("gpt_jax is the faster at all 13 sizes")
+    slower = made_up()
+    slower["rows"]["scale/batch"]["points"][1]["gpt_jax"] = around(80)
+    lost = "**PyTorch, eager, is the faster** at 1 of 13 sizes: batch 2 (0.89 times as fast)"
+    assert tables(slower)["summary"].endswith(lost)
 
 
 def test_failures_and_notes_stand_below_the_table() -> None:
     found = tables(made_up())
     assert f"- gpt2: PyTorch, compiled failed: {OUT_OF_MEMORY}" in found["train"].splitlines()
     assert "- gpt2: attention keeps its scores" in found["train"].splitlines()
+    assert "- nano: MFU is of 200 GFLOP/s in float32: a product" in found["train"].splitlines()
     assert "- batch 8: no cache: greedy only" in found["decode"].splitlines()
     assert "- PyTorch at 1024: out of memory" in found["scale"].splitlines()
     assert cells(found["scale"], "1,024")[2:] == ["failed", "–"]  # noqa: RUF001
@@ -192,11 +198,31 @@ def test_failures_and_notes_stand_below_the_table() -> None:
 
 def test_more_memory_than_pytorch_is_marked() -> None:
     results = made_up()
-    assert cells(tables(results)["train"], "gpt2 |")[3:5] == ["5.00 GiB, more", "4.00 GiB"]
+    text = tables(results)["train"]
+    assert cells(text, "gpt2 |")[3:5] == ["5.00 GiB, more", "4.00 GiB"]
     assert cells(tables(results)["train"], "nano |")[3:5] == ["1.00 GiB", "2.00 GiB"]
-    assert "- batch 8: gpt_jax needs more memory than transformers" in tables(results)["decode"]
-    results["rows"]["train/gpt2"]["notes"] = []
-    assert "- gpt2: gpt_jax needs more memory than PyTorch, for a reason that is not noted" in tables(results)["train"]
+    assert "- gpt2: gpt_jax needs more memory, 5.00 GiB, by kind not recorded, than PyTorch, eager" in text
+    assert cells(tables(results)["decode"], "batch 8 |")[1:] == ["3.00 GiB, more", "1.00 GiB"]
+    decoded_8 = results["rows"]["decode/8"]
+    decoded_8["memory"] = {
+        "gpt_jax": {"libraries": GIB / 4, "state": GIB, "temporaries": GIB / 2},
+        "transformers": {"libraries": GIB / 4, "state": GIB / 2},
+    }
+    assert (
+        "- batch 8: gpt_jax needs more memory, 3.00 GiB (libraries 256 MiB, state 1.00 GiB, the rest 1.75 GiB, XLA's "
+        "own account of temporaries 512 MiB), than transformers, 1.00 GiB (libraries 256 MiB, state 512 MiB, the rest "
+        "256 MiB)"
+    ) in tables(results)["decode"].splitlines()
+
+
+def test_one_bandwidth_is_the_roofline_of_all_rows() -> None:
+    """Eight tokens of 0.5 GB at 50 / 8 a second are 3.125 GB/s of the 25 that another row has read at best."""
+    results = made_up()
+    results["rows"]["decode/1"] = {**results["rows"]["decode/8"], "batch": 1, "bandwidth": spread([1e10, 2.5e10])}
+    text = tables(results)["decode"]
+    line = [line for line in text.splitlines() if line.startswith("| batch 8, greedy")][1]
+    assert line.endswith("| 12% (11% to 14%) |")
+    assert "in any round, 25.0 GB/s; the slowest round had 10.0" in text
 
 
 def test_the_fastest_of_our_settings_is_bold() -> None:
@@ -227,7 +253,7 @@ def test_every_table_has_as_many_cells_in_each_line() -> None:
 def test_render_replaces_what_is_between_its_markers_only_and_is_stable() -> None:
     readme = (
         "# Title\n<!-- tests -->\nkeep me\n<!-- end -->\n\n"
-        "<!-- benchmarks: a-cpu train -->\nold\n\n| table |\n<!-- end -->\nbetween\n"
+        "<!-- benchmarks: a-cpu train -->\noutdated\n\n| table |\n<!-- end -->\nbetween\n"
         "<!-- benchmarks: other scale -->\n<!-- end -->\nlast\n"
     )
     files = {"a-cpu": made_up(), "other": {**made_up(), "rows": {}}}
@@ -238,7 +264,7 @@ def test_render_replaces_what_is_between_its_markers_only_and_is_stable() -> Non
     assert rendered.endswith(
         f"\n<!-- end -->\nbetween\n<!-- benchmarks: other scale -->\n{NOT_MEASURED}\n<!-- end -->\nlast\n"
     )
-    assert "old" not in rendered
+    assert "outdated" not in rendered
     assert render(rendered, files) == rendered
 
 
@@ -260,6 +286,14 @@ def test_a_wrong_marker_is_refused(readme: str, message: str) -> None:
 
 def test_percent_keeps_a_digit_of_small_shares() -> None:
     assert [percent(0.613), percent(0.0317)] == ["61%", "3.2%"]
+
+
+def test_the_readme_has_every_table() -> None:
+    """All tables of one machine at least, and those that are of no machine."""
+    markers = set(MARKER.findall(README.read_text(encoding="utf-8")))
+    files = read_results(FOLDER)
+    assert markers >= ALONE.keys() & files.keys() == ALONE.keys()
+    assert any(markers >= {f"{name} {part}" for part in PARTS} for name in files if name not in ALONE)
 
 
 def test_the_readme_agrees_with_the_results() -> None:
