@@ -26,17 +26,19 @@ MARKER = re.compile(r"^<!-- benchmarks: ([^\n]*?) -->$", re.MULTILINE)
 BLOCK = re.compile(r"^(<!-- benchmarks: ([^\n]*?) -->\n)(?:(?!<!--).)*?(^<!-- end -->$)", re.MULTILINE | re.DOTALL)
 
 
-def report(results_folder: Path, readme: Path) -> None:
-    """Regenerates the tables of the README, and draws the plots into the folder of results.
+def report(results_folder: Path, readme: Path | None) -> None:
+    """Regenerates the tables of the README, if there is one to write, and draws the plots into the folder of results.
 
     Raises UserError where a marker in the README is wrong, or matplotlib is missing; the README is unchanged then.
     """
     files = read_results(results_folder)
-    text = readme.read_text(encoding="utf-8")
+    text = readme.read_text(encoding="utf-8") if readme else ""
     rendered = render(text, files)
     for name, measured in files.items():
         for path in () if name in ALONE else plots.draw(measured, results_folder / name):
             print(f"{path} drawn", flush=True)
+    if readme is None:
+        return
     if rendered != text:
         with replacing(readme) as temporary:
             temporary.write_text(rendered, encoding="utf-8")
