@@ -66,7 +66,8 @@ def main(recipe: Recipe, path: str, draws: str, devices: int) -> None:
         )
         say(iterations=iterations, tokens=iterations * recipe.batch_size * recipe.context_length, val_loss=val_loss)
 
-    params = jax.device_put(tree_of(initial_parameters(draws)), placement.replicated())
+    initial = tree_of(initial_parameters(draws))
+    params = jax.device_put(initial, placement.state_shardings(initial))
     state = TrainState(jnp.int32(0), params, jax.jit(optimizer.init)(params), {})
     evaluate(params, 0, 0)
     numbers = itertools.count(1)

@@ -44,13 +44,13 @@ def load_ours(folder: Path) -> float:
     import jax
 
     from gpt_jax import runtime
-    from gpt_jax.interop.load import load_params, open_named, padded, their_config
+    from gpt_jax.interop.load import load_params, on_device, open_named, padded, their_config
 
     runtime.setup()
     device = jax.devices()[0]
     begin = time.perf_counter()
     files = open_named(str(folder))
-    jax.block_until_ready(load_params(files, padded(their_config(files)), jax.sharding.SingleDeviceSharding(device)))
+    jax.block_until_ready(load_params(files, padded(their_config(files)), on_device(device)))
     return time.perf_counter() - begin
 
 

@@ -60,8 +60,8 @@ class Training:
         """The jitted train step with an optimizer, and what makes its initial state."""
         placement, schedule = self.placement, learning_rate_schedule(OPTIMIZER, 1)
         step = make_train_step(self.model, optimizer, schedule, 0, placement.axis_name)
-        make_state = jax.jit(lambda: init_state(self.model, optimizer, 0), out_shardings=placement.replicated())
-        return placement.jit(step, n_batch_args=1, donate=True), make_state
+        step_fn = placement.jit(step, n_batch_args=1, donate=True)
+        return step_fn, lambda: placement.make(lambda: init_state(self.model, optimizer, 0))
 
     def start(self) -> None:
         """Starts anew, with the initial parameters."""

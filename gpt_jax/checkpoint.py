@@ -8,6 +8,7 @@ arrays, kept with the facts, do.
 import hashlib
 import json
 import logging
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -38,8 +39,11 @@ def checksums(tree: Any) -> list[jax.Array]:
     """
 
     def checksum(x: jax.Array) -> jax.Array:
-        bits = jax.lax.bitcast_convert_type(x, jnp.uint32).reshape(-1)
-        h = bits + jnp.arange(bits.size, dtype=jnp.uint32) * jnp.uint32(0x9E3779B9)
+        bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+        # The place of each element, dimension by dimension: to flatten an array that is divided would gather it.
+        strides = [math.prod(x.shape[i + 1 :]) & 0xFFFFFFFF for i in range(x.ndim)]
+        places = sum((jax.lax.broadcasted_iota(jnp.uint32, x.shape, i) * jnp.uint32(s) for i, s in enumerate(strides)))
+        h = bits + jnp.uint32(places) * jnp.uint32(0x9E3779B9)
         h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
         h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
         return jnp.sum(h ^ (h >> 16), dtype=jnp.uint32)
@@ -152,6 +156,9 @@ class Checkpoints:
         aside = self.folder.with_name("damaged") / f"{step}-{time.strftime('%Y%m%d-%H%M%S')}"
         aside.parent.mkdir(exist_ok=True)
         (self.folder / str(step)).rename(aside)
+
+    def reload(self) -> None:
+        """Looks anew at what is there, when a checkpoint was set aside."""
         self.manager.reload()
 
     def meta(self, step: int) -> dict[str, Any]:

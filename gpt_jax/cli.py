@@ -42,6 +42,7 @@ USAGE = """usage: gpt-jax COMMAND [OPTIONS]
   sample    let a trained GPT write
   eval      tell how well a GPT predicts a text
   export    write a run as a folder that transformers loads
+  plan      tell whether a training fits a slice of TPUs or GPUs that is not here, and what bounds it
 
 gpt-jax COMMAND --help tells the options of each."""
 
@@ -56,7 +57,36 @@ class TrainArgs:
 
     resume: Switch = False  # Go on with the run in --out-dir, with the configuration saved there and these flags.
     profile: Switch = False  # Write a JAX profiler trace of a few steps to the run's folder.
+    # Several hosts: HOST:PORT of the first one, or auto on TPU pods, Slurm, Kubernetes, Open MPI; empty: only this one.
+    coordinator: str = ""
+    n_hosts: int = 0  # With HOST:PORT: how many hosts there are.
+    host_id: int = 0  # With HOST:PORT: which of them this is, from 0.
+    join_timeout: int = 300  # Seconds to wait for the other hosts.
     config: Annotated[Config, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Config)
+
+    def __post_init__(self) -> None:
+        check(self.join_timeout >= 1, "join_timeout", self.join_timeout, "1 second or more")
+        if self.coordinator in ("", "auto"):
+            given = "no coordinator" if not self.coordinator else "--coordinator auto"
+            check(self.n_hosts == 0, "n_hosts", self.n_hosts, f"left out with {given}")
+            return
+        port = self.coordinator.rpartition(":")[2]
+        check(port.isdecimal(), "coordinator", self.coordinator, "auto, or HOST:PORT such as 10.0.0.1:8476")
+        check(self.n_hosts >= 1, "n_hosts", self.n_hosts, "the number of hosts")
+        check(0 <= self.host_id < self.n_hosts, "host_id", self.host_id, f"0 to n_hosts - 1 = {self.n_hosts - 1}")
+
+
+@dataclasses.dataclass(frozen=True)
+class PlanArgs:
+    """Tell what a training takes on devices that are not here: memory, what travels, and what bounds its time. The
+    first argument may be a configuration file; configs/quickstart.py is the default."""
+
+    target: str = "v5e-4"  # The devices: a TPU slice such as v5e-16, v5p-32, v6e-8, or GPUs such as h100x8.
+    tries: int = 4  # Other ways to run it (microbatches, rematerialisation) to compile, for a recommendation; 0: none.
+    config: Annotated[Config, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Config)
+
+    def __post_init__(self) -> None:
+        check(self.tries >= 0, "tries", self.tries, "0 or more")
 
 
 def parse(args_type: type[Args], argv: Sequence[str], command: str, default: Args | None = None) -> Args:
@@ -105,10 +135,15 @@ def train_command(argv: Sequence[str]) -> int:
     """Builds the configuration from file, saved run and flags; prepares the data if need be; trains."""
     config, args = train_arguments(list(argv))
 
-    from gpt_jax import runtime
+    from gpt_jax import hosts, runtime
     from gpt_jax.train.loop import Interrupted, check_run_folder, train
 
-    check_run_folder(Path(config.out_dir), args.resume)  # Before minutes are spent on preparing data.
+    if args.coordinator:
+        runtime.setup(config.parallel.devices or 1)
+        hosts.join(args.coordinator, args.n_hosts, args.host_id, args.join_timeout)
+        if not hosts.is_first():
+            sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
+    hosts.on_first(lambda: check_run_folder(Path(config.out_dir), args.resume))  # Before minutes go to preparing data.
     tokenizer = None
     if config.init_from and args.resume:
         tokenizer = load_tokenizer(Path(config.out_dir))
@@ -116,7 +151,8 @@ def train_command(argv: Sequence[str]) -> int:
         config, tokenizer = start_from(config, argv)
     data = open_or_prepare(config.data, argv, tokenizer, config.init_from)
     config = with_vocabulary(config, data.tokenizer.vocab_size)
-    runtime.setup(runtime.choose_cpu_devices(config))
+    if not args.coordinator:
+        runtime.setup(runtime.choose_cpu_devices(config))
     try:
         train(config, data, resume=args.resume, profile=args.profile)
     except Interrupted as e:
@@ -179,9 +215,14 @@ def open_or_prepare(
     Raises UserError when a flag asks for another preparation than that of the folder that is there, or it was made with
     another tokenizer.
     """
+    from gpt_jax import hosts
+
     check(bool(config.dir), "data.dir", config.dir, "a folder made by gpt-jax prepare")
     folder = Path(config.dir)
-    if config.source and not folder.exists():
+
+    def prepare_if_missing() -> None:
+        if not config.source or folder.exists():
+            return
         from gpt_jax.data.prepare import PrepareArgs, prepare, print_summary
 
         meta = prepare(
@@ -196,6 +237,8 @@ def open_or_prepare(
             tokenizer=tokenizer,
         )
         print_summary(folder, meta)
+
+    hosts.on_first(prepare_if_missing)
     data = open_dataset(folder)
     if tokenizer and tokenizer.fingerprint != data.tokenizer.fingerprint:
         raise UserError(
@@ -324,6 +367,34 @@ def prepare_command(argv: Sequence[str]) -> int:
     return 0
 
 
+def plan_command(argv: Sequence[str]) -> int:
+    """Tells what a training takes on devices that are not here. Status 1 when it does not fit them."""
+    words = list(argv)
+    path = Path(words.pop(0)) if words and not words[0].startswith("-") else default_config_path()
+    args = parse(PlanArgs, words, "plan", PlanArgs(config=load_config(path)))
+    config = args.config
+    if config.init_from:
+        config, tokenizer = start_from(config, argv)
+        config = with_vocabulary(config, tokenizer.vocab_size)
+    elif not config.model.vocab_size and Path(config.data.dir, "meta.json").exists():
+        config = with_vocabulary(config, open_dataset(Path(config.data.dir)).tokenizer.vocab_size)
+    elif not config.model.vocab_size:  # Not prepared yet: as many tokens as will be asked for.
+        config = with_vocabulary(config, config.data.vocab_size)
+
+    # libtpu would ask a cloud machine's metadata server what it is.
+    os.environ.update(TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", TPU_ACCELERATOR_TYPE="v5litepod-4")
+    import jax
+
+    from gpt_jax import runtime
+    from gpt_jax.plan.run import can_compile, run_plan
+    from gpt_jax.plan.targets import parse_target
+
+    jax.config.update("jax_platforms", "cpu")
+    target = parse_target(args.target)
+    runtime.setup(1 if can_compile(target) else target.n_devices)
+    return run_plan(config, target, args.tries)
+
+
 def eval_command(argv: Sequence[str]) -> int:
     """Loads a model and prints how well it predicts a text."""
     from gpt_jax.evaluate.run import EvalArgs, run_eval
@@ -349,6 +420,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "sample": sample_command,
     "eval": eval_command,
     "export": export_command,
+    "plan": plan_command,
 }
 
 
@@ -389,6 +461,8 @@ def told(e: Exception) -> str | None:
         return f"this needs the package {package}, which is not installed: pip install 'gpt-jax[{EXTRAS[package]}]'"
     if isinstance(e, OSError) and e.errno is not None:  # A disk that is full or read-only, wherever it was met.
         return f"{e.filename}: {e.strerror}" if e.filename else os.strerror(e.errno)
+    if isinstance(e, (RuntimeError, ValueError)) and ("Gloo" in str(e) or "coordination service" in str(e)):
+        return "another host has gone; the last checkpoint is whole: start all hosts again, with --resume"
     if isinstance(e, RuntimeError) and "RESOURCE_EXHAUSTED" in str(e):
         return "the device has too little memory; set a smaller data.microbatch_size, or model.remat to full"
     return None

@@ -24,10 +24,13 @@ repeats the optimizer's pass over parameters that no cache holds."""
 
 
 def choose_cpu_devices(config: Config) -> int:
-    """CPU devices to train on: what `parallel.devices` asks for, or else one a core for models of up to 32 million
-    parameters (as many as divide the batch), and one for larger ones."""
-    if config.parallel.devices:
-        return config.parallel.devices
+    """CPU devices to train on: what `parallel.devices` or the mesh asks for, or else one a core for models of up to 32
+    million parameters (as many as divide the batch), and one for larger ones."""
+    parallel = config.parallel
+    if parallel.devices:
+        return parallel.devices
+    if parallel.uses_mesh:
+        return max(parallel.data, 1) * max(parallel.fsdp, 1) * max(parallel.tensor, 1)
     if config.model.n_params > SMALL_MODEL_PARAMS:
         return 1
     microbatch = config.data.microbatch_size or 1
@@ -85,12 +88,19 @@ def local_devices() -> list[jax.Device]:
 
 
 def choose_devices(config: Config) -> list[jax.Device]:
-    """The local devices to train on. Raises UserError when more are asked for than there are."""
+    """The devices to train on, of all hosts. Raises UserError when more are asked for than a host has, or, of several
+    hosts, fewer."""
     devices = local_devices()
     wanted = config.parallel.devices or len(devices)
     if wanted > len(devices):
         raise UserError(f"parallel.devices = {wanted}, but this machine has {len(devices)}; 0 takes all of them")
-    return devices[:wanted]
+    if jax.process_count() == 1:
+        return devices[:wanted]
+    if not jax.distributed.is_initialized():
+        raise UserError(f"this is one of {jax.process_count()} hosts; start all of them with --coordinator auto")
+    if wanted < len(devices):
+        raise UserError(f"parallel.devices = {wanted}, but each of several hosts trains on all it has: {len(devices)}")
+    return jax.devices()
 
 
 def platform_name(device: jax.Device) -> str:

@@ -67,16 +67,14 @@ def permute(index: np.ndarray, n: int, *key: int) -> np.ndarray:
 class TrainBatches:
     """The batches of a training run: `batches(step)` is int32 (B, T + 1), windows of T tokens and the one after.
 
-    With several hosts, host h of n gets rows h * B / n to (h + 1) * B / n - 1 of the same global batch. Raises
-    UserError when the split is smaller than one window, or the batch does not divide over the hosts.
+    `batches(step, rows)` is those rows of the same batch: what one host of several needs. Raises UserError when the
+    split is smaller than one window.
     """
 
     tokens: Tokens
     context_length: int
     batch_size: int
     seed: int
-    host: int = 0
-    n_hosts: int = 1
 
     def __post_init__(self) -> None:
         if len(self.tokens) < self.context_length + 1:
@@ -84,30 +82,27 @@ class TrainBatches:
                 f"the training split has {len(self.tokens)} tokens, less than one window of "
                 f"model.context_length + 1 = {self.context_length + 1}; use more text or a shorter context"
             )
-        if self.batch_size % self.n_hosts:
-            raise UserError(f"data.batch_size = {self.batch_size} does not divide over {self.n_hosts} hosts")
 
     @property
     def windows_per_epoch(self) -> int:
         """Number of whole windows that the ring is cut into."""
         return len(self.tokens) // self.context_length
 
-    def starts(self, step: int) -> np.ndarray:
-        """Position of the first token of each window of this host's rows of the batch, int64."""
+    def starts(self, step: int, rows: np.ndarray | None = None) -> np.ndarray:
+        """Position of the first token of each window of the batch, or of some rows of it, int64."""
         n, n_windows = len(self.tokens), self.windows_per_epoch
-        local = self.batch_size // self.n_hosts
-        sample = step * self.batch_size + self.host * local + np.arange(local)
+        sample = step * self.batch_size + (np.arange(self.batch_size) if rows is None else rows)
         epochs, index = np.divmod(sample, n_windows)
-        starts = np.empty(local, np.int64)
+        starts = np.empty(len(sample), np.int64)
         for epoch in np.unique(epochs):  # One, or two where an epoch ends within the batch.
-            rows = epochs == epoch
-            window = permute(index[rows], n_windows, self.seed, int(epoch))
+            of_epoch = epochs == epoch
+            window = permute(index[of_epoch], n_windows, self.seed, int(epoch))
             offset = int(hash_key(self.seed, int(epoch), ROUNDS)[0] % np.uint64(n))  # A key that no round has.
-            starts[rows] = (offset + window * self.context_length) % n
+            starts[of_epoch] = (offset + window * self.context_length) % n
         return starts
 
-    def __call__(self, step: int) -> np.ndarray:
-        return np.stack([self.window(int(start)) for start in self.starts(step)])
+    def __call__(self, step: int, rows: np.ndarray | None = None) -> np.ndarray:
+        return np.stack([self.window(int(start)) for start in self.starts(step, rows)])
 
     def window(self, start: int) -> np.ndarray:
         """T + 1 tokens from `start` on, going on at the beginning of the split after its end."""

@@ -54,7 +54,7 @@ class Scorer:
     def __init__(self, model: GPT, params: Params, devices: Sequence[jax.Device], batch_size: int) -> None:
         self.model = model
         self.placement = Placement(devices)
-        self.params = jax.device_put(params, self.placement.replicated())
+        self.params = jax.device_put(params, self.placement.state_shardings(params))
         self.batch_size = batch_size * self.placement.n_devices
         self.step = self.placement.jit(make_score_step(model, self.placement.axis_name), n_batch_args=2, donate=False)
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -40,7 +40,7 @@ def load_pretrained(name: str, context_length: int = 0) -> tuple[GPT, Params, To
     check_context(config, theirs, files.where)
     tokenizer = files.tokenizer()
     check_tokenizer(tokenizer, config, files.where)
-    return GPT(config), load_params(files, config, jax.sharding.SingleDeviceSharding(device)), tokenizer
+    return GPT(config), load_params(files, config, on_device(device)), tokenizer
 
 
 def open_named(name: str) -> ModelFiles:
@@ -102,8 +102,14 @@ def check_tokenizer(tokenizer: Tokenizer, config: ModelConfig, where: str) -> No
         )
 
 
-def load_params(files: ModelFiles, config: ModelConfig, sharding: jax.sharding.Sharding) -> Params:
-    """The parameters of a published model, float32, placed by `sharding`, without any adapters that `config` has.
+def on_device(device: jax.Device) -> Callable[[Params], Any]:
+    """The shardings of a tree that lies on one device, for `load_params`."""
+    return lambda tree: jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(device), tree)
+
+
+def load_params(files: ModelFiles, config: ModelConfig, shardings: Callable[[Params], Any]) -> Params:
+    """The parameters of a published model, float32, without any adapters that `config` has, placed by what `shardings`
+    makes of their shapes: a sharding each.
 
     Tensors are read one by one into the leaf that they are a part of: on the host, there is never more than one leaf
     besides what is placed already. Raises UserError, before anything is allocated, when the tensors are not those that
@@ -114,7 +120,7 @@ def load_params(files: ModelFiles, config: ModelConfig, sharding: jax.sharding.S
     check_architecture(config, theirs, files.where)
     config = dataclasses.replace(config, lora=LoraConfig())
 
-    def load(path: tuple[Any, ...], shape: jax.ShapeDtypeStruct) -> jax.Array:
+    def load(path: tuple[Any, ...], shape: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.Array:
         leaf = leaf_name(path)
         out = aligned(shape.shape)
         for part, layout, number in parts(out, leaf, family):
@@ -123,9 +129,12 @@ def load_params(files: ModelFiles, config: ModelConfig, sharding: jax.sharding.S
                 return files.weights.read(file_names[name.format(i=number)], out)
 
             layout.fill(part, read, config)
-        return jax.device_put(out, sharding)
+        if sharding.is_fully_addressable:
+            return jax.device_put(out, sharding)
+        return jax.make_array_from_callback(out.shape, sharding, lambda index: out[index])  # This host's parts.
 
-    return jax.tree_util.tree_map_with_path(load, param_shapes(config))
+    shapes = param_shapes(config)
+    return jax.tree_util.tree_map_with_path(load, shapes, shardings(shapes))
 
 
 def param_shapes(config: ModelConfig) -> Params:

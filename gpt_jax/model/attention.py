@@ -14,6 +14,7 @@ import numpy as np
 
 from gpt_jax.config import ModelConfig
 from gpt_jax.model.layers import dropout, fold_in
+from gpt_jax.model.sharding import by_heads
 
 SPLASH_BLOCKS = (512, 256, 128)
 """Sizes that the Splash kernel may cut the sequence into, fastest first; all are whole TPU lanes."""
@@ -84,16 +85,15 @@ def causal_attention(
     if config.attention == "block_causal":
         return causal_by_blocks(q_BTHK, k_BTGK, v_BTGK, window, config.dropout, keys_B)
     if config.attention == "cudnn":
-        return jax.nn.dot_product_attention(
-            q_BTHK,
-            k_BTGK,
-            v_BTGK,
+        fused = functools.partial(
+            jax.nn.dot_product_attention,
             is_causal=True,
             local_window_size=(window - 1, 0) if window else None,
             implementation="cudnn",
         )
+        return by_heads(fused)(q_BTHK, k_BTGK, v_BTGK)
     if config.attention == "splash":
-        return causal_by_splash(q_BTHK, k_BTGK, v_BTGK, window)
+        return by_heads(functools.partial(causal_by_splash, window=window))(q_BTHK, k_BTGK, v_BTGK)
     raise ValueError(f"attention backend {config.attention} was not resolved")
 
 

@@ -24,6 +24,7 @@ from gpt_jax.model.attention import cached_attention, causal_attention
 from gpt_jax.model.layers import INIT_STD, RMSNorm, decoding_product, dropout, fold_in, linear, lora_keys, norm
 from gpt_jax.model.loss import hide_padding
 from gpt_jax.model.rope import rotate
+from gpt_jax.model.sharding import constrain, gather, gathers_again, keep_all_but_gathered, store
 
 Params = dict[str, Any]
 
@@ -57,6 +58,7 @@ class Attention(nn.Module):
         window = c.window if self.sliding else 0
 
         qkv = linear(c, "qkv", G * (R + 2) * K)(x_BTD, lora_keys(c, "qkv", keys_B)).reshape(B, T, G, R + 2, K)
+        qkv = constrain(qkv, "BTGRK")
         q_BTHK = qkv[:, :, :, :R].reshape(B, T, H, K)
         k_BTGK, v_BTGK = qkv[:, :, :, R], qkv[:, :, :, R + 1]
         if c.qk_norm:
@@ -103,6 +105,7 @@ class MLP(nn.Module):
             x_BTF = activation(linear(c, "gate", c.ff_dim)(x_BTD, lora_keys(c, "gate", keys_B))) * x_BTF
         else:
             x_BTF = activation(x_BTF)
+        x_BTF = constrain(x_BTF, "BTF")
         out_BTD = linear(c, "down", c.d_model, residual=True)(x_BTF, lora_keys(c, "down", keys_B))
         return dropout(out_BTD, c.dropout, fold_in(keys_B, 2))
 
@@ -127,7 +130,7 @@ class Block(nn.Module):
         x_BTD = x_BTD + (norm(c, "post_norm_1")(out_BTD) if c.post_norm else out_BTD)
         out_BTD = mlp(norm(c, "norm_2")(x_BTD), keys_B)
         x_BTD = x_BTD + (norm(c, "post_norm_2")(out_BTD) if c.post_norm else out_BTD)
-        return x_BTD, cache
+        return constrain(x_BTD, "BTD"), cache
 
 
 class GPT(nn.Module):
@@ -153,15 +156,16 @@ class GPT(nn.Module):
         tokens_VD = self.param("tokens_VD", normal, (c.embedding_rows, c.d_model))
         if not c.tied_head:
             self.param("head_VD", normal, (c.embedding_rows, c.d_model))
-        x_BTD = tokens_VD[tokens_BT]
+        x_BTD = gather({"tokens_VD": tokens_VD}, tokens_VD.dtype)["tokens_VD"][tokens_BT]
         if c.positions == "learned":
             positions_TD = self.param("positions_TD", normal, (c.context_length, c.d_model))
+            positions_TD = gather({"positions_TD": positions_TD}, positions_TD.dtype)["positions_TD"]
             T = tokens_BT.shape[1]
             x_BTD = x_BTD + (positions_TD[:T] if start_B is None else positions_TD[positions_of(T, start_B)])
         x_BTD = x_BTD.astype(c.dtype)
         if c.scale_embeddings:
             x_BTD = x_BTD * np.sqrt(c.d_model).astype(x_BTD.dtype)
-        x_BTD = dropout(x_BTD, c.dropout, fold_in(keys_B, 0))
+        x_BTD = constrain(dropout(x_BTD, c.dropout, fold_in(keys_B, 0)), "BTD")
         x_BTD, cache = self.run_layers(x_BTD, fold_in(keys_B, 1), cache, start_B)
         return norm(c, "final_norm")(x_BTD), cache
 
@@ -176,6 +180,7 @@ class GPT(nn.Module):
             return jax.vmap(lambda key: blocks[False].init(key, x_BTD)["params"])(jax.random.split(key, c.n_layer))
 
         def layer(params: Params, x_BTD: jax.Array, i: int | jax.Array, sliding: bool) -> jax.Array:
+            params = gather(params, c.dtype)
             return cast(Any, blocks[sliding].apply({"params": params}, x_BTD, fold_in(keys_B, i)))[0]
 
         if self.is_initializing():
@@ -193,7 +198,7 @@ class GPT(nn.Module):
         layer = rematerialised(layer, c.remat)
         if c.unroll:
             for i, params in enumerate(unstack(layers, c.n_layer)):
-                x_BTD = layer(params, x_BTD, i, c.sliding[i])
+                x_BTD = layer(store(params), x_BTD, i, c.sliding[i])
             return x_BTD, None
 
         # Layers that slide and layers that do not are different programs: the scan goes over whole periods of their
@@ -204,7 +209,7 @@ class GPT(nn.Module):
         def some_layers(x_BTD: jax.Array, xs: tuple[Params, jax.Array], n: int) -> tuple[jax.Array, None]:
             stacked, first = xs
             for i, params in enumerate(unstack(stacked, n)):
-                x_BTD = layer(params, x_BTD, first + i, c.sliding[i])
+                x_BTD = layer(store(params), x_BTD, first + i, c.sliding[i])  # It is kept for the backward pass so.
             return x_BTD, None
 
         periods = jax.tree.map(lambda x: x[:n_scanned].reshape(-1, period, *x.shape[1:]), layers)
@@ -239,7 +244,8 @@ def forward_cached(
 
 def head_VD(params: Params) -> Any:
     """The matrix whose products with the hidden states are the logits: the token embeddings, where the head is tied."""
-    return params["head_VD" if "head_VD" in params else "tokens_VD"]
+    name = "head_VD" if "head_VD" in params else "tokens_VD"
+    return gather({name: params[name]}, params[name].dtype)[name]
 
 
 def logits_NV(model: GPT, params: Params, hidden_ND: jax.Array) -> jax.Array:
@@ -255,7 +261,9 @@ def rematerialised(layer: Any, policy: RematName) -> Any:
         "dots": jax.checkpoint_policies.dots_saveable,
         "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     }
-    return layer if policy == "none" else jax.checkpoint(layer, policy=policies[policy], static_argnums=3)
+    if policy == "none" and not gathers_again():
+        return layer
+    return jax.checkpoint(layer, policy=policies.get(policy, keep_all_but_gathered), static_argnums=3)
 
 
 def unstack(layers: Any, n_layer: int) -> tuple[Params, ...]:

@@ -2,6 +2,9 @@
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from gpt_jax.model.sharding import BATCH_AXES, mesh_is_set
 
 
 def head_logits(hidden_ND: jax.Array, head_VD: jax.Array, vocab_size: int) -> jax.Array:
@@ -35,17 +38,37 @@ def _head_product_bwd(saved: tuple[jax.Array, jax.Array], gradient_NV: jax.Array
 head_product.defvjp(_head_product_fwd, _head_product_bwd)
 
 
-def hide_padding(logits_NV: jax.Array, vocab_size: int) -> jax.Array:
-    """The logits, those from `vocab_size` on -inf."""
+def hide_padding(logits_NV: jax.Array, vocab_size: int, first: int | jax.Array = 0) -> jax.Array:
+    """The logits of token `first` and those after it, those from `vocab_size` on -inf."""
     V = logits_NV.shape[1]
-    return logits_NV if vocab_size == V else jnp.where(jnp.arange(V) < vocab_size, logits_NV, -jnp.inf)
+    if isinstance(first, int) and first + V <= vocab_size:
+        return logits_NV
+    return jnp.where(first + jnp.arange(V) < vocab_size, logits_NV, -jnp.inf)
 
 
-def cross_entropy_N(hidden_ND: jax.Array, head_VD: jax.Array, targets_N: jax.Array, vocab_size: int) -> jax.Array:
-    """-log softmax(logits)[target] of each token, in nats, float32 (N,)."""
-    logits_NV = head_logits(hidden_ND, head_VD, vocab_size)
-    target_logits_N = jnp.take_along_axis(logits_NV, targets_N[:, None], axis=-1)[:, 0]
-    return jax.nn.logsumexp(logits_NV, axis=-1) - target_logits_N
+def cross_entropy_N(
+    hidden_ND: jax.Array, head_VD: jax.Array, targets_N: jax.Array, vocab_size: int, axis_name: str | None = None
+) -> jax.Array:
+    """-log softmax(logits)[target] of each token, in nats, float32 (N,).
+
+    With a mapped axis, each of its devices has a part of the vocabulary, in order, and what is added up over them is
+    one number a token: the logits stay where they are (Shoeybi et al. 2019, section 3).
+    """
+    if axis_name is None:
+        logits_NV = head_logits(hidden_ND, head_VD, vocab_size)
+        target_logits_N = jnp.take_along_axis(logits_NV, targets_N[:, None], axis=-1)[:, 0]
+        return jax.nn.logsumexp(logits_NV, axis=-1) - target_logits_N
+
+    V = head_VD.shape[0]  # Of this device.
+    first = jax.lax.axis_index(axis_name) * V
+    logits_NV = hide_padding(head_product(hidden_ND, head_VD), vocab_size, first)
+    highest_N = jax.lax.pmax(jax.lax.stop_gradient(logits_NV).max(axis=-1), axis_name)
+    sums_N = jax.lax.psum(jnp.sum(jnp.exp(logits_NV - highest_N[:, None]), axis=-1), axis_name)
+    here_N = targets_N - first
+    is_here_N = (here_N >= 0) & (here_N < V)
+    target_logits_N = jnp.take_along_axis(logits_NV, jnp.where(is_here_N, here_N, 0)[:, None], axis=-1)[:, 0]
+    target_logits_N = jax.lax.psum(jnp.where(is_here_N, target_logits_N, 0), axis_name)
+    return highest_N + jnp.log(sums_N) - target_logits_N
 
 
 def loss_sums(
@@ -61,12 +84,43 @@ def loss_sums(
     At most `chunk` tokens have logits at one time: the chunks are scanned over, and each one's logits are computed
     again in the backward pass. With 50,000 tokens in the vocabulary, the logits of a batch and their gradient would
     otherwise be the largest arrays of the whole step.
+
+    On a mesh, each device does so with its sequences and its part of the vocabulary, and the sums are those of all.
     """
+    if not mesh_is_set():
+        return sums_of_chunks(hidden_BTD, head_VD, targets_BT, mask_BT, vocab_size, chunk)
+
+    def on_one_device(*arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
+        hidden_BTD, head_VD, targets_BT, mask_BT = arrays
+        # What several devices have alike has the sum of their gradients: that is the transpose of these two lines.
+        hidden_BTD = jax.lax.pcast(hidden_BTD, "tensor", to="varying")
+        head_VD = jax.lax.pcast(head_VD, BATCH_AXES, to="varying")
+        sums = sums_of_chunks(hidden_BTD, head_VD, targets_BT, mask_BT, vocab_size, chunk, "tensor", BATCH_AXES)
+        return jax.lax.psum(sums, BATCH_AXES)
+
+    batch = PartitionSpec(BATCH_AXES)
+    return jax.shard_map(
+        on_one_device, in_specs=(batch, PartitionSpec("tensor"), batch, batch), out_specs=PartitionSpec()
+    )(hidden_BTD, head_VD, targets_BT, mask_BT)
+
+
+def sums_of_chunks(
+    hidden_BTD: jax.Array,
+    head_VD: jax.Array,
+    targets_BT: jax.Array,
+    mask_BT: jax.Array,
+    vocab_size: int,
+    chunk: int,
+    vocabulary_axis: str | None = None,
+    batch_axes: tuple[str, ...] = (),
+) -> tuple[jax.Array, jax.Array]:
+    """`loss_sums` of the sequences that one device has. batch_axes: the mapped axes that divide them."""
     n, d = targets_BT.size, hidden_BTD.shape[-1]
     hidden_ND, targets_N = hidden_BTD.reshape(n, d), targets_BT.reshape(n)
     mask_N = mask_BT.reshape(n).astype(jnp.float32)
     if n <= chunk:
-        return jnp.vdot(cross_entropy_N(hidden_ND, head_VD, targets_N, vocab_size), mask_N), jnp.sum(mask_N)
+        losses_N = cross_entropy_N(hidden_ND, head_VD, targets_N, vocab_size, vocabulary_axis)
+        return jnp.vdot(losses_N, mask_N), jnp.sum(mask_N)
 
     n_chunks = -(-n // chunk)
     chunk = -(-n // n_chunks)  # As even as can be, so that little is padded.
@@ -78,8 +132,9 @@ def loss_sums(
     @jax.checkpoint
     def add_chunk(total: jax.Array, xs: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, None]:
         hidden_CD, targets_C, mask_C = xs
-        losses_C = cross_entropy_N(hidden_CD, head_VD, targets_C, vocab_size)
+        losses_C = cross_entropy_N(hidden_CD, head_VD, targets_C, vocab_size, vocabulary_axis)
         return total + jnp.vdot(losses_C, mask_C), None
 
-    total, _ = jax.lax.scan(add_chunk, jnp.float32(0), (chunked(hidden_ND), chunked(targets_N), chunked(mask_N)))
+    zero = jax.lax.pcast(jnp.float32(0), batch_axes, to="varying") if batch_axes else jnp.float32(0)
+    total, _ = jax.lax.scan(add_chunk, zero, (chunked(hidden_ND), chunked(targets_N), chunked(mask_N)))
     return total, jnp.sum(mask_N)

@@ -77,7 +77,7 @@ def load_run(run: Path, checkpoint: str = "latest") -> tuple[GPT, Params, Tokeni
         target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes)
         params = checkpoints.restore(step, "params", target)
         if lora.rank:
-            base = load_base(config.init_from, model, sharding)
+            base = load_base(config.init_from, model, device)
             if tree_fingerprint(base) != checkpoints.meta(step).get("base"):
                 raise UserError(f"the adapters in {run} were trained on another model than {config.init_from} now is")
             params = jax.jit(lambda params: fold(params, lora))(join(params, base))
@@ -85,12 +85,12 @@ def load_run(run: Path, checkpoint: str = "latest") -> tuple[GPT, Params, Tokeni
         return model, params, tokenizer
 
 
-def load_base(name: str, model: GPT, sharding: jax.sharding.Sharding) -> Params:
+def load_base(name: str, model: GPT, device: jax.Device) -> Params:
     """The parameters that a run's adapters stand beside. Raises UserError when they are no longer where they were."""
-    from gpt_jax.interop.load import load_params, open_named
+    from gpt_jax.interop.load import load_params, on_device, open_named
 
     try:
-        return load_params(open_named(name), model.config, sharding)
+        return load_params(open_named(name), model.config, on_device(device))
     except UserError as e:
         raise UserError(f"the run's adapters need the model that they were trained on: {e}") from e
 

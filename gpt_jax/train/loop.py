@@ -1,17 +1,20 @@
 """The training run: everything is built from the configuration, then one loop that reads top-down."""
 
+import functools
+import json
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
-from gpt_jax import runtime
+from gpt_jax import hosts, runtime
 from gpt_jax.checkpoint import Checkpoints, DamagedCheckpointError, tree_fingerprint
 from gpt_jax.config import Config, config_from_dict, config_to_dict
 from gpt_jax.data.loader import Prefetch, TrainBatches, eval_batches
@@ -24,9 +27,10 @@ from gpt_jax.model.gpt import GPT, Params, init_params
 from gpt_jax.sample.generate import Settings, encode_prompt, generate
 from gpt_jax.train.metrics import FLOPS_FORMULA, Recorder, flops_per_token
 from gpt_jax.train.optimizer import learning_rate_schedule, make_optimizer
-from gpt_jax.train.placement import Placement
+from gpt_jax.train.placement import Placement, choose_placement
 from gpt_jax.train.profile import Trace
 from gpt_jax.train.step import TrainState, init_state, make_eval_step, make_train_step
+from gpt_jax.train.stop import stop_signals
 
 
 class Interrupted(BaseException):
@@ -40,13 +44,15 @@ class Interrupted(BaseException):
 def train(config: Config, data: Dataset, resume: bool = False, profile: bool = False) -> None:
     """Trains the model that `config` describes on `data`, in the folder `config.out_dir`.
 
-    The runtime is set up already, and the configuration has a vocabulary size.
+    The runtime is set up already, and the configuration has a vocabulary size. Of several hosts, which all call this,
+    the first one writes what is written once.
 
     Raises UserError for what the user can mend, and Interrupted after SIGINT or SIGTERM, when the state is saved.
     """
     run, seed = Path(config.out_dir), config.train.seed
-    placement = Placement(runtime.choose_devices(config))
+    placement = choose_placement(config.parallel, config.model, runtime.choose_devices(config))
     n_micro = placement.microbatches(config.data.batch_size, config.data.microbatch_size)
+    rows = placement.rows(config.data.batch_size, n_micro)  # This host's.
     batches = TrainBatches(data.train, config.model.context_length, config.data.batch_size, seed)
 
     model = GPT(resolve(config.model, runtime.platform_name(placement.devices[0])))
@@ -56,18 +62,19 @@ def train(config: Config, data: Dataset, resume: bool = False, profile: bool = F
     train_step = placement.jit(step_fn, n_batch_args=1, donate=True)
     evaluate = make_evaluate(model, placement, data, config)
 
-    check_run_folder(run, resume)
+    hosts.on_first(lambda: check_run_folder(run, resume))
     peak = runtime.peak_flops(placement.devices[0].device_kind)
     describe_run(config, data, model, placement, n_micro, peak)
-    meta = {
+    meta: dict[str, Any] = {
         "config": config_to_dict(config),
         "tokenizer": data.meta.tokenizer_fingerprint,
         "data": data.meta.source_fingerprint,
     }
+    hosts.check_alike(data=meta["data"], tokenizer=meta["tokenizer"], configuration=json.dumps(meta["config"]))
     encode_prompt(config.train.sample_prompt, data.tokenizer, config.model.context_length)  # Fails now, or never.
 
     with (
-        locked(run, f"another process is training in {run}"),
+        locked_on_first(run),
         stop_signals() as stop,
         Checkpoints(run / "checkpoints", config.train.keep_checkpoints) as checkpoints,
     ):
@@ -78,13 +85,13 @@ def train(config: Config, data: Dataset, resume: bool = False, profile: bool = F
         if state is None:
             state = first_state(model, optimizer, seed, placement, pretrained)
         del pretrained  # The state has it by now, and lets its memory be used for another.
-        write_run_folder(run, config, data)
+        hosts.on_first(lambda: write_run_folder(run, config, data))
         steps = range(int(state.step), config.train.steps)
 
         with (
-            Recorder(run, config, steps.start, peak and peak * placement.n_devices) as recorder,
-            Trace(run / "profile" if profile else None, steps) as trace,
-            Prefetch(lambda step: placement.split(batches(step), n_micro), steps) as prefetched,
+            Recorder(run, config, steps.start, peak and peak * placement.n_devices, hosts.is_first()) as recorder,
+            Trace(run / "profile" if profile and hosts.is_first() else None, steps) as trace,
+            Prefetch(lambda step: placement.split(batches(step, rows), n_micro), steps) as prefetched,
         ):
             for step, tokens in enumerate(prefetched, steps.start + 1):  # `step` counts the steps, this one included.
                 state, metrics = train_step(state, tokens)
@@ -94,7 +101,7 @@ def train(config: Config, data: Dataset, resume: bool = False, profile: bool = F
                     recorder.settle()
                 trace.after(step, state)
 
-                stopping = stop.signum
+                stopping = stop.after(step)
                 evaluates, samples, saves = events(config, step)
                 if not (evaluates or samples or saves or stopping):
                     continue
@@ -104,10 +111,12 @@ def train(config: Config, data: Dataset, resume: bool = False, profile: bool = F
                         recorder.add_evaluation(**evaluate(state.all_params()))
                     if saves or stopping:
                         recorder.sync()
-                        checkpoints.save(step, state.params, state.opt_state, meta, recorder.val_loss(step))
+                        params, opt_state = placement.to_checkpoint((state.params, state.opt_state))
+                        checkpoints.save(step, params, opt_state, meta, recorder.val_loss(step))
+                        del params, opt_state  # The next step gives their memory away.
                         recorder.plot()
                     if samples:
-                        recorder.say(write_sample(model, state.all_params(), data, config))
+                        recorder.say(write_sample(model, placement, state.all_params(), data, config))
                 if stopping:
                     raise Interrupted(stopping)
             if not steps:
@@ -125,6 +134,14 @@ def events(config: Config, step: int) -> tuple[bool, bool, bool]:
     evaluates = last or every(config.train.eval_every)
     saves = last or every(config.train.checkpoint_every or config.train.eval_every)
     return evaluates, every(config.train.sample_every), saves
+
+
+@contextmanager
+def locked_on_first(run: Path) -> Iterator[None]:
+    """Keeps the run's folder to this run. Raises UserError, on all hosts, while another has it."""
+    with ExitStack() as stack:
+        hosts.on_first(lambda: stack.enter_context(locked(run, f"another process is training in {run}")))
+        yield
 
 
 def check_run_folder(run: Path, resume: bool) -> None:
@@ -156,8 +173,8 @@ def describe_run(
         f"vocabulary {c.vocab_size:,}: {c.n_params / 1e6:,.2f} M parameters",
         "compute": f"{c.dtype}, attention {c.attention}, "
         f"layers {'unrolled' if c.unroll else 'scanned'}, rematerialised: {c.remat}",
-        "devices": f"{n} x {device.device_kind} by {'pmap' if n > 1 else 'jit'}, each {n_micro} x "
-        f"{config.data.batch_size // n // n_micro} sequences a step",
+        "devices": f"{n} x {device.device_kind} by {placement}, each {n_micro} x "
+        f"{config.data.batch_size // placement.n_shares // n_micro} sequences a step",
         "run": config.out_dir,
     }
     if c.lora.rank:
@@ -179,12 +196,11 @@ def first_state(
     pretrained: Params | None,
 ) -> TrainState:
     """The state before the first step: random, or pretrained parameters, or random adapters beside these."""
-    sharding = placement.replicated()
     if pretrained is None or model.config.lora.rank:
-        state = jax.jit(lambda: init_state(model, optimizer, seed), out_shardings=sharding)()
+        state = placement.make(lambda: init_state(model, optimizer, seed))
         return state._replace(frozen=pretrained or {})
-    opt_state = jax.jit(optimizer.init, out_shardings=sharding)(pretrained)
-    return TrainState(jax.device_put(np.int32(0), sharding), pretrained, opt_state, {})
+    opt_state = placement.make(optimizer.init, pretrained)
+    return TrainState(placement.make(lambda: jnp.int32(0)), pretrained, opt_state, {})
 
 
 def restore(
@@ -207,17 +223,18 @@ def restore(
     for step in reversed(checkpoints.steps()):
         try:
             check_fits(checkpoints.folder / str(step), checkpoints.meta(step), meta)
-            params = checkpoints.restore(step, "params", target.params)
-            opt_state = checkpoints.restore(step, "opt_state", target.opt_state)
+            params = placement.from_checkpoint(checkpoints.restore(step, "params", target.params))
+            opt_state = placement.from_checkpoint(checkpoints.restore(step, "opt_state", target.opt_state))
         except DamagedCheckpointError as e:
             print(f"{e}; going back to the one before", file=sys.stderr)
             damaged.append(step)
             continue
         for later in damaged:
-            checkpoints.set_aside(later)
+            hosts.on_first(functools.partial(checkpoints.set_aside, later))
+            checkpoints.reload()
         print(f"resuming after step {step}")
         frozen = (pretrained or {}) if model.config.lora.rank else {}
-        return TrainState(jax.device_put(np.int32(step), placement.replicated()), params, opt_state, frozen)
+        return TrainState(placement.make(jnp.int32, step), params, opt_state, frozen)
     if damaged:
         raise UserError(f"no checkpoint in {checkpoints.folder} is whole; train anew in another --out-dir")
     print("no checkpoint yet: starting from the first step")
@@ -231,7 +248,7 @@ def load_pretrained_params(config: Config, model: GPT, placement: Placement, res
         return None
     from gpt_jax.interop.load import load_params, open_named
 
-    return load_params(open_named(config.init_from), model.config, placement.replicated())
+    return load_params(open_named(config.init_from), model.config, placement.state_shardings)
 
 
 DECIDE_THE_DATA_ORDER = ("data.batch_size", "train.seed")
@@ -280,17 +297,20 @@ def make_evaluate(
         raise UserError(
             f"the validation split of {config.data.dir} has {len(data.val)} tokens; prepare it with more text"
         )
-    default = config.data.microbatch_size * placement.n_devices or config.data.batch_size
+    default = config.data.microbatch_size * placement.n_shares or config.data.batch_size
     batch_size = config.train.eval_batch_size or default
-    if batch_size % placement.n_devices:
-        raise UserError(f"train.eval_batch_size = {batch_size} does not divide over {placement.n_devices} devices")
+    if batch_size % placement.n_shares:
+        raise UserError(
+            f"train.eval_batch_size = {batch_size} does not divide over {placement.n_shares} {placement.told_shares}"
+        )
+    rows = placement.rows(batch_size)
     eval_step = placement.jit(make_eval_step(model, placement.axis_name), n_batch_args=2, donate=False)
     tokens_per_byte = len(data.val) / data.val.n_bytes
 
     def evaluate(params: Params) -> dict[str, float]:
         sums = []
         for tokens, mask in eval_batches(data.val, config.model.context_length, batch_size):
-            sums.append(eval_step(params, placement.split(tokens), placement.split(mask)))
+            sums.append(eval_step(params, placement.split(tokens[rows]), placement.split(mask[rows])))
             if placement.must_wait:
                 jax.block_until_ready(sums[-1])
         total, count = np.asarray(jax.device_get(sums), np.float64).sum(axis=0).tolist()
@@ -300,9 +320,11 @@ def make_evaluate(
     return evaluate
 
 
-def write_sample(model: GPT, params: Params, data: Dataset, config: Config) -> str:
-    """What the model writes after the configured prompt, as text between two rules."""
-    on_one_device = jax.tree.map(lambda x: x.addressable_data(0), params)
+def write_sample(model: GPT, placement: Placement, params: Params, data: Dataset, config: Config) -> str:
+    """What the model writes after the configured prompt, as text between two rules; on the first host alone."""
+    on_one_device = placement.on_one_device(params)
+    if not hosts.is_first():
+        return ""
     settings = Settings(max_new_tokens=config.train.sample_tokens, seed=config.train.seed)
     [result] = generate(model, on_one_device, data.tokenizer, [config.train.sample_prompt], settings)
     return f"--- sample\n{config.train.sample_prompt}{result.text}\n---"
@@ -316,28 +338,3 @@ def conclude(run: Path, recorder: Recorder) -> None:
         print(f"validation loss {evaluated[-1]['val_loss']:.4f}, best {best['val_loss']:.4f} at step {best['step']}")
     curve = f"; its loss curve is {run / 'loss.png'}" if (run / "loss.png").exists() else ""
     print(f"the run is in {run}{curve}; read what it writes: python sample.py --run {run}")
-
-
-class StopRequest:
-    """The signal that asked the run to stop; 0 until one does."""
-
-    signum = 0
-
-
-@contextmanager
-def stop_signals() -> Iterator[StopRequest]:
-    """Turns the first SIGINT or SIGTERM into a request to stop after the current step; a second one stops at once."""
-    request = StopRequest()
-
-    def handle(signum: int, frame: object) -> None:
-        request.signum = signum
-        for s, handler in before.items():
-            signal.signal(s, handler)
-        print("\nstopping after this step; again to stop at once, without saving", file=sys.stderr)
-
-    before = {s: signal.signal(s, handle) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield request
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)

@@ -59,16 +59,17 @@ class Recorder:
     are dropped, since they will be made again.
     """
 
-    def __init__(self, run: Path, config: Config, start: int, peak_flops: float | None) -> None:
-        self.run, self.config, self.peak_flops = run, config, peak_flops
+    def __init__(self, run: Path, config: Config, start: int, peak_flops: float | None, writes: bool = True) -> None:
+        self.run, self.config, self.peak_flops, self.writes = run, config, peak_flops, writes
         self.tokens_per_step = config.data.batch_size * config.model.context_length
         self.path = run / "metrics.jsonl"
         self.records = [record for record in read_records(self.path) if record["step"] <= start]
-        with replacing(self.path) as temporary:
-            temporary.write_text("".join(json.dumps(record) + "\n" for record in self.records), encoding="utf-8")
-        self.file = self.path.open("a", encoding="utf-8")
-        self.writer = tensorboard_writer(run, start) if config.train.tensorboard else None
-        self.wandb = wandb_run(run, config) if config.train.wandb_project else None
+        if writes:
+            with replacing(self.path) as temporary:
+                temporary.write_text("".join(json.dumps(record) + "\n" for record in self.records), encoding="utf-8")
+        self.file = (self.path if writes else Path(os.devnull)).open("a", encoding="utf-8")
+        self.writer = tensorboard_writer(run, start) if writes and config.train.tensorboard else None
+        self.wandb = wandb_run(run, config) if writes and config.train.wandb_project else None
 
         self.pending: tuple[int, StepMetrics] | None = None  # Not yet read.
         self.record: dict[str, Any] | None = None  # Read, not yet written.
@@ -183,7 +184,8 @@ class Recorder:
     def sync(self) -> None:
         """Brings the records to the disk: a checkpoint must not outlive those that lead up to it."""
         self.flush()
-        os.fsync(self.file.fileno())
+        if self.writes:
+            os.fsync(self.file.fileno())
 
     @contextmanager
     def off_the_clock(self) -> Iterator[None]:
@@ -196,7 +198,7 @@ class Recorder:
 
     def plot(self) -> None:
         """Draws loss.png, if matplotlib is installed."""
-        if importlib.util.find_spec("matplotlib") is not None:
+        if self.writes and importlib.util.find_spec("matplotlib") is not None:
             plot_losses(self.records, self.run / "loss.png")
 
 

@@ -1,20 +1,32 @@
-"""How the pure steps run on devices: plain jit on one, pmap over several, the state never stacked.
+"""How the pure steps run on devices: plain jit on one, pmap over several, or jit over a mesh that divides the state.
 
-With `in_axes=(None, 0)` and `out_axes=None` every device holds the whole state, and what comes back looks like an
-ordinary array: checkpoints, logs and sampling need not know how many devices there are.
+With pmap's `in_axes=(None, 0)` and `out_axes=None` every device holds the whole state, and what comes back looks like
+an ordinary array: checkpoints, logs and sampling need not know how many devices there are. On a mesh they need not know
+either, since its arrays are whole to whoever asks, wherever their parts are.
+
+There may be several hosts, each with some of the devices; each loads the rows of the batch that its devices need.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
+from jax.experimental import multihost_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
+from gpt_jax.config import ModelConfig, ParallelConfig
 from gpt_jax.errors import UserError
+from gpt_jax.model import sharding
 from gpt_jax.runtime import platform_name
 
 AXIS = "data"
+
+
+def choose_placement(config: ParallelConfig, model: ModelConfig, devices: Sequence[jax.Device]) -> "Placement":
+    """The placement that `config` asks for. Raises UserError when the model or the devices do not divide so."""
+    return MeshPlacement(devices, config, model) if config.uses_mesh else Placement(devices)
 
 
 class Placement:
@@ -22,16 +34,23 @@ class Placement:
 
     def __init__(self, devices: Sequence[jax.Device]) -> None:
         self.devices = list(devices)
+        self.here = [i for i, device in enumerate(self.devices) if device.process_index == jax.process_index()]
         self.mesh = Mesh(np.array(self.devices), (AXIS,))
+        self.mesh_here = Mesh(np.array([self.devices[i] for i in self.here]), (AXIS,))
 
     @property
     def n_devices(self) -> int:
-        """Number of devices."""
+        """Number of devices, on all hosts."""
         return len(self.devices)
 
     @property
+    def n_shares(self) -> int:
+        """Number of equal shares that a batch is divided into."""
+        return self.n_devices
+
+    @property
     def axis_name(self) -> str | None:
-        """The mapped axis that the steps sum over; None on one device."""
+        """The mapped axis that the steps sum over; None where there is none."""
         return AXIS if self.n_devices > 1 else None
 
     @property
@@ -39,48 +58,196 @@ class Placement:
         """Whether each step must be waited for: several CPU devices can deadlock when steps with sums queue up."""
         return self.n_devices > 1 and platform_name(self.devices[0]) == "cpu"
 
-    def replicated(self) -> jax.sharding.Sharding:
-        """The sharding of the state: whole, on every device."""
+    def __str__(self) -> str:
+        return "pmap" if self.n_devices > 1 else "jit"
+
+    def state_shardings(self, tree: Any) -> Any:
+        """How a state, or a part of it, lies on the devices: here whole, on every device of this host."""
+        sharding: jax.sharding.Sharding = SingleDeviceSharding(self.devices[0])
+        if self.n_devices > 1:
+            sharding = NamedSharding(self.mesh_here, PartitionSpec())
+        return jax.tree.map(lambda _: sharding, tree)
+
+    def make(self, make: Callable[..., Any], *args: Any) -> Any:
+        """What `make(*args)` returns, a part of a state, made where it is to lie: no device has more than its part."""
+        return jax.jit(make, out_shardings=self.state_shardings(jax.eval_shape(make, *args)))(*args)
+
+    def checkpoint_shardings(self, tree: Any) -> Any:
+        """How the arrays lie that checkpoints are made of, and restored to: those of all hosts."""
         if self.n_devices == 1:
-            return SingleDeviceSharding(self.devices[0])
-        return NamedSharding(self.mesh, PartitionSpec())
+            return self.state_shardings(tree)
+        return jax.tree.map(lambda _: NamedSharding(self.mesh, PartitionSpec()), tree)
+
+    def to_checkpoint(self, tree: Any) -> Any:
+        """A state's arrays as those that checkpoints are made of; nothing is copied."""
+        if jax.process_count() == 1:
+            return tree
+        return multihost_utils.host_local_array_to_global_array(tree, self.mesh, PartitionSpec())
+
+    def from_checkpoint(self, tree: Any) -> Any:
+        """Inverse of `to_checkpoint`."""
+        if jax.process_count() == 1:
+            return tree
+        return multihost_utils.global_array_to_host_local_array(tree, self.mesh, PartitionSpec())
 
     def abstract(self, tree: Any) -> Any:
-        """Shapes, dtypes and sharding of a state that is to be restored to these devices."""
-        sharding = self.replicated()
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+        """Shapes, dtypes and sharding of a tree that is to be restored to these devices."""
+        return with_shardings(tree, self.checkpoint_shardings(tree))
+
+    def on_one_device(self, tree: Any) -> Any:
+        """The whole of a state's arrays, on one device of this host. All hosts have to ask for it together."""
+        return jax.tree.map(lambda x: x.addressable_data(0), tree)
 
     def microbatches(self, batch_size: int, microbatch_size: int) -> int:
-        """Number A of microbatches that each device's share of the batch is cut into.
+        """Number A of microbatches that each share of the batch is cut into.
 
-        Raises UserError when the batch does not divide over the devices, or a share over microbatches.
+        Raises UserError when the batch does not divide into shares, or a share into microbatches.
         """
-        share, rest = divmod(batch_size, self.n_devices)
+        share, rest = divmod(batch_size, self.n_shares)
         if rest:
             raise UserError(
-                f"data.batch_size = {batch_size} does not divide over {self.n_devices} devices; "
+                f"data.batch_size = {batch_size} does not divide over {self.n_shares} {self.told_shares}; "
                 "change it, or set parallel.devices"
             )
         if microbatch_size and share % microbatch_size:
             raise UserError(
                 f"data.microbatch_size = {microbatch_size} does not divide a device's share of the batch, {share} = "
-                f"data.batch_size {batch_size} / {self.n_devices} devices"
+                f"data.batch_size {batch_size} / {self.n_shares} {self.told_shares}"
             )
         return share // microbatch_size if microbatch_size else 1
 
-    def split(self, array: np.ndarray, *shape: int) -> jax.Array:
-        """A batch (B, ...) on the devices: each gets an equal share of its rows, in order, as (*shape, -1, ...)."""
-        if self.n_devices == 1:
-            return jax.device_put(array.reshape(*shape, -1, *array.shape[1:]), self.devices[0])
-        local = array.reshape(self.n_devices, *shape, -1, *array.shape[1:])
-        return jax.device_put(local, NamedSharding(self.mesh, PartitionSpec(AXIS)))
+    @property
+    def told_shares(self) -> str:
+        """What the shares of a batch are called in messages."""
+        return "devices"
 
-    def jit(self, step: Callable[..., Any], n_batch_args: int, donate: bool) -> Callable[..., Any]:
+    def rows(self, batch_size: int, n_micro: int = 1) -> np.ndarray:
+        """Which rows of the global batch this host has to load for `split`, in that order."""
+        share = batch_size // self.n_devices
+        return np.concatenate([np.arange(i * share, (i + 1) * share) for i in self.here])
+
+    def split(self, rows: np.ndarray, n_micro: int | None = None) -> jax.Array:
+        """This host's rows of a batch, on its devices: each gets an equal share of them, in order, (B, ...); with a
+        number A of microbatches (A, B, ...)."""
+        shape = (-1, *rows.shape[1:]) if n_micro is None else (n_micro, -1, *rows.shape[1:])
+        if self.n_devices == 1:
+            return jax.device_put(rows.reshape(shape), self.devices[0])
+        local = rows.reshape(len(self.here), *shape)
+        return jax.device_put(local, NamedSharding(self.mesh_here, PartitionSpec(AXIS)))
+
+    def jit(self, step: Callable[..., Any], n_batch_args: int, donate: bool) -> Any:
         """`step(state, *batches)` compiled for these devices; the first argument is donated if `donate`."""
         donated = (0,) if donate else ()
         if self.n_devices == 1:
             return jax.jit(step, donate_argnums=donated)
-        in_axes = (None, *(0,) * n_batch_args)
         return jax.pmap(
-            step, axis_name=AXIS, in_axes=in_axes, out_axes=None, donate_argnums=donated, devices=self.devices
+            step,
+            axis_name=AXIS,
+            in_axes=(None, *(0,) * n_batch_args),
+            out_axes=None,
+            donate_argnums=donated,
+            devices=self.devices if jax.process_count() == 1 else None,  # With several hosts, pmap takes all it finds.
         )
+
+
+class MeshPlacement(Placement):
+    """The devices of a run in a mesh of data x fsdp x tensor, which divides batches and the state: see model/sharding.
+
+    Raises UserError when the mesh has not as many places as there are devices, or the model does not divide over it.
+    """
+
+    def __init__(self, devices: Sequence[jax.Device], config: ParallelConfig, model: ModelConfig) -> None:
+        super().__init__(devices)
+        shape = config.mesh_shape(len(self.devices))
+        why = sharding.indivisible(model, *shape[1:])
+        if why:
+            raise UserError(why)
+        self.mesh = jax.make_mesh(
+            shape, sharding.MESH_AXES, devices=self.devices, axis_types=(AxisType.Auto,) * len(shape)
+        )
+
+    @property
+    def n_shares(self) -> int:
+        """See Placement."""
+        return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+
+    @property
+    def told_shares(self) -> str:
+        """See Placement."""
+        return "= parallel.data x parallel.fsdp"
+
+    @property
+    def axis_name(self) -> str | None:
+        """See Placement. XLA adds what has to be summed."""
+        return None
+
+    def __str__(self) -> str:
+        return "mesh " + " x ".join(f"{name} {n}" for name, n in self.mesh.shape.items())
+
+    def state_shardings(self, tree: Any) -> Any:
+        """See Placement: here divided over fsdp and tensor."""
+        return sharding.state_shardings(self.mesh, tree)
+
+    def checkpoint_shardings(self, tree: Any) -> Any:
+        """See Placement."""
+        return self.state_shardings(tree)
+
+    def to_checkpoint(self, tree: Any) -> Any:
+        """See Placement."""
+        return tree
+
+    def from_checkpoint(self, tree: Any) -> Any:
+        """See Placement."""
+        return tree
+
+    def on_one_device(self, tree: Any) -> Any:
+        """See Placement."""
+        whole = jax.jit(lambda tree: tree, out_shardings=NamedSharding(self.mesh, PartitionSpec()))(tree)
+        return super().on_one_device(whole)
+
+    def batch_sharding(self, n_micro: int | None) -> NamedSharding:
+        """How a batch lies on the devices: (B, ...), or (A, B, ...) with microbatches."""
+        dims = (sharding.BATCH_AXES,) if n_micro is None else (None, sharding.BATCH_AXES)
+        return NamedSharding(self.mesh, PartitionSpec(*dims))
+
+    def rows(self, batch_size: int, n_micro: int = 1) -> np.ndarray:
+        """See Placement. Microbatches are consecutive parts of the global batch, each divided over the devices."""
+        size = batch_size // n_micro
+        slices = self.batch_sharding(None).addressable_devices_indices_map((size,)).values()
+        columns = sorted({i for index in slices for i in range(*index[0].indices(size))})  # type: ignore[index]
+        return (np.arange(n_micro)[:, None] * size + np.array(columns)).reshape(-1)
+
+    def split(self, rows: np.ndarray, n_micro: int | None = None) -> jax.Array:
+        """See Placement."""
+        local = rows if n_micro is None else rows.reshape(n_micro, -1, *rows.shape[1:])
+        return jax.make_array_from_process_local_data(self.batch_sharding(n_micro), local)
+
+    def jit(self, step: Callable[..., Any], n_batch_args: int, donate: bool) -> Any:
+        """See Placement."""
+
+        def stored(*args: Any) -> Any:
+            return sharding.store(step(*args))  # The state comes back as it was given.
+
+        return OnMesh(jax.jit(stored, donate_argnums=(0,) if donate else ()), self.mesh)
+
+
+@dataclasses.dataclass(frozen=True)
+class OnMesh:
+    """A compiled function whose program sees the mesh that it is to run on."""
+
+    jitted: Any
+    mesh: Mesh
+
+    def __call__(self, *args: Any) -> Any:
+        with jax.set_mesh(self.mesh):
+            return self.jitted(*args)
+
+    def lower(self, *args: Any) -> Any:
+        """The program for arguments of these shapes and shardings, not yet compiled."""
+        with jax.set_mesh(self.mesh):
+            return self.jitted.lower(*args)
+
+
+def with_shardings(tree: Any, shardings: Any) -> Any:
+    """Shapes and dtypes of a tree, with a sharding each."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)

@@ -10,6 +10,7 @@ import optax
 from gpt_jax.model import lora
 from gpt_jax.model.gpt import GPT, Params, forward, head_VD, init_params
 from gpt_jax.model.loss import loss_sums
+from gpt_jax.model.sharding import store
 
 
 class TrainState(NamedTuple):
@@ -88,7 +89,7 @@ def make_train_step(
             (loss, count), grads = grad_fn(
                 state.params, state.frozen, tokens[i], None if keys_AB is None else keys_AB[i]
             )
-            return loss, count, grads
+            return loss, count, store(grads)
 
         if A == 1:
             sums = microbatch(0)

@@ -12,7 +12,7 @@ import pytest
 
 from gpt_jax.config import AttentionName, ModelConfig
 from gpt_jax.interop.families import FAMILIES, family_for
-from gpt_jax.interop.load import load_params, padded, their_config
+from gpt_jax.interop.load import load_params, on_device, padded, their_config
 from gpt_jax.interop.model_files import ModelFiles, open_model
 from gpt_jax.interop.save import in_a_family, write_model
 from gpt_jax.model.backend import resolve
@@ -93,7 +93,7 @@ def published(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 def load(files: ModelFiles, **changes: Any) -> tuple[GPT, Params]:
     config = dataclasses.replace(resolve(padded(their_config(files)), "cpu"), **changes)
-    return GPT(config), load_params(files, config, jax.sharding.SingleDeviceSharding(jax.devices()[0]))
+    return GPT(config), load_params(files, config, on_device(jax.devices()[0]))
 
 
 def our_logits(model: GPT, params: Params, tokens: np.ndarray) -> np.ndarray:

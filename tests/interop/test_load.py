@@ -14,7 +14,7 @@ from gpt_jax.config import Config, LoraConfig, ModelConfig, RopeConfig, RopeScal
 from gpt_jax.errors import UserError
 from gpt_jax.files import save_json
 from gpt_jax.interop.families import family_for
-from gpt_jax.interop.load import adopt, aligned, load_params, load_pretrained, open_named, their_config
+from gpt_jax.interop.load import adopt, aligned, load_params, load_pretrained, on_device, open_named, their_config
 from gpt_jax.model.gpt import GPT, Params, forward, logits_NV
 from gpt_jax.model.rope import frequencies, plain
 from tests.cli import refused
@@ -60,7 +60,7 @@ def test_parameters_are_placed_as_they_are_wanted(llama: tuple[Path, Params]) ->
     folder, original = llama
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    params = load_params(open_named(str(folder)), LLAMA, everywhere)
+    params = load_params(open_named(str(folder)), LLAMA, lambda tree: jax.tree.map(lambda _: everywhere, tree))
     for ours, expected in zip(jax.tree.leaves(params), jax.tree.leaves(original), strict=True):
         assert len(ours.addressable_shards) == 8
         for shard in ours.addressable_shards:
@@ -71,7 +71,7 @@ def test_one_cpu_device_takes_the_memory_that_was_read_into() -> None:
     """No copy: else an import would need a leaf's memory twice."""
     array = aligned((64, 64))
     array[...] = 1
-    placed = jax.device_put(array, jax.sharding.SingleDeviceSharding(DEVICE))
+    placed = jax.device_put(array, on_device(DEVICE))
     assert placed.unsafe_buffer_pointer() == array.ctypes.data
 
 
@@ -122,7 +122,7 @@ def test_wrong_tensors_are_named_all_at_once(llama: tuple[Path, Params], tmp_pat
     tensors = (folder / "model.safetensors").read_bytes().replace(b"model.norm.weight", b"model.name.weight")
     (folder / "model.safetensors").write_bytes(tensors)
     with pytest.raises(UserError) as caught:
-        load_params(open_named(str(folder)), LLAMA, jax.sharding.SingleDeviceSharding(DEVICE))
+        load_params(open_named(str(folder)), LLAMA, on_device(DEVICE))
     message = str(caught.value)
     assert "missing: model.norm.weight, model.layers.2." in message
     assert "more; not known: model.name.weight; of another shape: " in message
@@ -189,7 +189,7 @@ def test_another_architecture_than_the_files_have_is_refused(
     """As when a run goes on with adapters, and its model was replaced by another one."""
     config = dataclasses.replace(LLAMA, **changes)
     with pytest.raises(UserError, match=rf"model\.{next(iter(changes))} is .* there and .* here"):
-        load_params(open_named(str(llama[0])), config, jax.sharding.SingleDeviceSharding(DEVICE))
+        load_params(open_named(str(llama[0])), config, on_device(DEVICE))
 
 
 def test_equal_models_have_equal_architectures() -> None:

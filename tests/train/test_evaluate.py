@@ -70,7 +70,7 @@ def test_it_is_the_mean_over_every_token(folder: Path, data: Dataset, params: Pa
     config = Config(model=MODEL, train=TrainConfig(eval_batch_size=BATCH))
     placement = Placement(jax.devices()[:n_devices])
     evaluate = make_evaluate(GPT(MODEL), placement, data, config)
-    on_devices = jax.device_put(params, placement.replicated())
+    on_devices = jax.device_put(params, placement.state_shardings(params))
     result = evaluate(on_devices)
     loss, bits_per_byte = brute_force(folder, params)
     np.testing.assert_allclose(result["val_loss"], loss, rtol=1e-6)

@@ -33,7 +33,7 @@ def run(n_devices: int, n_micro: int = 1, model_config: ModelConfig = CONFIG) ->
     train_step = placement.jit(
         make_train_step(model, optimizer, schedule, SEED, placement.axis_name), n_batch_args=1, donate=True
     )
-    state = jax.jit(lambda: init_state(model, optimizer, SEED), out_shardings=placement.replicated())()
+    state = placement.make(lambda: init_state(model, optimizer, SEED))
     rng, metrics = np.random.default_rng(0), []
     for _ in range(STEPS):
         tokens = rng.integers(0, CONFIG.vocab_size, (BATCH, CONFIG.context_length + 1), dtype=np.int32)

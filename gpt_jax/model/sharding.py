@@ -1,0 +1,133 @@
+"""How arrays are divided over a mesh of devices, data x fsdp x tensor: by the letters of their dimensions.
+
+Batches are divided over data and fsdp. Parameters are stored divided over fsdp (Rajbhandari et al. 2020, ZeRO stage 3)
+and tensor, and gathered over fsdp where they are used; the tensor axis divides heads, feed-forward and vocabulary
+(Shoeybi et al. 2019, Megatron-LM), and stays divided. XLA derives the rest, and the collectives, from these few rules.
+
+The functions on arrays do nothing where no mesh is set, on one device and under pmap.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
+
+from gpt_jax.config import ModelConfig
+
+MESH_AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+STORED = {"D": "fsdp", "H": "tensor", "F": "tensor", "V": "tensor"}
+"""The axis that divides each dimension of a stored parameter; H stands for whole heads, of any width."""
+
+ACTIVE = {"B": BATCH_AXES, "N": BATCH_AXES, "H": "tensor", "G": "tensor", "F": "tensor", "V": "tensor"}
+"""The same of a parameter in use, and of an activation."""
+
+LINEAR = {"qkv": ("D", "H"), "out": ("H", "D"), "gate": ("D", "F"), "up": ("D", "F"), "down": ("F", "D")}
+"""What the kernel of a linear layer maps, from and to."""
+
+DIMENSIONS = {"tokens_VD": "VD", "head_VD": "VD", "positions_TD": "TD"}
+for _name, (_from, _to) in LINEAR.items():
+    DIMENSIONS |= {f"{_name}/kernel": _from + _to, f"{_name}/lora_a": _from + "R", f"{_name}/lora_b": "R" + _to}
+    DIMENSIONS |= {f"{_name}/bias": _to} if _to != "D" else {}
+
+
+def dimensions(path: tuple[Any, ...]) -> str | None:
+    """The letters of a parameter's dimensions, by the end of its path in the tree; None for what every device has
+    whole: the scales of norms, and other vectors as wide as the model, which are not worth gathering. The optimizer's
+    moments have their parameter's path, and are divided as it is."""
+    names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+    return DIMENSIONS.get(names[-1]) or DIMENSIONS.get("/".join(names[-2:]))
+
+
+def spec(dims: str, axes: dict[str, Any], ndim: int) -> PartitionSpec:
+    """The axes of an array with these dimensions; those that it has before them, such as L, are not divided."""
+    return PartitionSpec(*[None] * (ndim - len(dims)), *(axes.get(letter) for letter in dims))
+
+
+def stored_spec(path: tuple[Any, ...], x: Any) -> PartitionSpec:
+    """How a leaf of a tree of parameters, or of what has their paths, is stored."""
+    dims = dimensions(path)
+    return PartitionSpec() if dims is None else spec(dims, STORED, x.ndim)
+
+
+def state_shardings(mesh: Mesh, tree: Any) -> Any:
+    """How to store a tree of parameters, or of what has their paths: a sharding for each leaf."""
+
+    return jax.tree_util.tree_map_with_path(lambda path, x: NamedSharding(mesh, stored_spec(path, x)), tree)
+
+
+def indivisible(config: ModelConfig, fsdp: int, tensor: int) -> str | None:
+    """Which dimension of a model does not divide over a mesh, as "model.d_model = 5 does not divide over ..."; None
+    when all do."""
+    sizes = {
+        "model.d_model": (config.d_model, "fsdp", fsdp),
+        "the number of key/value heads": (config.kv_heads, "tensor", tensor),
+        "the feed-forward width": (config.ff_dim, "tensor", tensor),
+        "the vocabulary": (config.embedding_rows, "tensor", tensor),
+    }
+    for name, (size, axis, n) in sizes.items():
+        if size % n:
+            hint = "; set model.vocab_multiple = 128" if name == "the vocabulary" else ""
+            return f"{name}, {size}, does not divide over parallel.{axis} = {n}{hint}"
+    return None
+
+
+def mesh_is_set() -> bool:
+    """Whether a program that is being traced will run on a mesh whose arrays XLA divides."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh.axis_names == MESH_AXES and set(mesh.axis_types) == {AxisType.Auto}
+
+
+def constrain(x: jax.Array, dims: str) -> jax.Array:
+    """`x`, an activation with these dimensions, divided as all of its kind; dimensions without an axis are whole."""
+    return jax.lax.with_sharding_constraint(x, spec(dims, ACTIVE, x.ndim)) if mesh_is_set() else x
+
+
+def gather(params: Any, dtype: DTypeLike) -> Any:
+    """Parameters as they are used: gathered over fsdp, matrices in the compute type, so that half the bytes travel."""
+    if not mesh_is_set():
+        return params
+
+    def use(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
+        dims = dimensions(path)
+        if dims is None:
+            return x
+        x = jax.lax.with_sharding_constraint(x.astype(dtype), spec(dims, ACTIVE, x.ndim))
+        return checkpoint_name(x, "gathered")
+
+    return jax.tree_util.tree_map_with_path(use, params)
+
+
+def store(tree: Any) -> Any:
+    """Parameters, or what has their paths, such as their gradients, divided as parameters are stored."""
+    if not mesh_is_set():
+        return tree
+
+    def divide(path: tuple[Any, ...], x: jax.Array) -> jax.Array:
+        return jax.lax.with_sharding_constraint(x, stored_spec(path, x))
+
+    return jax.tree_util.tree_map_with_path(divide, tree)
+
+
+def gathers_again() -> bool:
+    """Whether parameters are gathered at all, so that it is worth doing without keeping them."""
+    return mesh_is_set() and jax.sharding.get_abstract_mesh().shape["fsdp"] > 1
+
+
+def keep_all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
+    """A policy of jax.checkpoint: gathered parameters are not kept for the backward pass but gathered again, since all
+    layers' together would be the whole model."""
+    return primitive.name not in ("name", "sharding_constraint", "convert_element_type")
+
+
+def by_heads(attend: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """`attend(q, k, v)`, of (B, T, heads, K) each, on every device by itself with the sequences and heads that it has:
+    kernels that XLA cannot look into cannot be divided by it."""
+    if not mesh_is_set():
+        return attend
+    heads = PartitionSpec(BATCH_AXES, None, "tensor", None)
+    return jax.shard_map(attend, in_specs=(heads, heads, heads), out_specs=heads, check_vma=False)

@@ -1,0 +1,183 @@
+"""Several hosts, as processes that talk by gloo: they train as one does, stop together, and none waits for the dead."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gpt_jax import hosts
+from tests.cli import TINY, records, refused, run, start
+
+ARGS = [
+    *TINY,
+    "--model.n-layer=2",
+    "--model.no-bias",  # The gradient of a key's bias is rounding alone, which Adam would blow up.
+    "--model.vocab-multiple=8",
+    "--optimizer.eps=1e-4",
+    "--optimizer.schedule=constant",
+]
+MESH_2 = ["--parallel.devices=2", "--parallel.fsdp=2", "--parallel.tensor=2"]  # Two hosts of two devices.
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("localhost", 0))
+        return int(s.getsockname()[1])
+
+
+def start_hosts(n: int, *args: object) -> list[subprocess.Popen[str]]:
+    """Starts `gpt-jax train ARGS` on n hosts."""
+    coordinator = f"--coordinator=localhost:{free_port()}"
+    return [start("train", *ARGS, *args, coordinator, f"--n-hosts={n}", f"--host-id={i}") for i in range(n)]
+
+
+def finish(processes: list[subprocess.Popen[str]], status: int = 0) -> list[str]:
+    """Waits for all of them, expects that exit status of each, and returns what each wrote to standard error."""
+    outputs = [process.communicate(timeout=300) for process in processes]
+    for process, (out, err) in zip(processes, outputs, strict=True):
+        assert process.returncode == status, f"exit status {process.returncode}\n{out}\n{err}"
+    return [err for _, err in outputs]
+
+
+def losses(run: Path) -> np.ndarray:
+    """Loss, gradient norm and validation loss of every step."""
+    return np.array([[r["loss"], r["grad_norm"], r.get("val_loss", 0)] for r in records(run)])
+
+
+def wait_for_steps(run: Path, n: int) -> None:
+    for _ in range(1200):
+        if len(records(run)) >= n:
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"{run} has not come to step {n}")
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of six steps on one device of one host."""
+    out = tmp_path_factory.mktemp("alone") / "run"
+    run("train", *ARGS, f"--data.dir={tiny_data}", f"--out-dir={out}", "--train.steps=6", "--parallel.devices=1")
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("placement", [[], MESH_2], ids=["pmap", "mesh"])
+def test_a_run_moves_from_two_hosts_to_one_and_to_four(
+    alone: Path, tiny_data: Path, tmp_path: Path, placement: list[str]
+) -> None:
+    """Its losses are those of one host throughout."""
+    data = f"--data.dir={tiny_data}"
+    two = tmp_path / "two"
+    finish(start_hosts(2, data, f"--out-dir={two}", "--train.steps=4", *placement))
+    np.testing.assert_allclose(losses(two)[:3], losses(alone)[:3], rtol=1e-5)  # The fourth has an evaluation.
+    one, four = (Path(shutil.copytree(two, tmp_path / name)) for name in ("one", "four"))
+    on_one = ["--parallel.devices=1", "--parallel.fsdp=0", "--parallel.tensor=0"]
+    run("train", "--resume", *ARGS, data, f"--out-dir={one}", "--train.steps=6", *on_one)
+    on_four = ["--parallel.devices=1", "--parallel.fsdp=4", "--parallel.tensor=1"]
+    finish(start_hosts(4, "--resume", data, f"--out-dir={four}", "--train.steps=6", *on_four))
+    for out in (one, four):
+        np.testing.assert_allclose(losses(out)[4:], losses(alone)[4:], rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("asked", "signum"), [(0, signal.SIGINT), (1, signal.SIGTERM)])
+def test_a_signal_to_one_host_saves_and_ends_all(tiny_data: Path, tmp_path: Path, asked: int, signum: int) -> None:
+    out = tmp_path / "run"
+    processes = start_hosts(2, f"--data.dir={tiny_data}", f"--out-dir={out}", "--train.steps=1000000")
+    wait_for_steps(out, 3)
+    processes[asked].send_signal(signum)
+    finish(processes, status=128 + signal.SIGTERM)
+    step = records(out)[-1]["step"]
+    assert [int(p.name) for p in (out / "checkpoints").iterdir()] == [step]
+    run("train", "--resume", *ARGS, f"--data.dir={tiny_data}", f"--out-dir={out}", f"--train.steps={step + 1}")
+    assert records(out)[-1]["step"] == step + 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_host_that_dies_ends_the_others(tiny_data: Path, tmp_path: Path, killed: int) -> None:
+    """Soon, with a message that says so, and what was saved is whole."""
+    out = tmp_path / "run"
+    args = [f"--data.dir={tiny_data}", f"--out-dir={out}", "--train.steps=1000000", "--train.checkpoint-every=2"]
+    processes = start_hosts(2, *args, "--train.eval-every=0")
+    wait_for_steps(out, 5)
+    processes[killed].kill()
+    begin = time.monotonic()
+    _, err = processes[1 - killed].communicate(timeout=2 * hosts.HEARTBEAT_SECONDS)
+    assert time.monotonic() - begin < hosts.HEARTBEAT_SECONDS + 10
+    assert processes[1 - killed].returncode not in (0, None)
+    assert "another host has gone" in err or "another task died" in err
+    assert "Traceback" not in err
+    processes[killed].communicate()
+    last = records(out)[-1]["step"]
+    run("train", "--resume", *ARGS, f"--data.dir={tiny_data}", f"--out-dir={out}", f"--train.steps={last + 1}")
+
+
+def test_a_host_with_other_data_is_refused_by_all(tiny_data: Path, tmp_path: Path) -> None:
+    (tmp_path / "other.txt").write_text("another text " * 400)
+    run("prepare", tmp_path / "other.txt", "--out", tmp_path / "other", "--tokenizer", "bytes")
+    coordinator = f"--coordinator=localhost:{free_port()}"
+    processes = [
+        start(
+            "train",
+            *ARGS,
+            f"--data.dir={data}",
+            f"--out-dir={tmp_path / 'run'}",
+            coordinator,
+            "--n-hosts=2",
+            f"--host-id={i}",
+        )
+        for i, data in enumerate([tiny_data, tmp_path / "other"])
+    ]
+    for err in finish(processes, status=1):
+        told = [line for line in err.splitlines() if line.startswith("error: ")]
+        assert told == [
+            "error: host 1 has another data than host 0; all hosts must see the same data and run the same command"
+        ]
+        assert "Traceback" not in err
+
+
+def test_a_run_that_is_there_is_refused_by_all(alone: Path, tiny_data: Path) -> None:
+    for err in finish(start_hosts(2, f"--data.dir={tiny_data}", f"--out-dir={alone}"), status=1):
+        assert "holds a run already; go on with it by --resume" in err
+        assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("host", [0, 1])
+def test_hosts_that_do_not_meet_give_up_in_time(tiny_data: Path, tmp_path: Path, host: int) -> None:
+    begin = time.monotonic()
+    error = refused(
+        "train",
+        *ARGS,
+        f"--data.dir={tiny_data}",
+        f"--out-dir={tmp_path / 'run'}",
+        f"--coordinator=localhost:{free_port()}",
+        "--n-hosts=2",
+        f"--host-id={host}",
+        "--join-timeout=3",
+    )
+    assert f"after 3 s, host {host} of 2 has not met the others at localhost:" in error
+    assert time.monotonic() - begin < 60
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--coordinator=here"], "coordinator = 'here' is not possible: it must be auto, or HOST:PORT"),
+        (["--coordinator=here:80"], "n_hosts = 0 is not possible: it must be the number of hosts"),
+        (["--coordinator=here:80", "--n-hosts=2", "--host-id=2"], "host_id = 2 is not possible: it must be 0 to"),
+        (["--n-hosts=2"], "n_hosts = 2 is not possible: it must be left out with no coordinator"),
+        (["--coordinator=auto"], "the hosts could not be joined by --coordinator auto"),
+    ],
+)
+def test_impossible_hosts(args: list[str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith(("SLURM_", "OMPI_", "KUBERNETES_", "TPU_"))]:
+        monkeypatch.delenv(name)
+    assert message in refused("train", *args)

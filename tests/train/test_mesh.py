@@ -1,0 +1,240 @@
+"""On a mesh that divides the state, the step gives what it gives on one device, and no device holds what is not its
+part."""
+
+import dataclasses
+import re
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from gpt_jax.checkpoint import Checkpoints, checksums
+from gpt_jax.config import LoraConfig, ModelConfig, OptimizerConfig, ParallelConfig
+from gpt_jax.errors import UserError
+from gpt_jax.model.gpt import GPT
+from gpt_jax.train.optimizer import learning_rate_schedule, make_optimizer
+from gpt_jax.train.placement import MeshPlacement, Placement, choose_placement
+from gpt_jax.train.step import StepMetrics, TrainState, init_state, make_eval_step, make_train_step
+
+GPT2 = ModelConfig(
+    vocab_size=85,
+    vocab_multiple=88,
+    context_length=32,
+    n_layer=2,
+    n_head=8,
+    d_model=64,
+    dtype="float32",
+    attention="block_causal",
+    loss_chunk=40,  # So that the loss goes over several chunks.
+)
+LLAMA = dataclasses.replace(
+    GPT2,
+    n_layer=3,
+    n_head=16,
+    n_kv_head=8,
+    d_ff=96,
+    positions="rotary",
+    norm="rms",
+    activation="silu",
+    gated=True,
+    bias=False,
+    tied_head=False,
+    unroll=False,
+)
+MODELS = {"gpt2": GPT2, "llama": LLAMA}
+MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (4, 2, 1)]
+BATCH, STEPS, SEED = 16, 5, 3
+# Steps large enough for a wrong gradient to show, eps large enough for Adam not to blow up the rounding of tiny ones.
+OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_steps=2, eps=1e-4)
+
+
+def placement(mesh: tuple[int, int, int] | None, model: ModelConfig, n_devices: int = 8) -> Placement:
+    config = ParallelConfig() if mesh is None else ParallelConfig(0, *mesh)
+    return choose_placement(config, model, jax.devices()[: n_devices if mesh is None else int(np.prod(mesh))])
+
+
+class Run:
+    """A model, its step and its state on some devices."""
+
+    def __init__(self, config: ModelConfig, on: Placement) -> None:
+        self.on, self.model = on, GPT(config)
+        self.optimizer = make_optimizer(OPTIMIZER, STEPS)
+        schedule = learning_rate_schedule(OPTIMIZER, STEPS)
+        step = make_train_step(self.model, self.optimizer, schedule, SEED, on.axis_name)
+        self.step = on.jit(step, n_batch_args=1, donate=True)
+        self.state: TrainState = on.make(self.first_state)
+
+    def first_state(self) -> TrainState:
+        return init_state(self.model, self.optimizer, SEED)
+
+    def tokens(self, step: int, n_micro: int = 1) -> jax.Array:
+        rng = np.random.default_rng(step)
+        shape = (BATCH, self.model.config.context_length + 1)
+        rows = rng.integers(0, self.model.config.vocab_size, shape, dtype=np.int32)
+        return self.on.split(rows[self.on.rows(BATCH, n_micro)], n_micro)
+
+    def train(self, n_micro: int = 1) -> tuple[TrainState, list[StepMetrics]]:
+        metrics = []
+        for step in range(STEPS):
+            self.state, m = self.step(self.state, self.tokens(step, n_micro))
+            jax.block_until_ready(self.state)
+            metrics.append(jax.device_get(m))
+        return jax.device_get(self.state), metrics
+
+
+def assert_same(ours: tuple[TrainState, list[StepMetrics]], expected: tuple[TrainState, list[StepMetrics]]) -> None:
+    """Equal within 1e-5: loss and gradient norm of every step; parameters and the moments of the gradients after it."""
+    np.testing.assert_allclose(np.array(ours[1]), np.array(expected[1]), rtol=1e-5, atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), ours[0], expected[0])
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def alone(request: pytest.FixtureRequest) -> tuple[ModelConfig, tuple[TrainState, list[StepMetrics]]]:
+    """A model, and what becomes of it on one device."""
+    config = MODELS[request.param]
+    return config, Run(config, placement(None, config, n_devices=1)).train()
+
+
+@pytest.mark.parametrize("mesh", [*MESHES, None], ids=str)
+def test_every_mesh_and_pmap_agree_with_one_device(alone: Any, mesh: tuple[int, int, int] | None) -> None:
+    config, expected = alone
+    run = Run(config, placement(mesh, config))
+    ours = run.train()
+    assert_same(ours, expected)
+    assert str(run.on) == ("pmap" if mesh is None else "mesh data {} x fsdp {} x tensor {}".format(*mesh))
+    first = jax.device_get(run.first_state()).params["tokens_VD"]
+    assert not np.allclose(ours[0].params["tokens_VD"], first, atol=1e-3)  # Something was learnt.
+
+
+@pytest.mark.parametrize(("remat", "unroll"), [("none", True), ("full", False), ("dots", True)])
+def test_microbatches_dropout_and_rematerialisation_agree(remat: Any, unroll: bool) -> None:
+    config = dataclasses.replace(GPT2, dropout=0.2)
+    expected = Run(config, placement(None, config, n_devices=1)).train()
+    other = dataclasses.replace(config, remat=remat, unroll=unroll)
+    assert_same(Run(other, placement((2, 2, 2), other)).train(n_micro=2), expected)
+
+
+def test_adapters_agree() -> None:
+    """Those of all matrices, beside a base that is divided, too."""
+    from gpt_jax.model.gpt import init_params
+
+    config = dataclasses.replace(LLAMA, lora=LoraConfig(rank=4))
+    base = jax.device_get(init_params(GPT(LLAMA), jax.random.key(1)))
+
+    def train(mesh: tuple[int, int, int] | None) -> tuple[TrainState, list[StepMetrics]]:
+        run = Run(config, placement(mesh, config, n_devices=1))
+        frozen = jax.device_put(base, run.on.state_shardings(base))
+        run.state = run.state._replace(frozen=frozen)
+        return run.train()
+
+    ours, expected = train((2, 2, 2)), train(None)
+    assert_same((ours[0]._replace(frozen={}), ours[1]), (expected[0]._replace(frozen={}), expected[1]))
+
+
+def bytes_on(device: jax.Device, tree: Any) -> int:
+    shards = [s for x in jax.tree.leaves(tree) for s in x.addressable_shards if s.device == device]
+    return sum(s.data.nbytes for s in shards)
+
+
+def test_an_eighth_of_the_state_is_on_each_of_eight_devices() -> None:
+    """Within 5%, before and after a step, of a model of the usual shape; and the state comes back as it was divided."""
+    config = dataclasses.replace(LLAMA, d_model=128, d_ff=512, n_layer=4)
+    run = Run(config, placement((1, 8, 1), config))
+    whole = sum(x.nbytes for x in jax.tree.leaves(run.state))
+    shardings = jax.tree.map(lambda x: x.sharding, run.state)
+    for _ in range(2):
+        for device in jax.devices():
+            assert bytes_on(device, run.state) == pytest.approx(whole / 8, rel=0.05)
+        run.state, _ = run.step(run.state, run.tokens(0))
+    equivalent = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), run.state, shardings)
+    assert all(jax.tree.leaves(equivalent))
+
+
+def largest_buffer(program: str | None) -> int:
+    """Elements of the largest array in the text of a compiled program."""
+    assert program is not None
+    shapes = re.findall(r"\b(?:f32|u32|s32|bf16)\[([\d,]*)\]", program)
+    return max(int(np.prod([int(n) for n in shape.split(",")])) for shape in shapes if shape)
+
+
+def test_no_device_ever_has_a_whole_matrix_at_the_beginning_and_in_checksums() -> None:
+    config = dataclasses.replace(LLAMA, d_model=128, d_ff=512, n_layer=4)
+    run = Run(config, placement((1, 8, 1), config))
+    largest = max(x.size for x in jax.tree.leaves(run.state))
+    shardings = run.on.state_shardings(jax.eval_shape(run.first_state))
+    init = jax.jit(run.first_state, out_shardings=shardings).lower().compile()
+    for program in (init, checksums.lower(run.state.params).compile()):
+        assert largest_buffer(program.as_text()) <= largest / 8
+
+
+def test_logits_are_never_gathered() -> None:
+    """No array in the program has all of the vocabulary, but for what is as wide as the model."""
+    config = dataclasses.replace(LLAMA, vocab_multiple=104)
+    run = Run(config, placement((2, 2, 2), config))
+    program = run.step.lower(run.state, run.tokens(0)).compile().as_text()
+    with_vocabulary = set(re.findall(r"f32\[[\d,]*\b104\b[\d,]*\]", program))
+    assert with_vocabulary == set()
+    assert re.search(r"f32\[[\d,]*\b52\b[\d,]*\]", program)  # Half of it, on each of two devices.
+
+
+@pytest.mark.parametrize("mesh", [(1, 8, 1), (2, 2, 2), None], ids=str)
+def test_a_checkpoint_of_one_placement_is_restored_by_another(tmp_path: Path, mesh: Any) -> None:
+    run = Run(GPT2, placement((4, 2, 1), GPT2))
+    meta: dict[str, Any] = {"config": {}, "tokenizer": "", "data": ""}
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        checkpoints.save(1, run.state.params, run.state.opt_state, meta, None)
+    other = placement(mesh, GPT2)
+    with Checkpoints(tmp_path / "checkpoints") as checkpoints:
+        params = checkpoints.restore(1, "params", other.abstract(jax.eval_shape(run.first_state).params))
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(params), jax.device_get(run.state.params))
+    expected = other.checkpoint_shardings(params)
+    assert all(jax.tree.leaves(jax.tree.map(lambda x, s: x.sharding == s, params, expected)))
+
+
+def test_evaluation_agrees(rng: np.random.Generator) -> None:
+    tokens = rng.integers(0, GPT2.vocab_size, (8, 33), dtype=np.int32)
+    mask = rng.random((8, 32)) < 0.5
+    sums = []
+    for on in (placement(None, GPT2, n_devices=1), placement((2, 2, 2), GPT2)):
+        run = Run(GPT2, on)
+        eval_step = on.jit(make_eval_step(run.model, on.axis_name), n_batch_args=2, donate=False)
+        rows = on.rows(8)
+        sums.append(jax.device_get(eval_step(run.state.params, on.split(tokens[rows]), on.split(mask[rows]))))
+    np.testing.assert_allclose(sums[1], sums[0], rtol=1e-5)
+
+
+def test_all_of_a_state_is_given_to_one_device() -> None:
+    run = Run(LLAMA, placement((2, 2, 2), LLAMA))
+    there = run.on.on_one_device(run.state.params)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(there), jax.device_get(run.state.params))
+    assert all(x.devices() == {jax.devices()[0]} for x in jax.tree.leaves(there))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "model", "message"),
+    [
+        ((2, 2, 1), GPT2, "parallel.data x fsdp x tensor = 2 x 2 x 1 = 4, but there are 8 devices"),
+        ((0, 3, 1), GPT2, "parallel.data x fsdp x tensor = 2 x 3 x 1 = 6, but there are 8 devices"),
+        (
+            (1, 1, 8),
+            dataclasses.replace(LLAMA, n_kv_head=4),
+            "key/value heads, 4, does not divide over parallel.tensor",
+        ),
+        ((1, 1, 8), dataclasses.replace(LLAMA, d_ff=100), "feed-forward width, 100, does not divide"),
+        (
+            (1, 1, 8),
+            dataclasses.replace(GPT2, vocab_multiple=1),
+            "vocabulary, 85, does not divide over parallel.tensor",
+        ),
+        (
+            (1, 8, 1),
+            dataclasses.replace(GPT2, n_head=1, d_model=60),
+            "model.d_model, 60, does not divide over parallel.",
+        ),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_refused(mesh: tuple[int, int, int], model: ModelConfig, message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        MeshPlacement(jax.devices(), ParallelConfig(0, *mesh), model)
