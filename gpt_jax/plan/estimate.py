@@ -1,0 +1,151 @@
+"""What a training step takes by formula: activations, memory traffic, what travels, and what bounds its time.
+
+For targets that cannot be compiled for, and to choose what is worth compiling. Activations are counted, not guessed:
+they are the shapes that JAX's reverse mode keeps of the model's own forward pass.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from functools import cache
+
+import jax
+import jax.numpy as jnp
+
+from gpt_jax.config import Config, ModelConfig
+from gpt_jax.model.attention import SPLASH_BLOCKS
+from gpt_jax.model.gpt import GPT, forward, init_params
+from gpt_jax.plan.program import Traffic, abstract_state, bytes_on_a_device
+from gpt_jax.plan.targets import Target
+from gpt_jax.train.metrics import flops_per_token
+from gpt_jax.train.placement import Placement
+
+RECOMPUTED = {"none": 0.0, "dots": 0.0, "dots_no_batch": 0.0, "full": 1 / 3}
+"""What a policy computes a second time, as a share of the FLOPs of a step; products only."""
+
+ITEM = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How a step is laid out: bytes on one device, sequences in a device's microbatch, number of microbatches."""
+
+    params: float
+    optimizer: float
+    sequences: int
+    n_micro: int
+    fsdp: int
+    tensor: int
+
+
+def sizes_of(model: GPT, config: Config, placement: Placement) -> Sizes:
+    """The layout that a placement makes of a configuration. Raises UserError when the batch does not divide."""
+    state = abstract_state(model, config)
+    A = placement.microbatches(config.data.batch_size, config.data.microbatch_size)
+    return Sizes(
+        bytes_on_a_device(state.params, placement.state_shardings(state.params)),
+        bytes_on_a_device(state.opt_state, placement.state_shardings(state.opt_state)),
+        config.data.batch_size // placement.n_shares // A,
+        A,
+        placement.mesh.shape.get("fsdp", 1),
+        placement.mesh.shape.get("tensor", 1),
+    )
+
+
+@cache
+def activations(config: ModelConfig) -> float:
+    """Bytes that the backward pass of one sequence needs of its forward pass.
+
+    The fused attentions keep the same arrays, so Splash, which can be traced anywhere, stands for all of them.
+    """
+    traceable = config.context_length % SPLASH_BLOCKS[-1] == 0 and not config.dropout
+    model = GPT(dataclasses.replace(config, attention="splash" if traceable else "block_causal", unroll=False))
+    params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+
+    def kept(batch: int) -> int:
+        tokens_BT = jnp.zeros((batch, config.context_length), jnp.int32)
+        backward = jax.eval_shape(lambda params: jax.vjp(lambda p: forward(model, p, tokens_BT), params)[1], params)
+        return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(backward))
+
+    return float(kept(2) - kept(1))  # What does not grow with the batch are the parameters.
+
+
+def temporaries(config: ModelConfig, sizes: Sizes) -> float:
+    """Bytes beside the state: gradients, activations, logits and their gradient, and gathered parameters."""
+    c, item = config, ITEM[config.dtype]
+    tokens = min(c.loss_chunk, sizes.sequences * c.context_length)
+    gathered = 2 * item * (c.n_params - c.embedding_rows * c.d_model) / c.n_layer / sizes.tensor
+    gathered += 2 * 4 * c.embedding_rows * c.d_model / sizes.tensor
+    return (
+        sizes.params * (2 if sizes.n_micro > 1 else 1)
+        + activations(config) * sizes.sequences / sizes.tensor
+        + 2 * 4 * tokens * c.embedding_rows / sizes.tensor
+        + (gathered if sizes.fsdp > 1 else 0)
+    )
+
+
+def traffic(config: ModelConfig, sizes: Sizes, n_devices: int) -> dict[str, Traffic]:
+    """Collectives of a step, as model/sharding.py asks for them; one a layer for all of its matrices."""
+    c, item, A = config, ITEM[config.dtype], sizes.n_micro
+    whole = c.n_params / sizes.tensor  # Parameters of a tensor shard.
+    found: dict[str, Traffic] = {}
+    n_batch = n_devices // sizes.tensor
+    if sizes.fsdp > 1:
+        found["all-gather"] = Traffic(2 * A * c.n_layer, 2 * A * whole * item)
+        found["reduce-scatter"] = Traffic(A * c.n_layer, A * whole * item)
+    if n_batch > sizes.fsdp:
+        found["all-reduce"] = Traffic(1, 4 * whole / sizes.fsdp)
+    if sizes.tensor > 1:
+        one = sizes.sequences * c.context_length * c.d_model * item
+        found["all-reduce"] = found.get("all-reduce", Traffic()) + Traffic(4 * A * c.n_layer, 4 * A * c.n_layer * one)
+    return found
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Seconds that a step takes at least for each of three reasons, and the FLOPs and bytes of memory of a device."""
+
+    compute: float
+    memory: float
+    network: float
+    flops: float
+    memory_bytes: float
+
+    @property
+    def intensity(self) -> float:
+        """FLOPs a byte of memory traffic."""
+        return self.flops / self.memory_bytes
+
+    @property
+    def name(self) -> str:
+        """What bounds the step."""
+        return max(("compute", "memory", "network"), key=lambda name: getattr(self, name))
+
+    @property
+    def seconds(self) -> float:
+        """The least time of a step, if all else is hidden behind what bounds it."""
+        return max(self.compute, self.memory, self.network)
+
+
+def bounds(config: Config, model: ModelConfig, sizes: Sizes, target: Target, moved: dict[str, Traffic]) -> Bounds:
+    """The roofline of a step (Williams, Waterman and Patterson 2009), with a third roof for the network.
+
+    Memory traffic: parameters read for the forward and the backward pass of each microbatch, in the compute type;
+    activations written and read, three times all of them; state read and written once, gradients twice. An all-reduce
+    sends what it adds up twice, a reduce-scatter and an all-gather once.
+    """
+    A, item = sizes.n_micro, ITEM[model.dtype]
+    tokens = config.data.batch_size * model.context_length / target.n_devices
+    flops = tokens * flops_per_token(model) * (1 + RECOMPUTED[model.remat])
+    used = model.n_params / sizes.tensor * item
+    kept = activations(dataclasses.replace(model, remat="none")) * sizes.sequences / sizes.tensor
+    memory = A * (3 * used + 3 * kept * (1 + RECOMPUTED[model.remat])) + 2 * (sizes.params + sizes.optimizer)
+    memory += 4 * sizes.params
+    sent = sum(t.bytes * (2 if kind == "all-reduce" else 1) for kind, t in moved.items())
+    return Bounds(
+        flops / target.chip.peak,
+        memory / target.chip.memory_bandwidth,
+        sent / target.chip.network_bandwidth,
+        flops,
+        memory,
+    )

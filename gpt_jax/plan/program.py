@@ -1,0 +1,164 @@
+"""A training step compiled ahead of time, and what its program tells: memory, and what travels between the devices."""
+
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gpt_jax.config import Config
+from gpt_jax.errors import UserError
+from gpt_jax.model.gpt import GPT
+from gpt_jax.train.optimizer import learning_rate_schedule, make_optimizer
+from gpt_jax.train.placement import MeshPlacement, Placement, with_shardings
+from gpt_jax.train.step import TrainState, init_state, make_train_step
+
+KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8}
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Collectives of one kind in a step: how many, and the bytes of their arrays on one device."""
+
+    count: float = 0
+    bytes: float = 0
+
+    def __add__(self, other: "Traffic") -> "Traffic":
+        return Traffic(self.count + other.count, self.bytes + other.bytes)
+
+
+@dataclass(frozen=True)
+class Program:
+    """What one step takes, in bytes on one device. `lacking` is 0 where it fits; `text` is empty where it does not."""
+
+    temporaries: float
+    lacking: float = 0
+    traffic: dict[str, Traffic] = field(default_factory=dict)
+    text: str = ""
+
+
+def abstract_state(model: GPT, config: Config) -> TrainState:
+    """Shapes of the state of a run."""
+    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    return jax.eval_shape(lambda: init_state(model, optimizer, config.train.seed))
+
+
+def compile_step(model: GPT, config: Config, placement: Placement, state_bytes: float = 0) -> Program:
+    """Compiles the train step for the devices of `placement`, which need not be there.
+
+    state_bytes: what the state takes on one device, to tell what is lacking where it does not fit. Raises UserError
+    when the batch does not divide over the devices.
+    """
+    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    schedule = learning_rate_schedule(config.optimizer, config.train.steps)
+    step = make_train_step(model, optimizer, schedule, config.train.seed, placement.axis_name)
+    A = placement.microbatches(config.data.batch_size, config.data.microbatch_size)
+    B, T = config.data.batch_size // A, config.model.context_length
+    state = abstract_state(model, config)
+    if isinstance(placement, MeshPlacement):
+        state = with_shardings(state, placement.state_shardings(state))
+        tokens = jax.ShapeDtypeStruct((A, B, T + 1), jnp.int32, sharding=placement.batch_sharding(A))
+    elif placement.n_devices > 1:
+        tokens = jax.ShapeDtypeStruct((placement.n_devices, A, B // placement.n_devices, T + 1), jnp.int32)
+    else:
+        state = with_shardings(state, placement.state_shardings(state))
+        sharding = jax.sharding.SingleDeviceSharding(placement.devices[0])
+        tokens = jax.ShapeDtypeStruct((A, B, T + 1), jnp.int32, sharding=sharding)
+    try:
+        compiled = placement.jit(step, n_batch_args=1, donate=True).lower(state, tokens).compile()
+    except jax.errors.JaxRuntimeError as e:
+        return out_of_memory(e, state_bytes)
+    text = compiled.as_text()
+    memory = compiled.memory_analysis()
+    return Program(float(memory.temp_size_in_bytes + memory.generated_code_size_in_bytes), 0, collectives(text), text)
+
+
+def out_of_memory(e: Exception, state_bytes: float) -> Program:
+    """What the compiler says of a program that does not fit; other errors of its are raised as UserError.
+
+    It counts the temporaries alone, where those are too many already, or else everything.
+    """
+    size = r"([\d.]+)([KMGT]?)"
+    everything = re.search(rf"Used {size} of {size} hbm", str(e))
+    told = everything or re.search(rf"HLO temporaries \({size}\) exceeds available HBM \({size}\)", str(e))
+    if "RESOURCE_EXHAUSTED" not in str(e) or not told:
+        raise UserError(f"the step does not compile: {(str(e).splitlines() or [''])[0][:300]}") from e
+    unit = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+    used, available = float(told[1]) * unit[told[2]], float(told[3]) * unit[told[4]]
+    temporaries = used - state_bytes if everything else used
+    return Program(temporaries, lacking=temporaries + state_bytes - available)
+
+
+def collectives(text: str) -> dict[str, Traffic]:
+    """What a program exchanges in one run of it, by kind, from its text: loops count as often as they turn.
+
+    TPUs' compiler writes an all-reduce of which each device keeps a part only, a reduce-scatter, as a fusion of such a
+    name; and a collective that runs beside products as several fusions, its start, its parts and its end, which all
+    have its channel.
+    """
+    computations = split_computations(text)
+    total: dict[str, Traffic] = {}
+
+    def visit(name: str, times: float, fused: set[tuple[str, str]] | None = None) -> None:
+        """Counts what a computation exchanges. fused: what fusions beside this one have been counted with."""
+        in_fusions: set[tuple[str, str]] = set() if fused is None else fused
+        for line in computations.get(name, []):
+            kind = next((k for k in KINDS if re.search(rf" {k}(-start)?\(", line)), None)
+            if kind is not None:
+                channel = re.search(r"channel_id=(\d+)", line)
+                part = (kind, channel[1] if channel else "")
+                if fused is not None and channel and part in in_fusions:
+                    continue
+                if fused is not None:
+                    in_fusions.add(part)
+                kind = "reduce-scatter" if "all-reduce-scatter" in name else kind
+                total[kind] = total.get(kind, Traffic()) + Traffic(times, times * largest_array(line))
+            loop = re.search(r" while\(.*condition=%?([\w.-]+), body=%?([\w.-]+)", line)
+            if loop:
+                visit(loop[2], times * trip_count(computations.get(loop[1], [])))
+            else:
+                for how, called in re.findall(r"(calls|to_apply|true_computation|false_computation)=%?([\w.-]+)", line):
+                    visit(called, times, in_fusions if how == "calls" else None)
+
+    visit("ENTRY", 1)
+    return {kind: total[kind] for kind in KINDS if kind in total}
+
+
+def split_computations(text: str) -> dict[str, list[str]]:
+    """The lines of each computation of a program, by its name; that of the program itself is ENTRY."""
+    computations: dict[str, list[str]] = {}
+    lines: list[str] = []
+    for line in text.splitlines():
+        head = re.match(r"(ENTRY )?%?([\w.-]+) \(.*\{$", line)
+        if head:
+            lines = computations.setdefault("ENTRY" if head[1] else head[2], [])
+        else:
+            lines.append(line)
+    return computations
+
+
+def trip_count(condition: list[str]) -> int:
+    """How often a loop over 0, 1, 2, ... turns, from what its condition compares with."""
+    limits = [int(n) for line in condition for n in re.findall(r"s32\[\]\S* constant\((\d+)\)", line)]
+    return max(limits, default=1)
+
+
+def largest_array(line: str) -> float:
+    """The bytes of a collective's arrays: of what it takes or of what it gives, whichever is more."""
+    result = line.split(" = ", 1)[-1]
+    kind = next(k for k in KINDS if f" {k}" in result)
+    shapes = re.findall(r"\b(\w+)\[([\d,]*)\]", result[: result.index(f" {kind}")])
+    sizes = [BYTES.get(dtype, 4) * math.prod(int(n) for n in dims.split(",") if n) for dtype, dims in shapes]
+    if f" {kind}-start(" in result:  # Its result holds what it takes, too.
+        return float(max(sizes, default=0))
+    return float(np.sum(sizes))
+
+
+def bytes_on_a_device(tree: Any, shardings: Any) -> float:
+    """The bytes of an abstract tree that each device holds."""
+    shapes = jax.tree.map(lambda x, s: math.prod(s.shard_shape(x.shape)) * x.dtype.itemsize, tree, shardings)
+    return float(sum(jax.tree.leaves(shapes)))

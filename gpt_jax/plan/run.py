@@ -1,0 +1,216 @@
+"""The command `plan`: a configuration, a slice of devices, and a table of what training there will take."""
+
+import dataclasses
+import importlib.util
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+
+from gpt_jax.config import Config, RematName
+from gpt_jax.errors import UserError
+from gpt_jax.model.backend import resolve
+from gpt_jax.model.gpt import GPT
+from gpt_jax.plan import estimate
+from gpt_jax.plan.estimate import Bounds, Sizes
+from gpt_jax.plan.program import Program, compile_step
+from gpt_jax.plan.targets import GB, Target
+from gpt_jax.runtime import local_devices
+from gpt_jax.train.metrics import FLOPS_FORMULA, flops_per_token
+from gpt_jax.train.placement import Placement, choose_placement
+
+POLICIES: tuple[RematName, ...] = ("none", "dots", "full")
+USABLE = 0.95  # Of a device's memory, where no compiler tells.
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One way to run a configuration on a target, and what it takes."""
+
+    config: Config
+    sizes: Sizes
+    program: Program
+    bounds: Bounds
+    compiled: bool
+
+    @property
+    def total(self) -> float:
+        """Bytes on one device."""
+        return self.sizes.params + self.sizes.optimizer + self.program.temporaries
+
+
+class Planner:
+    """Plans configurations for one target: by its compiler where there is one, else by formula."""
+
+    def __init__(self, config: Config, target: Target, compiles: bool) -> None:
+        self.target, self.compiles = target, compiles
+        devices = target.devices() if compiles else stand_ins(target)
+        platform = "tpu" if target.is_tpu else "gpu"
+        self.model_config = resolve(config.model, platform)
+        self.placement: Placement = choose_placement(config.parallel, self.model_config, devices)
+
+    def model(self, config: Config) -> GPT:
+        """The model, its attention and types resolved for the target."""
+        return GPT(dataclasses.replace(self.model_config, remat=config.model.remat))
+
+    def by_formula(self, config: Config) -> Plan:
+        """What the formulas say."""
+        model = self.model(config)
+        sizes = estimate.sizes_of(model, config, self.placement)
+        temporaries = estimate.temporaries(model.config, sizes)
+        lacking = sizes.params + sizes.optimizer + temporaries - USABLE * self.target.chip.memory
+        moved = estimate.traffic(model.config, sizes, self.target.n_devices)
+        program = Program(temporaries, max(0.0, lacking), moved)
+        return Plan(config, sizes, program, self.bounds(config, sizes, program), compiled=False)
+
+    def by_compiler(self, config: Config) -> Plan:
+        """What the compiler says."""
+        model = self.model(config)
+        sizes = estimate.sizes_of(model, config, self.placement)
+        program = compile_step(model, config, self.placement, sizes.params + sizes.optimizer)
+        if program.lacking:  # There is no program whose traffic could be counted.
+            moved = estimate.traffic(model.config, sizes, self.target.n_devices)
+            program = dataclasses.replace(program, traffic=moved)
+        return Plan(config, sizes, program, self.bounds(config, sizes, program), compiled=True)
+
+    def bounds(self, config: Config, sizes: Sizes, program: Program) -> Bounds:
+        """The roofline of a step."""
+        return estimate.bounds(config, self.model(config).config, sizes, self.target, program.traffic)
+
+    def plan(self, config: Config) -> Plan:
+        """By the compiler, if there is one."""
+        return self.by_compiler(config) if self.compiles else self.by_formula(config)
+
+    def others(self, config: Config) -> list[Plan]:
+        """The same training with other microbatches and policies of rematerialisation, by formula: the fastest first,
+        and of those that are as fast, within a percent, what computes less anew and works on more at one time."""
+        share = config.data.batch_size // self.placement.n_shares
+        plans = [
+            self.by_formula(
+                dataclasses.replace(
+                    config,
+                    data=dataclasses.replace(config.data, microbatch_size=microbatch),
+                    model=dataclasses.replace(config.model, remat=policy),
+                )
+            )
+            for policy in POLICIES
+            for microbatch in range(1, share + 1)
+            if share % microbatch == 0
+        ]
+        least = min(plan.bounds.seconds for plan in plans)
+
+        def order(plan: Plan) -> tuple[int, int, int]:
+            steps = round(math.log(plan.bounds.seconds / least) / math.log(1.01))
+            return steps, POLICIES.index(plan.config.model.remat), -plan.sizes.sequences
+
+        return sorted(plans, key=order)
+
+    def recommend(self, first: Plan, tries: int, say: Callable[[str], object]) -> Plan | None:
+        """The fastest way that fits, of `first` and some `tries` others; None when none does.
+
+        Where the compiler finds that more memory is needed than the formulas say, they are corrected for what follows.
+        """
+        correction = 1.0
+        for guess in self.others(first.config):
+            worth_it = guess.bounds.seconds < 0.99 * first.bounds.seconds
+            if not first.program.lacking and not worth_it:
+                return first
+            state = guess.sizes.params + guess.sizes.optimizer
+            if state + guess.program.temporaries * correction > USABLE * self.target.chip.memory:
+                continue
+            if way(guess.config) == way(first.config):
+                continue  # It does not fit, or it would have been returned.
+            if self.compiles and tries == 0:
+                break
+            if self.compiles:
+                say(f"trying {way(guess.config)}")
+            plan, tries = self.plan(guess.config), tries - 1
+            if not plan.program.lacking:
+                return plan
+            correction = max(correction, plan.program.temporaries / guess.program.temporaries)
+        return None if first.program.lacking else first
+
+
+def stand_ins(target: Target) -> list[jax.Device]:
+    """Devices of this machine in the place of the target's, for shapes alone. Raises UserError when there are too few:
+    JAX divides the CPU into as many as were asked for before it started."""
+    devices = local_devices()
+    if len(devices) < target.n_devices:
+        raise UserError(f"{target.name} has {target.n_devices} devices, and this process only {len(devices)}")
+    return devices[: target.n_devices]
+
+
+def can_compile(target: Target) -> bool:
+    """Whether there is a compiler for the target here."""
+    return target.is_tpu and importlib.util.find_spec("libtpu") is not None
+
+
+def way(config: Config) -> str:
+    """What `recommend` varies, as the flags that ask for it."""
+    return f"--data.microbatch-size {config.data.microbatch_size} --model.remat {config.model.remat}"
+
+
+def gib(n_bytes: float) -> str:
+    """Bytes as text."""
+    return f"{n_bytes / 2**30:.2f} GiB" if n_bytes >= 2**29 else f"{n_bytes / 2**20:.1f} MiB"
+
+
+def describe(plan: Plan, planner: Planner) -> dict[str, str]:
+    """A plan as a table of names and texts."""
+    target, sizes, program, bounds = planner.target, plan.sizes, plan.program, plan.bounds
+    model = planner.model(plan.config).config
+    tokens = plan.config.data.batch_size * model.context_length
+    limit = plan.total - program.lacking if program.lacking else target.chip.memory
+    told = "fits" if not program.lacking else f"does NOT fit: {gib(program.lacking)} a device are lacking"
+    moved = [f"{t.count:,.0f} {kind} ({t.bytes / GB:,.2f} GB)" for kind, t in program.traffic.items()]
+    return {
+        "target": f"{target.name}: {target.n_devices} x {target.chip.kind}, by {planner.placement}",
+        "model": f"{model.n_params / 1e6:,.1f} M parameters, {model.dtype}, attention {model.attention}, layers "
+        f"{'unrolled' if model.unroll else 'scanned'}, rematerialised: {model.remat}",
+        "a step": f"{plan.config.data.batch_size:,} sequences of {model.context_length:,} = {tokens:,} tokens; a "
+        f"device computes {sizes.n_micro} x {sizes.sequences}",
+        "parameters": f"{gib(sizes.params)} a device",
+        "optimizer": f"{gib(sizes.optimizer)} a device",
+        "activations and temporaries": f"{gib(program.temporaries)} a device",
+        "memory": f"{gib(plan.total)} of {gib(limit)}: {told}",
+        "collectives a step": ", ".join(moved) or "none",
+        "FLOPs a step": f"{tokens * flops_per_token(model):.3g}; {FLOPS_FORMULA}",
+        "intensity": f"{bounds.intensity:,.0f} FLOPs a byte of memory (the device's own: "
+        f"{target.chip.peak / target.chip.memory_bandwidth:,.0f})",
+        "at least": f"{bounds.seconds * 1e3:,.1f} ms a step (compute {bounds.compute * 1e3:,.1f}, memory "
+        f"{bounds.memory * 1e3:,.1f}, network {bounds.network * 1e3:,.1f}), {tokens / bounds.seconds:,.0f} tokens/s",
+        "bound by": bounds.name,
+        "how it is known": "compiled for the target by libtpu; traffic of memory and times by formula"
+        if plan.compiled
+        else f"by formula{', since libtpu is not installed (pip install gpt-jax[tpu])' if target.is_tpu else ''}",
+    }
+
+
+def print_table(rows: dict[str, str]) -> None:
+    """Prints names and texts in two columns."""
+    width = max(map(len, rows))
+    for name, text in rows.items():
+        print(f"{name:{width}}  {text}")
+
+
+def run_plan(config: Config, target: Target, tries: int) -> int:
+    """Plans, recommends and prints; returns the exit status, 1 where the configuration as it is does not fit.
+
+    Raises UserError when the configuration is not possible on the target.
+    """
+    planner = Planner(config, target, can_compile(target))
+    plan = planner.plan(config)
+    print_table(describe(plan, planner))
+    sys.stdout.flush()
+    if tries:
+        best = planner.recommend(plan, tries, lambda text: print(text, file=sys.stderr))
+        if best is None:
+            print("\nrecommended: none of what was tried fits; more devices, parallel.fsdp or a smaller model would")
+        elif best is plan:
+            print("\nrecommended: as it is")
+        else:
+            print(f"\nrecommended: {way(best.config)}\n")
+            print_table(describe(best, planner))
+    return 1 if plan.program.lacking else 0

@@ -1,0 +1,95 @@
+"""The machines that can be planned for, by the names under which they are rented: v5e-16, v5p-32, h100x8."""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from gpt_jax.errors import UserError
+from gpt_jax.runtime import peak_flops
+
+GB, GIB = 10**9, 2**30
+
+
+@dataclass(frozen=True)
+class Chip:
+    """What one device can do: memory in bytes, bandwidths in bytes a second."""
+
+    kind: str  # JAX's device_kind, which has a peak in runtime.PEAK_TFLOPS.
+    memory: float
+    memory_bandwidth: float
+    network_bandwidth: float  # To its neighbours, as published: all links of a chip together, one direction of NVLink.
+    names_cores: bool = False  # Whether the number in a slice's name counts cores, of which a chip has two.
+    dimensions: int = 0  # Of the torus; 0: a GPU.
+
+    @property
+    def peak(self) -> float:
+        """FLOP/s in bfloat16."""
+        peak = peak_flops(self.kind)
+        assert peak is not None
+        return peak
+
+
+CHIPS = {
+    # cloud.google.com/tpu/docs/v4, /v5e, /v5p, /v6e
+    "v4": Chip("TPU v4", 32 * GIB, 1228 * GB, 300 * GB, names_cores=True, dimensions=3),
+    "v5e": Chip("TPU v5 lite", 16 * GIB, 819 * GB, 200 * GB, dimensions=2),
+    "v5p": Chip("TPU v5p", 95 * GIB, 2765 * GB, 600 * GB, names_cores=True, dimensions=3),
+    "v6e": Chip("TPU v6 lite", 32 * GIB, 1640 * GB, 448 * GB, dimensions=2),
+    # nvidia.com: data sheets, the SXM forms.
+    "a100": Chip("NVIDIA A100-SXM4-80GB", 80 * GB, 2039 * GB, 300 * GB),
+    "h100": Chip("NVIDIA H100 80GB HBM3", 80 * GB, 3350 * GB, 450 * GB),
+    "h200": Chip("NVIDIA H200", 141 * GB, 4800 * GB, 450 * GB),
+    "b200": Chip("NVIDIA B200", 180 * GB, 8000 * GB, 900 * GB),
+}
+
+TORUS_2D = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
+TORUS_3D = {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8", 512: "8x8x8"}
+
+
+@dataclass(frozen=True)
+class Target:
+    """A number of devices of a kind, and for TPUs their topology, such as 4x4."""
+
+    name: str
+    chip: Chip
+    n_devices: int
+    topology: str = ""
+
+    @property
+    def is_tpu(self) -> bool:
+        """Whether programs for it can be compiled without it."""
+        return self.topology != ""
+
+    def devices(self) -> list[Any]:
+        """Descriptions of the target's devices that JAX compiles for, by libtpu.
+
+        Raises UserError when libtpu is not installed, or does not know such a slice.
+        """
+        from jax.experimental import topologies
+
+        generation = self.name.partition("-")[0]
+        more = {"chips_per_host_bounds": [1, 1, 1]} if self.n_devices == 1 else {}
+        try:
+            return list(topologies.get_topology_desc(f"{generation}:{self.topology}", "tpu", **more).devices)
+        except Exception as e:  # Of many kinds; without libtpu a RuntimeError that says so.
+            raise UserError(f"libtpu cannot compile for {self.name}: {(str(e).splitlines() or [''])[0]}") from e
+
+
+def parse_target(name: str) -> Target:
+    """The target of that name. Raises UserError naming those that there are."""
+    match = re.fullmatch(r"(v\d+\w?)-(\d+)|(\w\d+)x(\d+)", name.strip().lower())
+    generation, number = (match[1] or match[3], int(match[2] or match[4])) if match else ("", 0)
+    chip = CHIPS.get(generation)
+    if chip is None or (chip.dimensions == 0) != bool(match and match[3]) or number < 1:
+        raise UserError(
+            f"there is no target {name!r}; TPU slices are named like v5e-16, v5p-32, v6e-8, v4-8, and GPUs like "
+            "h100x8, a100x8, h200x8, b200x8"
+        )
+    if not chip.dimensions:
+        return Target(name, chip, number)
+    sizes = {n * (1 + chip.names_cores): n for n in (TORUS_2D if chip.dimensions == 2 else TORUS_3D)}
+    if number not in sizes:
+        there = ", ".join(f"{generation}-{n}" for n in sizes)
+        raise UserError(f"there is no slice {name!r}; there are {there}")
+    n_devices = sizes[number]
+    return Target(name, chip, n_devices, (TORUS_2D if chip.dimensions == 2 else TORUS_3D)[n_devices])

@@ -1,0 +1,208 @@
+"""Plans: what formulas and programs tell, and, where libtpu is, that whole training steps compile for TPUs."""
+
+import dataclasses
+import importlib.util
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from gpt_jax.config import Config, DataConfig, ModelConfig, ParallelConfig
+from gpt_jax.errors import UserError
+from gpt_jax.model.gpt import GPT
+from gpt_jax.plan import estimate
+from gpt_jax.plan.program import abstract_state, collectives, compile_step, out_of_memory
+from gpt_jax.plan.run import Planner, describe
+from gpt_jax.plan.targets import parse_target
+from gpt_jax.train.placement import choose_placement
+from tests.cli import refused, run
+
+MODEL = ModelConfig(
+    vocab_size=256, context_length=128, n_layer=4, n_head=8, d_model=64, dtype="float32", attention="block_causal"
+)
+CONFIG = Config(model=MODEL, data=DataConfig(batch_size=32))
+
+
+@pytest.mark.parametrize(
+    ("name", "n_devices", "topology"),
+    [("v5e-16", 16, "4x4"), ("v5p-32", 16, "2x2x4"), ("v6e-8", 8, "2x4"), ("v4-8", 4, "2x2x1"), ("h100x8", 8, "")],
+)
+def test_targets(name: str, n_devices: int, topology: str) -> None:
+    """A v5p's or v4's number counts cores, two a chip."""
+    target = parse_target(name)
+    assert (target.n_devices, target.topology) == (n_devices, topology)
+    assert target.chip.peak > 1e14
+
+
+@pytest.mark.parametrize("name", ["v5e", "v5e-3", "v9-4", "h100-8", "v5ex4", "h100x0", ""])
+def test_targets_that_are_not_there(name: str) -> None:
+    with pytest.raises(UserError, match="there is no"):
+        parse_target(name)
+
+
+@pytest.mark.parametrize("n_micro", [1, 2])
+def test_formula_and_program_agree_on_what_is_gathered(n_micro: int) -> None:
+    """The kernels of scanned layers, for the forward and the backward pass of each microbatch: loops count as often as
+    they turn."""
+    config = dataclasses.replace(
+        CONFIG,
+        parallel=ParallelConfig(fsdp=8),
+        data=DataConfig(batch_size=32, microbatch_size=4 // n_micro),
+        model=dataclasses.replace(MODEL, remat="full", unroll=False),
+    )
+    model = GPT(config.model)
+    placement = choose_placement(config.parallel, config.model, jax.devices())
+    formula = estimate.traffic(config.model, estimate.sizes_of(model, config, placement), 8)["all-gather"]
+    program = compile_step(model, config, placement).traffic["all-gather"]
+    assert formula.bytes == pytest.approx(2 * n_micro * MODEL.n_params * 4)
+    assert program.bytes == pytest.approx(formula.bytes, rel=0.1)
+
+
+def test_collectives_of_a_text() -> None:
+    text = """HloModule step
+
+%all-reduce-scatter.1 (input: f32[64,8]) -> f32[8,8] {
+  %all-reduce.1 = f32[64,8]{1,0} all-reduce(%input), to_apply=%add
+}
+
+%condition (x: (s32[], f32[8])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(12)
+  ROOT %less = pred[] compare(%i, %limit), direction=LT
+}
+
+%body (x: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %all-gather-start.3 = (bf16[8]{0}, bf16[64]{0}) all-gather-start(%p), dimensions={0}
+  %all-gather-done.3 = bf16[64]{0} all-gather-done(%all-gather-start.3)
+  %fusion.1 = f32[8,8]{1,0} fusion(%y), kind=kCustom, calls=%all-reduce-scatter.1
+}
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %while.1 = (s32[], f32[8]) while(%tuple), condition=%condition, body=%body
+  %all-reduce.2 = (f32[], f32[3,5]{1,0}) all-reduce(%a, %b), to_apply=%add
+}
+"""
+    found = {kind: (t.count, t.bytes) for kind, t in collectives(text).items()}
+    assert found == {"all-gather": (12, 12 * 128), "all-reduce": (1, 64), "reduce-scatter": (12, 12 * 2048)}
+
+
+def test_activations_are_those_that_the_backward_pass_needs() -> None:
+    """Recomputing all of a layer leaves its input; a product is kept once by `dots`; and nothing grows by itself."""
+    full, dots, none = (
+        estimate.activations(dataclasses.replace(MODEL, remat=remat)) for remat in ("full", "dots", "none")
+    )
+    tokens, D = MODEL.context_length, MODEL.d_model
+    assert tokens * D * 4 * MODEL.n_layer <= full <= tokens * D * 4 * (MODEL.n_layer + 4)
+    assert full < dots < none
+    longer = dataclasses.replace(MODEL, context_length=256, remat="none")
+    assert estimate.activations(longer) == pytest.approx(2 * none, rel=0.1)
+
+
+def test_a_plan_by_formula() -> None:
+    """Where there is no compiler; the faster way that fits is recommended, in the form of flags."""
+    out, _ = run("plan", "configs/gpt2_xl.py", "--target=h100x8", "--parallel.fsdp=8")
+    assert "8 x NVIDIA H100 80GB HBM3, by mesh data 1 x fsdp 8 x tensor 1" in out
+    assert "1,557" in out
+    assert re.search(r"how it is known +by formula\n", out)
+    assert re.search(r"memory +[\d.]+ GiB of 74.51 GiB: fits", out)
+    assert re.search(r"recommended: --data.microbatch-size \d+ --model.remat none", out)
+
+
+def test_a_plan_that_does_not_fit_says_what_is_lacking() -> None:
+    out, _ = run("plan", "configs/gpt2_xl.py", "--target=a100x2", "--model.n-layer=400", status=1)
+    assert re.search(r"does NOT fit: [\d.]+ GiB a device are lacking", out)
+    assert "recommended: none of what was tried fits" in out
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--target=v5e-5"], "there is no slice 'v5e-5'; there are v5e-1, v5e-4"),
+        (["--target=h100x8", "--parallel.fsdp=3"], "but there are 8 devices"),
+        (["--target=h100x8", "--data.batch-size=12"], "data.batch_size = 12 does not divide over 8 devices"),
+        (["nowhere.py", "--target=h100x8"], "no configuration file nowhere.py"),
+    ],
+)
+def test_impossible_plans(args: list[str], message: str) -> None:
+    assert message in refused("plan", *args)
+
+
+def test_the_compilers_word_on_memory_is_understood() -> None:
+    G = 2**30
+    told = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.25G of 15.75G hbm. Exceeded by 4.50G."
+    program = out_of_memory(ValueError(told), state_bytes=2 * G)
+    assert (program.temporaries, program.lacking) == (18.25 * G, 4.5 * G)
+    told = (
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (57.25G) exceeds "
+        "available HBM (15.75G)."
+    )
+    program = out_of_memory(ValueError(told), state_bytes=2 * G)
+    assert (program.temporaries, program.lacking) == (57.25 * G, 43.5 * G)
+    with pytest.raises(UserError, match="does not compile: something else"):
+        out_of_memory(ValueError("something else\nand more"), 0)
+
+
+libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra 'tpu'")
+
+GPT2_124M = ModelConfig(vocab_size=50304, unroll=False)
+GPT2_XL = dataclasses.replace(GPT2_124M, n_layer=48, n_head=25, d_model=1600, remat="full")
+LLAMA_7B = ModelConfig(
+    vocab_size=32000,
+    context_length=4096,
+    n_layer=32,
+    n_head=32,
+    d_model=4096,
+    d_ff=11008,
+    positions="rotary",
+    norm="rms",
+    activation="silu",
+    gated=True,
+    bias=False,
+    tied_head=False,
+    unroll=False,
+    remat="full",
+)
+TPU_PLANS = {
+    "v5e-4": Config(model=GPT2_124M, data=DataConfig(batch_size=32)),
+    "v5e-16": Config(model=GPT2_XL, data=DataConfig(batch_size=64), parallel=ParallelConfig(fsdp=16)),
+    "v5p-32": Config(
+        model=LLAMA_7B,
+        data=DataConfig(batch_size=32, microbatch_size=1),
+        parallel=ParallelConfig(fsdp=8, tensor=2),
+    ),
+}
+
+
+@libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TPU_PLANS)
+def test_a_training_step_compiles_for_a_slice_and_fits_it(target: str) -> None:
+    """GPT-2 124M by pmap, GPT-2 XL divided over 16, a Llama of 7 billion over 8 x 2; Splash attention in each."""
+    config = TPU_PLANS[target]
+    planner = Planner(config, parse_target(target), compiles=True)
+    plan = planner.by_compiler(config)
+    assert plan.program.lacking == 0
+    assert "tpu_custom_call" in plan.program.text  # Splash's kernels.
+    assert planner.model_config.attention == "splash"
+    state = abstract_state(planner.model(config), config)
+    whole = sum(np.prod(x.shape) * 4 for x in jax.tree.leaves(state.params))
+    parts = config.parallel.fsdp * max(1, config.parallel.tensor) or 1
+    assert plan.sizes.params == pytest.approx(whole / parts, rel=0.05)
+    assert plan.program.traffic["all-reduce"].count > 0
+    if config.parallel.fsdp:
+        kernels = 2 * plan.sizes.n_micro * config.model.n_params / max(1, config.parallel.tensor) * 2
+        assert plan.program.traffic["all-gather"].bytes == pytest.approx(kernels, rel=0.05)
+    rows = describe(plan, planner)
+    assert "fits" in rows["memory"]
+    assert "libtpu" in rows["how it is known"]
+
+
+@libtpu
+@pytest.mark.slow
+def test_a_step_that_cannot_fit_is_reported_with_what_it_lacks(tmp_path: Path) -> None:
+    config = dataclasses.replace(TPU_PLANS["v5e-4"], data=DataConfig(batch_size=256))
+    planner = Planner(config, parse_target("v5e-4"), compiles=True)
+    plan = planner.by_compiler(config)
+    assert plan.program.lacking > 2**30
+    assert re.search(r"does NOT fit: [\d.]+ GiB a device are lacking", describe(plan, planner)["memory"])
