@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from gpt_jax import hosts
 from gpt_jax.errors import UserError
 
 # orbax logs what it does as warnings, and what goes wrong with a traceback for each thread; it also raises it.
@@ -112,7 +113,9 @@ class Checkpoints:
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, exception_type: type | None, *exception: object) -> None:
+    def __exit__(self, exception_type: type | None, exception: BaseException | None, *traceback: object) -> None:
+        if hosts.lost(exception):
+            return  # Its part of a save would be waited for.
         failure = self.attempt(self.manager.close)
         failed_before = exception_type is not None and issubclass(exception_type, Exception)
         if failure and not failed_before:  # Never in place of what went wrong first.
@@ -123,6 +126,8 @@ class Checkpoints:
         try:
             saving()
         except Exception as e:
+            if hosts.lost(e):
+                raise
             return UserError(
                 f"{self.folder}: the checkpoint could not be saved ({first_line(e)}); older ones are intact"
             )
@@ -192,27 +197,29 @@ class Checkpoints:
 
     def restore_metadata(self, step: int, item: str) -> Any:
         """Shapes and dtypes of a saved item."""
-        try:
-            return self.manager.item_metadata(step)[item].tree
-        except (MemoryError, PermissionError):
-            raise
-        except Exception as e:
-            raise self.damage(step, item, e) from e
+        return self.read(step, item, lambda: self.manager.item_metadata(step)[item].tree)
 
     def restore_item(self, step: int, item: str, args: Any) -> Any:
         """One item as orbax reads it, or DamagedCheckpointError."""
+        return self.read(step, item, lambda: self.manager.restore(step, args=ocp.args.Composite(**{item: args}))[item])
+
+    def read(self, step: int, item: str, reading: Callable[[], Any]) -> Any:
+        """What `reading` an item gives. Raises DamagedCheckpointError on all hosts when one of them cannot read it."""
+        value, failure = None, None
         try:
-            return self.manager.restore(step, args=ocp.args.Composite(**{item: args}))[item]
+            value = reading()
         except (MemoryError, PermissionError):
             raise
         except Exception as e:
-            raise self.damage(step, item, e) from e
-
-    def damage(self, step: int, item: str, e: Exception) -> DamagedCheckpointError:
-        """What to tell the user when orbax could not read an item."""
-        return DamagedCheckpointError(
-            f"checkpoint {self.folder / str(step)} is damaged: {item} cannot be read ({first_line(e)})"
-        )
+            if hosts.lost(e):
+                raise
+            failure = e
+        if hosts.any_of(failure is not None):
+            why = first_line(failure) if failure else "another host failed"
+            raise DamagedCheckpointError(
+                f"checkpoint {self.folder / str(step)} is damaged: {item} cannot be read ({why})"
+            ) from failure
+        return value
 
 
 def first_line(e: BaseException) -> str:

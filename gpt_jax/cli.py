@@ -15,6 +15,7 @@ import re
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
@@ -141,6 +142,7 @@ def train_command(argv: Sequence[str]) -> int:
     if args.coordinator:
         runtime.setup(config.parallel.devices or 1)
         hosts.join(args.coordinator, args.n_hosts, args.host_id, args.join_timeout)
+        hosts.check_alike(**{"--resume": str(args.resume)})
         if not hosts.is_first():
             sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
     hosts.on_first(lambda: check_run_folder(Path(config.out_dir), args.resume))  # Before minutes go to preparing data.
@@ -461,8 +463,10 @@ def told(e: Exception) -> str | None:
         return f"this needs the package {package}, which is not installed: pip install 'gpt-jax[{EXTRAS[package]}]'"
     if isinstance(e, OSError) and e.errno is not None:  # A disk that is full or read-only, wherever it was met.
         return f"{e.filename}: {e.strerror}" if e.filename else os.strerror(e.errno)
-    if isinstance(e, (RuntimeError, ValueError)) and ("Gloo" in str(e) or "coordination service" in str(e)):
-        return "another host has gone; the last checkpoint is whole: start all hosts again, with --resume"
+    from gpt_jax import hosts  # Not before: it brings JAX, for which what is told above need not wait.
+
+    if hosts.lost(e):
+        return "another host has gone, see what it said; start all of them again, with --resume if there is a run"
     if isinstance(e, RuntimeError) and "RESOURCE_EXHAUSTED" in str(e):
         return "the device has too little memory; set a smaller data.microbatch_size, or model.remat to full"
     return None
@@ -491,7 +495,14 @@ def run(argv: Sequence[str] | None = None) -> None:
         signal.signal(signal.SIGINT, interrupt)
     if argv and argv[0] == "train":
         restart_with_huge_pages()
-    status = main(argv)
+    try:
+        status = main(argv)
+    except Exception:
+        hosts = sys.modules.get("gpt_jax.hosts")
+        if hosts is None or not hosts.several():
+            raise
+        traceback.print_exc()
+        status = 1  # And at once: on its way out, JAX would wait for the other hosts, which wait for this one.
     sys.stdout.flush()
     sys.stderr.flush()
     if status:

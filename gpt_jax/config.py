@@ -340,7 +340,8 @@ class TrainConfig:
     eval_batch_size: int = 0  # Sequences evaluated at one time, over all devices; 0: as many as train at one time.
     checkpoint_every: int = 0  # Steps between checkpoints; 0: after each evaluation.
     keep_checkpoints: int = 2  # How many of the latest checkpoints to keep, besides the best.
-    sample_every: int = 0  # Steps between samples written by the model; 0: none.
+    # Steps between samples written by the model, for which it has to fit one device; 0: none.
+    sample_every: int = 0
     sample_prompt: str = ""  # What those samples go on from; empty: the start of a document.
     sample_tokens: int = 64  # Length of those samples, in tokens.
     tensorboard: bool = False  # Write TensorBoard event files to the run's folder.

@@ -1,10 +1,11 @@
 """Several hosts on JAX's distributed runtime: joining them, agreeing, and doing a thing on one of them only.
 
-Every host runs the same program. On one host that did not `join`, all of this does nothing.
+Every host runs the same program. On one host that did not `join`, nothing here waits or tells.
 """
 
 import hashlib
 import os
+import re
 import sys
 import threading
 from collections.abc import Callable
@@ -50,12 +51,22 @@ def join(coordinator: str, n_hosts: int, host_id: int, timeout: int) -> None:
             cluster_detection_method="deactivate" if address else None,  # Slurm's would leave each host one GPU.
             initialization_timeout=timeout + 60,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            local_device_ids=None if address else gpus_of_slurm(),
         )
     except (ValueError, RuntimeError) as e:
         first_line = (str(e).splitlines() or [type(e).__name__])[0]
         raise UserError(f"the hosts could not be joined by --coordinator {coordinator}: {first_line}") from e
     finally:
         timer.cancel()
+
+
+def gpus_of_slurm() -> list[int] | None:
+    """All GPUs of the node, under Slurm with one process a node: JAX would take the first alone."""
+    one_a_node = re.fullmatch(r"1(\(x\d+\))?", os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    n = os.environ.get("SLURM_GPUS_ON_NODE", "")
+    if not one_a_node or not n.isdecimal() or "JAX_LOCAL_DEVICE_IDS" in os.environ:
+        return None
+    return list(range(int(n)))
 
 
 def several() -> bool:
@@ -68,22 +79,31 @@ def is_first() -> bool:
     return not several() or jax.process_index() == 0
 
 
+def lost(e: BaseException | None) -> bool:
+    """Whether an exception says that another host has gone, so that nothing can be done together any more."""
+    names = ("Gloo", "NCCL", "coordination service", "distributed service")
+    return isinstance(e, (RuntimeError, ValueError)) and any(name in str(e) for name in names)
+
+
 def on_first(do: Callable[[], object]) -> None:
-    """Does something on the first host, while the others wait. Where it raises UserError, all hosts do."""
-    message = ""
+    """Does something on the first host, while the others wait. Where it raises, the others do, too: UserError."""
+    failure: Exception | None = None
     if is_first():
         try:
             do()
-        except UserError as e:
-            if not several():
-                raise
-            message = str(e)
-        except OSError as e:
-            if not several():
-                raise
-            message = f"{e.filename}: {e.strerror}"
-    if several() and (told := broadcast(message)):
-        raise UserError(told)
+        except Exception as e:
+            failure = e
+    if several():
+        told = broadcast("" if failure is None else str(failure) or type(failure).__name__)
+        if told and not is_first():
+            raise UserError(told)
+    if failure is not None:
+        raise failure
+
+
+def any_of(flag: bool) -> bool:
+    """Whether the flag is set on any host."""
+    return bool(np.any(multihost_utils.process_allgather(np.array(flag)))) if several() else flag
 
 
 def broadcast(message: str) -> str:

@@ -67,7 +67,7 @@ def alone(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("placement", [[], MESH_2], ids=["pmap", "mesh"])
+@pytest.mark.parametrize("placement", [["--parallel.devices=2"], MESH_2], ids=["pmap", "mesh"])
 def test_a_run_moves_from_two_hosts_to_one_and_to_four(
     alone: Path, tiny_data: Path, tmp_path: Path, placement: list[str]
 ) -> None:
@@ -143,6 +143,17 @@ def test_a_host_with_other_data_is_refused_by_all(tiny_data: Path, tmp_path: Pat
         assert "Traceback" not in err
 
 
+def test_hosts_of_which_one_alone_resumes_are_refused(alone: Path, tiny_data: Path) -> None:
+    args = ["train", *ARGS, f"--data.dir={tiny_data}", f"--out-dir={alone}", f"--coordinator=localhost:{free_port()}"]
+    processes = [
+        start(*args, "--n-hosts=2", "--host-id=0", "--resume"),
+        start(*args, "--n-hosts=2", "--host-id=1"),
+    ]
+    for err in finish(processes, status=1):
+        assert "host 1 has another --resume than host 0" in err
+        assert "Traceback" not in err
+
+
 def test_a_run_that_is_there_is_refused_by_all(alone: Path, tiny_data: Path) -> None:
     for err in finish(start_hosts(2, f"--data.dir={tiny_data}", f"--out-dir={alone}"), status=1):
         assert "holds a run already; go on with it by --resume" in err
@@ -165,6 +176,25 @@ def test_hosts_that_do_not_meet_give_up_in_time(tiny_data: Path, tmp_path: Path,
     assert f"after 3 s, host {host} of 2 has not met the others at localhost:" in error
     assert time.monotonic() - begin < 60
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({"SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_GPUS_ON_NODE": "4"}, [0, 1, 2, 3]),
+        ({"SLURM_STEP_TASKS_PER_NODE": "4(x2)", "SLURM_GPUS_ON_NODE": "4"}, None),
+        ({"SLURM_STEP_TASKS_PER_NODE": "1"}, None),
+        ({}, None),
+    ],
+)
+def test_one_process_a_node_takes_all_its_gpus(
+    environment: dict[str, str], expected: list[int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("SLURM_STEP_TASKS_PER_NODE", "SLURM_GPUS_ON_NODE", "JAX_LOCAL_DEVICE_IDS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert hosts.gpus_of_slurm() == expected
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ BATCH_AXES = ("data", "fsdp")
 STORED = {"D": "fsdp", "H": "tensor", "F": "tensor", "V": "tensor"}
 """The axis that divides each dimension of a stored parameter; H stands for whole heads, of any width."""
 
-ACTIVE = {"B": BATCH_AXES, "N": BATCH_AXES, "H": "tensor", "G": "tensor", "F": "tensor", "V": "tensor"}
+ACTIVE = {"B": BATCH_AXES, "H": "tensor", "G": "tensor", "F": "tensor", "V": "tensor"}
 """The same of a parameter in use, and of an activation."""
 
 LINEAR = {"qkv": ("D", "H"), "out": ("H", "D"), "gate": ("D", "F"), "up": ("D", "F"), "down": ("F", "D")}

@@ -8,20 +8,19 @@ import dataclasses
 import math
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from gpt_jax.config import Config, ModelConfig
+from gpt_jax.model import lora
 from gpt_jax.model.attention import SPLASH_BLOCKS
-from gpt_jax.model.gpt import GPT, forward, init_params
+from gpt_jax.model.gpt import GPT, Params, forward, init_params
 from gpt_jax.plan.program import Traffic, abstract_state, bytes_on_a_device
 from gpt_jax.plan.targets import Target
 from gpt_jax.train.metrics import flops_per_token
 from gpt_jax.train.placement import Placement
-
-RECOMPUTED = {"none": 0.0, "dots": 0.0, "dots_no_batch": 0.0, "full": 1 / 3}
-"""What a policy computes a second time, as a share of the FLOPs of a step; products only."""
 
 ITEM = {"float32": 4, "bfloat16": 2}
 
@@ -31,11 +30,23 @@ class Sizes:
     """How a step is laid out: bytes on one device, sequences in a device's microbatch, number of microbatches."""
 
     params: float
+    frozen: float  # Parameters that are not trained.
     optimizer: float
     sequences: int
     n_micro: int
     fsdp: int
     tensor: int
+
+    @property
+    def state(self) -> float:
+        """Bytes of all that stays from step to step."""
+        return self.params + self.frozen + self.optimizer
+
+
+def recomputed(config: ModelConfig) -> float:
+    """What the policy of a model computes a second time, as a share of the FLOPs of a step: the forward products of the
+    layers, which are a third of all products, or half of them where matrices have no gradients."""
+    return (1 / 2 if config.lora.rank else 1 / 3) if config.remat == "full" else 0.0
 
 
 def sizes_of(model: GPT, config: Config, placement: Placement) -> Sizes:
@@ -44,6 +55,7 @@ def sizes_of(model: GPT, config: Config, placement: Placement) -> Sizes:
     A = placement.microbatches(config.data.batch_size, config.data.microbatch_size)
     return Sizes(
         bytes_on_a_device(state.params, placement.state_shardings(state.params)),
+        bytes_on_a_device(state.frozen, placement.state_shardings(state.frozen)),
         bytes_on_a_device(state.opt_state, placement.state_shardings(state.opt_state)),
         config.data.batch_size // placement.n_shares // A,
         A,
@@ -53,19 +65,35 @@ def sizes_of(model: GPT, config: Config, placement: Placement) -> Sizes:
 
 
 @cache
-def activations(config: ModelConfig) -> float:
-    """Bytes that the backward pass of one sequence needs of its forward pass.
+def activations(config: ModelConfig, tensor: int = 1) -> float:
+    """Bytes that the backward pass of one sequence needs of its forward pass, on one of `tensor` devices that divide
+    heads and feed-forward layers: those of a model with so many fewer of them, and all of the residual stream.
 
     The fused attentions keep the same arrays, so Splash, which can be traced anywhere, stands for all of them.
     """
-    traceable = config.context_length % SPLASH_BLOCKS[-1] == 0 and not config.dropout
-    model = GPT(dataclasses.replace(config, attention="splash" if traceable else "block_causal", unroll=False))
+    c = config
+    traceable = c.context_length % SPLASH_BLOCKS[-1] == 0 and not c.dropout
+    part = dataclasses.replace(
+        c,
+        n_head=c.n_head // tensor,
+        n_kv_head=c.kv_heads // tensor,
+        d_head=c.head_dim,
+        d_ff=c.ff_dim // tensor,
+        attention="splash" if traceable else "block_causal",
+        unroll=False,
+    )
+    model = GPT(part)
     params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+    trained, frozen = lora.split(params) if c.lora.rank else (params, {})
 
     def kept(batch: int) -> int:
-        tokens_BT = jnp.zeros((batch, config.context_length), jnp.int32)
-        backward = jax.eval_shape(lambda params: jax.vjp(lambda p: forward(model, p, tokens_BT), params)[1], params)
-        return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(backward))
+        tokens_BT = jnp.zeros((batch, c.context_length), jnp.int32)
+
+        def backward(trained: Params, frozen: Params) -> Any:
+            return jax.vjp(lambda p: forward(model, lora.join(p, frozen), tokens_BT), trained)[1]
+
+        shapes = jax.tree.leaves(jax.eval_shape(backward, trained, frozen))
+        return sum(math.prod(x.shape) * x.dtype.itemsize for x in shapes)
 
     return float(kept(2) - kept(1))  # What does not grow with the batch are the parameters.
 
@@ -78,7 +106,7 @@ def temporaries(config: ModelConfig, sizes: Sizes) -> float:
     gathered += 2 * 4 * c.embedding_rows * c.d_model / sizes.tensor
     return (
         sizes.params * (2 if sizes.n_micro > 1 else 1)
-        + activations(config) * sizes.sequences / sizes.tensor
+        + activations(config, sizes.tensor) * sizes.sequences
         + 2 * 4 * tokens * c.embedding_rows / sizes.tensor
         + (gathered if sizes.fsdp > 1 else 0)
     )
@@ -94,10 +122,11 @@ def traffic(config: ModelConfig, sizes: Sizes, n_devices: int) -> dict[str, Traf
         found["all-gather"] = Traffic(2 * A * c.n_layer, 2 * A * whole * item)
         found["reduce-scatter"] = Traffic(A * c.n_layer, A * whole * item)
     if n_batch > sizes.fsdp:
-        found["all-reduce"] = Traffic(1, 4 * whole / sizes.fsdp)
+        found["all-reduce"] = Traffic(A, A * 4 * whole / sizes.fsdp)
     if sizes.tensor > 1:
         one = sizes.sequences * c.context_length * c.d_model * item
-        found["all-reduce"] = found.get("all-reduce", Traffic()) + Traffic(4 * A * c.n_layer, 4 * A * c.n_layer * one)
+        n = A * c.n_layer * (5 if c.remat == "full" else 4)  # All but the last of the forward pass's come again.
+        found["all-reduce"] = found.get("all-reduce", Traffic()) + Traffic(n, n * one)
     return found
 
 
@@ -131,21 +160,22 @@ def bounds(config: Config, model: ModelConfig, sizes: Sizes, target: Target, mov
     """The roofline of a step (Williams, Waterman and Patterson 2009), with a third roof for the network.
 
     Memory traffic: parameters read for the forward and the backward pass of each microbatch, in the compute type;
-    activations written and read, three times all of them; state read and written once, gradients twice. An all-reduce
+    activations written and read, three times all of them; what is trained and its optimizer's state read and written
+    once, gradients twice. An all-reduce
     sends what it adds up twice, a reduce-scatter and an all-gather once.
     """
     A, item = sizes.n_micro, ITEM[model.dtype]
     tokens = config.data.batch_size * model.context_length / target.n_devices
-    flops = tokens * flops_per_token(model) * (1 + RECOMPUTED[model.remat])
+    again = recomputed(model)
+    flops = tokens * flops_per_token(model) * (1 + again)
     used = model.n_params / sizes.tensor * item
-    kept = activations(dataclasses.replace(model, remat="none")) * sizes.sequences / sizes.tensor
-    memory = A * (3 * used + 3 * kept * (1 + RECOMPUTED[model.remat])) + 2 * (sizes.params + sizes.optimizer)
-    memory += 4 * sizes.params
+    kept = activations(dataclasses.replace(model, remat="none"), sizes.tensor) * sizes.sequences
+    memory = A * (3 * used + 3 * kept * (1 + again)) + 6 * sizes.params + 2 * sizes.optimizer
     sent = sum(t.bytes * (2 if kind == "all-reduce" else 1) for kind, t in moved.items())
     return Bounds(
         flops / target.chip.peak,
         memory / target.chip.memory_bandwidth,
-        sent / target.chip.network_bandwidth,
+        sent / target.network_bandwidth,
         flops,
         memory,
     )

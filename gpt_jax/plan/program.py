@@ -11,7 +11,8 @@ import numpy as np
 
 from gpt_jax.config import Config
 from gpt_jax.errors import UserError
-from gpt_jax.model.gpt import GPT
+from gpt_jax.model import lora
+from gpt_jax.model.gpt import GPT, init_params
 from gpt_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from gpt_jax.train.placement import MeshPlacement, Placement, with_shardings
 from gpt_jax.train.step import TrainState, init_state, make_train_step
@@ -42,9 +43,13 @@ class Program:
 
 
 def abstract_state(model: GPT, config: Config) -> TrainState:
-    """Shapes of the state of a run."""
+    """Shapes of the state of a run; of one that trains adapters, with the parameters that they stand beside."""
     optimizer = make_optimizer(config.optimizer, config.train.steps)
-    return jax.eval_shape(lambda: init_state(model, optimizer, config.train.seed))
+    state = jax.eval_shape(lambda: init_state(model, optimizer, config.train.seed))
+    if not model.config.lora.rank:
+        return state
+    _, frozen = lora.split(jax.eval_shape(lambda: init_params(model, jax.random.key(0))))
+    return state._replace(frozen=frozen)
 
 
 def compile_step(model: GPT, config: Config, placement: Placement, state_bytes: float = 0) -> Program:

@@ -22,7 +22,6 @@ from gpt_jax.train.metrics import FLOPS_FORMULA, flops_per_token
 from gpt_jax.train.placement import Placement, choose_placement
 
 POLICIES: tuple[RematName, ...] = ("none", "dots", "full")
-USABLE = 0.95  # Of a device's memory, where no compiler tells.
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class Plan:
     @property
     def total(self) -> float:
         """Bytes on one device."""
-        return self.sizes.params + self.sizes.optimizer + self.program.temporaries
+        return self.sizes.state + self.program.temporaries
 
 
 class Planner:
@@ -60,7 +59,7 @@ class Planner:
         model = self.model(config)
         sizes = estimate.sizes_of(model, config, self.placement)
         temporaries = estimate.temporaries(model.config, sizes)
-        lacking = sizes.params + sizes.optimizer + temporaries - USABLE * self.target.chip.memory
+        lacking = sizes.state + temporaries - self.target.usable_memory
         moved = estimate.traffic(model.config, sizes, self.target.n_devices)
         program = Program(temporaries, max(0.0, lacking), moved)
         return Plan(config, sizes, program, self.bounds(config, sizes, program), compiled=False)
@@ -69,7 +68,7 @@ class Planner:
         """What the compiler says."""
         model = self.model(config)
         sizes = estimate.sizes_of(model, config, self.placement)
-        program = compile_step(model, config, self.placement, sizes.params + sizes.optimizer)
+        program = compile_step(model, config, self.placement, sizes.state)
         if program.lacking:  # There is no program whose traffic could be counted.
             moved = estimate.traffic(model.config, sizes, self.target.n_devices)
             program = dataclasses.replace(program, traffic=moved)
@@ -117,8 +116,7 @@ class Planner:
             worth_it = guess.bounds.seconds < 0.99 * first.bounds.seconds
             if not first.program.lacking and not worth_it:
                 return first
-            state = guess.sizes.params + guess.sizes.optimizer
-            if state + guess.program.temporaries * correction > USABLE * self.target.chip.memory:
+            if guess.sizes.state + guess.program.temporaries * correction > self.target.usable_memory:
                 continue
             if way(guess.config) == way(first.config):
                 continue  # It does not fit, or it would have been returned.
@@ -162,7 +160,7 @@ def describe(plan: Plan, planner: Planner) -> dict[str, str]:
     target, sizes, program, bounds = planner.target, plan.sizes, plan.program, plan.bounds
     model = planner.model(plan.config).config
     tokens = plan.config.data.batch_size * model.context_length
-    limit = plan.total - program.lacking if program.lacking else target.chip.memory
+    limit = plan.total - program.lacking if program.lacking and plan.compiled else target.usable_memory
     told = "fits" if not program.lacking else f"does NOT fit: {gib(program.lacking)} a device are lacking"
     moved = [f"{t.count:,.0f} {kind} ({t.bytes / GB:,.2f} GB)" for kind, t in program.traffic.items()]
     return {
@@ -171,10 +169,11 @@ def describe(plan: Plan, planner: Planner) -> dict[str, str]:
         f"{'unrolled' if model.unroll else 'scanned'}, rematerialised: {model.remat}",
         "a step": f"{plan.config.data.batch_size:,} sequences of {model.context_length:,} = {tokens:,} tokens; a "
         f"device computes {sizes.n_micro} x {sizes.sequences}",
-        "parameters": f"{gib(sizes.params)} a device",
+        "parameters": f"{gib(sizes.params)} a device"
+        + (f", and {gib(sizes.frozen)} that are not trained" if sizes.frozen else ""),
         "optimizer": f"{gib(sizes.optimizer)} a device",
         "activations and temporaries": f"{gib(program.temporaries)} a device",
-        "memory": f"{gib(plan.total)} of {gib(limit)}: {told}",
+        "memory": f"{gib(plan.total)} of {gib(limit)} that can be used: {told}",
         "collectives a step": ", ".join(moved) or "none",
         "FLOPs a step": f"{tokens * flops_per_token(model):.3g}; {FLOPS_FORMULA}",
         "intensity": f"{bounds.intensity:,.0f} FLOPs a byte of memory (the device's own: "

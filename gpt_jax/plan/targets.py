@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from gpt_jax.errors import UserError
-from gpt_jax.runtime import peak_flops
+from gpt_jax.runtime import GPU_MEMORY_FRACTION, peak_flops
 
 GB, GIB = 10**9, 2**30
+GPUS_A_HOST = 8
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,7 @@ class Chip:
     memory: float
     memory_bandwidth: float
     network_bandwidth: float  # To its neighbours, as published: all links of a chip together, one direction of NVLink.
+    between_hosts: float = 0  # Of a GPU, to those of other hosts: the usual network card, one a GPU.
     names_cores: bool = False  # Whether the number in a slice's name counts cores, of which a chip has two.
     dimensions: int = 0  # Of the torus; 0: a GPU.
 
@@ -36,10 +38,10 @@ CHIPS = {
     "v5p": Chip("TPU v5p", 95 * GIB, 2765 * GB, 600 * GB, names_cores=True, dimensions=3),
     "v6e": Chip("TPU v6 lite", 32 * GIB, 1640 * GB, 448 * GB, dimensions=2),
     # nvidia.com: data sheets, the SXM forms.
-    "a100": Chip("NVIDIA A100-SXM4-80GB", 80 * GB, 2039 * GB, 300 * GB),
-    "h100": Chip("NVIDIA H100 80GB HBM3", 80 * GB, 3350 * GB, 450 * GB),
-    "h200": Chip("NVIDIA H200", 141 * GB, 4800 * GB, 450 * GB),
-    "b200": Chip("NVIDIA B200", 180 * GB, 8000 * GB, 900 * GB),
+    "a100": Chip("NVIDIA A100-SXM4-80GB", 79.3 * GIB, 2039 * GB, 300 * GB, 25 * GB),
+    "h100": Chip("NVIDIA H100 80GB HBM3", 79.6 * GIB, 3350 * GB, 450 * GB, 50 * GB),
+    "h200": Chip("NVIDIA H200", 140.4 * GIB, 4800 * GB, 450 * GB, 50 * GB),
+    "b200": Chip("NVIDIA B200", 179 * GIB, 8000 * GB, 900 * GB, 50 * GB),
 }
 
 TORUS_2D = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
@@ -60,6 +62,17 @@ class Target:
         """Whether programs for it can be compiled without it."""
         return self.topology != ""
 
+    @property
+    def usable_memory(self) -> float:
+        """Bytes of a device that a program may have: what JAX is told to take of a GPU, and nearly all of a TPU."""
+        return self.chip.memory * (0.95 if self.is_tpu else GPU_MEMORY_FRACTION)
+
+    @property
+    def network_bandwidth(self) -> float:
+        """Bytes a second to the other devices: of several hosts with GPUs, as slow as between them."""
+        several = not self.is_tpu and self.n_devices > GPUS_A_HOST
+        return self.chip.between_hosts if several else self.chip.network_bandwidth
+
     def devices(self) -> list[Any]:
         """Descriptions of the target's devices that JAX compiles for, by libtpu.
 
@@ -77,7 +90,8 @@ class Target:
 
 def parse_target(name: str) -> Target:
     """The target of that name. Raises UserError naming those that there are."""
-    match = re.fullmatch(r"(v\d+\w?)-(\d+)|(\w\d+)x(\d+)", name.strip().lower())
+    name = name.strip().lower()
+    match = re.fullmatch(r"(v\d+\w?)-(\d+)|(\w\d+)x(\d+)", name)
     generation, number = (match[1] or match[3], int(match[2] or match[4])) if match else ("", 0)
     chip = CHIPS.get(generation)
     if chip is None or (chip.dimensions == 0) != bool(match and match[3]) or number < 1:
@@ -90,6 +104,6 @@ def parse_target(name: str) -> Target:
     sizes = {n * (1 + chip.names_cores): n for n in (TORUS_2D if chip.dimensions == 2 else TORUS_3D)}
     if number not in sizes:
         there = ", ".join(f"{generation}-{n}" for n in sizes)
-        raise UserError(f"there is no slice {name!r}; there are {there}")
+        raise UserError(f"there is no slice {name!r} among those known here; there are {there}")
     n_devices = sizes[number]
     return Target(name, chip, n_devices, (TORUS_2D if chip.dimensions == 2 else TORUS_3D)[n_devices])

@@ -70,7 +70,8 @@ def train(config: Config, data: Dataset, resume: bool = False, profile: bool = F
         "tokenizer": data.meta.tokenizer_fingerprint,
         "data": data.meta.source_fingerprint,
     }
-    hosts.check_alike(data=meta["data"], tokenizer=meta["tokenizer"], configuration=json.dumps(meta["config"]))
+    shards = json.dumps([meta["data"], len(data.train), len(data.val), data.meta.settings])
+    hosts.check_alike(data=shards, tokenizer=meta["tokenizer"], configuration=json.dumps(meta["config"]))
     encode_prompt(config.train.sample_prompt, data.tokenizer, config.model.context_length)  # Fails now, or never.
 
     with (

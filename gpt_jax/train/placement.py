@@ -7,13 +7,14 @@ either, since its arrays are whole to whoever asks, wherever their parts are.
 There may be several hosts, each with some of the devices; each loads the rows of the batch that its devices need.
 """
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from gpt_jax.config import ModelConfig, ParallelConfig
@@ -162,9 +163,10 @@ class MeshPlacement(Placement):
         why = sharding.indivisible(model, *shape[1:])
         if why:
             raise UserError(why)
-        self.mesh = jax.make_mesh(
-            shape, sharding.MESH_AXES, devices=self.devices, axis_types=(AxisType.Auto,) * len(shape)
-        )
+        here = len(self.here) or len(self.devices)
+        if here % shape[2] and shape[2] % here:
+            raise UserError(f"parallel.tensor = {shape[2]} and the {here} devices of a host: one must divide the other")
+        self.mesh = Mesh(in_place(self.devices, shape), sharding.MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
 
     @property
     def n_shares(self) -> int:
@@ -201,9 +203,10 @@ class MeshPlacement(Placement):
         return tree
 
     def on_one_device(self, tree: Any) -> Any:
-        """See Placement."""
-        whole = jax.jit(lambda tree: tree, out_shardings=NamedSharding(self.mesh, PartitionSpec()))(tree)
-        return super().on_one_device(whole)
+        """See Placement. Arrays are gathered one by one, so that only that device has more than one of them whole."""
+        gather = jax.jit(lambda x: x, out_shardings=NamedSharding(self.mesh, PartitionSpec()))
+        device = self.devices[self.here[0]]
+        return jax.tree.map(lambda x: jax.device_put(np.asarray(gather(x).addressable_data(0)), device), tree)
 
     def batch_sharding(self, n_micro: int | None) -> NamedSharding:
         """How a batch lies on the devices: (B, ...), or (A, B, ...) with microbatches."""
@@ -229,6 +232,20 @@ class MeshPlacement(Placement):
             return sharding.store(step(*args))  # The state comes back as it was given.
 
         return OnMesh(jax.jit(stored, donate_argnums=(0,) if donate else ()), self.mesh)
+
+
+def in_place(devices: Sequence[jax.Device], shape: tuple[int, ...]) -> np.ndarray:
+    """The devices as a mesh of that shape, those of the last axes the nearest to each other.
+
+    TPUs of one slice lie in a torus, which JAX knows how to lay a mesh into. Otherwise, several slices or hosts with
+    GPUs, they are taken host by host: what the last axes exchange stays within a host, as far as it holds them.
+    """
+    slices = {getattr(device, "slice_index", 0) for device in devices}
+    if platform_name(devices[0]) == "tpu" and len(slices) == 1:
+        with contextlib.suppress(NotImplementedError):  # There are shapes for which it has no way.
+            return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    ordered = sorted(devices, key=lambda d: (getattr(d, "slice_index", None) or 0, d.process_index, d.id))
+    return np.array(ordered).reshape(shape)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,20 +2,24 @@
 part."""
 
 import dataclasses
+import functools
 import re
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from gpt_jax.checkpoint import Checkpoints, checksums
 from gpt_jax.config import LoraConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from gpt_jax.errors import UserError
+from gpt_jax.model.attention import causal_by_mask, causal_by_splash
 from gpt_jax.model.gpt import GPT
+from gpt_jax.model.sharding import by_heads
 from gpt_jax.train.optimizer import learning_rate_schedule, make_optimizer
-from gpt_jax.train.placement import MeshPlacement, Placement, choose_placement
+from gpt_jax.train.placement import MeshPlacement, Placement, choose_placement, in_place
 from gpt_jax.train.step import StepMetrics, TrainState, init_state, make_eval_step, make_train_step
 
 GPT2 = ModelConfig(
@@ -42,6 +46,17 @@ LLAMA = dataclasses.replace(
     bias=False,
     tied_head=False,
     unroll=False,
+)
+GEMMA = dataclasses.replace(
+    LLAMA,
+    window=8,
+    window_pattern="ssf",
+    n_layer=4,  # So that the scan leaves a layer over.
+    post_norm=True,
+    qk_norm=True,
+    activation="gelu_tanh",
+    scale_embeddings=True,
+    tied_head=True,
 )
 MODELS = {"gpt2": GPT2, "llama": LLAMA}
 MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (4, 2, 1)]
@@ -114,6 +129,48 @@ def test_microbatches_dropout_and_rematerialisation_agree(remat: Any, unroll: bo
     expected = Run(config, placement(None, config, n_devices=1)).train()
     other = dataclasses.replace(config, remat=remat, unroll=unroll)
     assert_same(Run(other, placement((2, 2, 2), other)).train(n_micro=2), expected)
+
+
+@pytest.mark.parametrize("unroll", [True, False])
+def test_windows_and_norms_of_heads_agree(unroll: bool) -> None:
+    config = dataclasses.replace(GEMMA, unroll=unroll)
+    assert_same(
+        Run(config, placement((2, 2, 2), config)).train(), Run(config, placement(None, config, n_devices=1)).train()
+    )
+
+
+@pytest.mark.parametrize("window", [0, 40])
+def test_a_kernel_works_on_the_heads_of_its_device(rng: np.random.Generator, window: int) -> None:
+    """Splash, interpreted, on a mesh: what plain attention gives, with its gradients."""
+    mesh = placement((2, 2, 2), GPT2).mesh
+    q, k, v, out = (rng.standard_normal((4, 128, heads, 64), np.float32) for heads in (4, 2, 2, 4))
+    splash = functools.partial(causal_by_splash, window=window, interpret=True)
+
+    def loss(attend: Any, *qkv: jax.Array) -> jax.Array:
+        return jnp.vdot(attend(*qkv), out)
+
+    plain = functools.partial(causal_by_mask, window=window, dropout_rate=0, keys_B=None)
+    expected = jax.jit(jax.grad(functools.partial(loss, plain), argnums=(0, 1, 2)))(q, k, v)
+    with jax.set_mesh(mesh):
+        found = jax.jit(jax.grad(lambda *qkv: loss(by_heads(splash), *qkv), argnums=(0, 1, 2)))(q, k, v)
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+def test_devices_of_several_hosts_or_slices_are_taken_in_order() -> None:
+    """What the last axis divides stays within a host, whatever the order in which the devices are given."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Device:
+        id: int
+        process_index: int
+        slice_index: int
+        platform: str = "cuda"
+
+    devices = [Device(id=i, process_index=i // 4, slice_index=i // 4) for i in range(8)]
+    mesh = in_place(devices[::-1], (2, 2, 2))
+    assert [[d.process_index for d in group.ravel()] for group in mesh] == [[0] * 4, [1] * 4]
+    assert [d.id for d in mesh.ravel()] == list(range(8))
 
 
 def test_adapters_agree() -> None:
