@@ -483,7 +483,28 @@ def prepare(measured: Row) -> str:
     return table([f"`prepare` of {found['text_bytes'] / 2**30:.1f} GiB of text (`{measured['command']}`)", ""], lines)
 
 
-ALONE: dict[str, Callable[[Row], str]] = {"startup": startup, "prepare": prepare}
+def placement(measured: Row) -> str:
+    """What `benchmarks.placement` measured."""
+    one = [(name, measured[name]) for name in ("nano", "baby")]
+    lines = [
+        [
+            f"{name}, one device: a step by jit, and on a mesh of one",
+            f"{with_range(row['step_ms']['jit'])} and {with_range(row['step_ms']['mesh'])} ms: "
+            f"{with_range(row['second_over_first'])} times as long",
+        ]
+        for name, row in one
+    ]
+    call = measured["tiny"]["call_ms"]
+    lines.append(
+        [
+            "two devices: the call of a step by pmap, and on a mesh",
+            f"{with_range(call['pmap'])} and {with_range(call['mesh'])} ms",
+        ]
+    )
+    return table(["what a placement costs (`python -m benchmarks.placement`)", ""], lines)
+
+
+ALONE: dict[str, Callable[[Row], str]] = {"startup": startup, "prepare": prepare, "placement": placement}
 """The files that hold one measurement, and what writes it."""
 
 

@@ -93,9 +93,15 @@ class Results:
 
 
 def commit() -> str:
-    """The commit that is checked out, with a + where files differ from it; empty outside of a repository."""
-    command = ["git", "-C", str(FOLDER.parent), "describe", "--always", "--dirty=+", "--exclude=*"]
-    try:
+    """The commit that is checked out, with a + where files differ from it, other than what is measured and the README;
+    empty outside of a repository."""
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(FOLDER.parent.parent), *words]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        differs = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results", ":!README.md")
+        return git("rev-parse", "--short", "HEAD") + ("+" if differs else "")
     except (OSError, subprocess.CalledProcessError):
         return ""
