@@ -7,6 +7,7 @@ error: exit status 2 for the arguments themselves, 1 for what they lead to, 128 
 import contextlib
 import dataclasses
 import difflib
+import gc
 import io
 import itertools
 import json
@@ -475,10 +476,10 @@ def told(e: Exception) -> str | None:
 def interrupt(signum: int, frame: FrameType | None) -> None:
     """A handler of SIGINT that raises KeyboardInterrupt, but not where it would be lost.
 
-    JAX has a callback of the garbage collector, and what is raised in one is printed and forgotten: from there, the
+    What is raised in a callback of the garbage collector, such as JAX has, is printed and forgotten: from there, the
     signal is sent again a little later.
     """
-    if frame is not None and frame.f_code.co_name == "_xla_gc_callback":
+    if frame is not None and any(frame.f_code is getattr(found, "__code__", None) for found in gc.callbacks):
         threading.Timer(0.01, os.kill, (os.getpid(), signum)).start()
     else:
         raise KeyboardInterrupt

@@ -140,10 +140,10 @@ def test_ctrl_c_while_sampling_ends_quietly(trained: Path) -> None:
 
 
 def test_an_interrupt_is_not_lost_in_the_garbage_collector() -> None:
-    """What a callback of the collector raises is printed and forgotten; JAX has one, of this name."""
+    """What a callback of the collector raises is printed and forgotten."""
     inside = []
 
-    def _xla_gc_callback(phase: str, info: dict[str, int]) -> None:
+    def callback(phase: str, info: dict[str, int]) -> None:
         if phase == "start":
             inside.append(phase)
             signal.raise_signal(signal.SIGINT)
@@ -153,12 +153,12 @@ def test_an_interrupt_is_not_lost_in_the_garbage_collector() -> None:
         time.sleep(1)
 
     before = signal.signal(signal.SIGINT, interrupt)
-    gc.callbacks.append(_xla_gc_callback)
+    gc.callbacks.append(callback)
     try:
         with pytest.raises(KeyboardInterrupt):
             collect()
     finally:
-        gc.callbacks.remove(_xla_gc_callback)
+        gc.callbacks.remove(callback)
         signal.signal(signal.SIGINT, before)
     assert inside
 

@@ -71,7 +71,7 @@ def test_one_cpu_device_takes_the_memory_that_was_read_into() -> None:
     """No copy: else an import would need a leaf's memory twice."""
     array = aligned((64, 64))
     array[...] = 1
-    placed = jax.device_put(array, on_device(DEVICE))
+    placed = jax.device_put(array, jax.sharding.SingleDeviceSharding(DEVICE))
     assert placed.unsafe_buffer_pointer() == array.ctypes.data
 
 
