@@ -56,7 +56,6 @@ def stored_spec(path: tuple[Any, ...], x: Any) -> PartitionSpec:
 
 def state_shardings(mesh: Mesh, tree: Any) -> Any:
     """How to store a tree of parameters, or of what has their paths: a sharding for each leaf."""
-
     return jax.tree_util.tree_map_with_path(lambda path, x: NamedSharding(mesh, stored_spec(path, x)), tree)
 
 

@@ -30,9 +30,11 @@ class StopRequest:
 
 @contextmanager
 def stop_signals() -> Iterator[StopRequest]:
-    """Turns the first SIGINT or SIGTERM into a request to stop after the current step; a second one stops at once."""
+    """Turns the first SIGINT or SIGTERM into a request to stop after the current step; a second one stops at once.
+
+    With several hosts, that is so of SIGINT; SIGTERM is the distributed runtime's, which knows how to tell the others.
+    """
     request = StopRequest()
-    # With several hosts, SIGTERM is the distributed runtime's, which knows how to tell the others.
     caught = (signal.SIGINT,) if hosts.several() else (signal.SIGINT, signal.SIGTERM)
 
     def handle(signum: int, frame: object) -> None:

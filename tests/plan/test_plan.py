@@ -3,7 +3,6 @@
 import dataclasses
 import importlib.util
 import re
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -206,7 +205,7 @@ def test_a_training_step_compiles_for_a_slice_and_fits_it(target: str) -> None:
 
 @libtpu
 @pytest.mark.slow
-def test_a_step_that_cannot_fit_is_reported_with_what_it_lacks(tmp_path: Path) -> None:
+def test_a_step_that_cannot_fit_is_reported_with_what_it_lacks() -> None:
     config = dataclasses.replace(TPU_PLANS["v5e-4"], data=DataConfig(batch_size=256))
     planner = Planner(config, parse_target("v5e-4"), compiles=True)
     plan = planner.by_compiler(config)

@@ -16,7 +16,7 @@ from gpt_jax.checkpoint import Checkpoints, checksums
 from gpt_jax.config import LoraConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from gpt_jax.errors import UserError
 from gpt_jax.model.attention import causal_by_mask, causal_by_splash
-from gpt_jax.model.gpt import GPT
+from gpt_jax.model.gpt import GPT, init_params
 from gpt_jax.model.sharding import by_heads
 from gpt_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from gpt_jax.train.placement import MeshPlacement, Placement, choose_placement, in_place
@@ -175,8 +175,6 @@ def test_devices_of_several_hosts_or_slices_are_taken_in_order() -> None:
 
 def test_adapters_agree() -> None:
     """Those of all matrices, beside a base that is divided, too."""
-    from gpt_jax.model.gpt import init_params
-
     config = dataclasses.replace(LLAMA, lora=LoraConfig(rank=4))
     base = jax.device_get(init_params(GPT(LLAMA), jax.random.key(1)))
 
