@@ -504,7 +504,30 @@ def placement(measured: Row) -> str:
     return table(["what a placement costs (`python -m benchmarks.placement`)", ""], lines)
 
 
-ALONE: dict[str, Callable[[Row], str]] = {"startup": startup, "prepare": prepare, "placement": placement}
+def restore(measured: Row) -> str:
+    """What `benchmarks.restore` measured."""
+    lines = []
+    for row in measured["rows"]:
+        if row["freed_memory_is_kept"]:
+            lines.append([f"{row['written_by']} to {row['restored_to']}"])
+        lines[-1].append(f"{row['peak_bytes'] / row['state_bytes']:.2f}")
+    command = "`python -m benchmarks.restore`"
+    return table(
+        [
+            f"memory to restore GPT-2 124M, times its state ({command})",
+            "as in training",
+            "if all that is freed goes back",
+        ],
+        lines,
+    )
+
+
+ALONE: dict[str, Callable[[Row], str]] = {
+    "startup": startup,
+    "prepare": prepare,
+    "placement": placement,
+    "restore": restore,
+}
 """The files that hold one measurement, and what writes it."""
 
 

@@ -27,34 +27,39 @@ logging.getLogger("absl").setLevel(logging.CRITICAL)
 logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # Reports the tasks that a failed save of orbax abandons.
 
 
+CHUNK_BYTES = 8 * 2**20
+"""What arrays are cut into when they are written. A chunk is read whole: of one that is an array, as a device writes
+it, each of the devices that an array is restored to, divided, would have to read all."""
+
+READ_AT_ONCE_GB = 1
+"""Gigabytes of arrays that are read at the same time, and so held once more by the host than they are to be."""
+
+
 class DamagedCheckpointError(UserError):
     """A checkpoint that cannot be read, or whose arrays are not those that were saved."""
 
 
 @jax.jit
-def checksums(tree: Any) -> list[jax.Array]:
-    """One uint32 a leaf of 32-bit numbers: the sum of a hash of each element's bits and place.
+def checksum(x: jax.Array) -> jax.Array:
+    """A uint32 of an array of 32-bit numbers: the sum of a hash of each element's bits and place.
 
     Integer sums are exact in any order, so the sharding does not matter. The hash is MurmurHash3's 32-bit finaliser,
     a bijection, so that no change of one element goes unseen, and other changes once in four billion times.
     """
-
-    def checksum(x: jax.Array) -> jax.Array:
-        bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-        # The place of each element, dimension by dimension: to flatten an array that is divided would gather it.
-        strides = [math.prod(x.shape[i + 1 :]) & 0xFFFFFFFF for i in range(x.ndim)]
-        places = sum((jax.lax.broadcasted_iota(jnp.uint32, x.shape, i) * jnp.uint32(s) for i, s in enumerate(strides)))
-        h = bits + jnp.uint32(places) * jnp.uint32(0x9E3779B9)
-        h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
-        h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
-        return jnp.sum(h ^ (h >> 16), dtype=jnp.uint32)
-
-    return [checksum(leaf) for leaf in jax.tree.leaves(tree)]
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    # The place of each element, dimension by dimension: to flatten an array that is divided would gather it.
+    strides = [math.prod(x.shape[i + 1 :]) & 0xFFFFFFFF for i in range(x.ndim)]
+    places = sum((jax.lax.broadcasted_iota(jnp.uint32, x.shape, i) * jnp.uint32(s) for i, s in enumerate(strides)))
+    h = bits + jnp.uint32(places) * jnp.uint32(0x9E3779B9)
+    h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
+    h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
+    return jnp.sum(h ^ (h >> 16), dtype=jnp.uint32)
 
 
 def named_checksums(tree: Any) -> dict[str, int]:
-    """The checksum of each leaf by its path, such as "layers/mlp/up/kernel"."""
-    return dict(zip(leaf_shapes(tree), map(int, jax.device_get(checksums(tree))), strict=True))
+    """The checksum of each leaf by its path, such as "layers/mlp/up/kernel". One leaf after the other: XLA:CPU keeps
+    the hashes of all that one program sums, as many bytes as the leaves."""
+    return {name: int(checksum(leaf)) for name, leaf in zip(leaf_shapes(tree), jax.tree.leaves(tree), strict=True)}
 
 
 def tree_fingerprint(tree: Any) -> str:
@@ -68,6 +73,11 @@ def leaf_shapes(tree: Any) -> dict[str, tuple[int, ...]]:
         jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
+
+
+def in_chunks(tree: Any) -> ocp.args.StandardSave:
+    """What tells orbax to write a tree of arrays in chunks."""
+    return ocp.args.StandardSave(tree, jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree))
 
 
 def ignore_abandoned_io(unraisable: Any) -> None:
@@ -146,9 +156,7 @@ class Checkpoints:
         """Starts saving; returns when the arrays are copied. Raises UserError when this or the last save failed."""
         facts = {**meta, "checksums": {"params": named_checksums(params), "opt_state": named_checksums(opt_state)}}
         items = ocp.args.Composite(
-            params=ocp.args.StandardSave(params),
-            opt_state=ocp.args.StandardSave(opt_state),
-            meta=ocp.args.JsonSave(facts),
+            params=in_chunks(params), opt_state=in_chunks(opt_state), meta=ocp.args.JsonSave(facts)
         )
         metrics = None if val_loss is None else {"val_loss": val_loss}
         failure = self.attempt(lambda: self.manager.save(step, args=items, metrics=metrics, force=True))
@@ -168,7 +176,7 @@ class Checkpoints:
 
     def meta(self, step: int) -> dict[str, Any]:
         """The facts saved with a step. Raises DamagedCheckpointError."""
-        facts = self.restore_item(step, "meta", ocp.args.JsonRestore())
+        facts = self.restore_item(step, "meta", ocp.JsonCheckpointHandler(), ocp.args.JsonRestore())
         if not isinstance(facts, dict) or not facts.keys() >= {"config", "tokenizer", "data", "checksums"}:
             raise DamagedCheckpointError(f"checkpoint {self.folder / str(step)} is damaged: meta is not whole")
         return facts
@@ -189,7 +197,9 @@ class Checkpoints:
                     f"checkpoint {where} does not fit the configuration: {item}/{name} has shape "
                     f"{saved.get(name, 'none')} in the checkpoint and {wanted.get(name, 'none')} in the model"
                 )
-        tree = self.restore_item(step, item, ocp.args.StandardRestore(target))
+        largest = max((math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(target)), default=0)
+        handler = ocp.StandardCheckpointHandler(restore_concurrent_gb=READ_AT_ONCE_GB + largest // 10**9)
+        tree = self.restore_item(step, item, handler, ocp.args.StandardRestore(target))
         for name, checksum in named_checksums(tree).items():
             if checksum != expected.get(name):
                 raise DamagedCheckpointError(f"checkpoint {where} is damaged: {item}/{name} is not as it was saved")
@@ -199,9 +209,11 @@ class Checkpoints:
         """Shapes and dtypes of a saved item."""
         return self.read(step, item, lambda: self.manager.item_metadata(step)[item].tree)
 
-    def restore_item(self, step: int, item: str, args: Any) -> Any:
-        """One item as orbax reads it, or DamagedCheckpointError."""
-        return self.read(step, item, lambda: self.manager.restore(step, args=ocp.args.Composite(**{item: args}))[item])
+    def restore_item(self, step: int, item: str, handler: Any, args: Any) -> Any:
+        """One item as orbax reads it, or DamagedCheckpointError. By its handler: the manager would have a host that can
+        read its part wait for one that cannot."""
+        folder = self.manager.directory / str(step) / item
+        return self.read(step, item, lambda: handler.restore(folder, args=args))
 
     def read(self, step: int, item: str, reading: Callable[[], Any]) -> Any:
         """What `reading` an item gives. Raises DamagedCheckpointError on all hosts when one of them cannot read it."""

@@ -119,6 +119,23 @@ def test_a_host_that_dies_ends_the_others(tiny_data: Path, tmp_path: Path, kille
     run("train", "--resume", *ARGS, f"--data.dir={tiny_data}", f"--out-dir={out}", f"--train.steps={last + 1}")
 
 
+@pytest.mark.slow
+def test_what_one_host_cannot_read_is_passed_over_by_all(tiny_data: Path, tmp_path: Path) -> None:
+    """Also by the one that can read its own part."""
+    args = [f"--data.dir={tiny_data}", f"--out-dir={tmp_path / 'run'}", "--train.checkpoint-every=2", *MESH_2]
+    finish(start_hosts(2, *args, "--train.steps=4"))
+    folder = tmp_path / "run" / "checkpoints" / "4" / "params"
+    parts = [path for path in (folder / "ocdbt.process_1").rglob("*") if path.is_file()]
+    assert parts, sorted(folder.iterdir())
+    for path in parts:
+        path.write_bytes(b"")
+    errors = finish(start_hosts(2, "--resume", *args, "--train.steps=6"))
+    assert "params cannot be read (another host failed)" in errors[0]
+    assert "params cannot be read" in errors[1]
+    assert all("Traceback" not in err for err in errors)
+    assert [r["step"] for r in records(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+
+
 def test_a_host_with_other_data_is_refused_by_all(tiny_data: Path, tmp_path: Path) -> None:
     (tmp_path / "other.txt").write_text("another text " * 400)
     run("prepare", tmp_path / "other.txt", "--out", tmp_path / "other", "--tokenizer", "bytes")

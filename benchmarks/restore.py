@@ -1,0 +1,134 @@
+"""Host memory to restore a divided state: python -m benchmarks.restore
+
+GPT-2 124M with its optimizer's moments, 1.4 GiB in float32, written by one device and by a mesh that divides it in
+eight, and restored to meshes of eight simulated CPU devices, whose memory is the host's: each in a process of its own.
+Told are the memory that the process has at most, above what it had before, and the temporaries of the compiled
+programs that make the first state and sum what was restored. Once as a training has it, where glibc keeps freed memory
+for the steps that follow, and once where everything freed goes back, which shows what was really asked for.
+Writes benchmarks/results/restore.json.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from gpt_jax import runtime
+from gpt_jax.checkpoint import Checkpoints, checksum
+from gpt_jax.config import OptimizerConfig, ParallelConfig
+from gpt_jax.files import save_json
+from gpt_jax.model.backend import resolve
+from gpt_jax.model.gpt import GPT
+from gpt_jax.model.presets import GPT2
+from gpt_jax.train.optimizer import make_optimizer
+from gpt_jax.train.placement import choose_placement
+from gpt_jax.train.step import TrainState, init_state
+
+ROOT = Path(__file__).parent.parent
+PLACEMENTS = {
+    "one device": ParallelConfig(devices=1),
+    "fsdp 8": ParallelConfig(devices=8, fsdp=8),
+    "tensor 4, fsdp 2": ParallelConfig(devices=8, fsdp=2, tensor=4),
+}
+GIVE_BACK = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
+"""Environment in which glibc returns to the kernel what is freed."""
+
+
+def memory(kind: str) -> int:
+    """Bytes that this process has (VmRSS) or had at most (VmHWM)."""
+    found = re.search(rf"{kind}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(found[1]) * 1024  # type: ignore[index]
+
+
+def bytes_of(tree: Any) -> list[int]:
+    """Bytes of each leaf, as a whole."""
+    return [x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)]
+
+
+def work(what: str, where: str, keep: bool, folder: Path) -> None:
+    """Writes or restores a checkpoint on the devices of that name; prints what that took."""
+    if keep:
+        runtime.setup(cpu_devices=8)
+    else:
+        jax.config.update("jax_num_cpu_devices", 8)
+    config = resolve(GPT2, "cpu")
+    devices = jax.devices()[: PLACEMENTS[where].devices]
+    on = choose_placement(PLACEMENTS[where], config, devices)
+    model, optimizer = GPT(config), make_optimizer(OptimizerConfig(), 1)
+
+    def first_state() -> TrainState:
+        state = init_state(model, optimizer, 0)
+        noise = jax.tree.map(lambda x: jax.random.normal(jax.random.key(1), x.shape) if x.ndim else x, state.opt_state)
+        return state._replace(opt_state=noise) if what == "save" else state
+
+    if what == "save":
+        state = on.make(first_state)
+        with Checkpoints(folder) as checkpoints:
+            facts = {"config": {}, "tokenizer": "", "data": ""}
+            checkpoints.save(1, on.to_checkpoint(state.params), on.to_checkpoint(state.opt_state), facts, None)
+        return
+    shapes = jax.eval_shape(first_state)
+    target = on.abstract(shapes)
+    init = jax.jit(first_state, out_shardings=on.state_shardings(shapes)).lower().compile()
+    largest = max(jax.tree.leaves(target), key=lambda x: x.size)
+    programs = {"init": init, "sum of the largest": checksum.lower(largest).compile()}
+    before, begin = memory("VmRSS"), time.perf_counter()
+    with Checkpoints(folder, read_only=True) as checkpoints:
+        restored = [checkpoints.restore(1, item, getattr(target, item)) for item in ("params", "opt_state")]
+        jax.block_until_ready(restored)
+    found = {
+        "seconds": time.perf_counter() - begin,
+        "peak_bytes": memory("VmHWM") - before,
+        "state_bytes": sum(bytes_of(restored)),
+        "largest_leaf_bytes": max(bytes_of(restored)),
+        "temporaries_a_device": {name: temporaries(program) for name, program in programs.items()},
+    }
+    print(json.dumps(found))
+
+
+def temporaries(program: Any) -> int:
+    """Bytes that a compiled program needs besides its arguments and results."""
+    return int(program.memory_analysis().temp_size_in_bytes)
+
+
+def start(what: str, where: str, keep: bool, folder: Path) -> str:
+    """Does `work` in another process; returns what it printed."""
+    command = [sys.executable, "-m", "benchmarks.restore", "--work", what, where, str(int(keep)), str(folder)]
+    environment = os.environ | ({} if keep else GIVE_BACK)
+    return subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True).stdout
+
+
+def main() -> None:
+    """Restores what each writer wrote to each mesh."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--work", nargs=4, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.work:
+        what, where, keep, folder = args.work
+        work(what, where, keep == "1", Path(folder))
+        return
+    rows = []
+    for writer in ("one device", "fsdp 8"):
+        with tempfile.TemporaryDirectory() as folder:
+            start("save", writer, True, Path(folder) / "checkpoints")
+            for reader in PLACEMENTS:
+                for keep in (True, False):
+                    row = json.loads(start("restore", reader, keep, Path(folder) / "checkpoints").splitlines()[-1])
+                    rows.append({"written_by": writer, "restored_to": reader, "freed_memory_is_kept": keep, **row})
+                    times = row["peak_bytes"] / row["state_bytes"]
+                    mib = {name: round(n / 2**20) for name, n in row["temporaries_a_device"].items()}
+                    kept = "freed memory kept" if keep else "given back"
+                    print(f"{writer} to {reader}, {kept}: {times:.2f} times the state, {row['seconds']:.1f} s, {mib}")
+    save_json(Path(__file__).parent / "results" / "restore.json", {"rows": rows})
+
+
+if __name__ == "__main__":
+    main()
