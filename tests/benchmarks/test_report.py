@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 
 from benchmarks import plots
-from benchmarks.report import ALONE, MARKER, NOT_MEASURED, PARTS, percent, read_results, render, report, tables
+from benchmarks.alone import ALONE
+from benchmarks.markdown import percent
+from benchmarks.report import MARKER, NOT_MEASURED, read_results, render, report, tables
 from benchmarks.results import FOLDER, spread
+from benchmarks.tables import PARTS
 from gpt_jax.errors import UserError
 
 README = Path(__file__).parents[2] / "README.md"
