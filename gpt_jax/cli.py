@@ -393,6 +393,9 @@ def plan_command(argv: Sequence[str]) -> int:
     from gpt_jax.plan.targets import parse_target
 
     jax.config.update("jax_platforms", "cpu")
+    jax.config.update(
+        "jax_enable_compilation_cache", False
+    )  # Programs for devices that are not here are not read back.
     target = parse_target(args.target)
     runtime.setup(1 if can_compile(target) else target.n_devices)
     return run_plan(config, target, args.tries)

@@ -85,6 +85,11 @@ class Target:
         try:
             return list(topologies.get_topology_desc(f"{generation}:{self.topology}", "tpu", **more).devices)
         except Exception as e:  # Of many kinds; without libtpu a RuntimeError that says so.
+            if "lockfile" in str(e):
+                raise UserError(
+                    "another process is using libtpu, which serves one at a time; wait for it, or remove "
+                    "/tmp/libtpu_lockfile if one was killed and left it behind"
+                ) from e
             raise UserError(f"libtpu cannot compile for {self.name}: {(str(e).splitlines() or [''])[0]}") from e
 
 
