@@ -21,7 +21,10 @@ plan() {
     plan configs/gpt2_xl.py --target v5e-16 --parallel.fsdp 16
     printf '\n## A Llama of 7 billion parameters on sixteen TPU v5p, 8 x 2\n'
     plan configs/llama2_7b.py --target v5p-32
-    printf '\n## The same on four TPU v6e, which is too few\n'
+    printf '\n## The same with 32,768 tokens a sequence, each divided over four of eight TPU v5p\n'
+    plan configs/llama2_7b.py --target v5p-16 --model.context-length 32768 --data.batch-size 128 \
+        --data.microbatch-size 1 --parallel.fsdp 2 --parallel.context 4 --parallel.tensor 1
+    printf '\n## The Llama of 4,096 tokens a sequence on four TPU v6e, which is too few\n'
     plan configs/llama2_7b.py --target v6e-4 --parallel.fsdp 4 --parallel.tensor 1 --tries 1
     printf '\n## The same on eight H100, by formula\n'
     plan configs/llama2_7b.py --target h100x8 --parallel.fsdp 8 --parallel.tensor 1

@@ -358,34 +358,44 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """Placement on devices: by pmap, each with the whole state; or on a mesh of data x fsdp x tensor, if one is set."""
+    """Placement on devices: by pmap, each with the whole state; or on a mesh of data x fsdp x context x tensor, if one
+    is set."""
 
     # Devices of each host to train on; 0: all it has, and on CPU one a core for small models, else one.
     devices: int = 0
-    data: int = 0  # Mesh: parts of the batch, each with the whole state; 0: what fsdp and tensor leave of the devices.
+    data: int = 0  # Mesh: parts of the batch, each with the whole state; 0: what the others leave of the devices.
     fsdp: int = 0  # Mesh: parts of the batch among which the state is divided; 0: 1.
+    context: int = 0  # Mesh: parts of each sequence, and of the state; 0: 1.
     tensor: int = 0  # Mesh: parts of heads, feed-forward and vocabulary; 0: 1.
 
     def __post_init__(self) -> None:
         check_types(self, "parallel")
-        for name, zero in (("devices", "all"), ("data", "what is left"), ("fsdp", "1"), ("tensor", "1")):
+        for name, zero in (
+            ("devices", "all"),
+            ("data", "what is left"),
+            ("fsdp", "1"),
+            ("context", "1"),
+            ("tensor", "1"),
+        ):
             check(getattr(self, name) >= 0, f"parallel.{name}", getattr(self, name), f"0 ({zero}) or more")
 
     @property
     def uses_mesh(self) -> bool:
         """Whether a mesh was asked for."""
-        return any((self.data, self.fsdp, self.tensor))
+        return any((self.data, self.fsdp, self.context, self.tensor))
 
-    def mesh_shape(self, n_devices: int) -> tuple[int, int, int]:
-        """The sizes of data, fsdp and tensor. Raises UserError unless their product is the number of devices."""
-        fsdp, tensor = self.fsdp or 1, self.tensor or 1
-        data = self.data or max(1, n_devices // (fsdp * tensor))
-        if data * fsdp * tensor != n_devices:
+    def mesh_shape(self, n_devices: int) -> tuple[int, int, int, int]:
+        """The sizes of data, fsdp, context and tensor. Raises UserError unless their product is the number of
+        devices."""
+        fsdp, context, tensor = self.fsdp or 1, self.context or 1, self.tensor or 1
+        data = self.data or max(1, n_devices // (fsdp * context * tensor))
+        product = data * fsdp * context * tensor
+        if product != n_devices:
             raise UserError(
-                f"parallel.data x fsdp x tensor = {data} x {fsdp} x {tensor} = {data * fsdp * tensor}, but there are "
-                f"{n_devices} devices; the product must be their number"
+                f"parallel.data x fsdp x context x tensor = {data} x {fsdp} x {context} x {tensor} = {product}, but "
+                f"there are {n_devices} devices; the product must be their number"
             )
-        return data, fsdp, tensor
+        return data, fsdp, context, tensor
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@
 """
 
 import ctypes
+import math
 import os
 import re
 import sys
@@ -30,7 +31,7 @@ def choose_cpu_devices(config: Config) -> int:
     if parallel.devices:
         return parallel.devices
     if parallel.uses_mesh:
-        return max(parallel.data, 1) * max(parallel.fsdp, 1) * max(parallel.tensor, 1)
+        return math.prod(max(n, 1) for n in (parallel.data, parallel.fsdp, parallel.context, parallel.tensor))
     if config.model.n_params > SMALL_MODEL_PARAMS:
         return 1
     microbatch = config.data.microbatch_size or 1

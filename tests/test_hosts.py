@@ -23,6 +23,7 @@ ARGS = [
     "--optimizer.schedule=constant",
 ]
 MESH_2 = ["--parallel.devices=2", "--parallel.fsdp=2", "--parallel.tensor=2"]  # Two hosts of two devices.
+CONTEXT_2 = ["--parallel.devices=2", "--parallel.context=4"]
 
 
 def free_port() -> int:
@@ -67,7 +68,7 @@ def alone(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("placement", [["--parallel.devices=2"], MESH_2], ids=["pmap", "mesh"])
+@pytest.mark.parametrize("placement", [["--parallel.devices=2"], MESH_2, CONTEXT_2], ids=["pmap", "mesh", "context"])
 def test_a_run_moves_from_two_hosts_to_one_and_to_four(
     alone: Path, tiny_data: Path, tmp_path: Path, placement: list[str]
 ) -> None:
@@ -77,9 +78,9 @@ def test_a_run_moves_from_two_hosts_to_one_and_to_four(
     finish(start_hosts(2, data, f"--out-dir={two}", "--train.steps=4", *placement))
     np.testing.assert_allclose(losses(two)[:3], losses(alone)[:3], rtol=1e-5)  # The fourth has an evaluation.
     one, four = (Path(shutil.copytree(two, tmp_path / name)) for name in ("one", "four"))
-    on_one = ["--parallel.devices=1", "--parallel.fsdp=0", "--parallel.tensor=0"]
+    on_one = ["--parallel.devices=1", "--parallel.fsdp=0", "--parallel.context=0", "--parallel.tensor=0"]
     run("train", "--resume", *ARGS, data, f"--out-dir={one}", "--train.steps=6", *on_one)
-    on_four = ["--parallel.devices=1", "--parallel.fsdp=4", "--parallel.tensor=1"]
+    on_four = ["--parallel.devices=1", "--parallel.fsdp=4", "--parallel.context=1", "--parallel.tensor=1"]
     finish(start_hosts(4, "--resume", data, f"--out-dir={four}", "--train.steps=6", *on_four))
     for out in (one, four):
         np.testing.assert_allclose(losses(out)[4:], losses(alone)[4:], rtol=1e-5)

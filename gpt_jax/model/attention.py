@@ -4,17 +4,26 @@ xla           the formula as it stands: the reference, runs everywhere, O(T^2) m
 block_causal  queries in blocks, each looking only at keys up to its end: half the work, and the fastest on CPU
 cudnn         cuDNN's fused kernel, on NVIDIA GPUs
 splash        the Splash Pallas kernel, on TPUs
+
+Where a mesh divides sequences, each device attends from its part of the queries to all keys. cuDNN's kernel cannot, and
+block_causal looks at the future, too, and masks it: which keys those are, differs from device to device.
 """
 
 import functools
+import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from gpt_jax.config import ModelConfig
 from gpt_jax.model.layers import dropout, fold_in
-from gpt_jax.model.sharding import by_heads
+from gpt_jax.model.sharding import by_heads, constrain, context_parts, mesh_is_set
+
+QUERY_BLOCK = 128
+"""Queries that block_causal takes at one time; half as many of sequences of up to 512 tokens."""
 
 SPLASH_BLOCKS = (512, 256, 128)
 """Sizes that the Splash kernel may cut the sequence into, fastest first; all are whole TPU lanes."""
@@ -81,7 +90,11 @@ def causal_attention(
     With a window, a token sees that many tokens, itself included. Query head h reads key/value head h // (H / G).
     """
     if config.attention == "xla":
+        if context_parts() > 1:
+            k_BTGK, v_BTGK = constrain(k_BTGK, "BSGK"), constrain(v_BTGK, "BSGK")
         return causal_by_mask(q_BTHK, k_BTGK, v_BTGK, window, config.dropout, keys_B)
+    if config.attention == "block_causal" and context_parts() > 1:
+        return by_heads(functools.partial(causal_by_blocks_of_a_part, window=window))(q_BTHK, k_BTGK, v_BTGK)
     if config.attention == "block_causal":
         return causal_by_blocks(q_BTHK, k_BTGK, v_BTGK, window, config.dropout, keys_B)
     if config.attention == "cudnn":
@@ -93,7 +106,7 @@ def causal_attention(
         )
         return by_heads(fused)(q_BTHK, k_BTGK, v_BTGK)
     if config.attention == "splash":
-        return by_heads(functools.partial(causal_by_splash, window=window))(q_BTHK, k_BTGK, v_BTGK)
+        return causal_by_splash(q_BTHK, k_BTGK, v_BTGK, window)
     raise ValueError(f"attention backend {config.attention} was not resolved")
 
 
@@ -125,7 +138,7 @@ def causal_by_blocks(
     computing them again (B8 T256 H6 K64, forward and backward: 54 to 22 ms).
     """
     T = q_BTHK.shape[1]
-    block = 64 if T <= 512 else 128
+    block = QUERY_BLOCK if T > 512 else QUERY_BLOCK // 2
     attend = jax.checkpoint(functools.partial(masked_attention, dropout_rate=dropout_rate))
     outs = []
     for i, start in enumerate(range(0, T, block)):
@@ -137,19 +150,55 @@ def causal_by_blocks(
     return jnp.concatenate(outs, axis=1) if len(outs) > 1 else outs[0]
 
 
+def causal_by_blocks_of_a_part(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, window: int) -> jax.Array:
+    """The same for the part of the queries that this device of the mapped axis "context" has."""
+    B, T, H, K = q_BTHK.shape
+    block = math.gcd(T, QUERY_BLOCK)
+    starts = jax.lax.axis_index("context") * T + jnp.arange(0, T, block)
+    blocks = q_BTHK.reshape(B, T // block, block, H, K).swapaxes(0, 1)
+    out = jax.lax.map(lambda xs: attention_of_a_block(xs[0], k_BSGK, v_BSGK, xs[1], window), (blocks, starts))
+    return out.swapaxes(0, 1).reshape(B, T, H, K)
+
+
+def attend_from(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, start: jax.Array, window: int) -> jax.Array:
+    """Attention of the queries from position `start` on, to all keys of their sequences."""
+    T, S = q_BTHK.shape[1], k_BSGK.shape[1]
+    distance_TS = start + jnp.arange(T)[:, None] - jnp.arange(S)
+    return masked_attention(q_BTHK, k_BSGK, v_BSGK, ((distance_TS >= 0) & (distance_TS < (window or S)))[None])
+
+
+attention_of_a_block = jax.custom_vjp(attend_from, nondiff_argnums=(4,))
+"""`attend_from`, which the backward pass computes again, whatever else it keeps: jax.checkpoint has no say within
+another one, as layers are in where parameters are gathered again."""
+
+
+def _attention_of_a_block_fwd(q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array, window: int) -> Any:
+    return attend_from(q, k, v, start, window), (q, k, v, start)
+
+
+def _attention_of_a_block_bwd(window: int, saved: Any, gradient_BTHK: jax.Array) -> Any:
+    q, k, v, start = saved
+    _, backward = jax.vjp(lambda q, k, v: attend_from(q, k, v, start, window), q, k, v)
+    return *backward(gradient_BTHK), None
+
+
+attention_of_a_block.defvjp(_attention_of_a_block_fwd, _attention_of_a_block_bwd)
+
+
 def causal_by_splash(
     q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, window: int, interpret: bool = False
 ) -> jax.Array:
     """The Splash kernel, which skips masked blocks and never writes scores to memory. `interpret` runs it on CPU.
 
-    One kernel call for each sequence and key/value head, with the R query heads that share it.
+    One kernel call for each sequence and key/value head, with the R query heads that share it. What it skips is in
+    tables of its blocks, of which each device that has a part of the queries is given its rows.
     """
     from jax.experimental.pallas.ops.tpu import splash_attention as splash  # Slow to import, and for TPUs only.
 
-    B, T, H, K = q_BTHK.shape
-    G = k_BTGK.shape[2]
-    R = H // G
-    block = next(b for b in SPLASH_BLOCKS if T % b == 0)
+    T, H = q_BTHK.shape[1:3]
+    R = H // k_BTGK.shape[2]
+    parts = context_parts()
+    block = next(b for b in SPLASH_BLOCKS if T // parts % b == 0)
     sizes = splash.BlockSizes(
         block_q=block,
         block_kv=block,
@@ -162,7 +211,13 @@ def causal_by_splash(
     )
     mask = splash.LocalMask((T, T), (window - 1, 0), 0) if window else splash.CausalMask((T, T))
     heads = splash.MultiHeadMask([mask] * R)
-    kernel = splash.make_splash_mqa(heads, block_sizes=sizes, head_shards=1, q_seq_shards=1, interpret=interpret)
-    q_BGRTK = (q_BTHK * K**-0.5).reshape(B, T, G, R, K).transpose(0, 2, 3, 1, 4)
-    out_BGRTK = jax.vmap(jax.vmap(kernel))(q_BGRTK, k_BTGK.swapaxes(1, 2), v_BTGK.swapaxes(1, 2))
-    return out_BGRTK.transpose(0, 3, 1, 2, 4).reshape(B, T, H, K)
+    kernel = splash.make_splash_mqa(heads, block_sizes=sizes, head_shards=1, q_seq_shards=parts, interpret=interpret)
+
+    def attend(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, kernel: Any) -> jax.Array:
+        B, T, H, K = q_BTHK.shape
+        q_BGRTK = (q_BTHK * K**-0.5).reshape(B, T, H // R, R, K).transpose(0, 2, 3, 1, 4)
+        out_BGRTK = jax.vmap(jax.vmap(kernel))(q_BGRTK, k_BSGK.swapaxes(1, 2), v_BSGK.swapaxes(1, 2))
+        return out_BGRTK.transpose(0, 3, 1, 2, 4).reshape(B, T, H, K)
+
+    rows = NamedSharding(jax.sharding.get_abstract_mesh(), PartitionSpec(None, "context")) if mesh_is_set() else None
+    return by_heads(attend, rows and kernel.manual_sharding_spec(rows))(q_BTHK, k_BTGK, v_BTGK, kernel)

@@ -9,11 +9,16 @@ from gpt_jax.model.attention import SPLASH_BLOCKS
 CUDNN_MAX_HEAD_DIM = 128
 
 
-def refusal(backend: AttentionName, config: ModelConfig, platform: str) -> str | None:
-    """Why `backend` cannot run this model on `platform` (cpu, gpu or tpu); None when it can."""
+def refusal(backend: AttentionName, config: ModelConfig, platform: str, context: int = 1) -> str | None:
+    """Why `backend` cannot run this model on `platform` (cpu, gpu or tpu), with a sequence divided over `context`
+    devices; None when it can."""
+    if backend == "block_causal" and context > 1 and config.dropout:
+        return f"it does not drop attention weights with parallel.context = {context}, and dropout = {config.dropout}"
     if backend == "cudnn":
         if platform != "gpu":
             return f"it needs an NVIDIA GPU, and this is {platform}"
+        if context > 1:
+            return f"it does not divide sequences, and parallel.context = {context}"
         if config.dtype != "bfloat16":
             return f"it computes in bfloat16, not model.dtype = {config.dtype}"
         if config.head_dim > CUDNN_MAX_HEAD_DIM or config.head_dim % 8:
@@ -23,33 +28,35 @@ def refusal(backend: AttentionName, config: ModelConfig, platform: str) -> str |
     if backend == "splash":
         if platform != "tpu":
             return f"it needs a TPU, and this is {platform}"
-        if config.context_length % SPLASH_BLOCKS[-1]:
-            return f"it needs a model.context_length in steps of {SPLASH_BLOCKS[-1]}, not {config.context_length}"
+        if config.context_length % (SPLASH_BLOCKS[-1] * context):
+            step = SPLASH_BLOCKS[-1] * context
+            return f"it needs a model.context_length in steps of {step}, not {config.context_length}"
         if config.dropout:
             return f"it does not drop attention weights, and model.dropout = {config.dropout}"
     return None
 
 
-def resolve_attention(config: ModelConfig, platform: str) -> AttentionName:
+def resolve_attention(config: ModelConfig, platform: str, context: int = 1) -> AttentionName:
     """The backend to use: the one that was asked for, or for "auto" the fastest that can run.
 
     Raises UserError when the one that was asked for cannot run, saying why.
     """
     if config.attention == "auto":
         fastest: dict[str, AttentionName] = {"gpu": "cudnn", "tpu": "splash", "cpu": "block_causal"}
-        choice = fastest.get(platform, "xla")
-        return choice if refusal(choice, config, platform) is None else "xla"
-    why = refusal(config.attention, config, platform)
+        choices: list[AttentionName] = [fastest.get(platform, "xla"), "block_causal" if context > 1 else "xla"]
+        return next((choice for choice in choices if refusal(choice, config, platform, context) is None), "xla")
+    why = refusal(config.attention, config, platform, context)
     if why:
         raise UserError(f"model.attention = {config.attention} cannot run here: {why}; auto takes the fastest that can")
     return config.attention
 
 
-def resolve(config: ModelConfig, platform: str) -> ModelConfig:
-    """The configuration with its dtype and attention settled for a platform: cpu, gpu or tpu.
+def resolve(config: ModelConfig, platform: str, context: int = 1) -> ModelConfig:
+    """The configuration with its dtype and attention settled for a platform, cpu, gpu or tpu, and sequences divided
+    over `context` devices.
 
     Raises UserError when an attention was asked for that cannot run there.
     """
     if config.dtype == "auto":
         config = dataclasses.replace(config, dtype="float32" if platform == "cpu" else "bfloat16")
-    return dataclasses.replace(config, attention=resolve_attention(config, platform))
+    return dataclasses.replace(config, attention=resolve_attention(config, platform, context))

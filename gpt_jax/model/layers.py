@@ -7,6 +7,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from gpt_jax.config import LORA_TARGETS, LoraConfig, ModelConfig
+from gpt_jax.model.sharding import context_parts
 
 INIT_STD = 0.02  # GPT-2's, for every matrix and embedding.
 
@@ -31,8 +32,10 @@ class Linear(nn.Module):
 
         def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
             # Flattened to two dimensions: with three, XLA:CPU transposes a copy of the activations for the gradient of
-            # every kernel (nano step: 67 to 49 ms).
-            return x.reshape(-1, x.shape[-1]).astype(self.dtype) @ kernel.astype(self.dtype)
+            # every kernel (nano step: 67 to 49 ms). Where sequences are divided, XLA would gather them for that.
+            if context_parts() == 1:
+                x = x.reshape(-1, x.shape[-1])
+            return x.astype(self.dtype) @ kernel.astype(self.dtype)
 
         if self.has_variable("params", "kernel_FD"):  # Laid out for decoding, by `prepare_params`.
             kernel_FD: jax.Array = self.get_variable("params", "kernel_FD").astype(self.dtype)

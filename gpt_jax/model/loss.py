@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from gpt_jax.model.sharding import BATCH_AXES, mesh_is_set
+from gpt_jax.model.sharding import BATCH_AXES, TOKEN_AXES, mesh_is_set
 
 
 def head_logits(hidden_ND: jax.Array, head_VD: jax.Array, vocab_size: int) -> jax.Array:
@@ -85,7 +85,7 @@ def loss_sums(
     again in the backward pass. With 50,000 tokens in the vocabulary, the logits of a batch and their gradient would
     otherwise be the largest arrays of the whole step.
 
-    On a mesh, each device does so with its sequences and its part of the vocabulary, and the sums are those of all.
+    On a mesh, each device does so with its tokens and its part of the vocabulary, and the sums are those of all.
     """
     if not mesh_is_set():
         return sums_of_chunks(hidden_BTD, head_VD, targets_BT, mask_BT, vocab_size, chunk)
@@ -94,13 +94,13 @@ def loss_sums(
         hidden_BTD, head_VD, targets_BT, mask_BT = arrays
         # What several devices have alike has the sum of their gradients: that is the transpose of these two lines.
         hidden_BTD = jax.lax.pcast(hidden_BTD, "tensor", to="varying")
-        head_VD = jax.lax.pcast(head_VD, BATCH_AXES, to="varying")
-        sums = sums_of_chunks(hidden_BTD, head_VD, targets_BT, mask_BT, vocab_size, chunk, "tensor", BATCH_AXES)
-        return jax.lax.psum(sums, BATCH_AXES)
+        head_VD = jax.lax.pcast(head_VD, TOKEN_AXES, to="varying")
+        sums = sums_of_chunks(hidden_BTD, head_VD, targets_BT, mask_BT, vocab_size, chunk, "tensor", TOKEN_AXES)
+        return jax.lax.psum(sums, TOKEN_AXES)
 
-    batch = PartitionSpec(BATCH_AXES)
+    tokens = PartitionSpec(BATCH_AXES, "context")
     return jax.shard_map(
-        on_one_device, in_specs=(batch, PartitionSpec("tensor"), batch, batch), out_specs=PartitionSpec()
+        on_one_device, in_specs=(tokens, PartitionSpec("tensor"), tokens, tokens), out_specs=PartitionSpec()
     )(hidden_BTD, head_VD, targets_BT, mask_BT)
 
 
@@ -112,9 +112,9 @@ def sums_of_chunks(
     vocab_size: int,
     chunk: int,
     vocabulary_axis: str | None = None,
-    batch_axes: tuple[str, ...] = (),
+    token_axes: tuple[str, ...] = (),
 ) -> tuple[jax.Array, jax.Array]:
-    """`loss_sums` of the sequences that one device has. batch_axes: the mapped axes that divide them."""
+    """`loss_sums` of the tokens that one device has. token_axes: the mapped axes that divide them."""
     n, d = targets_BT.size, hidden_BTD.shape[-1]
     hidden_ND, targets_N = hidden_BTD.reshape(n, d), targets_BT.reshape(n)
     mask_N = mask_BT.reshape(n).astype(jnp.float32)
@@ -135,6 +135,6 @@ def sums_of_chunks(
         losses_C = cross_entropy_N(hidden_CD, head_VD, targets_C, vocab_size, vocabulary_axis)
         return total + jnp.vdot(losses_C, mask_C), None
 
-    zero = jax.lax.pcast(jnp.float32(0), batch_axes, to="varying") if batch_axes else jnp.float32(0)
+    zero = jax.lax.pcast(jnp.float32(0), token_axes, to="varying") if token_axes else jnp.float32(0)
     total, _ = jax.lax.scan(add_chunk, zero, (chunked(hidden_ND), chunked(targets_N), chunked(mask_N)))
     return total, jnp.sum(mask_N)

@@ -1,8 +1,10 @@
-"""How arrays are divided over a mesh of devices, data x fsdp x tensor: by the letters of their dimensions.
+"""How arrays are divided over a mesh of devices, data x fsdp x context x tensor: by the letters of their dimensions.
 
-Batches are divided over data and fsdp. Parameters are stored divided over fsdp (Rajbhandari et al. 2020, ZeRO stage 3)
-and tensor, and gathered over fsdp where they are used; the tensor axis divides heads, feed-forward and vocabulary
-(Shoeybi et al. 2019, Megatron-LM), and stays divided. XLA derives the rest, and the collectives, from these few rules.
+The sequences of a batch are divided over data and fsdp, and each sequence over context, whose devices gather the keys
+and values of all of it (Llama Team 2024, The Llama 3 Herd of Models, section 3.3.2). Parameters are stored divided over
+fsdp and context (Rajbhandari et al. 2020, ZeRO stage 3) and tensor, and gathered over the first two where they are
+used; the tensor axis divides heads, feed-forward and vocabulary (Shoeybi et al. 2019, Megatron-LM), and stays divided.
+XLA derives the rest, and the collectives, from these few rules.
 
 The functions on arrays do nothing where no mesh is set, on one device and under pmap.
 """
@@ -17,19 +19,21 @@ from jax.typing import DTypeLike
 
 from gpt_jax.config import ModelConfig
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "context", "tensor")
 BATCH_AXES = ("data", "fsdp")
+TOKEN_AXES = (*BATCH_AXES, "context")
+GATHERED_AXES = ("fsdp", "context")
 
-STORED = {"D": "fsdp", "H": "tensor", "F": "tensor", "V": "tensor"}
+STORED = {"D": GATHERED_AXES, "H": "tensor", "F": "tensor", "V": "tensor"}
 """The axis that divides each dimension of a stored parameter; H stands for whole heads, of any width."""
 
-ACTIVE = {"B": BATCH_AXES, "H": "tensor", "G": "tensor", "F": "tensor", "V": "tensor"}
-"""The same of a parameter in use, and of an activation."""
+ACTIVE = {"B": BATCH_AXES, "T": "context", "H": "tensor", "G": "tensor", "F": "tensor", "V": "tensor"}
+"""The same of a parameter in use, and of an activation; S, keys and values as others see them, is not divided."""
 
 LINEAR = {"qkv": ("D", "H"), "out": ("H", "D"), "gate": ("D", "F"), "up": ("D", "F"), "down": ("F", "D")}
 """What the kernel of a linear layer maps, from and to."""
 
-DIMENSIONS = {"tokens_VD": "VD", "head_VD": "VD", "positions_TD": "TD"}
+DIMENSIONS = {"tokens_VD": "VD", "head_VD": "VD", "positions_TD": "SD"}
 for _name, (_from, _to) in LINEAR.items():
     DIMENSIONS |= {f"{_name}/kernel": _from + _to, f"{_name}/lora_a": _from + "R", f"{_name}/lora_b": "R" + _to}
     DIMENSIONS |= {f"{_name}/bias": _to} if _to != "D" else {}
@@ -59,11 +63,12 @@ def state_shardings(mesh: Mesh, tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, x: NamedSharding(mesh, stored_spec(path, x)), tree)
 
 
-def indivisible(config: ModelConfig, fsdp: int, tensor: int) -> str | None:
+def indivisible(config: ModelConfig, fsdp: int, context: int, tensor: int) -> str | None:
     """Which dimension of a model does not divide over a mesh, as "model.d_model = 5 does not divide over ..."; None
     when all do."""
     sizes = {
-        "model.d_model": (config.d_model, "fsdp", fsdp),
+        "model.d_model": (config.d_model, "fsdp x context" if context > 1 else "fsdp", fsdp * context),
+        "model.context_length": (config.context_length, "context", context),
         "the number of key/value heads": (config.kv_heads, "tensor", tensor),
         "the feed-forward width": (config.ff_dim, "tensor", tensor),
         "the vocabulary": (config.embedding_rows, "tensor", tensor),
@@ -81,13 +86,19 @@ def mesh_is_set() -> bool:
     return mesh.axis_names == MESH_AXES and set(mesh.axis_types) == {AxisType.Auto}
 
 
+def context_parts() -> int:
+    """Number of devices that a sequence is divided over."""
+    return int(jax.sharding.get_abstract_mesh().shape["context"]) if mesh_is_set() else 1
+
+
 def constrain(x: jax.Array, dims: str) -> jax.Array:
     """`x`, an activation with these dimensions, divided as all of its kind; dimensions without an axis are whole."""
     return jax.lax.with_sharding_constraint(x, spec(dims, ACTIVE, x.ndim)) if mesh_is_set() else x
 
 
 def gather(params: Any, dtype: DTypeLike) -> Any:
-    """Parameters as they are used: gathered over fsdp, matrices in the compute type, so that half the bytes travel."""
+    """Parameters as they are used: gathered over fsdp and context, matrices in the compute type, so that half the bytes
+    travel."""
     if not mesh_is_set():
         return params
 
@@ -114,19 +125,27 @@ def store(tree: Any) -> Any:
 
 def gathers_again() -> bool:
     """Whether parameters are gathered at all, so that it is worth doing without keeping them."""
-    return mesh_is_set() and jax.sharding.get_abstract_mesh().shape["fsdp"] > 1
+    mesh = jax.sharding.get_abstract_mesh()
+    return mesh_is_set() and any(mesh.shape[axis] > 1 for axis in GATHERED_AXES)
 
 
 def keep_all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
-    """A policy of jax.checkpoint: gathered parameters are not kept for the backward pass but gathered again, since all
-    layers' together would be the whole model."""
-    return primitive.name not in ("name", "sharding_constraint", "convert_element_type")
+    """A policy of jax.checkpoint: gathered parameters, keys and values are not kept for the backward pass but gathered
+    again, since all layers' together would be the whole model, and what the whole sequence needs."""
+    return primitive.name not in ("name", "sharding_constraint", "convert_element_type", "all_gather")
 
 
-def by_heads(attend: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """`attend(q, k, v)`, of (B, T, heads, K) each, on every device by itself with the sequences and heads that it has:
-    kernels that XLA cannot look into cannot be divided by it."""
+def by_heads(attend: Callable[..., jax.Array], *more_specs: Any) -> Callable[..., jax.Array]:
+    """`attend(q_BTHK, k_BSGK, v_BSGK, *more)` on every device by itself, with the sequences, queries and heads that it
+    has, and all keys of these sequences: kernels that XLA cannot look into cannot be divided by it."""
     if not mesh_is_set():
         return attend
-    heads = PartitionSpec(BATCH_AXES, None, "tensor", None)
-    return jax.shard_map(attend, in_specs=(heads, heads, heads), out_specs=heads, check_vma=False)
+    divides = context_parts() > 1
+
+    def on_one_device(q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, *more: Any) -> jax.Array:
+        # Gathered here, so that their gradients are scattered as they are summed.
+        keys = [jax.lax.all_gather(x, "context", axis=1, tiled=True) if divides else x for x in (k_BTGK, v_BTGK)]
+        return attend(q_BTHK, *keys, *more)
+
+    heads = PartitionSpec(BATCH_AXES, "context", "tensor", None)
+    return jax.shard_map(on_one_device, in_specs=(heads, heads, heads, *more_specs), out_specs=heads, check_vma=False)

@@ -35,6 +35,7 @@ class Sizes:
     sequences: int
     n_micro: int
     fsdp: int
+    context: int
     tensor: int
 
     @property
@@ -60,6 +61,7 @@ def sizes_of(model: GPT, config: Config, placement: Placement) -> Sizes:
         config.data.batch_size // placement.n_shares // A,
         A,
         placement.mesh.shape.get("fsdp", 1),
+        placement.mesh.shape.get("context", 1),
         placement.mesh.shape.get("tensor", 1),
     )
 
@@ -101,14 +103,14 @@ def activations(config: ModelConfig, tensor: int = 1) -> float:
 def temporaries(config: ModelConfig, sizes: Sizes) -> float:
     """Bytes beside the state: gradients, activations, logits and their gradient, and gathered parameters."""
     c, item = config, ITEM[config.dtype]
-    tokens = min(c.loss_chunk, sizes.sequences * c.context_length)
+    tokens = min(c.loss_chunk, sizes.sequences * c.context_length // sizes.context)
     gathered = 2 * item * (c.n_params - c.embedding_rows * c.d_model) / c.n_layer / sizes.tensor
     gathered += 2 * 4 * c.embedding_rows * c.d_model / sizes.tensor
     return (
         sizes.params * (2 if sizes.n_micro > 1 else 1)
-        + activations(config, sizes.tensor) * sizes.sequences
+        + activations(config, sizes.tensor) * sizes.sequences / sizes.context
         + 2 * 4 * tokens * c.embedding_rows / sizes.tensor
-        + (gathered if sizes.fsdp > 1 else 0)
+        + (gathered if sizes.fsdp * sizes.context > 1 else 0)
     )
 
 
@@ -117,14 +119,18 @@ def traffic(config: ModelConfig, sizes: Sizes, n_devices: int) -> dict[str, Traf
     c, item, A = config, ITEM[config.dtype], sizes.n_micro
     whole = c.n_params / sizes.tensor  # Parameters of a tensor shard.
     found: dict[str, Traffic] = {}
-    n_batch = n_devices // sizes.tensor
-    if sizes.fsdp > 1:
+    n_parts = sizes.fsdp * sizes.context  # Of what is gathered.
+    if n_parts > 1:
         found["all-gather"] = Traffic(2 * A * c.n_layer, 2 * A * whole * item)
         found["reduce-scatter"] = Traffic(A * c.n_layer, A * whole * item)
-    if n_batch > sizes.fsdp:
-        found["all-reduce"] = Traffic(A, A * 4 * whole / sizes.fsdp)
+    if sizes.context > 1:  # Keys and values, once more for the backward pass, and their gradients.
+        one = 2 * sizes.sequences * c.context_length * c.kv_heads * c.head_dim / sizes.tensor * item
+        found["all-gather"] += Traffic(4 * A * c.n_layer, 2 * A * c.n_layer * one)
+        found["reduce-scatter"] += Traffic(2 * A * c.n_layer, A * c.n_layer * one)
+    if n_devices // sizes.tensor > n_parts:
+        found["all-reduce"] = Traffic(A, A * 4 * whole / n_parts)
     if sizes.tensor > 1:
-        one = sizes.sequences * c.context_length * c.d_model * item
+        one = sizes.sequences * c.context_length / sizes.context * c.d_model * item
         n = A * c.n_layer * (5 if c.remat == "full" else 4)  # All but the last of the forward pass's come again.
         found["all-reduce"] = found.get("all-reduce", Traffic()) + Traffic(n, n * one)
     return found
@@ -169,7 +175,7 @@ def bounds(config: Config, model: ModelConfig, sizes: Sizes, target: Target, mov
     again = recomputed(model)
     flops = tokens * flops_per_token(model) * (1 + again)
     used = model.n_params / sizes.tensor * item
-    kept = activations(dataclasses.replace(model, remat="none"), sizes.tensor) * sizes.sequences
+    kept = activations(dataclasses.replace(model, remat="none"), sizes.tensor) * sizes.sequences / sizes.context
     memory = A * (3 * used + 3 * kept * (1 + again)) + 6 * sizes.params + 2 * sizes.optimizer
     sent = sum(t.bytes * (2 if kind == "all-reduce" else 1) for kind, t in moved.items())
     return Bounds(

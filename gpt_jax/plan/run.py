@@ -47,7 +47,7 @@ class Planner:
         self.target, self.compiles = target, compiles
         devices = target.devices() if compiles else stand_ins(target)
         platform = "tpu" if target.is_tpu else "gpu"
-        self.model_config = resolve(config.model, platform)
+        self.model_config = resolve(config.model, platform, config.parallel.context or 1)
         self.placement: Placement = choose_placement(config.parallel, self.model_config, devices)
 
     def model(self, config: Config) -> GPT:

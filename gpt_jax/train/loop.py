@@ -55,7 +55,7 @@ def train(config: Config, data: Dataset, resume: bool = False, profile: bool = F
     rows = placement.rows(config.data.batch_size, n_micro)  # This host's.
     batches = TrainBatches(data.train, config.model.context_length, config.data.batch_size, seed)
 
-    model = GPT(resolve(config.model, runtime.platform_name(placement.devices[0])))
+    model = GPT(resolve(config.model, runtime.platform_name(placement.devices[0]), config.parallel.context or 1))
     schedule = learning_rate_schedule(config.optimizer, config.train.steps)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     step_fn = make_train_step(model, optimizer, schedule, seed, placement.axis_name)

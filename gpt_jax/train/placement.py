@@ -152,7 +152,8 @@ class Placement:
 
 
 class MeshPlacement(Placement):
-    """The devices of a run in a mesh of data x fsdp x tensor, which divides batches and the state: see model/sharding.
+    """The devices of a run in a mesh of data x fsdp x context x tensor, which divides batches and the state: see
+    model/sharding.
 
     Raises UserError when the mesh has not as many places as there are devices, or the model does not divide over it.
     """
@@ -164,8 +165,11 @@ class MeshPlacement(Placement):
         if why:
             raise UserError(why)
         here = len(self.here) or len(self.devices)
-        if here % shape[2] and shape[2] % here:
-            raise UserError(f"parallel.tensor = {shape[2]} and the {here} devices of a host: one must divide the other")
+        alike = shape[2] * shape[3]  # Devices with the same sequences.
+        if here % alike and alike % here:
+            raise UserError(
+                f"parallel.context x tensor = {alike} and the {here} devices of a host: one must divide the other"
+            )
         self.mesh = Mesh(in_place(self.devices, shape), sharding.MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
 
     @property
@@ -184,10 +188,11 @@ class MeshPlacement(Placement):
         return None
 
     def __str__(self) -> str:
-        return "mesh " + " x ".join(f"{name} {n}" for name, n in self.mesh.shape.items())
+        shape = self.mesh.shape.items()
+        return "mesh " + " x ".join(f"{name} {n}" for name, n in shape if n > 1 or name != "context")
 
     def state_shardings(self, tree: Any) -> Any:
-        """See Placement: here divided over fsdp and tensor."""
+        """See Placement: here divided over fsdp, context and tensor."""
         return sharding.state_shardings(self.mesh, tree)
 
     def checkpoint_shardings(self, tree: Any) -> Any:

@@ -116,6 +116,33 @@ def test_auto_takes_the_fastest_that_can_run(platform: str, changes: dict, dtype
 
 
 @pytest.mark.parametrize(
+    ("platform", "changes", "attention"),
+    [
+        ("cpu", {}, "block_causal"),
+        ("cpu", {"dropout": 0.1}, "xla"),
+        ("gpu", {}, "block_causal"),
+        ("tpu", {"context_length": 1024}, "splash"),
+        ("tpu", {"context_length": 128 * 3}, "block_causal"),
+    ],
+)
+def test_auto_takes_one_that_divides_sequences(platform: str, changes: dict, attention: str) -> None:
+    assert resolve(dataclasses.replace(CONFIG, **changes), platform, context=2).attention == attention
+
+
+@pytest.mark.parametrize(
+    ("platform", "changes", "reason"),
+    [
+        ("gpu", {"attention": "cudnn"}, "does not divide sequences, and parallel.context = 2"),
+        ("tpu", {"attention": "splash", "context_length": 384}, "in steps of 256"),
+        ("cpu", {"attention": "block_causal", "dropout": 0.1}, "does not drop attention weights with parallel.context"),
+    ],
+)
+def test_what_cannot_divide_sequences_is_refused(platform: str, changes: dict, reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        resolve(dataclasses.replace(CONFIG, **changes), platform, context=2)
+
+
+@pytest.mark.parametrize(
     ("platform", "changes", "reason"),
     [
         ("cpu", {"attention": "cudnn"}, "needs an NVIDIA GPU, and this is cpu"),

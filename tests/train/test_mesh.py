@@ -17,7 +17,6 @@ from gpt_jax.config import LoraConfig, ModelConfig, OptimizerConfig, ParallelCon
 from gpt_jax.errors import UserError
 from gpt_jax.model.attention import causal_by_mask, causal_by_splash
 from gpt_jax.model.gpt import GPT, init_params
-from gpt_jax.model.sharding import by_heads
 from gpt_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from gpt_jax.train.placement import MeshPlacement, Placement, choose_placement, in_place
 from gpt_jax.train.step import StepMetrics, TrainState, init_state, make_eval_step, make_train_step
@@ -59,13 +58,13 @@ GEMMA = dataclasses.replace(
     tied_head=True,
 )
 MODELS = {"gpt2": GPT2, "llama": LLAMA}
-MESHES = [(8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2), (4, 2, 1)]
+MESHES = [(8, 1, 1, 1), (1, 8, 1, 1), (1, 1, 1, 8), (2, 2, 1, 2), (4, 2, 1, 1), (1, 1, 8, 1), (1, 2, 2, 2)]
 BATCH, STEPS, SEED = 16, 5, 3
 # Steps large enough for a wrong gradient to show, eps large enough for Adam not to blow up the rounding of tiny ones.
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_steps=2, eps=1e-4)
 
 
-def placement(mesh: tuple[int, int, int] | None, model: ModelConfig, n_devices: int = 8) -> Placement:
+def placement(mesh: tuple[int, int, int, int] | None, model: ModelConfig, n_devices: int = 8) -> Placement:
     config = ParallelConfig() if mesh is None else ParallelConfig(0, *mesh)
     return choose_placement(config, model, jax.devices()[: n_devices if mesh is None else int(np.prod(mesh))])
 
@@ -105,6 +104,11 @@ def assert_same(ours: tuple[TrainState, list[StepMetrics]], expected: tuple[Trai
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), ours[0], expected[0])
 
 
+def told(mesh: tuple[int, int, int, int]) -> str:
+    data, fsdp, context, tensor = mesh
+    return f"mesh data {data} x fsdp {fsdp} x {f'context {context} x ' if context > 1 else ''}tensor {tensor}"
+
+
 @pytest.fixture(scope="module", params=MODELS)
 def alone(request: pytest.FixtureRequest) -> tuple[ModelConfig, tuple[TrainState, list[StepMetrics]]]:
     """A model, and what becomes of it on one device."""
@@ -113,12 +117,12 @@ def alone(request: pytest.FixtureRequest) -> tuple[ModelConfig, tuple[TrainState
 
 
 @pytest.mark.parametrize("mesh", [*MESHES, None], ids=str)
-def test_every_mesh_and_pmap_agree_with_one_device(alone: Any, mesh: tuple[int, int, int] | None) -> None:
+def test_every_mesh_and_pmap_agree_with_one_device(alone: Any, mesh: tuple[int, int, int, int] | None) -> None:
     config, expected = alone
     run = Run(config, placement(mesh, config))
     ours = run.train()
     assert_same(ours, expected)
-    assert str(run.on) == ("pmap" if mesh is None else "mesh data {} x fsdp {} x tensor {}".format(*mesh))
+    assert str(run.on) == ("pmap" if mesh is None else told(mesh))
     first = jax.device_get(run.first_state()).params["tokens_VD"]
     assert not np.allclose(ours[0].params["tokens_VD"], first, atol=1e-3)  # Something was learnt.
 
@@ -128,22 +132,33 @@ def test_microbatches_dropout_and_rematerialisation_agree(remat: Any, unroll: bo
     config = dataclasses.replace(GPT2, dropout=0.2)
     expected = Run(config, placement(None, config, n_devices=1)).train()
     other = dataclasses.replace(config, remat=remat, unroll=unroll)
-    assert_same(Run(other, placement((2, 2, 2), other)).train(n_micro=2), expected)
+    assert_same(Run(other, placement((2, 2, 1, 2), other)).train(n_micro=2), expected)
+    of_parts = dataclasses.replace(other, attention="xla")  # The one that drops weights where sequences are divided.
+    assert_same(Run(of_parts, placement((1, 2, 2, 2), of_parts)).train(n_micro=2), expected_of_xla(config))
+
+
+@functools.cache
+def expected_of_xla(config: ModelConfig) -> tuple[TrainState, list[StepMetrics]]:
+    """What becomes of a model on one device that draws the weights to drop of all queries at one time."""
+    config = dataclasses.replace(config, attention="xla")
+    return Run(config, placement(None, config, n_devices=1)).train()
 
 
 @pytest.mark.parametrize("unroll", [True, False])
-def test_windows_and_norms_of_heads_agree(unroll: bool) -> None:
+@pytest.mark.parametrize("mesh", [(2, 2, 1, 2), (2, 1, 4, 1)])
+def test_windows_and_norms_of_heads_agree(mesh: tuple[int, int, int, int], unroll: bool) -> None:
     config = dataclasses.replace(GEMMA, unroll=unroll)
-    assert_same(
-        Run(config, placement((2, 2, 2), config)).train(), Run(config, placement(None, config, n_devices=1)).train()
-    )
+    assert_same(Run(config, placement(mesh, config)).train(), Run(config, placement(None, config, n_devices=1)).train())
 
 
 @pytest.mark.parametrize("window", [0, 40])
-def test_a_kernel_works_on_the_heads_of_its_device(rng: np.random.Generator, window: int) -> None:
+@pytest.mark.parametrize("shape", [(2, 2, 1, 2), (1, 2, 2, 2), (1, 1, 8, 1)])
+def test_a_kernel_works_on_the_heads_of_its_device(
+    rng: np.random.Generator, shape: tuple[int, int, int, int], window: int
+) -> None:
     """Splash, interpreted, on a mesh: what plain attention gives, with its gradients."""
-    mesh = placement((2, 2, 2), GPT2).mesh
-    q, k, v, out = (rng.standard_normal((4, 128, heads, 64), np.float32) for heads in (4, 2, 2, 4))
+    mesh = placement(shape, GPT2).mesh
+    q, k, v, out = (rng.standard_normal((4, 128 * shape[2], heads, 64), np.float32) for heads in (4, 2, 2, 4))
     splash = functools.partial(causal_by_splash, window=window, interpret=True)
 
     def loss(attend: Any, *qkv: jax.Array) -> jax.Array:
@@ -152,7 +167,7 @@ def test_a_kernel_works_on_the_heads_of_its_device(rng: np.random.Generator, win
     plain = functools.partial(causal_by_mask, window=window, dropout_rate=0, keys_B=None)
     expected = jax.jit(jax.grad(functools.partial(loss, plain), argnums=(0, 1, 2)))(q, k, v)
     with jax.set_mesh(mesh):
-        found = jax.jit(jax.grad(lambda *qkv: loss(by_heads(splash), *qkv), argnums=(0, 1, 2)))(q, k, v)
+        found = jax.jit(jax.grad(lambda *qkv: loss(splash, *qkv), argnums=(0, 1, 2)))(q, k, v)
     for ours, theirs in zip(found, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-4)
 
@@ -168,7 +183,7 @@ def test_devices_of_several_hosts_or_slices_are_taken_in_order() -> None:
         platform: str = "cuda"
 
     devices = [Device(id=i, process_index=i // 4, slice_index=i // 4) for i in range(8)]
-    mesh = in_place(devices[::-1], (2, 2, 2))
+    mesh = in_place(devices[::-1], (2, 2, 1, 2))
     assert [[d.process_index for d in group.ravel()] for group in mesh] == [[0] * 4, [1] * 4]
     assert [d.id for d in mesh.ravel()] == list(range(8))
 
@@ -178,14 +193,16 @@ def test_adapters_agree() -> None:
     config = dataclasses.replace(LLAMA, lora=LoraConfig(rank=4))
     base = jax.device_get(init_params(GPT(LLAMA), jax.random.key(1)))
 
-    def train(mesh: tuple[int, int, int] | None) -> tuple[TrainState, list[StepMetrics]]:
+    def train(mesh: tuple[int, int, int, int] | None) -> tuple[TrainState, list[StepMetrics]]:
         run = Run(config, placement(mesh, config, n_devices=1))
         frozen = jax.device_put(base, run.on.state_shardings(base))
         run.state = run.state._replace(frozen=frozen)
         return run.train()
 
-    ours, expected = train((2, 2, 2)), train(None)
-    assert_same((ours[0]._replace(frozen={}), ours[1]), (expected[0]._replace(frozen={}), expected[1]))
+    expected = train(None)
+    for mesh in ((2, 2, 1, 2), (1, 2, 4, 1)):
+        ours = train(mesh)
+        assert_same((ours[0]._replace(frozen={}), ours[1]), (expected[0]._replace(frozen={}), expected[1]))
 
 
 def bytes_on(device: jax.Device, tree: Any) -> int:
@@ -196,7 +213,7 @@ def bytes_on(device: jax.Device, tree: Any) -> int:
 def test_an_eighth_of_the_state_is_on_each_of_eight_devices() -> None:
     """Within 5%, before and after a step, of a model of the usual shape; and the state comes back as it was divided."""
     config = dataclasses.replace(LLAMA, d_model=128, d_ff=512, n_layer=4)
-    run = Run(config, placement((1, 8, 1), config))
+    run = Run(config, placement((1, 8, 1, 1), config))
     whole = sum(x.nbytes for x in jax.tree.leaves(run.state))
     shardings = jax.tree.map(lambda x: x.sharding, run.state)
     for _ in range(2):
@@ -216,7 +233,7 @@ def largest_buffer(program: str | None) -> int:
 
 def test_no_device_ever_has_a_whole_matrix_at_the_beginning_and_in_checksums() -> None:
     config = dataclasses.replace(LLAMA, d_model=128, d_ff=512, n_layer=4)
-    run = Run(config, placement((1, 8, 1), config))
+    run = Run(config, placement((1, 8, 1, 1), config))
     largest = max(x.size for x in jax.tree.leaves(run.state))
     shardings = run.on.state_shardings(jax.eval_shape(run.first_state))
     init = jax.jit(run.first_state, out_shardings=shardings).lower().compile()
@@ -228,16 +245,34 @@ def test_no_device_ever_has_a_whole_matrix_at_the_beginning_and_in_checksums() -
 def test_logits_are_never_gathered() -> None:
     """No array in the program has all of the vocabulary, but for what is as wide as the model."""
     config = dataclasses.replace(LLAMA, vocab_multiple=104)
-    run = Run(config, placement((2, 2, 2), config))
+    run = Run(config, placement((2, 2, 1, 2), config))
     program = run.step.lower(run.state, run.tokens(0)).compile().as_text()
     with_vocabulary = set(re.findall(r"f32\[[\d,]*\b104\b[\d,]*\]", program))
     assert with_vocabulary == set()
     assert re.search(r"f32\[[\d,]*\b52\b[\d,]*\]", program)  # Half of it, on each of two devices.
 
 
-@pytest.mark.parametrize("mesh", [(1, 8, 1), (2, 2, 2), None], ids=str)
+@pytest.mark.parametrize("attention", ["xla", "block_causal"])
+def test_a_long_sequence_takes_each_device_a_part_of_the_memory(attention: Any) -> None:
+    """An eighth of its tokens is all that there is of it on a device, but for ids, and for keys and values."""
+    config = dataclasses.replace(LLAMA, context_length=1024, n_kv_head=8, d_head=8, d_ff=192, attention=attention)
+    step = {}
+    for name, mesh in {"whole": (1, 1, 1, 1), "parts": (1, 1, 8, 1)}.items():
+        run = Run(config, placement(mesh, config))
+        tokens = run.on.split(np.zeros((1, 1025), np.int32), 1)
+        step[name] = run.step.lower(run.state, tokens).compile()
+    temporaries = {name: program.memory_analysis().temp_size_in_bytes for name, program in step.items()}
+    assert temporaries["parts"] < temporaries["whole"] / 4
+    shapes = [shape.split(",") for shape in re.findall(r"f32\[([\d,]+)\]", step["parts"].as_text())]
+    assert any("1024" in shape for shape in shapes)  # Keys and values.
+    assert not any("1024" in shape and {"64", "192"} & {*shape} for shape in shapes)  # Hidden states.
+    every_layers_scores = ["3", "1", "8", "2", "128", "1024"]
+    assert (every_layers_scores in shapes) == (attention == "xla")
+
+
+@pytest.mark.parametrize("mesh", [(1, 8, 1, 1), (2, 2, 1, 2), None], ids=str)
 def test_a_checkpoint_of_one_placement_is_restored_by_another(tmp_path: Path, mesh: Any) -> None:
-    run = Run(GPT2, placement((4, 2, 1), GPT2))
+    run = Run(GPT2, placement((4, 2, 1, 1), GPT2))
     meta: dict[str, Any] = {"config": {}, "tokenizer": "", "data": ""}
     with Checkpoints(tmp_path / "checkpoints") as checkpoints:
         checkpoints.save(1, run.state.params, run.state.opt_state, meta, None)
@@ -253,7 +288,7 @@ def test_evaluation_agrees(rng: np.random.Generator) -> None:
     tokens = rng.integers(0, GPT2.vocab_size, (8, 33), dtype=np.int32)
     mask = rng.random((8, 32)) < 0.5
     sums = []
-    for on in (placement(None, GPT2, n_devices=1), placement((2, 2, 2), GPT2)):
+    for on in (placement(None, GPT2, n_devices=1), placement((2, 2, 1, 2), GPT2)):
         run = Run(GPT2, on)
         eval_step = on.jit(make_eval_step(run.model, on.axis_name), n_batch_args=2, donate=False)
         rows = on.rows(8)
@@ -262,7 +297,7 @@ def test_evaluation_agrees(rng: np.random.Generator) -> None:
 
 
 def test_all_of_a_state_is_given_to_one_device() -> None:
-    run = Run(LLAMA, placement((2, 2, 2), LLAMA))
+    run = Run(LLAMA, placement((2, 2, 1, 2), LLAMA))
     there = run.on.on_one_device(run.state.params)
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(there), jax.device_get(run.state.params))
     assert all(x.devices() == {jax.devices()[0]} for x in jax.tree.leaves(there))
@@ -271,26 +306,31 @@ def test_all_of_a_state_is_given_to_one_device() -> None:
 @pytest.mark.parametrize(
     ("mesh", "model", "message"),
     [
-        ((2, 2, 1), GPT2, "parallel.data x fsdp x tensor = 2 x 2 x 1 = 4, but there are 8 devices"),
-        ((0, 3, 1), GPT2, "parallel.data x fsdp x tensor = 2 x 3 x 1 = 6, but there are 8 devices"),
+        ((2, 2, 1, 1), GPT2, "parallel.data x fsdp x context x tensor = 2 x 2 x 1 x 1 = 4, but there are 8 devices"),
+        ((0, 3, 1, 1), GPT2, "parallel.data x fsdp x context x tensor = 2 x 3 x 1 x 1 = 6, but there are 8 devices"),
         (
-            (1, 1, 8),
+            (1, 1, 1, 8),
             dataclasses.replace(LLAMA, n_kv_head=4),
             "key/value heads, 4, does not divide over parallel.tensor",
         ),
-        ((1, 1, 8), dataclasses.replace(LLAMA, d_ff=100), "feed-forward width, 100, does not divide"),
         (
-            (1, 1, 8),
+            (1, 1, 8, 1),
+            dataclasses.replace(GPT2, context_length=30),
+            "context_length, 30, does not divide over parallel.",
+        ),
+        ((1, 1, 1, 8), dataclasses.replace(LLAMA, d_ff=100), "feed-forward width, 100, does not divide"),
+        (
+            (1, 1, 1, 8),
             dataclasses.replace(GPT2, vocab_multiple=1),
             "vocabulary, 85, does not divide over parallel.tensor",
         ),
         (
-            (1, 8, 1),
+            (1, 8, 1, 1),
             dataclasses.replace(GPT2, n_head=1, d_model=60),
             "model.d_model, 60, does not divide over parallel.",
         ),
     ],
 )
-def test_a_mesh_that_does_not_fit_is_refused(mesh: tuple[int, int, int], model: ModelConfig, message: str) -> None:
+def test_a_mesh_that_does_not_fit_is_refused(mesh: tuple[int, int, int, int], model: ModelConfig, message: str) -> None:
     with pytest.raises(UserError, match=re.escape(message)):
         MeshPlacement(jax.devices(), ParallelConfig(0, *mesh), model)
