@@ -15,7 +15,7 @@ from typing import NamedTuple
 from benchmarks import parity
 from benchmarks.presets import Preset
 from benchmarks.results import Results, Row, spread
-from benchmarks.train import OURS, WARM_UP, close, default_devices, once
+from benchmarks.train import OURS, WARM_UP, close, default_devices, once, seconds_a_step
 from benchmarks.worker import FailedError, Worker, take_turns
 from gpt_jax.config import ModelConfig
 
@@ -139,7 +139,7 @@ def measure(preset: Preset, machine: Row, rounds: int, check: bool = False, alon
                     parity.check(differences, preset.model.dtype, "scale: gpt_jax and pytorch")
             count = max(2, min(50, math.ceil(SECONDS / max(warm.values(), default=SECONDS))))
             seconds = take_turns(
-                workers, rounds, lambda worker: worker.ask("seconds", first=1, count=count), lambda *_: None, failed
+                workers, rounds, lambda worker: seconds_a_step(worker, 1, count), lambda *_: None, failed
             )
         except FailedError as e:
             return Point({}, None, {OURS: str(e), PYTORCH: "there are no parameters to start from"})

@@ -1,7 +1,7 @@
 """Training steps, side by side: python -m benchmarks train [--preset nano baby gpt2] and python -m benchmarks variants.
 
 All contestants start with the same parameters and get the same batches. Each compiles and warms up, all must compute
-the same, and then they take turns, a round of steps each, while the others wait.
+the same, and then they take turns, a round of steps each, while the others wait; the first step of a turn is not timed.
 """
 
 import dataclasses
@@ -158,7 +158,7 @@ def time_alone(preset: Preset, machine: Row, rounds: int, worker: Worker) -> Row
     """A contestant's figures, without others. Raises FailedError."""
     first = worker.ask("seconds", first=WARM_UP, count=1)
     worker.ask("seconds", first=WARM_UP, count=preset.steps)
-    seconds = [worker.ask("seconds", first=turn * preset.steps, count=preset.steps) for turn in range(rounds)]
+    seconds = [seconds_a_step(worker, turn * preset.steps, preset.steps) for turn in range(rounds)]
     how = {**worker.ask("how"), "batch": preset.batch_size}
     print(f"  batch {preset.batch_size}: {1e3 * spread(seconds)['median']:.1f} ms a step", flush=True)
     peak_bytes, held = worker.ask("peak_bytes"), worker.ask("memory")
@@ -257,7 +257,7 @@ def time_training(preset: Preset, machine: Row, rounds: int, workers: dict[str, 
     seconds = take_turns(
         workers,
         rounds,
-        lambda worker: worker.ask("seconds", first=1 + next(turns) // len(workers) * preset.steps, count=preset.steps),
+        lambda worker: seconds_a_step(worker, 1 + next(turns) // len(workers) * preset.steps, preset.steps),
         lambda turn, name, value: print(f"  round {turn + 1}: {name:20} {1e3 * value:9.1f} ms a step", flush=True),
         failed,
     )
@@ -285,6 +285,13 @@ def time_training(preset: Preset, machine: Row, rounds: int, workers: dict[str, 
         row["times_as_fast"] = {"over": better, **ratios(seconds[better], seconds[OURS])}
         print(f"  gpt_jax is {row['times_as_fast']['median']:.2f} times as fast as {better}", flush=True)
     return row
+
+
+def seconds_a_step(worker: Worker, first: int, count: int) -> float:
+    """Seconds a step of so many, after one that is not timed: while others had their turn, the system took the caches
+    and, from XLA, freed memory, which it has to find anew; training has no such pauses."""
+    worker.ask("seconds", first=WARM_UP, count=1)
+    return float(worker.ask("seconds", first=first, count=count))
 
 
 def figures(
