@@ -11,7 +11,6 @@ Writes benchmarks/results/restore.json.
 import argparse
 import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from typing import Any
 
 import jax
 
+from benchmarks.worker import forget_peak, peak_memory, resident_memory
 from gpt_jax import runtime
 from gpt_jax.checkpoint import Checkpoints, checksum
 from gpt_jax.config import OptimizerConfig, ParallelConfig
@@ -40,12 +40,6 @@ PLACEMENTS = {
 }
 GIVE_BACK = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
 """Environment in which glibc returns to the kernel what is freed."""
-
-
-def memory(kind: str) -> int:
-    """Bytes that this process has (VmRSS) or had at most (VmHWM)."""
-    found = re.search(rf"{kind}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    return int(found[1]) * 1024  # type: ignore[index]
 
 
 def bytes_of(tree: Any) -> list[int]:
@@ -80,13 +74,14 @@ def work(what: str, where: str, keep: bool, folder: Path) -> None:
     init = jax.jit(first_state, out_shardings=on.state_shardings(shapes)).lower().compile()
     largest = max(jax.tree.leaves(target), key=lambda x: x.size)
     programs = {"init": init, "sum of the largest": checksum.lower(largest).compile()}
-    before, begin = memory("VmRSS"), time.perf_counter()
+    forget_peak()
+    before, begin = resident_memory(), time.perf_counter()
     with Checkpoints(folder, read_only=True) as checkpoints:
         restored = [checkpoints.restore(1, item, getattr(target, item)) for item in ("params", "opt_state")]
         jax.block_until_ready(restored)
     found = {
         "seconds": time.perf_counter() - begin,
-        "peak_bytes": memory("VmHWM") - before,
+        "peak_bytes": peak_memory() - before,
         "state_bytes": sum(bytes_of(restored)),
         "largest_leaf_bytes": max(bytes_of(restored)),
         "temporaries_a_device": {name: temporaries(program) for name, program in programs.items()},
@@ -103,7 +98,7 @@ def start(what: str, where: str, keep: bool, folder: Path) -> str:
     """Does `work` in another process; returns what it printed."""
     command = [sys.executable, "-m", "benchmarks.restore", "--work", what, where, str(int(keep)), str(folder)]
     environment = os.environ | ({} if keep else GIVE_BACK)
-    return subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True).stdout
+    return subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
 
 
 def main() -> None:

@@ -32,7 +32,8 @@ CHUNK_BYTES = 8 * 2**20
 it, each of the devices that an array is restored to, divided, would have to read all."""
 
 READ_AT_ONCE_GB = 1
-"""Gigabytes of arrays that are read at the same time, and so held once more by the host than they are to be."""
+"""Gigabytes of arrays that are read at the same time, and so held once more by the host than they are to be; and as
+many more as the largest array has, which may be one chunk."""
 
 
 class DamagedCheckpointError(UserError):

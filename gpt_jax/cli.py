@@ -393,9 +393,8 @@ def plan_command(argv: Sequence[str]) -> int:
     from gpt_jax.plan.targets import parse_target
 
     jax.config.update("jax_platforms", "cpu")
-    jax.config.update(
-        "jax_enable_compilation_cache", False
-    )  # Programs for devices that are not here are not read back.
+    # The cache cannot give back programs for devices that are not here, and warns that it cannot.
+    jax.config.update("jax_enable_compilation_cache", False)
     target = parse_target(args.target)
     runtime.setup(1 if can_compile(target) else target.n_devices)
     return run_plan(config, target, args.tries)

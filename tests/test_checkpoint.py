@@ -61,6 +61,9 @@ def test_arrays_are_written_in_chunks_and_read_within_bounds(tmp_path: Path, mon
             for leaf in jax.tree.leaves(checkpoints.restore_metadata(1, item)):
                 assert np.prod(leaf.storage.chunk_shape) * 4 <= CHUNK_BYTES
         assert_equal(checkpoints.restore(1, "params", target(tree, 8)), tree)
+        monkeypatch.setattr("gpt_jax.checkpoint.READ_AT_ONCE_GB", 0.01)
+        with pytest.raises(DamagedCheckpointError, match="Requested more bytes than we reserved space for"):
+            checkpoints.restore(1, "params", target(tree, 8))
 
 
 def test_the_latest_and_the_best_are_kept(tmp_path: Path) -> None:

@@ -6,11 +6,10 @@ cudnn         cuDNN's fused kernel, on NVIDIA GPUs
 splash        the Splash Pallas kernel, on TPUs
 
 Where a mesh divides sequences, each device attends from its part of the queries to all keys. cuDNN's kernel cannot, and
-block_causal looks at the future, too, and masks it: which keys those are, differs from device to device.
+block_causal looks at the future, too, and masks it, as xla does: which keys those are, differs from device to device.
 """
 
 import functools
-import math
 from typing import Any
 
 import jax
@@ -20,10 +19,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from gpt_jax.config import ModelConfig
 from gpt_jax.model.layers import dropout, fold_in
-from gpt_jax.model.sharding import by_heads, constrain, context_parts, mesh_is_set
+from gpt_jax.model.sharding import constrain, context_parts, mesh_is_set, on_each_device
 
 QUERY_BLOCK = 128
-"""Queries that block_causal takes at one time; half as many of sequences of up to 512 tokens."""
+"""Queries that block_causal takes at one time; half as many of whole sequences of up to 512 tokens."""
 
 SPLASH_BLOCKS = (512, 256, 128)
 """Sizes that the Splash kernel may cut the sequence into, fastest first; all are whole TPU lanes."""
@@ -77,6 +76,12 @@ def causal_mask(start: int, stop: int, first_key: int, last_key: int, window: in
     return ((distance_TS >= 0) & (distance_TS < (window or stop)))[None]
 
 
+def causal_mask_from(start: int | jax.Array, T: int, S: int, window: int) -> jax.Array:
+    """The same of T queries from `start` on and all S keys, computed where it is used."""
+    distance_TS = start + jnp.arange(T)[:, None] - jnp.arange(S)
+    return ((distance_TS >= 0) & (distance_TS < (window or S)))[None]
+
+
 def causal_attention(
     q_BTHK: jax.Array,
     k_BTGK: jax.Array,
@@ -94,7 +99,8 @@ def causal_attention(
             k_BTGK, v_BTGK = constrain(k_BTGK, "BSGK"), constrain(v_BTGK, "BSGK")
         return causal_by_mask(q_BTHK, k_BTGK, v_BTGK, window, config.dropout, keys_B)
     if config.attention == "block_causal" and context_parts() > 1:
-        return by_heads(functools.partial(causal_by_blocks_of_a_part, window=window))(q_BTHK, k_BTGK, v_BTGK)
+        attend = functools.partial(causal_by_blocks_of_a_part, window=window)
+        return on_each_device(attend)(q_BTHK, k_BTGK, v_BTGK)
     if config.attention == "block_causal":
         return causal_by_blocks(q_BTHK, k_BTGK, v_BTGK, window, config.dropout, keys_B)
     if config.attention == "cudnn":
@@ -104,7 +110,7 @@ def causal_attention(
             local_window_size=(window - 1, 0) if window else None,
             implementation="cudnn",
         )
-        return by_heads(fused)(q_BTHK, k_BTGK, v_BTGK)
+        return on_each_device(fused)(q_BTHK, k_BTGK, v_BTGK)
     if config.attention == "splash":
         return causal_by_splash(q_BTHK, k_BTGK, v_BTGK, window)
     raise ValueError(f"attention backend {config.attention} was not resolved")
@@ -120,7 +126,9 @@ def causal_by_mask(
 ) -> jax.Array:
     """The reference: all scores, those of the future masked."""
     T = q_BTHK.shape[1]
-    return masked_attention(q_BTHK, k_BTGK, v_BTGK, causal_mask(0, T, 0, T, window), dropout_rate, keys_B)
+    # A constant is whole on every device; where sequences are long enough to be divided, so is the mask.
+    mask_BTS = causal_mask(0, T, 0, T, window) if context_parts() == 1 else causal_mask_from(0, T, T, window)
+    return masked_attention(q_BTHK, k_BTGK, v_BTGK, mask_BTS, dropout_rate, keys_B)
 
 
 def causal_by_blocks(
@@ -135,7 +143,8 @@ def causal_by_blocks(
     never done.
 
     Each block is rematerialised: its scores fit the CPU's cache, and reading them back from memory costs more than
-    computing them again (B8 T256 H6 K64, forward and backward: 54 to 22 ms).
+    computing them again (B8 T256 H6 K64, forward and backward: 54 to 22 ms). Not where layers gather their parameters
+    again for the backward pass: jax.checkpoint has no say within another one.
     """
     T = q_BTHK.shape[1]
     block = QUERY_BLOCK if T > 512 else QUERY_BLOCK // 2
@@ -153,18 +162,21 @@ def causal_by_blocks(
 def causal_by_blocks_of_a_part(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, window: int) -> jax.Array:
     """The same for the part of the queries that this device of the mapped axis "context" has."""
     B, T, H, K = q_BTHK.shape
-    block = math.gcd(T, QUERY_BLOCK)
-    starts = jax.lax.axis_index("context") * T + jnp.arange(0, T, block)
-    blocks = q_BTHK.reshape(B, T // block, block, H, K).swapaxes(0, 1)
-    out = jax.lax.map(lambda xs: attention_of_a_block(xs[0], k_BSGK, v_BSGK, xs[1], window), (blocks, starts))
-    return out.swapaxes(0, 1).reshape(B, T, H, K)
+    block = min(T, QUERY_BLOCK)
+    N = -(-T // block)
+    starts_N = jax.lax.axis_index("context") * T + block * jnp.arange(N)
+    q_BTHK = jnp.pad(q_BTHK, ((0, 0), (0, N * block - T), (0, 0), (0, 0)))
+    q_NBTHK = q_BTHK.reshape(B, N, block, H, K).swapaxes(0, 1)
+    # In float32, for the gradients of keys and values, which are added up over the blocks.
+    k_BSGK, v_BSGK = k_BSGK.astype(jnp.float32), v_BSGK.astype(jnp.float32)
+    out_NBTHK = jax.lax.map(lambda xs: attention_of_a_block(xs[0], k_BSGK, v_BSGK, xs[1], window), (q_NBTHK, starts_N))
+    return out_NBTHK.swapaxes(0, 1).reshape(B, N * block, H, K)[:, :T]
 
 
 def attend_from(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, start: jax.Array, window: int) -> jax.Array:
-    """Attention of the queries from position `start` on, to all keys of their sequences."""
-    T, S = q_BTHK.shape[1], k_BSGK.shape[1]
-    distance_TS = start + jnp.arange(T)[:, None] - jnp.arange(S)
-    return masked_attention(q_BTHK, k_BSGK, v_BSGK, ((distance_TS >= 0) & (distance_TS < (window or S)))[None])
+    """Attention of the queries from position `start` on, to all keys of their sequences, in the queries' dtype."""
+    mask_BTS = causal_mask_from(start, q_BTHK.shape[1], k_BSGK.shape[1], window)
+    return masked_attention(q_BTHK, k_BSGK.astype(q_BTHK.dtype), v_BSGK.astype(q_BTHK.dtype), mask_BTS)
 
 
 attention_of_a_block = jax.custom_vjp(attend_from, nondiff_argnums=(4,))
@@ -172,13 +184,15 @@ attention_of_a_block = jax.custom_vjp(attend_from, nondiff_argnums=(4,))
 another one, as layers are in where parameters are gathered again."""
 
 
-def _attention_of_a_block_fwd(q: jax.Array, k: jax.Array, v: jax.Array, start: jax.Array, window: int) -> Any:
-    return attend_from(q, k, v, start, window), (q, k, v, start)
+def _attention_of_a_block_fwd(
+    q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, start: jax.Array, window: int
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    return attend_from(q_BTHK, k_BSGK, v_BSGK, start, window), (q_BTHK, k_BSGK, v_BSGK, start)
 
 
-def _attention_of_a_block_bwd(window: int, saved: Any, gradient_BTHK: jax.Array) -> Any:
-    q, k, v, start = saved
-    _, backward = jax.vjp(lambda q, k, v: attend_from(q, k, v, start, window), q, k, v)
+def _attention_of_a_block_bwd(window: int, saved: tuple[jax.Array, ...], gradient_BTHK: jax.Array) -> Any:
+    q_BTHK, k_BSGK, v_BSGK, start = saved
+    _, backward = jax.vjp(lambda q, k, v: attend_from(q, k, v, start, window), q_BTHK, k_BSGK, v_BSGK)
     return *backward(gradient_BTHK), None
 
 
@@ -219,5 +233,7 @@ def causal_by_splash(
         out_BGRTK = jax.vmap(jax.vmap(kernel))(q_BGRTK, k_BSGK.swapaxes(1, 2), v_BSGK.swapaxes(1, 2))
         return out_BGRTK.transpose(0, 3, 1, 2, 4).reshape(B, T, H, K)
 
-    rows = NamedSharding(jax.sharding.get_abstract_mesh(), PartitionSpec(None, "context")) if mesh_is_set() else None
-    return by_heads(attend, rows and kernel.manual_sharding_spec(rows))(q_BTHK, k_BTGK, v_BTGK, kernel)
+    if not mesh_is_set():
+        return attend(q_BTHK, k_BTGK, v_BTGK, kernel)
+    rows = NamedSharding(jax.sharding.get_abstract_mesh(), PartitionSpec(None, "context"))
+    return on_each_device(attend, kernel.manual_sharding_spec(rows))(q_BTHK, k_BTGK, v_BTGK, kernel)

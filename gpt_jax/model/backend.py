@@ -13,7 +13,7 @@ def refusal(backend: AttentionName, config: ModelConfig, platform: str, context:
     """Why `backend` cannot run this model on `platform` (cpu, gpu or tpu), with a sequence divided over `context`
     devices; None when it can."""
     if backend == "block_causal" and context > 1 and config.dropout:
-        return f"it does not drop attention weights with parallel.context = {context}, and dropout = {config.dropout}"
+        return f"with parallel.context = {context} it does not drop weights, and model.dropout = {config.dropout}"
     if backend == "cudnn":
         if platform != "gpu":
             return f"it needs an NVIDIA GPU, and this is {platform}"
@@ -29,7 +29,7 @@ def refusal(backend: AttentionName, config: ModelConfig, platform: str, context:
         if platform != "tpu":
             return f"it needs a TPU, and this is {platform}"
         if config.context_length % (SPLASH_BLOCKS[-1] * context):
-            step = SPLASH_BLOCKS[-1] * context
+            step = f"{SPLASH_BLOCKS[-1]} x parallel.context {context}" if context > 1 else SPLASH_BLOCKS[-1]
             return f"it needs a model.context_length in steps of {step}, not {config.context_length}"
         if config.dropout:
             return f"it does not drop attention weights, and model.dropout = {config.dropout}"

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
@@ -33,7 +32,7 @@ ACTIVE = {"B": BATCH_AXES, "T": "context", "H": "tensor", "G": "tensor", "F": "t
 LINEAR = {"qkv": ("D", "H"), "out": ("H", "D"), "gate": ("D", "F"), "up": ("D", "F"), "down": ("F", "D")}
 """What the kernel of a linear layer maps, from and to."""
 
-DIMENSIONS = {"tokens_VD": "VD", "head_VD": "VD", "positions_TD": "SD"}
+DIMENSIONS = {"tokens_VD": "VD", "head_VD": "VD", "positions_TD": "SD"}  # Positions are gathered whole, and then cut.
 for _name, (_from, _to) in LINEAR.items():
     DIMENSIONS |= {f"{_name}/kernel": _from + _to, f"{_name}/lora_a": _from + "R", f"{_name}/lora_b": "R" + _to}
     DIMENSIONS |= {f"{_name}/bias": _to} if _to != "D" else {}
@@ -106,8 +105,7 @@ def gather(params: Any, dtype: DTypeLike) -> Any:
         dims = dimensions(path)
         if dims is None:
             return x
-        x = jax.lax.with_sharding_constraint(x.astype(dtype), spec(dims, ACTIVE, x.ndim))
-        return checkpoint_name(x, "gathered")
+        return jax.lax.with_sharding_constraint(x.astype(dtype), spec(dims, ACTIVE, x.ndim))
 
     return jax.tree_util.tree_map_with_path(use, params)
 
@@ -130,12 +128,13 @@ def gathers_again() -> bool:
 
 
 def keep_all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
-    """A policy of jax.checkpoint: gathered parameters, keys and values are not kept for the backward pass but gathered
-    again, since all layers' together would be the whole model, and what the whole sequence needs."""
-    return primitive.name not in ("name", "sharding_constraint", "convert_element_type", "all_gather")
+    """A policy of jax.checkpoint: gathered parameters, keys and values are not kept for the backward pass, nor what is
+    the same in another type or order, but gathered again: all layers' together would be the whole model, and what a
+    whole sequence needs."""
+    return primitive.name not in ("sharding_constraint", "convert_element_type", "all_gather", "transpose")
 
 
-def by_heads(attend: Callable[..., jax.Array], *more_specs: Any) -> Callable[..., jax.Array]:
+def on_each_device(attend: Callable[..., jax.Array], *more_specs: Any) -> Callable[..., jax.Array]:
     """`attend(q_BTHK, k_BSGK, v_BSGK, *more)` on every device by itself, with the sequences, queries and heads that it
     has, and all keys of these sequences: kernels that XLA cannot look into cannot be divided by it."""
     if not mesh_is_set():
@@ -143,9 +142,12 @@ def by_heads(attend: Callable[..., jax.Array], *more_specs: Any) -> Callable[...
     divides = context_parts() > 1
 
     def on_one_device(q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, *more: Any) -> jax.Array:
-        # Gathered here, so that their gradients are scattered as they are summed.
-        keys = [jax.lax.all_gather(x, "context", axis=1, tiled=True) if divides else x for x in (k_BTGK, v_BTGK)]
-        return attend(q_BTHK, *keys, *more)
+        # Gathered here, since the transpose of that is a reduce-scatter: an array that comes in whole has its gradients
+        # added up whole.
+        k_BSGK, v_BSGK = (
+            jax.lax.all_gather(x, "context", axis=1, tiled=True) if divides else x for x in (k_BTGK, v_BTGK)
+        )
+        return attend(q_BTHK, k_BSGK, v_BSGK, *more)
 
     heads = PartitionSpec(BATCH_AXES, "context", "tensor", None)
     return jax.shard_map(on_one_device, in_specs=(heads, heads, heads, *more_specs), out_specs=heads, check_vma=False)

@@ -15,11 +15,11 @@ import jax.numpy as jnp
 
 from gpt_jax.config import Config, ModelConfig
 from gpt_jax.model import lora
-from gpt_jax.model.attention import SPLASH_BLOCKS
+from gpt_jax.model.attention import QUERY_BLOCK, SPLASH_BLOCKS
 from gpt_jax.model.gpt import GPT, Params, forward, init_params
 from gpt_jax.plan.program import Traffic, abstract_state, bytes_on_a_device
 from gpt_jax.plan.targets import Target
-from gpt_jax.train.metrics import flops_per_token
+from gpt_jax.train.metrics import flops_per_token, keys_seen
 from gpt_jax.train.placement import Placement
 
 ITEM = {"float32": 4, "bfloat16": 2}
@@ -74,14 +74,14 @@ def activations(config: ModelConfig, tensor: int = 1) -> float:
     The fused attentions keep the same arrays, so Splash, which can be traced anywhere, stands for all of them.
     """
     c = config
-    traceable = c.context_length % SPLASH_BLOCKS[-1] == 0 and not c.dropout
+    traceable = c.context_length % SPLASH_BLOCKS[-1] == 0 and not c.dropout and c.attention != "xla"
     part = dataclasses.replace(
         c,
         n_head=c.n_head // tensor,
         n_kv_head=c.kv_heads // tensor,
         d_head=c.head_dim,
         d_ff=c.ff_dim // tensor,
-        attention="splash" if traceable else "block_causal",
+        attention="splash" if traceable else "xla" if c.attention == "xla" else "block_causal",
         unroll=False,
     )
     model = GPT(part)
@@ -100,8 +100,17 @@ def activations(config: ModelConfig, tensor: int = 1) -> float:
     return float(kept(2) - kept(1))  # What does not grow with the batch are the parameters.
 
 
+def attended(config: ModelConfig, sizes: Sizes) -> float:
+    """Bytes that one layer's attention takes where sequences are divided: all keys and values, and, of a block of
+    queries, scores, weights and their gradients."""
+    c, block_causal = config, config.attention == "block_causal"
+    keys = 2 * sizes.sequences * c.context_length * c.kv_heads * c.head_dim * (4 if block_causal else ITEM[c.dtype])
+    scores = 4 * 4 * sizes.sequences * c.n_head * QUERY_BLOCK * c.context_length if block_causal else 0
+    return (2 * keys + scores) / sizes.tensor if sizes.context > 1 else 0
+
+
 def temporaries(config: ModelConfig, sizes: Sizes) -> float:
-    """Bytes beside the state: gradients, activations, logits and their gradient, and gathered parameters."""
+    """Bytes beside the state: gradients, activations, logits and their gradient, and what is gathered."""
     c, item = config, ITEM[config.dtype]
     tokens = min(c.loss_chunk, sizes.sequences * c.context_length // sizes.context)
     gathered = 2 * item * (c.n_params - c.embedding_rows * c.d_model) / c.n_layer / sizes.tensor
@@ -111,6 +120,7 @@ def temporaries(config: ModelConfig, sizes: Sizes) -> float:
         + activations(config, sizes.tensor) * sizes.sequences / sizes.context
         + 2 * 4 * tokens * c.embedding_rows / sizes.tensor
         + (gathered if sizes.fsdp * sizes.context > 1 else 0)
+        + attended(config, sizes)
     )
 
 
@@ -134,6 +144,17 @@ def traffic(config: ModelConfig, sizes: Sizes, n_devices: int) -> dict[str, Traf
         n = A * c.n_layer * (5 if c.remat == "full" else 4)  # All but the last of the forward pass's come again.
         found["all-reduce"] = found.get("all-reduce", Traffic()) + Traffic(n, n * one)
     return found
+
+
+def most_keys_scored(config: ModelConfig, context: int) -> float:
+    """Keys that the queries of the busiest device are multiplied with, on the average, in all layers together: those of
+    the last part of a sequence by Splash, and by what masks the future, all."""
+    T = config.context_length
+    if context == 1:
+        return keys_seen(config)
+    if config.attention != "splash":
+        return config.n_layer * T
+    return keys_seen(config) + sum(not sliding for sliding in config.sliding) * T / 2 * (1 - 1 / context)
 
 
 @dataclass(frozen=True)
@@ -167,13 +188,14 @@ def bounds(config: Config, model: ModelConfig, sizes: Sizes, target: Target, mov
 
     Memory traffic: parameters read for the forward and the backward pass of each microbatch, in the compute type;
     activations written and read, three times all of them; what is trained and its optimizer's state read and written
-    once, gradients twice. An all-reduce
-    sends what it adds up twice, a reduce-scatter and an all-gather once.
+    once, gradients twice. An all-reduce sends what it adds up twice, a reduce-scatter and an all-gather once. Where
+    sequences are divided, the step is as long as that of the device with the most attention to compute.
     """
     A, item = sizes.n_micro, ITEM[model.dtype]
     tokens = config.data.batch_size * model.context_length / target.n_devices
     again = recomputed(model)
-    flops = tokens * flops_per_token(model) * (1 + again)
+    uneven = 12 * model.n_head * model.head_dim * (most_keys_scored(model, sizes.context) - keys_seen(model))
+    flops = tokens * (flops_per_token(model) + uneven) * (1 + again)
     used = model.n_params / sizes.tensor * item
     kept = activations(dataclasses.replace(model, remat="none"), sizes.tensor) * sizes.sequences / sizes.context
     memory = A * (3 * used + 3 * kept * (1 + again)) + 6 * sizes.params + 2 * sizes.optimizer

@@ -47,8 +47,8 @@ class Planner:
         self.target, self.compiles = target, compiles
         devices = target.devices() if compiles else stand_ins(target)
         platform = "tpu" if target.is_tpu else "gpu"
-        self.model_config = resolve(config.model, platform, config.parallel.context or 1)
-        self.placement: Placement = choose_placement(config.parallel, self.model_config, devices)
+        self.placement: Placement = choose_placement(config.parallel, config.model, devices)
+        self.model_config = resolve(config.model, platform, self.placement.context)
 
     def model(self, config: Config) -> GPT:
         """The model, its attention and types resolved for the target."""
@@ -168,7 +168,7 @@ def describe(plan: Plan, planner: Planner) -> dict[str, str]:
         "model": f"{model.n_params / 1e6:,.1f} M parameters, {model.dtype}, attention {model.attention}, layers "
         f"{'unrolled' if model.unroll else 'scanned'}, rematerialised: {model.remat}",
         "a step": f"{plan.config.data.batch_size:,} sequences of {model.context_length:,} = {tokens:,} tokens; a "
-        f"device computes {sizes.n_micro} x {sizes.sequences}",
+        f"device computes {sizes.n_micro} x {sizes.sequences}{planner.placement.part_of_each}",
         "parameters": f"{gib(sizes.params)} a device"
         + (f", and {gib(sizes.frozen)} that are not trained" if sizes.frozen else ""),
         "optimizer": f"{gib(sizes.optimizer)} a device",

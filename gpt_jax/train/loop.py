@@ -55,7 +55,7 @@ def train(config: Config, data: Dataset, resume: bool = False, profile: bool = F
     rows = placement.rows(config.data.batch_size, n_micro)  # This host's.
     batches = TrainBatches(data.train, config.model.context_length, config.data.batch_size, seed)
 
-    model = GPT(resolve(config.model, runtime.platform_name(placement.devices[0]), config.parallel.context or 1))
+    model = GPT(resolve(config.model, runtime.platform_name(placement.devices[0]), placement.context))
     schedule = learning_rate_schedule(config.optimizer, config.train.steps)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     step_fn = make_train_step(model, optimizer, schedule, seed, placement.axis_name)
@@ -175,7 +175,7 @@ def describe_run(
         "compute": f"{c.dtype}, attention {c.attention}, "
         f"layers {'unrolled' if c.unroll else 'scanned'}, rematerialised: {c.remat}",
         "devices": f"{n} x {device.device_kind} by {placement}, each {n_micro} x "
-        f"{config.data.batch_size // placement.n_shares // n_micro} sequences a step",
+        f"{config.data.batch_size // placement.n_shares // n_micro} sequences{placement.part_of_each} a step",
         "run": config.out_dir,
     }
     if c.lora.rank:

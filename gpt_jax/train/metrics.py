@@ -30,11 +30,16 @@ def flops_per_token(config: ModelConfig) -> float:
     attention is causal, and fewer in layers with a sliding window. With adapters, 4 N: the gradients of the frozen
     matrices are not computed.
     """
-    c, T = config, config.context_length
+    c = config
     looked_up = c.n_positions + (0 if c.tied_head else c.embedding_rows)
-    window = min(c.window, T)
-    keys = sum(window * (1 - window / (2 * T)) if sliding else T / 2 for sliding in c.sliding)
-    return (4 if c.lora.rank else 6) * (c.n_params - looked_up * c.d_model) + 12 * c.n_head * c.head_dim * keys
+    products = (4 if c.lora.rank else 6) * (c.n_params - looked_up * c.d_model)
+    return products + 12 * c.n_head * c.head_dim * keys_seen(c)
+
+
+def keys_seen(config: ModelConfig) -> float:
+    """Keys that a token sees on the average, in all layers together."""
+    T, window = config.context_length, min(config.window, config.context_length)
+    return sum(window * (1 - window / (2 * T)) if sliding else T / 2 for sliding in config.sliding)
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

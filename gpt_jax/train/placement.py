@@ -50,6 +50,16 @@ class Placement:
         return self.n_devices
 
     @property
+    def context(self) -> int:
+        """Number of devices that a sequence is divided over."""
+        return int(self.mesh.shape.get("context", 1))
+
+    @property
+    def part_of_each(self) -> str:
+        """What a device has of its sequences, for whoever reads how many those are."""
+        return f" (1/{self.context} of each)" if self.context > 1 else ""
+
+    @property
     def axis_name(self) -> str | None:
         """The mapped axis that the steps sum over; None where there is none."""
         return AXIS if self.n_devices > 1 else None

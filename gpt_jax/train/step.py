@@ -58,7 +58,7 @@ def make_train_step(
     tokens: int32 (A, B, T + 1), this device's share of the global batch in A microbatches, one after the other. Losses
     and gradients are summed over tokens, microbatches and devices and then divided by the number of tokens, so the
     result does not depend on how the batch was cut. The dropout of a sequence depends on the seed, the step and its row
-    in the global batch, and so on nothing else.
+    in the global batch, and, that of attention weights, on the attention that draws it, but not on the devices.
     """
 
     def loss_fn(

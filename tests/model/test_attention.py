@@ -133,8 +133,8 @@ def test_auto_takes_one_that_divides_sequences(platform: str, changes: dict, att
     ("platform", "changes", "reason"),
     [
         ("gpu", {"attention": "cudnn"}, "does not divide sequences, and parallel.context = 2"),
-        ("tpu", {"attention": "splash", "context_length": 384}, "in steps of 256"),
-        ("cpu", {"attention": "block_causal", "dropout": 0.1}, "does not drop attention weights with parallel.context"),
+        ("tpu", {"attention": "splash", "context_length": 384}, "in steps of 128 x parallel.context 2, not 384"),
+        ("cpu", {"attention": "block_causal", "dropout": 0.1}, "with parallel.context = 2 it does not drop weights"),
     ],
 )
 def test_what_cannot_divide_sequences_is_refused(platform: str, changes: dict, reason: str) -> None:
