@@ -53,7 +53,7 @@ def restore(measured: Row) -> str:
     for row in measured["rows"]:
         if row["freed_memory_is_kept"]:
             lines.append([f"{row['written_by']} to {row['restored_to']}"])
-        lines[-1].append(f"{row['peak_bytes'] / row['state_bytes']:.2f}")
+        lines[-1].append(with_range(row["times_the_state"]))
     command = "`python -m benchmarks.restore`"
     return table(
         [

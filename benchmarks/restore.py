@@ -1,4 +1,4 @@
-"""Host memory to restore a divided state: python -m benchmarks.restore
+"""Host memory to restore a divided state: python -m benchmarks.restore [--rounds 3]
 
 GPT-2 124M with its optimizer's moments, 1.4 GiB in float32, written by one device and by a mesh that divides it in
 eight, and restored to meshes of eight simulated CPU devices, whose memory is the host's: each in a process of its own.
@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 
+from benchmarks.results import spread
 from benchmarks.worker import forget_peak, peak_memory, resident_memory
 from gpt_jax import runtime
 from gpt_jax.checkpoint import Checkpoints, checksum
@@ -104,24 +105,32 @@ def start(what: str, where: str, keep: bool, folder: Path) -> str:
 def main() -> None:
     """Restores what each writer wrote to each mesh."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=3, help="how often each checkpoint is restored in each way")
     parser.add_argument("--work", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.work:
         what, where, keep, folder = args.work
         work(what, where, keep == "1", Path(folder))
         return
+    cases = [(reader, keep) for reader in PLACEMENTS for keep in (True, False)]
     rows = []
     for writer in ("one device", "fsdp 8"):
+        found: dict[tuple[str, bool], list[dict[str, Any]]] = {case: [] for case in cases}
         with tempfile.TemporaryDirectory() as folder:
             start("save", writer, True, Path(folder) / "checkpoints")
-            for reader in PLACEMENTS:
-                for keep in (True, False):
-                    row = json.loads(start("restore", reader, keep, Path(folder) / "checkpoints").splitlines()[-1])
-                    rows.append({"written_by": writer, "restored_to": reader, "freed_memory_is_kept": keep, **row})
-                    times = row["peak_bytes"] / row["state_bytes"]
-                    mib = {name: round(n / 2**20) for name, n in row["temporaries_a_device"].items()}
-                    kept = "freed memory kept" if keep else "given back"
-                    print(f"{writer} to {reader}, {kept}: {times:.2f} times the state, {row['seconds']:.1f} s, {mib}")
+            for turn in range(args.rounds):
+                for reader, keep in cases if turn % 2 == 0 else cases[::-1]:
+                    printed = start("restore", reader, keep, Path(folder) / "checkpoints")
+                    found[reader, keep].append(json.loads(printed.splitlines()[-1]))
+        for (reader, keep), runs in found.items():
+            row = {"written_by": writer, "restored_to": reader, "freed_memory_is_kept": keep, **runs[0]}
+            row["times_the_state"] = spread([run["peak_bytes"] / run["state_bytes"] for run in runs])
+            row["seconds"] = spread([run["seconds"] for run in runs])
+            rows.append(row)
+            mib = {name: round(n / 2**20) for name, n in row["temporaries_a_device"].items()}
+            kept = "freed memory kept" if keep else "given back"
+            times = row["times_the_state"]["median"]
+            print(f"{writer} to {reader}, {kept}: {times:.2f} times the state, temporaries {mib} MiB a device")
     save_json(Path(__file__).parent / "results" / "restore.json", {"rows": rows})
 
 
