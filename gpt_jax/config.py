@@ -156,9 +156,7 @@ class ModelConfig:
     dropout: float = 0.0  # Probability of dropping an embedding, an attention weight or a block's output.
     lora: LoraConfig = field(default_factory=LoraConfig)
     dtype: DTypeName = "auto"  # Compute type; auto: bfloat16 on accelerators, float32 on CPU. Parameters are float32.
-    attention: AttentionName = (
-        "auto"  # Attention backend; auto: see model/backend.py; cudnn on GPU, splash on TPU, block_causal on CPU.
-    )
+    attention: AttentionName = "auto"  # Attention backend; auto: cudnn on GPU, splash on TPU, block_causal on CPU.
     unroll: bool = True  # Unroll the layers (faster steps) or scan over them (compile time independent of depth).
     remat: RematName = "none"  # What the backward pass recomputes: nothing, whole blocks, or all but matrix products.
     loss_chunk: int = 8192  # Tokens whose logits exist at one time while training.
