@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 
+from benchmarks.ours import temporary_bytes
 from benchmarks.results import spread
 from benchmarks.worker import forget_peak, peak_memory, resident_memory
 from gpt_jax import runtime
@@ -39,13 +40,13 @@ PLACEMENTS = {
     "fsdp 8": ParallelConfig(devices=8, fsdp=8),
     "tensor 4, fsdp 2": ParallelConfig(devices=8, fsdp=2, tensor=4),
 }
-GIVE_BACK = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
-"""Environment in which glibc returns to the kernel what is freed."""
-
-
-def bytes_of(tree: Any) -> list[int]:
-    """Bytes of each leaf, as a whole."""
-    return [x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)]
+GIVE_BACK = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_THRESHOLD_": "131072",
+    "MALLOC_TRIM_THRESHOLD_": "131072",
+    "XLA_FLAGS": runtime.CPU_FLAG,
+}
+"""Environment in which glibc returns to the kernel what is freed; with the flag that `runtime.setup` would set."""
 
 
 def work(what: str, where: str, keep: bool, folder: Path) -> None:
@@ -72,27 +73,23 @@ def work(what: str, where: str, keep: bool, folder: Path) -> None:
         return
     shapes = jax.eval_shape(first_state)
     target = on.abstract(shapes)
-    init = jax.jit(first_state, out_shardings=on.state_shardings(shapes)).lower().compile()
+    init = jax.jit(first_state, out_shardings=on.state_shardings(shapes))
     largest = max(jax.tree.leaves(target), key=lambda x: x.size)
-    programs = {"init": init, "sum of the largest": checksum.lower(largest).compile()}
+    temporaries = {"init": temporary_bytes(init), "sum of the largest": temporary_bytes(checksum, largest)}
     forget_peak()
     before, begin = resident_memory(), time.perf_counter()
     with Checkpoints(folder, read_only=True) as checkpoints:
         restored = [checkpoints.restore(1, item, getattr(target, item)) for item in ("params", "opt_state")]
         jax.block_until_ready(restored)
+    sizes = [x.nbytes for x in jax.tree.leaves(restored)]
     found = {
         "seconds": time.perf_counter() - begin,
         "peak_bytes": peak_memory() - before,
-        "state_bytes": sum(bytes_of(restored)),
-        "largest_leaf_bytes": max(bytes_of(restored)),
-        "temporaries_a_device": {name: temporaries(program) for name, program in programs.items()},
+        "state_bytes": sum(sizes),
+        "largest_leaf_bytes": max(sizes),
+        "temporaries_a_device": temporaries,
     }
     print(json.dumps(found))
-
-
-def temporaries(program: Any) -> int:
-    """Bytes that a compiled program needs besides its arguments and results."""
-    return int(program.memory_analysis().temp_size_in_bytes)
 
 
 def start(what: str, where: str, keep: bool, folder: Path) -> str:

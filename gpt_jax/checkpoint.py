@@ -201,8 +201,8 @@ class Checkpoints:
         largest = max((math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(target)), default=0)
         handler = ocp.StandardCheckpointHandler(restore_concurrent_gb=READ_AT_ONCE_GB + largest // 10**9)
         tree = self.restore_item(step, item, handler, ocp.args.StandardRestore(target))
-        for name, checksum in named_checksums(tree).items():
-            if checksum != expected.get(name):
+        for name, found in named_checksums(tree).items():
+            if found != expected.get(name):
                 raise DamagedCheckpointError(f"checkpoint {where} is damaged: {item}/{name} is not as it was saved")
         return tree
 

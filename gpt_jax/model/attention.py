@@ -10,7 +10,7 @@ block_causal looks at the future, too, and masks it, as xla does: which keys tho
 """
 
 import functools
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -69,17 +69,23 @@ def masked_softmax(scores: jax.Array, mask: jax.Array | np.ndarray) -> jax.Array
     return jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min), axis=-1)
 
 
+Distance = TypeVar("Distance", jax.Array, np.ndarray)
+
+
+def visible(distance: Distance, window: int) -> Distance:
+    """Whether a query sees a key that stands `distance` tokens before it, bool of any shape: not where that is less
+    than 0, nor, with a window, where it is `window` or more."""
+    return (distance >= 0) & (distance < window) if window else distance >= 0
+
+
 def causal_mask(start: int, stop: int, first_key: int, last_key: int, window: int) -> np.ndarray:
-    """Which of the keys [first_key, last_key) the queries [start, stop) see, bool (1, T, S): those before them and
-    themselves, but no more than `window` (0: all)."""
-    distance_TS = np.arange(start, stop)[:, None] - np.arange(first_key, last_key)
-    return ((distance_TS >= 0) & (distance_TS < (window or stop)))[None]
+    """Which of the keys [first_key, last_key) the queries [start, stop) see, bool (1, T, S), a constant."""
+    return visible(np.arange(start, stop)[:, None] - np.arange(first_key, last_key), window)[None]
 
 
 def causal_mask_from(start: int | jax.Array, T: int, S: int, window: int) -> jax.Array:
-    """The same of T queries from `start` on and all S keys, computed where it is used."""
-    distance_TS = start + jnp.arange(T)[:, None] - jnp.arange(S)
-    return ((distance_TS >= 0) & (distance_TS < (window or S)))[None]
+    """Which of all S keys the T queries from `start` on see, bool (1, T, S), computed where it is used."""
+    return visible(start + jnp.arange(T)[:, None] - jnp.arange(S), window)[None]
 
 
 def causal_attention(

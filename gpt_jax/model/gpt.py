@@ -20,7 +20,7 @@ import numpy as np
 
 from gpt_jax.config import ModelConfig, RematName
 from gpt_jax.model import cache as kv
-from gpt_jax.model.attention import cached_attention, causal_attention
+from gpt_jax.model.attention import cached_attention, causal_attention, visible
 from gpt_jax.model.layers import INIT_STD, RMSNorm, decoding_product, dropout, fold_in, linear, lora_keys, norm
 from gpt_jax.model.loss import hide_padding
 from gpt_jax.model.rope import rotate
@@ -77,10 +77,7 @@ class Attention(nn.Module):
             assert start_B is not None
             cache = kv.update(cache, k_BTGK, v_BTGK, start_B)
             distance_BTS = positions_of(T, start_B)[:, :, None] - jnp.arange(cache.k_XSK.shape[1])
-            mask_BTS = distance_BTS >= 0
-            if window:
-                mask_BTS &= distance_BTS < window
-            out_BTHK = cached_attention(q_BTHK, cache.k_XSK, cache.v_XSK, mask_BTS)
+            out_BTHK = cached_attention(q_BTHK, cache.k_XSK, cache.v_XSK, visible(distance_BTS, window))
 
         out_BTD = linear(c, "out", D, residual=True)(out_BTHK.reshape(B, T, H * K), lora_keys(c, "out", keys_B))
         return dropout(out_BTD, c.dropout, fold_in(keys_B, 1)), cache

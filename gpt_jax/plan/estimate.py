@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from gpt_jax.config import Config, ModelConfig
+from gpt_jax.config import AttentionName, Config, ModelConfig
 from gpt_jax.model import lora
 from gpt_jax.model.attention import QUERY_BLOCK, SPLASH_BLOCKS
 from gpt_jax.model.gpt import GPT, Params, forward, init_params
@@ -61,7 +61,7 @@ def sizes_of(model: GPT, config: Config, placement: Placement) -> Sizes:
         config.data.batch_size // placement.n_shares // A,
         A,
         placement.mesh.shape.get("fsdp", 1),
-        placement.mesh.shape.get("context", 1),
+        placement.context,
         placement.mesh.shape.get("tensor", 1),
     )
 
@@ -74,14 +74,14 @@ def activations(config: ModelConfig, tensor: int = 1) -> float:
     The fused attentions keep the same arrays, so Splash, which can be traced anywhere, stands for all of them.
     """
     c = config
-    traceable = c.context_length % SPLASH_BLOCKS[-1] == 0 and not c.dropout and c.attention != "xla"
+    fused: AttentionName = "block_causal" if c.context_length % SPLASH_BLOCKS[-1] or c.dropout else "splash"
     part = dataclasses.replace(
         c,
         n_head=c.n_head // tensor,
         n_kv_head=c.kv_heads // tensor,
         d_head=c.head_dim,
         d_ff=c.ff_dim // tensor,
-        attention="splash" if traceable else "xla" if c.attention == "xla" else "block_causal",
+        attention="xla" if c.attention == "xla" else fused,
         unroll=False,
     )
     model = GPT(part)
@@ -101,8 +101,8 @@ def activations(config: ModelConfig, tensor: int = 1) -> float:
 
 
 def attended(config: ModelConfig, sizes: Sizes) -> float:
-    """Bytes that one layer's attention takes where sequences are divided: all keys and values, and, of a block of
-    queries, scores, weights and their gradients."""
+    """Bytes that one layer's attention takes where sequences are divided: all keys and values and their gradients, and,
+    of a block of queries, scores, weights and their gradients."""
     c, block_causal = config, config.attention == "block_causal"
     keys = 2 * sizes.sequences * c.context_length * c.kv_heads * c.head_dim * (4 if block_causal else ITEM[c.dtype])
     scores = 4 * 4 * sizes.sequences * c.n_head * QUERY_BLOCK * c.context_length if block_causal else 0

@@ -168,6 +168,15 @@ def test_the_compilers_word_on_memory_is_understood() -> None:
         out_of_memory(ValueError("something else\nand more"), 0)
 
 
+def test_libtpu_that_serves_another_process_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def busy(*_: object, **__: object) -> None:
+        raise RuntimeError("ABORTED: Internal error when accessing libtpu multi-process lockfile.")
+
+    monkeypatch.setattr("jax.experimental.topologies.get_topology_desc", busy)
+    with pytest.raises(UserError, match="another process is using libtpu"):
+        parse_target("v5e-4").devices()
+
+
 libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra 'tpu'")
 
 GPT2_124M = ModelConfig(vocab_size=50304, unroll=False)

@@ -121,6 +121,7 @@ def test_every_mesh_and_pmap_agree_with_one_device(
     run = Run(config, placement(mesh, config))
     ours = run.train()
     assert_same(ours, expected)
+    assert str(run.on).startswith("pmap" if mesh is None else "mesh")
     first = jax.device_get(run.first_state()).params["tokens_VD"]
     assert not np.allclose(ours[0].params["tokens_VD"], first, atol=1e-3)  # Something was learnt.
 
@@ -173,6 +174,11 @@ def test_a_kernel_works_on_the_heads_of_its_device(
         found = jax.jit(jax.grad(lambda *qkv: loss(splash, *qkv), argnums=(0, 1, 2)))(q, k, v)
     for ours, theirs in zip(found, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+def test_a_mesh_tells_its_shape() -> None:
+    assert str(placement((4, 2, 1, 1), GPT2)) == "mesh data 4 x fsdp 2 x tensor 1"
+    assert str(placement((1, 2, 2, 2), GPT2)) == "mesh data 1 x fsdp 2 x context 2 x tensor 2"
 
 
 def test_devices_of_several_hosts_or_slices_are_taken_in_order() -> None:
@@ -294,7 +300,7 @@ def test_gathered_keys_are_not_kept_for_the_backward_pass() -> None:
 
 
 def test_gradients_of_keys_are_added_up_in_float32(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Over the blocks of queries, in bfloat16 they would lose a bit with every doubling of their number."""
+    """Over the blocks of queries: the sum of many, taken in bfloat16, would lose what is small."""
     monkeypatch.setattr("gpt_jax.model.attention.QUERY_BLOCK", 2)
     config = dataclasses.replace(GPT2, attention="block_causal", dtype="bfloat16")
     q, k, v, out = (jnp.asarray(rng.standard_normal((1, 1024, 2, 16)), jnp.bfloat16) for _ in range(4))
