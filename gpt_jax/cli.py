@@ -26,9 +26,10 @@ import tyro
 
 from gpt_jax.config import Config, DataConfig, ModelConfig, check, load_config, load_saved_config, with_vocabulary
 from gpt_jax.data.shards import Dataset, open_dataset
-from gpt_jax.data.tokenizer import Tokenizer, load_tokenizer
 from gpt_jax.errors import UserError
 from gpt_jax.system import restart_with_huge_pages
+from gpt_jax.tokenizer.load import load_tokenizer
+from gpt_jax.tokenizer.tokenizer import Tokenizer
 
 Args = TypeVar("Args")
 Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]

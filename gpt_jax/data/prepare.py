@@ -30,12 +30,15 @@ from gpt_jax.data.shards import (
 )
 from gpt_jax.data.sources import Corpus, open_corpus
 from gpt_jax.data.split import ByDocument, ByPosition, choose_split
-from gpt_jax.data.tokenizer import ByteTokenizer, SentencePieceTokenizer, Tokenizer, load_tokenizer
 from gpt_jax.data.train_tokenizer import TextSample, train_sentencepiece
 from gpt_jax.data.worker import END_OF_DOCUMENT, START_OF_DOCUMENT
 from gpt_jax.errors import UserError
 from gpt_jax.files import check_replaceable, whole_folder
 from gpt_jax.system import available_cores
+from gpt_jax.tokenizer.bytes import ByteTokenizer
+from gpt_jax.tokenizer.load import load_tokenizer
+from gpt_jax.tokenizer.sentencepiece import SentencePieceTokenizer
+from gpt_jax.tokenizer.tokenizer import Tokenizer
 
 SAMPLE_BYTES = 8 << 20  # Text that a tokenizer is trained on, at most: that takes up to 70 times its size in memory.
 TASK_BYTES = 1 << 20  # Text that a worker gets at one time.

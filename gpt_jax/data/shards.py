@@ -17,9 +17,10 @@ from typing import Any, BinaryIO, Literal, Self
 
 import numpy as np
 
-from gpt_jax.data.tokenizer import Tokenizer, load_tokenizer
 from gpt_jax.errors import UserError
 from gpt_jax.files import save_json
+from gpt_jax.tokenizer.load import load_tokenizer
+from gpt_jax.tokenizer.tokenizer import Tokenizer
 
 FORMAT_VERSION = 1
 SHARD_TOKENS = 100_000_000

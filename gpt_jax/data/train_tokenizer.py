@@ -9,8 +9,9 @@ import sentencepiece
 
 from gpt_jax.config import TokenizerType
 from gpt_jax.data.formats import cut_before_space
-from gpt_jax.data.tokenizer import SPECIAL_TOKENS, WORD
 from gpt_jax.errors import UserError
+from gpt_jax.tokenizer.sentencepiece import WORD
+from gpt_jax.tokenizer.tokenizer import SPECIAL_TOKENS
 
 _SENTENCE_BYTES = 4096
 _BORDER = "\x1f"  # Stands between words in the training text: no token may contain it.

@@ -13,7 +13,8 @@ from typing import BinaryIO
 import numpy as np
 
 from gpt_jax.data.shards import token_dtype
-from gpt_jax.data.tokenizer import Tokenizer, load_tokenizer
+from gpt_jax.tokenizer.load import load_tokenizer
+from gpt_jax.tokenizer.tokenizer import Tokenizer
 
 START_OF_DOCUMENT = b"\xfe"
 END_OF_DOCUMENT = b"\xff"

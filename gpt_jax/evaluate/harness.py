@@ -17,7 +17,6 @@ import numpy as np
 from tqdm import tqdm
 
 from gpt_jax.config import check
-from gpt_jax.data.tokenizer import Tokenizer
 from gpt_jax.errors import UserError
 from gpt_jax.evaluate.score import Scorer
 from gpt_jax.evaluate.windows import Window, windows
@@ -26,6 +25,7 @@ from gpt_jax.runtime import local_devices
 from gpt_jax.sample.decode import Filters
 from gpt_jax.sample.generate import Settings, generate_tokens
 from gpt_jax.sample.run import load_model, newest_run, with_context
+from gpt_jax.tokenizer.tokenizer import Tokenizer
 
 try:
     from lm_eval.__main__ import cli_evaluate

@@ -10,10 +10,10 @@ from tqdm import tqdm
 from gpt_jax.data.formats import Block
 from gpt_jax.data.shards import TokenFiles
 from gpt_jax.data.sources import Corpus
-from gpt_jax.data.tokenizer import Tokenizer
 from gpt_jax.errors import UserError
 from gpt_jax.evaluate.score import Scorer
 from gpt_jax.evaluate.windows import Window, windows
+from gpt_jax.tokenizer.tokenizer import Tokenizer
 
 PIECE_TOKENS = 1 << 20  # Of a data folder, read at one time.
 PIECE_BYTES = 4 << 20  # Documents up to about this size are tokenised as a whole, longer ones in pieces.

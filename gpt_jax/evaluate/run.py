@@ -12,11 +12,11 @@ from gpt_jax import runtime
 from gpt_jax.config import check, load_saved_config
 from gpt_jax.data.shards import Dataset, SplitName, open_dataset
 from gpt_jax.data.sources import Corpus, open_corpus
-from gpt_jax.data.tokenizer import Tokenizer
 from gpt_jax.errors import UserError
 from gpt_jax.evaluate.loss import Tally, evaluate_corpus, evaluate_split
 from gpt_jax.evaluate.score import Scorer
 from gpt_jax.sample.run import load_model, newest_run, with_context
+from gpt_jax.tokenizer.tokenizer import Tokenizer
 
 MOST_CONTEXT = 2048
 """Tokens of a window, at most, that nobody asked for: some models were made for a hundred thousand, in which a machine

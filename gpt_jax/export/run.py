@@ -9,9 +9,9 @@ from gpt_jax.errors import UserError
 from gpt_jax.export.model_card import model_card
 from gpt_jax.files import check_replaceable, replacing, save_json, whole_folder
 from gpt_jax.interop.save import StoredDType, generation_settings, in_a_family, model_settings, write_model
-from gpt_jax.interop.tokenizer_export import as_hugging_face, export_tokenizer
-from gpt_jax.interop.tokenizer_files import encodes_as_qwen2
 from gpt_jax.sample.run import choose_step, load_model, newest_run
+from gpt_jax.tokenizer.export import as_hugging_face, export_tokenizer
+from gpt_jax.tokenizer.published import encodes_as_qwen2
 from gpt_jax.train.metrics import read_records
 
 

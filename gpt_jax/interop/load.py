@@ -9,7 +9,6 @@ import jax
 import numpy as np
 
 from gpt_jax.config import HOW_IT_RUNS, LoraConfig, ModelConfig, check
-from gpt_jax.data.tokenizer import Tokenizer
 from gpt_jax.errors import UserError
 from gpt_jax.interop.families import family_of
 from gpt_jax.interop.families.family import Family
@@ -20,6 +19,7 @@ from gpt_jax.interop.weights import some
 from gpt_jax.model.backend import resolve
 from gpt_jax.model.gpt import GPT, Params, init_params
 from gpt_jax.runtime import local_devices, platform_name
+from gpt_jax.tokenizer.tokenizer import Tokenizer
 
 KEPT = (*HOW_IT_RUNS, "context_length")  # What a published model does not decide.
 PADDED_TO = 128  # Rows of the embedding become a multiple of it, for which matrix units are made.

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gpt_jax.data.tokenizer import Tokenizer, load_tokenizer
 from gpt_jax.errors import UserError
 from gpt_jax.interop.gguf import GGUFWeights
-from gpt_jax.interop.tokenizer_files import gguf_tokenizer
 from gpt_jax.interop.weights import SafetensorsWeights, Weights, load_json
+from gpt_jax.tokenizer.load import load_tokenizer
+from gpt_jax.tokenizer.published import gguf_tokenizer
+from gpt_jax.tokenizer.tokenizer import Tokenizer
 
 CONFIG_FILE = "config.json"
 

@@ -4,10 +4,10 @@ import contextlib
 import sys
 from collections.abc import Callable
 
-from gpt_jax.data.tokenizer import NO_CHAT, Tokenizer
 from gpt_jax.errors import UserError
 from gpt_jax.model.gpt import GPT, Params
 from gpt_jax.sample.generate import Settings, generate_tokens
+from gpt_jax.tokenizer.tokenizer import NO_CHAT, Tokenizer
 
 HELP = (
     "/system TEXT  tell the model how to behave; /reset  begin anew; "

@@ -8,10 +8,10 @@ import jax
 import numpy as np
 
 from gpt_jax.config import check
-from gpt_jax.data.tokenizer import Tokenizer
 from gpt_jax.errors import UserError
 from gpt_jax.model.gpt import GPT, Params
 from gpt_jax.sample.decode import CHUNK, Filters, bucket, decoder_for, prepare_params
+from gpt_jax.tokenizer.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

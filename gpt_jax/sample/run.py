@@ -7,12 +7,13 @@ import jax
 
 from gpt_jax.checkpoint import Checkpoints, tree_fingerprint
 from gpt_jax.config import LoraConfig, check, load_saved_config
-from gpt_jax.data.tokenizer import Tokenizer, load_tokenizer
 from gpt_jax.errors import UserError
 from gpt_jax.model.backend import resolve
 from gpt_jax.model.gpt import GPT, Params, init_params
 from gpt_jax.model.lora import fold, join, split
 from gpt_jax.runtime import local_devices, platform_name
+from gpt_jax.tokenizer.load import load_tokenizer
+from gpt_jax.tokenizer.tokenizer import Tokenizer
 
 
 def newest_run(folder: Path = Path("runs")) -> Path:

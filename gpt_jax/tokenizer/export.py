@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from gpt_jax.data.hf_tokenizer import CONFIG_FILE, HuggingFaceTokenizer
-from gpt_jax.data.tokenizer import END_OF_TEXT, ByteTokenizer, SentencePieceTokenizer, Tokenizer
 from gpt_jax.files import save_json
-from gpt_jax.interop.tokenizer_files import (
+from gpt_jax.tokenizer.bytes import ByteTokenizer
+from gpt_jax.tokenizer.hugging_face import CONFIG_FILE, HuggingFaceTokenizer
+from gpt_jax.tokenizer.published import (
     Kind,
     bpe_model,
     finished,
@@ -13,8 +13,10 @@ from gpt_jax.interop.tokenizer_files import (
     sentencepiece_proto,
     unigram_model,
 )
+from gpt_jax.tokenizer.sentencepiece import SentencePieceTokenizer
+from gpt_jax.tokenizer.tokenizer import END_OF_TEXT, Tokenizer
 
-# WORD of gpt_jax.data.tokenizer, as an alternation that matches nothing empty.
+# WORD of gpt_jax.tokenizer.sentencepiece, as an alternation that matches nothing empty.
 _WORD = r" *[^ \n]+\n*| +\n*|\n+"
 
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from gpt_jax.data import chat_template
-from gpt_jax.data.tokenizer import END_OF_TEXT, JSON_FILE, NO_CHAT, save_bytes, utf8
 from gpt_jax.errors import UserError
 from gpt_jax.files import save_json
+from gpt_jax.tokenizer import chat_template
+from gpt_jax.tokenizer.tokenizer import END_OF_TEXT, JSON_FILE, NO_CHAT, save_bytes, utf8
 
 CONFIG_FILE = "tokenizer_config.json"
 TEMPLATE_FILE = "chat_template.jinja"

@@ -10,9 +10,9 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gpt_jax.data.hf_tokenizer import PARTS, HuggingFaceTokenizer, read_json, read_settings
-from gpt_jax.data.tokenizer import BYTE_LEVEL_FILE
 from gpt_jax.errors import UserError
+from gpt_jax.tokenizer.hugging_face import PARTS, HuggingFaceTokenizer, read_json, read_settings
+from gpt_jax.tokenizer.tokenizer import BYTE_LEVEL_FILE
 
 # How text is cut before BPE, by the names that GGUF files give to it. Each regular expression is that of the models'
 # own tokenizer.json; GPT-2's is built into the library.

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from gpt_jax.data import shards
 from gpt_jax.data.prepare import PrepareArgs, prepare
 from gpt_jax.data.shards import SplitWriter, TokenFiles, load_meta, open_dataset, token_dtype
-from gpt_jax.data.tokenizer import ByteTokenizer
 from gpt_jax.errors import UserError
+from gpt_jax.tokenizer.bytes import ByteTokenizer
 
 END = 0
 

@@ -14,12 +14,12 @@ from gpt_jax.data import formats
 from gpt_jax.data.prepare import PrepareArgs, prepare
 from gpt_jax.data.shards import Dataset, open_dataset
 from gpt_jax.data.sources import open_corpus
-from gpt_jax.data.tokenizer import ByteTokenizer
 from gpt_jax.errors import UserError
 from gpt_jax.evaluate import loss
 from gpt_jax.evaluate.loss import Tally, evaluate_corpus, evaluate_split
 from gpt_jax.evaluate.score import Scorer
 from gpt_jax.model.gpt import Params
+from gpt_jax.tokenizer.bytes import ByteTokenizer
 from gpt_jax.train.loop import make_evaluate
 from gpt_jax.train.placement import Placement
 from tests.evaluate.model import CONFIG, MODEL, T, make_params, nats

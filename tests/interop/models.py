@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from gpt_jax.config import ModelConfig
-from gpt_jax.data.tokenizer import ByteTokenizer
 from gpt_jax.files import save_json
 from gpt_jax.interop.families import family_for
 from gpt_jax.interop.save import generation_settings, model_settings, write_model
-from gpt_jax.interop.tokenizer_export import export_tokenizer
 from gpt_jax.model.gpt import GPT, Params, init_params
+from gpt_jax.tokenizer.bytes import ByteTokenizer
+from gpt_jax.tokenizer.export import export_tokenizer
 
 LLAMA = ModelConfig(
     vocab_size=ByteTokenizer().vocab_size,

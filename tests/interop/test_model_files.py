@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpt_jax.data.tokenizer import ByteTokenizer
 from gpt_jax.errors import UserError
 from gpt_jax.interop.model_files import open_model
 from gpt_jax.interop.weights import write_safetensors
+from gpt_jax.tokenizer.bytes import ByteTokenizer
 
 
 def test_a_folder(tmp_path: Path) -> None:

@@ -11,11 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt_jax.data.tokenizer import Tokenizer
 from gpt_jax.interop.load import load_pretrained
 from gpt_jax.model.gpt import GPT, Params, forward, logits_NV
 from gpt_jax.sample.decode import Filters
 from gpt_jax.sample.generate import Settings, generate
+from gpt_jax.tokenizer.tokenizer import Tokenizer
 from tests.cli import ROOT, run
 
 pytestmark = pytest.mark.slow

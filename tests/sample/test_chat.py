@@ -17,14 +17,16 @@ pytest.importorskip("jinja2")
 
 from gpt_jax.cli import SampleArgs
 from gpt_jax.config import ModelConfig
-from gpt_jax.data.hf_tokenizer import HuggingFaceTokenizer, read_settings
-from gpt_jax.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from gpt_jax.errors import UserError
 from gpt_jax.model.gpt import GPT, Params
 from gpt_jax.sample import chat as chat_module
 from gpt_jax.sample.chat import HELP, Message, chat, fit
 from gpt_jax.sample.decode import Filters
 from gpt_jax.sample.generate import Settings
+from gpt_jax.tokenizer.bytes import ByteTokenizer
+from gpt_jax.tokenizer.hugging_face import HuggingFaceTokenizer, read_settings
+from gpt_jax.tokenizer.load import load_tokenizer
+from gpt_jax.tokenizer.tokenizer import Tokenizer
 from tests import cli
 from tests.published import byte_level
 

@@ -13,11 +13,13 @@ from hypothesis import strategies as st
 
 pytest.importorskip("tokenizers")
 
-from gpt_jax.data.hf_tokenizer import HuggingFaceTokenizer, read_settings
 from gpt_jax.data.prepare import PrepareArgs, prepare
 from gpt_jax.data.shards import open_dataset
-from gpt_jax.data.tokenizer import ByteTokenizer, Tokenizer, load_tokenizer
 from gpt_jax.errors import UserError
+from gpt_jax.tokenizer.bytes import ByteTokenizer
+from gpt_jax.tokenizer.hugging_face import HuggingFaceTokenizer, read_settings
+from gpt_jax.tokenizer.load import load_tokenizer
+from gpt_jax.tokenizer.tokenizer import Tokenizer
 from tests.published import CHINESE, PUBLISHED, TEXT, bert, byte_level, gpt2, llama, random_texts
 
 EVERY: dict[str, Tokenizer] = {name: load_tokenizer(folder()) for name, folder in PUBLISHED.items()}
@@ -260,7 +262,7 @@ def test_without_a_token_that_ends_texts_it_says_what_to_do(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("package", ["tokenizers", "jinja2"])
 def test_a_package_that_is_missing_is_named(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gpt_jax.data import chat_template
+    from gpt_jax.tokenizer import chat_template
 
     monkeypatch.setitem(sys.modules, package, None)
     chat_template._compiled.cache_clear()

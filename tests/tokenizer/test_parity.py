@@ -12,12 +12,13 @@ import sentencepiece
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("tokenizers")
 
-from gpt_jax.data.tokenizer import Tokenizer, load_tokenizer  # noqa: E402
-from gpt_jax.interop.tokenizer_export import export_tokenizer  # noqa: E402
-from gpt_jax.interop.tokenizer_files import gguf_tokenizer  # noqa: E402
-from tests.data.test_tokenizer import EVERY  # noqa: E402
-from tests.interop.test_tokenizer_files import llama_fields  # noqa: E402
+from gpt_jax.tokenizer.export import export_tokenizer  # noqa: E402
+from gpt_jax.tokenizer.load import load_tokenizer  # noqa: E402
+from gpt_jax.tokenizer.published import gguf_tokenizer  # noqa: E402
+from gpt_jax.tokenizer.tokenizer import Tokenizer  # noqa: E402
 from tests.published import CHINESE, PUBLISHED, TEMPLATE, TEXT, llama, random_texts  # noqa: E402
+from tests.tokenizer.test_tokenizer import EVERY  # noqa: E402
+from tests.tokenizer.test_published import llama_fields  # noqa: E402
 
 pytestmark = pytest.mark.parity
 

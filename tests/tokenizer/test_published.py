@@ -10,9 +10,9 @@ import sentencepiece
 
 pytest.importorskip("tokenizers")
 
-from gpt_jax.data.tokenizer import load_tokenizer
 from gpt_jax.errors import UserError
-from gpt_jax.interop.tokenizer_files import gguf_tokenizer
+from gpt_jax.tokenizer.load import load_tokenizer
+from gpt_jax.tokenizer.published import gguf_tokenizer
 from tests.published import byte_level, llama, random_texts
 
 

@@ -14,17 +14,12 @@ from hypothesis import strategies as st
 
 from gpt_jax.config import TokenizerType
 from gpt_jax.data.corpora import python_docs
-from gpt_jax.data.tokenizer import (
-    END_OF_TEXT,
-    SPECIAL_TOKENS,
-    WORD,
-    ByteTokenizer,
-    SentencePieceTokenizer,
-    Tokenizer,
-    load_tokenizer,
-)
 from gpt_jax.data.train_tokenizer import train_sentencepiece
 from gpt_jax.errors import UserError
+from gpt_jax.tokenizer.bytes import ByteTokenizer
+from gpt_jax.tokenizer.load import load_tokenizer
+from gpt_jax.tokenizer.sentencepiece import WORD, SentencePieceTokenizer
+from gpt_jax.tokenizer.tokenizer import END_OF_TEXT, SPECIAL_TOKENS, Tokenizer
 
 ENGLISH = "".join(python_docs()[:60])
 CHINESE = "人工智能是研究、开发用于模拟人的智能的理论和技术。\n语言模型预测下一个词。\n" * 20

@@ -12,14 +12,14 @@ import pytest
 
 from gpt_jax.checkpoint import Checkpoints
 from gpt_jax.interop.load import load_pretrained
-from gpt_jax.interop.tokenizer_export import export_tokenizer
-from gpt_jax.interop.tokenizer_files import gguf_tokenizer
 from gpt_jax.model.gpt import forward, logits_NV
 from gpt_jax.sample.run import load_run
+from gpt_jax.tokenizer.export import export_tokenizer
+from gpt_jax.tokenizer.published import gguf_tokenizer
 from tests.cli import records, refused, run
 from tests.interop.models import LLAMA, publish
-from tests.interop.test_tokenizer_files import byte_level_fields
 from tests.published import random_texts
+from tests.tokenizer.test_published import byte_level_fields
 
 SETTINGS = [
     "--model.context-length=16",
