@@ -17,8 +17,8 @@ from gpt_jax.config import Config, DataConfig, ParallelConfig
 from gpt_jax.data.loader import Prefetch
 from gpt_jax.model.backend import resolve
 from gpt_jax.model.gpt import GPT
+from gpt_jax.placement import Placement
 from gpt_jax.train.optimizer import learning_rate_schedule, make_optimizer
-from gpt_jax.train.placement import Placement
 from gpt_jax.train.step import TrainState, make_eval_step, make_train_step
 
 

@@ -20,8 +20,8 @@ from gpt_jax.config import ParallelConfig
 from gpt_jax.files import save_json
 from gpt_jax.model.backend import resolve
 from gpt_jax.model.gpt import GPT
+from gpt_jax.placement import choose_placement
 from gpt_jax.train.optimizer import learning_rate_schedule, make_optimizer
-from gpt_jax.train.placement import choose_placement
 from gpt_jax.train.step import init_state, make_train_step
 
 TINY = Preset("tiny", small(4, 2, 16, 8, "float32"), 2, 200)

@@ -30,8 +30,8 @@ from gpt_jax.files import save_json
 from gpt_jax.model.backend import resolve
 from gpt_jax.model.gpt import GPT
 from gpt_jax.model.presets import GPT2
+from gpt_jax.placement import choose_placement
 from gpt_jax.train.optimizer import make_optimizer
-from gpt_jax.train.placement import choose_placement
 from gpt_jax.train.step import TrainState, init_state
 
 ROOT = Path(__file__).parent.parent

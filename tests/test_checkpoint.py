@@ -11,7 +11,7 @@ import pytest
 
 from gpt_jax.checkpoint import CHUNK_BYTES, Checkpoints, DamagedCheckpointError, named_checksums
 from gpt_jax.errors import UserError
-from gpt_jax.train.placement import Placement
+from gpt_jax.placement import Placement
 
 
 def make(seed: int) -> tuple[Any, Any]:

@@ -10,7 +10,7 @@ import numpy as np
 from gpt_jax.evaluate.windows import Window, batches
 from gpt_jax.model.attention import SPLASH_BLOCKS
 from gpt_jax.model.gpt import GPT, Params, forward, logits_NV
-from gpt_jax.train.placement import Placement
+from gpt_jax.placement import Placement
 
 CHUNK = 1024
 """Tokens that have logits at one time: enough to fill matrix units, and 200 MB with 50,000 tokens in the vocabulary."""

@@ -13,8 +13,8 @@ from gpt_jax.config import Config
 from gpt_jax.errors import UserError
 from gpt_jax.model import lora
 from gpt_jax.model.gpt import GPT, init_params
+from gpt_jax.placement import MeshPlacement, Placement, with_shardings
 from gpt_jax.train.optimizer import learning_rate_schedule, make_optimizer
-from gpt_jax.train.placement import MeshPlacement, Placement, with_shardings
 from gpt_jax.train.step import TrainState, init_state, make_train_step
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")

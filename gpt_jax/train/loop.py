@@ -24,10 +24,10 @@ from gpt_jax.files import locked, save_json
 from gpt_jax.model import lora
 from gpt_jax.model.backend import resolve
 from gpt_jax.model.gpt import GPT, Params, init_params
+from gpt_jax.placement import Placement, choose_placement
 from gpt_jax.sample.generate import Settings, encode_prompt, generate
 from gpt_jax.train.metrics import FLOPS_FORMULA, Recorder, flops_per_token
 from gpt_jax.train.optimizer import learning_rate_schedule, make_optimizer
-from gpt_jax.train.placement import Placement, choose_placement
 from gpt_jax.train.profile import Trace
 from gpt_jax.train.step import TrainState, init_state, make_eval_step, make_train_step
 from gpt_jax.train.stop import stop_signals

@@ -19,9 +19,9 @@ from gpt_jax.evaluate import loss
 from gpt_jax.evaluate.loss import Tally, evaluate_corpus, evaluate_split
 from gpt_jax.evaluate.score import Scorer
 from gpt_jax.model.gpt import Params
+from gpt_jax.placement import Placement
 from gpt_jax.tokenizer.bytes import ByteTokenizer
 from gpt_jax.train.loop import make_evaluate
-from gpt_jax.train.placement import Placement
 from tests.evaluate.model import CONFIG, MODEL, T, make_params, nats
 
 END = ByteTokenizer().end_of_text

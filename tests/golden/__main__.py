@@ -44,7 +44,7 @@ LLAMA = [
 WINDOWS = ["--model.window=8", "--model.window-pattern=ssf", "--model.qk-norm", "--model.no-unroll"]
 DROPOUT = ["--model.dropout=0.1", "--data.batch-size=8", "--data.microbatch-size=2", "--parallel.devices=2"]
 ADAPTERS = ["--model.lora.rank=4", "--model.lora.dropout=0.1", "--data.batch-size=8", "--data.microbatch-size=4"]
-MESH = ["--parallel.data=2", "--parallel.fsdp=2", "--parallel.context=1", "--parallel.tensor=2"]
+MESH = ["--parallel.data=2", "--parallel.fsdp=2", "--parallel.tensor=2", "--model.vocab-multiple=128"]
 
 PROMPTS = ["--prompt=The function ", "--prompt=", "--max-new-tokens=48", "--json"]
 DECODINGS = {
@@ -92,7 +92,7 @@ def write(path: Path) -> None:
         train("dropout-microbatches", "--data.dir", data, *SMALL, *DROPOUT)
         llama = train("llama", "--data.dir", data, *SMALL, *LLAMA, "--parallel.devices=1")
         train("llama-mesh", "--data.dir", data, *SMALL, *LLAMA, *MESH)
-        train("llama-context", "--data.dir", data, *SMALL, *LLAMA, *MESH[1:2], "--parallel.context=2")
+        train("llama-context", "--data.dir", data, *SMALL, *LLAMA, "--parallel.fsdp=2", "--parallel.context=2")
         windows = train("windows", "--data.dir", data, *SMALL, *LLAMA, *WINDOWS, "--parallel.devices=1")
         command("export", "--run", llama, "--out", published)
         adapters = train("adapters", "--data.dir", data, *SMALL[3:], *ADAPTERS, "--init-from", published)

@@ -11,11 +11,11 @@ import pytest
 from gpt_jax.config import Config, DataConfig, LoraConfig, ModelConfig, ParallelConfig, load_config
 from gpt_jax.errors import UserError
 from gpt_jax.model.gpt import GPT
+from gpt_jax.placement import choose_placement
 from gpt_jax.plan import estimate
 from gpt_jax.plan.program import abstract_state, collectives, compile_step, out_of_memory
 from gpt_jax.plan.run import Planner, describe
 from gpt_jax.plan.targets import parse_target
-from gpt_jax.train.placement import choose_placement
 from tests.cli import ROOT, refused, run
 
 MODEL = ModelConfig(

@@ -17,8 +17,8 @@ from gpt_jax.tokenizer.load import load_tokenizer  # noqa: E402
 from gpt_jax.tokenizer.published import gguf_tokenizer  # noqa: E402
 from gpt_jax.tokenizer.tokenizer import Tokenizer  # noqa: E402
 from tests.published import CHINESE, PUBLISHED, TEMPLATE, TEXT, llama, random_texts  # noqa: E402
-from tests.tokenizer.test_tokenizer import EVERY  # noqa: E402
 from tests.tokenizer.test_published import llama_fields  # noqa: E402
+from tests.tokenizer.test_tokenizer import EVERY  # noqa: E402
 
 pytestmark = pytest.mark.parity
 

@@ -17,8 +17,8 @@ from gpt_jax.config import LoraConfig, ModelConfig, OptimizerConfig, ParallelCon
 from gpt_jax.errors import UserError
 from gpt_jax.model.attention import causal_attention, causal_by_mask, causal_by_splash
 from gpt_jax.model.gpt import GPT, forward, init_params
+from gpt_jax.placement import MeshPlacement, Placement, choose_placement, in_place
 from gpt_jax.train.optimizer import learning_rate_schedule, make_optimizer
-from gpt_jax.train.placement import MeshPlacement, Placement, choose_placement, in_place
 from gpt_jax.train.step import StepMetrics, TrainState, init_state, make_eval_step, make_train_step
 
 GPT2 = ModelConfig(

@@ -11,9 +11,9 @@ import pytest
 
 from gpt_jax.config import ModelConfig, OptimizerConfig
 from gpt_jax.model.gpt import GPT, forward
+from gpt_jax.placement import Placement
 from gpt_jax.train import step as step_module
 from gpt_jax.train.optimizer import learning_rate_schedule, make_optimizer
-from gpt_jax.train.placement import Placement
 from gpt_jax.train.step import StepMetrics, TrainState, init_state, make_eval_step, make_train_step
 
 CONFIG = ModelConfig(
