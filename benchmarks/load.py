@@ -44,13 +44,14 @@ def load_ours(folder: Path) -> float:
     import jax
 
     from gpt_jax import runtime
-    from gpt_jax.interop.load import load_params, on_device, open_named, padded, their_config
+    from gpt_jax.placement import Placement
+    from gpt_jax.run.load import adopt, open_source
 
     runtime.setup()
-    device = jax.devices()[0]
+    placement = Placement(jax.devices()[:1])
     begin = time.perf_counter()
-    files = open_named(str(folder))
-    jax.block_until_ready(load_params(files, padded(their_config(files)), on_device(device)))
+    source = open_source(str(folder))
+    jax.block_until_ready(source.load_params(adopt(source, source.config), placement))
     return time.perf_counter() - begin
 
 

@@ -24,13 +24,13 @@ from benchmarks.ours import temporary_bytes
 from benchmarks.results import spread
 from benchmarks.worker import forget_peak, peak_memory, resident_memory
 from gpt_jax import runtime
-from gpt_jax.checkpoint import Checkpoints, checksum
 from gpt_jax.config import OptimizerConfig, ParallelConfig
 from gpt_jax.files import save_json
 from gpt_jax.model.backend import resolve
 from gpt_jax.model.gpt import GPT
 from gpt_jax.model.presets import GPT2
 from gpt_jax.placement import choose_placement
+from gpt_jax.run.checkpoint import Checkpoints, checksum
 from gpt_jax.train.optimizer import make_optimizer
 from gpt_jax.train.step import TrainState, init_state
 

@@ -139,7 +139,8 @@ def train_command(argv: Sequence[str]) -> int:
     config, args = train_arguments(list(argv))
 
     from gpt_jax import hosts, runtime
-    from gpt_jax.train.loop import Interrupted, check_run_folder, train
+    from gpt_jax.run.folder import RunFolder
+    from gpt_jax.train.loop import Interrupted, train
 
     if args.coordinator:
         runtime.setup(config.parallel.devices or 1)
@@ -147,7 +148,9 @@ def train_command(argv: Sequence[str]) -> int:
         hosts.check_alike(**{"--resume": str(args.resume)})
         if not hosts.is_first():
             sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
-    hosts.on_first(lambda: check_run_folder(Path(config.out_dir), args.resume))  # Before minutes go to preparing data.
+    hosts.on_first(
+        lambda: RunFolder(Path(config.out_dir)).check_usable(args.resume)
+    )  # Before minutes go to preparing data.
     tokenizer = None
     if config.init_from and args.resume:
         tokenizer = load_tokenizer(Path(config.out_dir))
@@ -171,26 +174,23 @@ def start_from(config: Config, argv: Sequence[str]) -> tuple[Config, Tokenizer]:
     Raises UserError when the model is not supported, its files are not what it says that they are, or a flag asks for
     another architecture.
     """
-    from gpt_jax.interop.load import KEPT, adopt, check_files, check_tokenizer, open_named, their_config
+    from gpt_jax.run.load import KEPT, adopt, open_source
 
     for flag in (a.partition("=")[0] for a in argv if a.startswith("--model.")):
         name = flag.removeprefix("--model.").partition(".")[0].replace("-", "_").removeprefix("no_")
         if name not in KEPT:
             raise UserError(f"{flag} cannot be given with init_from: the model there decides it")
-    files = open_named(config.init_from)
+    source = open_source(config.init_from)
     # A file that sets the default cannot be told from one that sets nothing; a flag can.
     is_default = config.model.context_length == ModelConfig().context_length
     asks_context = not is_default or flag_value(argv, "--model.context-length") is not None
-    model = adopt(files, config.model, asks_context)
-    theirs = their_config(files).context_length
+    model = adopt(source, config.model, asks_context)
+    theirs = source.config.context_length
     if model.context_length < theirs:
         print(f"the context of {theirs:,} tokens is shortened to model.context_length = {model.context_length:,}")
-    tokenizer = files.tokenizer()
-    check_tokenizer(tokenizer, model, files.where)
-    check_files(files)
-    path = Path(config.init_from).expanduser()
-    place = str(path.absolute()) if path.exists() else config.init_from  # The run may be sampled from another folder.
-    return dataclasses.replace(config, model=model, init_from=place), tokenizer
+    tokenizer = source.tokenizer()
+    source.check()
+    return dataclasses.replace(config, model=model, init_from=source.pinned), tokenizer
 
 
 def train_arguments(argv: list[str]) -> tuple[Config, TrainArgs]:
@@ -301,16 +301,16 @@ def sample_command(argv: Sequence[str]) -> int:
     args = parse(SampleArgs, argv, "sample")
 
     from gpt_jax import runtime
+    from gpt_jax.run.load import choose_source, load_model
     from gpt_jax.sample.decode import Filters, prepare_params
     from gpt_jax.sample.generate import Settings, encode_prompt, generate
-    from gpt_jax.sample.run import load_model, newest_run
 
     filters = Filters(args.temperature, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
     settings = Settings(args.max_new_tokens, args.seed, args.stop, filters)
     prompts = [read_prompt(Path(args.prompt_file))] if args.prompt_file else list(args.prompt) or [""]
     runtime.setup()
-    run = None if args.model else Path(args.run) if args.run else newest_run()
-    model, params, tokenizer = load_model(run, args.checkpoint, args.model, args.context_length)
+    source = choose_source(args.run, args.model, args.checkpoint)
+    model, params, tokenizer = load_model(source, args.context_length)
     params = prepare_params(params, model.config, donate=True)  # Once for all answers, and the only copy.
 
     if args.chat:

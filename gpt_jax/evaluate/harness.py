@@ -9,7 +9,6 @@ of `gpt-jax eval`. Texts become tokens and windows as in lm_eval's own `hf` mode
 import collections
 import json
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, Self
 
 import jax
@@ -21,10 +20,10 @@ from gpt_jax.errors import UserError
 from gpt_jax.evaluate.score import Scorer
 from gpt_jax.evaluate.windows import Window, windows
 from gpt_jax.model.gpt import GPT, Params
+from gpt_jax.run.load import choose_source, load_model
 from gpt_jax.runtime import local_devices
 from gpt_jax.sample.decode import Filters
 from gpt_jax.sample.generate import Settings, generate_tokens
-from gpt_jax.sample.run import load_model, newest_run, with_context
 from gpt_jax.tokenizer.tokenizer import Tokenizer
 
 try:
@@ -59,19 +58,16 @@ class HarnessModel(TemplateLM):
         tokenizer: Tokenizer,
         batch_size: int = 8,
         devices: Sequence[jax.Device] | None = None,
-        context_length: int = 0,
     ) -> None:
         super().__init__()
-        self.params, self.tokenizer, self.batch_size = params, tokenizer, batch_size
-        self.context_length = context_length or model.config.context_length
-        self.model = with_context(model, self.context_length)
-        self.scorer = Scorer(self.model, params, devices or local_devices()[:1], batch_size)
+        self.model, self.params, self.tokenizer, self.batch_size = model, params, tokenizer, batch_size
+        self.context_length = model.config.context_length
+        self.scorer = Scorer(model, params, devices or local_devices()[:1], batch_size)
 
     @classmethod
     def from_names(cls, run: str, checkpoint: str, model: str, context_length: int, batch_size: int) -> Self:
         """The model that `gpt-jax eval` takes for these arguments, on all devices of this machine."""
-        folder = None if model else Path(run) if run else newest_run()
-        return cls(*load_model(folder, checkpoint, model), batch_size, local_devices(), context_length)
+        return cls(*load_model(choose_source(run, model, checkpoint), context_length), batch_size, local_devices())
 
     @classmethod
     def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> Self:

@@ -9,13 +9,13 @@ from typing import Annotated
 import tyro
 
 from gpt_jax import runtime
-from gpt_jax.config import check, load_saved_config
+from gpt_jax.config import check
 from gpt_jax.data.shards import Dataset, SplitName, open_dataset
 from gpt_jax.data.sources import Corpus, open_corpus
 from gpt_jax.errors import UserError
 from gpt_jax.evaluate.loss import Tally, evaluate_corpus, evaluate_split
 from gpt_jax.evaluate.score import Scorer
-from gpt_jax.sample.run import load_model, newest_run, with_context
+from gpt_jax.run.load import RunSource, Source, choose_source, load_model
 from gpt_jax.tokenizer.tokenizer import Tokenizer
 
 MOST_CONTEXT = 2048
@@ -55,17 +55,16 @@ class EvalArgs:
 
 def run_eval(args: EvalArgs) -> None:
     """The command. Raises UserError for what the user can mend."""
-    run = None if args.model else Path(args.run) if args.run else newest_run()
-    text_name, text = open_text(args, run)  # What is not there is told before a model is loaded.
-    runtime.setup()
-    model, params, tokenizer = load_model(run, args.checkpoint, args.model)
-    theirs = model.config.context_length
-    T = args.context_length or (theirs if run else min(theirs, MOST_CONTEXT))
+    source = choose_source(args.run, args.model, args.checkpoint)
+    text_name, text = open_text(args, source)  # What is not there is told before a model is loaded.
+    theirs = source.config.context_length
+    T = args.context_length or (min(theirs, MOST_CONTEXT) if args.model else theirs)
     if not args.context_length and theirs > T:
         print(f"windows of {T:,} tokens, of the model's {theirs:,}; --context-length takes more", file=sys.stderr)
     stride = T if args.stride is None else args.stride
-    model = with_context(model, T)
-    check(1 <= stride <= T, "stride", stride, f"between 1 and context_length = {T}")
+    check(T < 1 or 1 <= stride <= T, "stride", stride, f"between 1 and context_length = {T}")
+    runtime.setup()
+    model, params, tokenizer = load_model(source, T)
 
     scorer = Scorer(model, params, runtime.local_devices(), args.batch_size)
     if isinstance(text, Corpus):
@@ -74,7 +73,7 @@ def run_eval(args: EvalArgs) -> None:
         check_tokenizer(text_name, text, tokenizer)
         tally = evaluate_split(scorer, text.train if args.split == "train" else text.val, T, stride)
 
-    model_name = args.model or f"{run}, checkpoint {args.checkpoint}"
+    model_name = args.model or f"{source.where}, checkpoint {args.checkpoint}"
     if args.json:
         settings = {"model": model_name, "text": text_name, "context_length": T, "stride": stride}
         print(json.dumps({**settings, **report(tally)}, ensure_ascii=False))
@@ -82,11 +81,11 @@ def run_eval(args: EvalArgs) -> None:
         print_table(model_name, text_name, f"{T} tokens, {stride} from one to the next", report(tally))
 
 
-def open_text(args: EvalArgs, run: Path | None) -> tuple[str, Corpus | Dataset]:
+def open_text(args: EvalArgs, source: Source) -> tuple[str, Corpus | Dataset]:
     """What to evaluate on, and its name. Raises UserError when it is not there."""
     if args.text:
         return ", ".join(args.text), open_corpus(args.text, args.text_field)
-    folder = args.data if args.data or run is None else load_saved_config(run / "config.json").data.dir
+    folder = source.saved.data.dir if isinstance(source, RunSource) and not args.data else args.data
     return f"{folder}, {args.split}", open_dataset(Path(folder))
 
 

@@ -3,16 +3,16 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpt_jax.checkpoint import Checkpoints
-from gpt_jax.config import check, load_saved_config
+from gpt_jax.config import check
 from gpt_jax.errors import UserError
 from gpt_jax.export.model_card import model_card
 from gpt_jax.files import check_replaceable, replacing, save_json, whole_folder
 from gpt_jax.interop.save import StoredDType, generation_settings, in_a_family, model_settings, write_model
-from gpt_jax.sample.run import choose_step, load_model, newest_run
+from gpt_jax.run.checkpoint import Checkpoints, choose_step
+from gpt_jax.run.folder import RunFolder, newest_run
+from gpt_jax.run.load import load_model, open_run
 from gpt_jax.tokenizer.export import as_hugging_face, export_tokenizer
 from gpt_jax.tokenizer.published import encodes_as_qwen2
-from gpt_jax.train.metrics import read_records
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,14 @@ class ExportArgs:
 def run_export(args: ExportArgs) -> None:
     """The command. Raises UserError when the run cannot be read, no family of models computes what its model does, or
     the folder is there already."""
-    run, out = Path(args.run) if args.run else newest_run(), Path(args.out)
-    config = load_saved_config(run / "config.json")
+    run, out = RunFolder(Path(args.run)) if args.run else newest_run(), Path(args.out)
+    config = run.load_config()
     if (out / "checkpoints").exists() or (config.init_from and out.resolve() == Path(config.init_from).resolve()):
         raise UserError(f"{out} is a run, or the model that this one began with; choose another --out")
     check_replaceable(out, "generation_config.json", args.force)
-    with Checkpoints(run / "checkpoints", read_only=True) as checkpoints:
+    with Checkpoints(run.checkpoints, read_only=True) as checkpoints:
         step = choose_step(checkpoints, args.checkpoint)
-    model, params, tokenizer = load_model(run, str(step), "", args.context_length)
+    model, params, tokenizer = load_model(open_run(run, str(step)), args.context_length)
     exported, params, family = in_a_family(model.config, params)
     if family.model_type == "qwen2" and not encodes_as_qwen2(as_hugging_face(tokenizer)):
         raise UserError(
@@ -55,7 +55,7 @@ def run_export(args: ExportArgs) -> None:
             save_json(folder / "config.json", model_settings(family, exported, tokenizer, args.dtype))
             save_json(folder / "generation_config.json", generation_settings(tokenizer))
             export_tokenizer(tokenizer, folder, exported.context_length)
-            records = [record for record in read_records(run / "metrics.jsonl") if record["step"] <= step]
+            records = [record for record in run.records() if record["step"] <= step]
             card = model_card(out.name, config, records, exported)
             with replacing(folder / "README.md") as temporary:
                 temporary.write_text(card, encoding="utf-8")

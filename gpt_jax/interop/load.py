@@ -1,4 +1,4 @@
-"""A published model as one of ours: its configuration, its parameters, read tensor by tensor, and its tokenizer."""
+"""A published model as one of ours: its configuration, and its parameters, read tensor by tensor."""
 
 import dataclasses
 import re
@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from gpt_jax.config import HOW_IT_RUNS, LoraConfig, ModelConfig, check
+from gpt_jax.config import LoraConfig, ModelConfig
 from gpt_jax.errors import UserError
 from gpt_jax.interop.families import family_of
 from gpt_jax.interop.families.family import Family
@@ -16,31 +16,11 @@ from gpt_jax.interop.hub import find_model
 from gpt_jax.interop.layout import Layout
 from gpt_jax.interop.model_files import ModelFiles, open_model
 from gpt_jax.interop.weights import some
-from gpt_jax.model.backend import resolve
 from gpt_jax.model.gpt import GPT, Params, init_params
-from gpt_jax.runtime import local_devices, platform_name
 from gpt_jax.tokenizer.tokenizer import Tokenizer
 
-KEPT = (*HOW_IT_RUNS, "context_length")  # What a published model does not decide.
 PADDED_TO = 128  # Rows of the embedding become a multiple of it, for which matrix units are made.
 ALIGNMENT = 64  # Bytes. Arrays that begin at a multiple of it are used by XLA:CPU as they are, and not copied.
-
-
-def load_pretrained(name: str, context_length: int = 0) -> tuple[GPT, Params, Tokenizer]:
-    """A published model, its parameters on this machine's first device, and its tokenizer.
-
-    name: a folder, a .gguf file, or a name on the hub. context_length: in tokens; 0: the model's own. Raises UserError
-    naming what is missing, damaged or not supported.
-    """
-    files = open_named(name)
-    device = local_devices()[0]
-    theirs = their_config(files)
-    config = dataclasses.replace(theirs, context_length=context_length or theirs.context_length)
-    config = resolve(padded(config), platform_name(device))
-    check_context(config, theirs, files.where)
-    tokenizer = files.tokenizer()
-    check_tokenizer(tokenizer, config, files.where)
-    return GPT(config), load_params(files, config, on_device(device)), tokenizer
 
 
 def open_named(name: str) -> ModelFiles:
@@ -48,36 +28,9 @@ def open_named(name: str) -> ModelFiles:
     return open_model(find_model(name))
 
 
-def adopt(files: ModelFiles, config: ModelConfig, asks_context: bool = True) -> ModelConfig:
-    """`config` with the architecture of a published model; how it is run and trained, and its context, stay.
-
-    asks_context: whether somebody asked for that context; if not, it is no longer than the model's own. Raises
-    UserError when the model is of a family or has a setting that is not supported, or has learned fewer positions.
-    """
-    theirs = their_config(files)
-    ours: dict[str, Any] = {name: getattr(config, name) for name in KEPT}
-    if not asks_context:
-        ours["context_length"] = min(config.context_length, theirs.context_length)
-    adopted = padded(dataclasses.replace(theirs, **ours))
-    check_context(adopted, theirs, files.where)
-    return adopted
-
-
 def their_config(files: ModelFiles) -> ModelConfig:
     """The configuration of a published model, with its own context. Raises UserError for one that is not supported."""
     return family_of(files.config, files.where).to_config(files.config, files.where)
-
-
-def padded(config: ModelConfig) -> ModelConfig:
-    """`config` with a vocabulary that is padded for speed, unless it says how already."""
-    return dataclasses.replace(config, vocab_multiple=PADDED_TO) if config.vocab_multiple == 1 else config
-
-
-def check_context(config: ModelConfig, theirs: ModelConfig, where: str) -> None:
-    """Raises UserError when a model with learned positions is to have more of them than it has learned."""
-    if config.positions == "learned":
-        allowed = f"{theirs.context_length} at most: the positions in {where} are learned"
-        check(config.context_length <= theirs.context_length, "context_length", config.context_length, allowed)
 
 
 def check_architecture(config: ModelConfig, theirs: ModelConfig, where: str) -> None:
@@ -100,11 +53,6 @@ def check_tokenizer(tokenizer: Tokenizer, config: ModelConfig, where: str) -> No
             f"{where}: the tokenizer has {tokenizer.vocab_size} tokens and the model only {config.vocab_size}; "
             "they do not belong together"
         )
-
-
-def on_device(device: jax.Device) -> Callable[[Params], Any]:
-    """The shardings of a tree that lies on one device, for `load_params`."""
-    return lambda tree: jax.tree.map(lambda _: jax.sharding.SingleDeviceSharding(device), tree)
 
 
 def load_params(files: ModelFiles, config: ModelConfig, shardings: Callable[[Params], Any]) -> Params:

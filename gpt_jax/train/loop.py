@@ -4,8 +4,7 @@ import functools
 import json
 import signal
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +14,17 @@ import numpy as np
 import optax
 
 from gpt_jax import hosts, runtime
-from gpt_jax.checkpoint import Checkpoints, DamagedCheckpointError, tree_fingerprint
 from gpt_jax.config import Config, config_from_dict, config_to_dict
 from gpt_jax.data.loader import Prefetch, TrainBatches, eval_batches
 from gpt_jax.data.shards import Dataset
 from gpt_jax.errors import UserError
-from gpt_jax.files import locked, save_json
 from gpt_jax.model import lora
 from gpt_jax.model.backend import resolve
 from gpt_jax.model.gpt import GPT, Params, init_params
 from gpt_jax.placement import Placement, choose_placement
+from gpt_jax.run.checkpoint import Checkpoints, DamagedCheckpointError, tree_fingerprint
+from gpt_jax.run.folder import RunFolder
+from gpt_jax.run.load import open_source
 from gpt_jax.sample.generate import Settings, encode_prompt, generate
 from gpt_jax.train.metrics import FLOPS_FORMULA, Recorder, flops_per_token
 from gpt_jax.train.optimizer import learning_rate_schedule, make_optimizer
@@ -49,7 +49,7 @@ def train(config: Config, data: Dataset, resume: bool = False, profile: bool = F
 
     Raises UserError for what the user can mend, and Interrupted after SIGINT or SIGTERM, when the state is saved.
     """
-    run, seed = Path(config.out_dir), config.train.seed
+    run, seed = RunFolder(Path(config.out_dir)), config.train.seed
     placement = choose_placement(config.parallel, config.model, runtime.choose_devices(config))
     n_micro = placement.microbatches(config.data.batch_size, config.data.microbatch_size)
     rows = placement.rows(config.data.batch_size, n_micro)  # This host's.
@@ -62,7 +62,7 @@ def train(config: Config, data: Dataset, resume: bool = False, profile: bool = F
     train_step = placement.jit(step_fn, n_batch_args=1, donate=True)
     evaluate = make_evaluate(model, placement, data, config)
 
-    hosts.on_first(lambda: check_run_folder(run, resume))
+    hosts.on_first(lambda: run.check_usable(resume))
     peak = runtime.peak_flops(placement.devices[0].device_kind)
     describe_run(config, data, model, placement, n_micro, peak)
     meta: dict[str, Any] = {
@@ -75,9 +75,9 @@ def train(config: Config, data: Dataset, resume: bool = False, profile: bool = F
     encode_prompt(config.train.sample_prompt, data.tokenizer, config.model.context_length)  # Fails now, or never.
 
     with (
-        locked_on_first(run),
+        run.locked(),
         stop_signals() as stop,
-        Checkpoints(run / "checkpoints", config.train.keep_checkpoints) as checkpoints,
+        Checkpoints(run.checkpoints, config.train.keep_checkpoints) as checkpoints,
     ):
         pretrained = load_pretrained_params(config, model, placement, bool(resume and checkpoints.steps()))
         if model.config.lora.rank:
@@ -86,12 +86,12 @@ def train(config: Config, data: Dataset, resume: bool = False, profile: bool = F
         if state is None:
             state = first_state(model, optimizer, seed, placement, pretrained)
         del pretrained  # The state has it by now, and lets its memory be used for another.
-        hosts.on_first(lambda: write_run_folder(run, config, data))
+        hosts.on_first(lambda: run.write(config, data.tokenizer))
         steps = range(int(state.step), config.train.steps)
 
         with (
             Recorder(run, config, steps.start, peak and peak * placement.n_devices, hosts.is_first()) as recorder,
-            Trace(run / "profile" if profile and hosts.is_first() else None, steps) as trace,
+            Trace(run.profile if profile and hosts.is_first() else None, steps) as trace,
             Prefetch(lambda step: placement.split(batches(step, rows), n_micro), steps) as prefetched,
         ):
             for step, tokens in enumerate(prefetched, steps.start + 1):  # `step` counts the steps, this one included.
@@ -135,32 +135,6 @@ def events(config: Config, step: int) -> tuple[bool, bool, bool]:
     evaluates = last or every(config.train.eval_every)
     saves = last or every(config.train.checkpoint_every or config.train.eval_every)
     return evaluates, every(config.train.sample_every), saves
-
-
-@contextmanager
-def locked_on_first(run: Path) -> Iterator[None]:
-    """Keeps the run's folder to this run. Raises UserError, on all hosts, while another has it."""
-    with ExitStack() as stack:
-        hosts.on_first(lambda: stack.enter_context(locked(run, f"another process is training in {run}")))
-        yield
-
-
-def check_run_folder(run: Path, resume: bool) -> None:
-    """Raises UserError when the folder holds a run that would be lost, or none that could be resumed."""
-    exists = (run / "config.json").exists()
-    if exists and not resume:
-        raise UserError(f"{run} holds a run already; go on with it by --resume, or choose another --out-dir")
-    if resume and not exists:
-        raise UserError(f"{run} holds no run that could be resumed; leave out --resume to start one there")
-
-
-def write_run_folder(run: Path, config: Config, data: Dataset) -> None:
-    """Writes what `sample` needs besides a checkpoint: the tokenizer and the configuration."""
-    try:
-        data.tokenizer.save(run)
-        save_json(run / "config.json", config_to_dict(config))
-    except OSError as e:
-        raise UserError(f"the run's folder {run} cannot be written: {e.strerror}") from e
 
 
 def describe_run(
@@ -247,9 +221,7 @@ def load_pretrained_params(config: Config, model: GPT, placement: Placement, res
     is no such model, or a checkpoint has all parameters."""
     if not config.init_from or (resumes and not model.config.lora.rank):
         return None
-    from gpt_jax.interop.load import load_params, open_named
-
-    return load_params(open_named(config.init_from), model.config, placement.state_shardings)
+    return open_source(config.init_from).load_params(model.config, placement)
 
 
 DECIDE_THE_DATA_ORDER = ("data.batch_size", "train.seed")
@@ -331,11 +303,11 @@ def write_sample(model: GPT, placement: Placement, params: Params, data: Dataset
     return f"--- sample\n{config.train.sample_prompt}{result.text}\n---"
 
 
-def conclude(run: Path, recorder: Recorder) -> None:
+def conclude(run: RunFolder, recorder: Recorder) -> None:
     """Prints how the run came out, and what to do next."""
     evaluated = [record for record in recorder.records if "val_loss" in record]
     if evaluated:
         best = min(evaluated, key=lambda record: record["val_loss"])
         print(f"validation loss {evaluated[-1]['val_loss']:.4f}, best {best['val_loss']:.4f} at step {best['step']}")
-    curve = f"; its loss curve is {run / 'loss.png'}" if (run / "loss.png").exists() else ""
+    curve = f"; its loss curve is {run.loss_curve}" if run.loss_curve.exists() else ""
     print(f"the run is in {run}{curve}; read what it writes: python sample.py --run {run}")

@@ -1,9 +1,7 @@
 """What a run reports: the progress bar, metrics.jsonl, TensorBoard, Weights & Biases, the loss curve."""
 
 import importlib.util
-import json
 import math
-import os
 import secrets
 import sys
 import time
@@ -17,6 +15,8 @@ from tqdm import tqdm
 from gpt_jax.config import Config, ModelConfig, config_to_dict
 from gpt_jax.errors import UserError
 from gpt_jax.files import replacing
+from gpt_jax.run.folder import RunFolder
+from gpt_jax.run.records import RecordWriter
 from gpt_jax.train.step import StepMetrics
 
 FLOPS_FORMULA = "6 N (with adapters 4 N) + 12 H K FLOPs a key seen, a token (N: parameters in products; T / 2 keys)"
@@ -42,37 +42,19 @@ def keys_seen(config: ModelConfig) -> float:
     return sum(window * (1 - window / (2 * T)) if sliding else T / 2 for sliding in config.sliding)
 
 
-def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl, up to the first line that is not whole; none where there is no file."""
-    records: list[dict[str, Any]] = []
-    for line in path.read_bytes().splitlines() if path.exists() else []:
-        try:
-            record = json.loads(line)
-        except ValueError:  # Also where it is not UTF-8.
-            break
-        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-            break
-        records.append(record)
-    return records
-
-
 class Recorder:
     """Takes the metrics of every step and reports them. A context manager; leaving it closes the files.
 
     Metrics are read one step late: by then the device has the next step to work on, and does not wait for the host.
-    `start` is the step that the run goes on from: later records, of a run that was killed after its last checkpoint,
-    are dropped, since they will be made again.
+    `start` is the step that the run goes on from.
     """
 
-    def __init__(self, run: Path, config: Config, start: int, peak_flops: float | None, writes: bool = True) -> None:
+    def __init__(
+        self, run: RunFolder, config: Config, start: int, peak_flops: float | None, writes: bool = True
+    ) -> None:
         self.run, self.config, self.peak_flops, self.writes = run, config, peak_flops, writes
         self.tokens_per_step = config.data.batch_size * config.model.context_length
-        self.path = run / "metrics.jsonl"
-        self.records = [record for record in read_records(self.path) if record["step"] <= start]
-        if writes:
-            with replacing(self.path) as temporary:
-                temporary.write_text("".join(json.dumps(record) + "\n" for record in self.records), encoding="utf-8")
-        self.file = (self.path if writes else Path(os.devnull)).open("a", encoding="utf-8")
+        self.written = RecordWriter(run.metrics_file, start, writes)
         self.writer = tensorboard_writer(run, start) if writes and config.train.tensorboard else None
         self.wandb = wandb_run(run, config) if writes and config.train.wandb_project else None
 
@@ -86,6 +68,11 @@ class Recorder:
             total=config.train.steps, initial=start, unit="step", disable=None, dynamic_ncols=True, smoothing=0.1
         )
 
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        """All records of the run so far."""
+        return self.written.records
+
     def __enter__(self) -> "Recorder":
         return self
 
@@ -95,7 +82,7 @@ class Recorder:
                 self.flush()
         finally:
             self.bar.close()
-            self.file.close()
+            self.written.close()
             if self.writer:
                 self.writer.close()
             if self.wandb:
@@ -165,13 +152,7 @@ class Recorder:
         mfu = rate * flops / self.peak_flops if rate and self.peak_flops else None
         record |= {"tokens_per_second": rate, "step_ms": seconds and seconds * 1e3, "mfu": mfu}
         self.elapsed, self.timed_steps = 0.0, 0
-        self.records.append(record)
-        try:
-            self.file.write(json.dumps(record) + "\n")
-            self.file.flush()
-        except OSError as e:
-            raise UserError(f"{self.path} cannot be written: {e.strerror}") from e
-
+        self.written.append(record)
         scalars = {name: value for name, value in record.items() if name != "step" and value is not None}
         if self.writer:
             for name, value in scalars.items():
@@ -189,8 +170,7 @@ class Recorder:
     def sync(self) -> None:
         """Brings the records to the disk: a checkpoint must not outlive those that lead up to it."""
         self.flush()
-        if self.writes:
-            os.fsync(self.file.fileno())
+        self.written.sync()
 
     @contextmanager
     def off_the_clock(self) -> Iterator[None]:
@@ -204,7 +184,7 @@ class Recorder:
     def plot(self) -> None:
         """Draws loss.png, if matplotlib is installed."""
         if self.writes and importlib.util.find_spec("matplotlib") is not None:
-            plot_losses(self.records, self.run / "loss.png")
+            plot_losses(self.records, self.run.loss_curve)
 
 
 def check_finite(step: int, **values: float) -> None:
@@ -260,27 +240,27 @@ def plot_losses(records: list[dict[str, Any]], path: Path) -> None:
     plt.close(figure)
 
 
-def tensorboard_writer(run: Path, start: int) -> Any:
+def tensorboard_writer(run: RunFolder, start: int) -> Any:
     """A TensorBoard writer into the run's folder; points after `start` that a killed run left are hidden."""
     try:
         from tensorboardX import SummaryWriter
     except ImportError:
         raise UserError("train.tensorboard needs tensorboardX: pip install 'gpt-jax[tensorboard]'") from None
-    return SummaryWriter(str(run / "tensorboard"), purge_step=start + 1 if start else None)
+    return SummaryWriter(str(run.tensorboard), purge_step=start + 1 if start else None)
 
 
-def wandb_run(run: Path, config: Config) -> Any:
+def wandb_run(run: RunFolder, config: Config) -> Any:
     """A Weights & Biases run of the same name as the folder, continued when the run is."""
     try:
         import wandb
     except ImportError:
         raise UserError("train.wandb_project needs wandb: pip install 'gpt-jax[wandb]'") from None
-    identity = run / "wandb_id"
+    identity = run.wandb_id
     if not identity.exists():
         identity.write_text(secrets.token_hex(8))
     return wandb.init(
         project=config.train.wandb_project,
-        name=run.name,
+        name=run.path.name,
         id=identity.read_text(),
         resume="allow",
         config=config_to_dict(config),

@@ -16,8 +16,7 @@ from gpt_jax.config import ModelConfig, RopeConfig
 from gpt_jax.errors import UserError
 from gpt_jax.evaluate import run as evaluate_run
 from gpt_jax.evaluate.run import EvalArgs, run_eval
-from gpt_jax.model.gpt import GPT
-from gpt_jax.sample.run import with_context
+from gpt_jax.run.load import with_context
 from tests.cli import ROOT, TINY, records, refused, run
 from tests.interop.models import publish
 
@@ -141,9 +140,9 @@ def test_a_text_of_one_token(trained: Path, tmp_path: Path, capsys: pytest.Captu
 
 
 def test_rotary_positions_take_any_context() -> None:
-    rotary = GPT(ModelConfig(context_length=16, positions="rotary", rope=RopeConfig(scaling="yarn", factor=4.0)))
+    rotary = ModelConfig(context_length=16, positions="rotary", rope=RopeConfig(scaling="yarn", factor=4.0))
     for context_length in (8, 64):
-        config = with_context(rotary, context_length).config
+        config = with_context(rotary, context_length, "model")
         assert config.context_length == context_length
         assert config.rope == RopeConfig(scaling="yarn", factor=4.0, original_context=16)  # Stretched as before.
 

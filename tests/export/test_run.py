@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gpt_jax.interop import save
-from gpt_jax.sample.run import load_run
+from gpt_jax.run.load import load_model, open_source
 from tests.cli import ROOT, TINY, refused, run
 
 torch = pytest.importorskip("torch")
@@ -42,7 +42,7 @@ def export(trained: Path, out: Path, *flags: str) -> tuple[Any, Any]:
 def test_transformers_reads_and_writes_as_we_do(trained: Path, tmp_path: Path) -> None:
     """The same tokens of a text, and the same greedy continuation of it, until the context is full."""
     model, tokenizer = export(trained, tmp_path / "exported")
-    _, _, ours = load_run(trained)
+    _, _, ours = load_model(open_source(str(trained)))
     assert tokenizer(TEXT)["input_ids"] == ours.encode(TEXT)
     assert tokenizer.decode(ours.encode(TEXT)) == ours.decode(ours.encode(TEXT))
     prompt = "The"

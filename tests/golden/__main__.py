@@ -95,7 +95,8 @@ def write(path: Path) -> None:
         train("llama-context", "--data.dir", data, *SMALL, *LLAMA, "--parallel.fsdp=2", "--parallel.context=2")
         windows = train("windows", "--data.dir", data, *SMALL, *LLAMA, *WINDOWS, "--parallel.devices=1")
         command("export", "--run", llama, "--out", published)
-        adapters = train("adapters", "--data.dir", data, *SMALL[3:], *ADAPTERS, "--init-from", published)
+        command("prepare", "python-docs", "--out", folder / "adapted", "--tokenizer", published)
+        adapters = train("adapters", "--data.dir", folder / "adapted", *SMALL[3:], *ADAPTERS, "--init-from", published)
         train("chunked-loss", "--data.dir", data, *SMALL, "--model.loss-chunk=100", "--parallel.devices=2")
 
         models = {"quickstart": quickstart, "llama": llama, "windows": windows, "adapters": adapters}

@@ -12,12 +12,13 @@ import pytest
 
 from gpt_jax.config import AttentionName, ModelConfig
 from gpt_jax.interop.families import FAMILIES, family_for
-from gpt_jax.interop.load import load_params, on_device, padded, their_config
+from gpt_jax.interop.load import PADDED_TO, load_params, their_config
 from gpt_jax.interop.model_files import ModelFiles, open_model
 from gpt_jax.interop.save import in_a_family, write_model
 from gpt_jax.model.backend import resolve
 from gpt_jax.model.cache import init_cache
 from gpt_jax.model.gpt import GPT, Params, forward, forward_cached, logits_NV, unstack
+from gpt_jax.placement import Placement
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -92,8 +93,8 @@ def published(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 
 def load(files: ModelFiles, **changes: Any) -> tuple[GPT, Params]:
-    config = dataclasses.replace(resolve(padded(their_config(files)), "cpu"), **changes)
-    return GPT(config), load_params(files, config, on_device(jax.devices()[0]))
+    config = dataclasses.replace(resolve(their_config(files), "cpu"), vocab_multiple=PADDED_TO, **changes)
+    return GPT(config), load_params(files, config, Placement(jax.devices()[:1]).state_shardings)
 
 
 def our_logits(model: GPT, params: Params, tokens: np.ndarray) -> np.ndarray:

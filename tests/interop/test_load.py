@@ -14,9 +14,11 @@ from gpt_jax.config import Config, LoraConfig, ModelConfig, RopeConfig, RopeScal
 from gpt_jax.errors import UserError
 from gpt_jax.files import save_json
 from gpt_jax.interop.families import family_for
-from gpt_jax.interop.load import adopt, aligned, load_params, load_pretrained, on_device, open_named, their_config
+from gpt_jax.interop.load import aligned, load_params, open_named, their_config
 from gpt_jax.model.gpt import GPT, Params, forward, logits_NV
 from gpt_jax.model.rope import frequencies, plain
+from gpt_jax.placement import Placement
+from gpt_jax.run.load import adopt, load_model, open_source
 from tests.cli import refused
 from tests.interop.models import LLAMA, publish
 
@@ -45,7 +47,7 @@ def logits(model: GPT, params: Params, tokens: jax.Array) -> np.ndarray:
 
 def test_the_vocabulary_is_padded_with_zeros(llama: tuple[Path, Params]) -> None:
     folder, original = llama
-    model, params, tokenizer = load_pretrained(str(folder))
+    model, params, tokenizer = load_model(open_source(str(folder)))
     assert model.config.embedding_rows == 384
     assert model.config.vocab_size == tokenizer.vocab_size == 261
     for name in ("tokens_VD", "head_VD"):
@@ -77,16 +79,16 @@ def test_one_cpu_device_takes_the_memory_that_was_read_into() -> None:
 
 def test_a_shorter_context_crops_learned_positions(tmp_path: Path) -> None:
     original = publish(tmp_path, GPT2)
-    model, params, _ = load_pretrained(str(tmp_path), context_length=8)
+    model, params, _ = load_model(open_source(str(tmp_path)), 8)
     assert params["positions_TD"].shape == (8, 32)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 261, (2, 8)))
     np.testing.assert_allclose(logits(model, params, tokens), logits(GPT(GPT2), original, tokens), atol=1e-5, rtol=0)
-    with pytest.raises(UserError, match="32 at most"):
-        load_pretrained(str(tmp_path), context_length=33)
+    with pytest.raises(UserError, match="at most 32"):
+        load_model(open_source(str(tmp_path)), 33)
 
 
 def test_a_longer_context_where_positions_rotate(llama: tuple[Path, Params]) -> None:
-    model, params, _ = load_pretrained(str(llama[0]), context_length=100)
+    model, params, _ = load_model(open_source(str(llama[0])), 100)
     tokens = jnp.zeros((1, 100), jnp.int32)
     assert np.all(np.isfinite(logits(model, params, tokens)))
 
@@ -104,11 +106,11 @@ def test_dynamic_scaling_depends_on_the_context(llama: tuple[Path, Params], tmp_
 def test_training_keeps_its_own_settings(llama: tuple[Path, Params]) -> None:
     """The architecture is the published model's; dropout, adapters and how it runs are the configuration's."""
     wanted = ModelConfig(context_length=16, dropout=0.1, remat="full", lora=LoraConfig(rank=2), n_layer=7)
-    config = adopt(open_named(str(llama[0])), wanted)
+    config = adopt(open_source(str(llama[0])), wanted)
     assert (config.n_layer, config.n_kv_head, config.positions) == (2, 2, "rotary")
     assert (config.context_length, config.dropout, config.remat, config.lora.rank) == (16, 0.1, "full", 2)
-    assert adopt(open_named(str(llama[0])), ModelConfig(), asks_context=False).context_length == 32
-    assert adopt(open_named(str(llama[0])), ModelConfig()).context_length == 1024
+    assert adopt(open_source(str(llama[0])), ModelConfig(), asks_context=False).context_length == 32
+    assert adopt(open_source(str(llama[0])), ModelConfig()).context_length == 1024
 
 
 @pytest.mark.parametrize(("flags", "context"), [([], 32), (["--model.context-length=1024"], 1024)], ids=str)
@@ -122,7 +124,7 @@ def test_wrong_tensors_are_named_all_at_once(llama: tuple[Path, Params], tmp_pat
     tensors = (folder / "model.safetensors").read_bytes().replace(b"model.norm.weight", b"model.name.weight")
     (folder / "model.safetensors").write_bytes(tensors)
     with pytest.raises(UserError) as caught:
-        load_params(open_named(str(folder)), LLAMA, on_device(DEVICE))
+        load_params(open_named(str(folder)), LLAMA, Placement([DEVICE]).state_shardings)
     message = str(caught.value)
     assert "missing: model.norm.weight, model.layers.2." in message
     assert "more; not known: model.name.weight; of another shape: " in message
@@ -171,7 +173,7 @@ def test_settings_that_are_not_supported(
 ) -> None:
     folder = copied(llama[0], tmp_path, **settings)
     with pytest.raises(UserError) as caught:
-        load_pretrained(str(folder))
+        load_model(open_source(str(folder)))
     assert told in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -189,7 +191,7 @@ def test_another_architecture_than_the_files_have_is_refused(
     """As when a run goes on with adapters, and its model was replaced by another one."""
     config = dataclasses.replace(LLAMA, **changes)
     with pytest.raises(UserError, match=rf"model\.{next(iter(changes))} is .* there and .* here"):
-        load_params(open_named(str(llama[0])), config, on_device(DEVICE))
+        load_params(open_named(str(llama[0])), config, Placement([DEVICE]).state_shardings)
 
 
 def test_equal_models_have_equal_architectures() -> None:

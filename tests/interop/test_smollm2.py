@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt_jax.interop.load import load_pretrained
 from gpt_jax.model.gpt import GPT, Params, forward, logits_NV
+from gpt_jax.run.load import load_model, open_source
 from gpt_jax.sample.decode import Filters
 from gpt_jax.sample.generate import Settings, generate
 from gpt_jax.tokenizer.tokenizer import Tokenizer
@@ -36,7 +36,7 @@ PROMPTS = [
 
 @pytest.fixture(scope="module")
 def ours(smollm2_gguf: Path) -> tuple[GPT, Params, Tokenizer]:
-    return load_pretrained(str(smollm2_gguf), context_length=512)
+    return load_model(open_source(str(smollm2_gguf)), 512)
 
 
 @pytest.fixture(scope="module")

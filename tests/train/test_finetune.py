@@ -10,10 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt_jax.checkpoint import Checkpoints
-from gpt_jax.interop.load import load_pretrained
 from gpt_jax.model.gpt import forward, logits_NV
-from gpt_jax.sample.run import load_run
+from gpt_jax.run.checkpoint import Checkpoints
+from gpt_jax.run.load import load_model, open_source
 from gpt_jax.tokenizer.export import export_tokenizer
 from gpt_jax.tokenizer.published import gguf_tokenizer
 from tests.cli import records, refused, run
@@ -128,7 +127,7 @@ def test_export_and_load_again(adapted: Path, base: Path, tmp_path: Path) -> Non
     run("export", "--run", adapted, "--out", out, "--force", "--dtype", "bfloat16", *longer, "--checkpoint", 4)
     assert "| steps | 4 of 8 |" in (out / "README.md").read_text(encoding="utf-8")
     assert json.loads((out / "config.json").read_text())["max_position_embeddings"] == 32
-    _, params, _ = load_pretrained(str(out))
+    _, params, _ = load_model(open_source(str(out)))
     rounded = np.asarray(params["tokens_VD"])
     assert np.array_equal(rounded, rounded.astype("bfloat16").astype(np.float32))
 
@@ -141,7 +140,7 @@ def test_transformers_opens_the_export_of_adapters(adapted: Path, tmp_path: Path
     run("export", "--run", adapted, "--out", out)
     theirs, report = transformers.AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not any(report[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    model, params, tokenizer = load_run(adapted)
+    model, params, tokenizer = load_model(open_source(str(adapted)))
     ids = tokenizer.encode("the cat sat on 语")
     assert transformers.AutoTokenizer.from_pretrained(out)("the cat sat on 语").input_ids == ids
     tokens = np.array([ids[:16]])

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt_jax.checkpoint import Checkpoints, checksum
 from gpt_jax.config import LoraConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from gpt_jax.errors import UserError
 from gpt_jax.model.attention import causal_attention, causal_by_mask, causal_by_splash
 from gpt_jax.model.gpt import GPT, forward, init_params
 from gpt_jax.placement import MeshPlacement, Placement, choose_placement, in_place
+from gpt_jax.run.checkpoint import Checkpoints, checksum
 from gpt_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from gpt_jax.train.step import StepMetrics, TrainState, init_state, make_eval_step, make_train_step
 

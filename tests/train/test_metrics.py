@@ -11,8 +11,10 @@ import pytest
 from gpt_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from gpt_jax.errors import UserError
 from gpt_jax.model.presets import GPT2
+from gpt_jax.run.folder import RunFolder
+from gpt_jax.run.records import read_records
 from gpt_jax.train import metrics as metrics_module
-from gpt_jax.train.metrics import Recorder, flops_per_token, read_records
+from gpt_jax.train.metrics import Recorder, flops_per_token
 from gpt_jax.train.step import StepMetrics
 
 CONFIG = Config(
@@ -138,7 +140,7 @@ def lines(run: Path) -> list[dict[str, Any]]:
 def test_records_are_written_when_due(tmp_path: Path, clock: Clock) -> None:
     config = dataclasses.replace(CONFIG, train=TrainConfig(steps=11, log_every=4))
     device = Device(clock)
-    with Recorder(tmp_path, config, 0, None) as recorder:
+    with Recorder(RunFolder(tmp_path), config, 0, None) as recorder:
         for step in range(1, 12):
             recorder.submit(step, device.step(1.0, loss=1 / step, grad_norm=step / 7))
             if step == 6:
@@ -164,7 +166,7 @@ def test_speed_is_the_mean_since_the_last_record(
 ) -> None:
     peak = 1e4
     device = Device(clock)
-    with Recorder(tmp_path, CONFIG, 0, peak) as recorder:
+    with Recorder(RunFolder(tmp_path), CONFIG, 0, peak) as recorder:
         for step, seconds in enumerate((30.0, 1.0, 2.0, 3.0, 0.25, 0.75), 1):
             recorder.submit(step, device.step(seconds))
     assert "first step: 30.0 s, compilation included" in capsys.readouterr().out
@@ -180,7 +182,7 @@ def test_speed_is_the_mean_since_the_last_record(
 def test_the_device_works_while_the_host_reports(tmp_path: Path, clock: Clock) -> None:
     """Metrics are read one step late, so that time on the host is not added to that of a step."""
     device = Device(clock)
-    with Recorder(tmp_path, CONFIG, 0, None) as recorder:
+    with Recorder(RunFolder(tmp_path), CONFIG, 0, None) as recorder:
         for step in range(1, 42):
             metrics = device.step(1.0)
             clock.now += 0.9  # What the host has to do for a step, after it was dispatched.
@@ -191,7 +193,7 @@ def test_the_device_works_while_the_host_reports(tmp_path: Path, clock: Clock) -
 
 def test_time_off_the_clock_is_not_counted(tmp_path: Path, clock: Clock) -> None:
     device = Device(clock)
-    with Recorder(tmp_path, CONFIG, 0, None) as recorder:
+    with Recorder(RunFolder(tmp_path), CONFIG, 0, None) as recorder:
         for step in range(1, 9):
             recorder.submit(step, device.step(1.0))
             if step in (3, 4, 7):
@@ -204,7 +206,7 @@ def test_time_off_the_clock_is_not_counted(tmp_path: Path, clock: Clock) -> None
 
 
 def test_time_off_the_clock_ends_with_an_error(tmp_path: Path, clock: Clock) -> None:
-    with Recorder(tmp_path, CONFIG, 0, None) as recorder:
+    with Recorder(RunFolder(tmp_path), CONFIG, 0, None) as recorder:
         before = recorder.clock
 
         def fail() -> None:
@@ -221,7 +223,7 @@ def test_records_after_the_step_that_is_resumed_are_dropped(tmp_path: Path, cloc
     older = "".join(json.dumps({"step": step, "loss": float(step)}) + "\n" for step in range(1, 7))
     (tmp_path / "metrics.jsonl").write_text(older + '{"step": 7, "lo')
     device = Device(clock)
-    with Recorder(tmp_path, CONFIG, 4, None) as recorder:
+    with Recorder(RunFolder(tmp_path), CONFIG, 4, None) as recorder:
         assert [record["step"] for record in lines(tmp_path)] == [1, 2, 3, 4]
         for step in range(5, 9):
             recorder.submit(step, device.step(1.0))
@@ -249,7 +251,7 @@ def test_a_step_that_is_not_finite_is_named_and_not_written(
     device = Device(clock)
 
     def train() -> None:
-        with Recorder(tmp_path, CONFIG, 0, None) as recorder:
+        with Recorder(RunFolder(tmp_path), CONFIG, 0, None) as recorder:
             recorder.submit(1, device.step(1.0))
             recorder.submit(2, device.step(1.0, **values))
             recorder.submit(3, device.step(1.0))
@@ -263,7 +265,7 @@ def test_an_evaluation_that_is_not_finite_is_named_and_not_written(tmp_path: Pat
     device = Device(clock)
 
     def train() -> None:
-        with Recorder(tmp_path, CONFIG, 0, None) as recorder:
+        with Recorder(RunFolder(tmp_path), CONFIG, 0, None) as recorder:
             recorder.submit(1, device.step(1.0))
             recorder.submit(2, device.step(1.0))
             recorder.settle()
@@ -280,7 +282,7 @@ def test_the_losses_are_drawn(tmp_path: Path, clock: Clock, evaluated: bool) -> 
     from matplotlib import image
 
     device = Device(clock)
-    with Recorder(tmp_path, CONFIG, 0, None) as recorder:
+    with Recorder(RunFolder(tmp_path), CONFIG, 0, None) as recorder:
         for step in range(1, 9):
             recorder.submit(step, device.step(1.0, loss=4 / step))
             if evaluated and step % 4 == 0:

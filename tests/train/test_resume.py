@@ -11,11 +11,11 @@ import jax
 import numpy as np
 import pytest
 
-from gpt_jax.checkpoint import Checkpoints
 from gpt_jax.config import load_saved_config
 from gpt_jax.model.backend import resolve
 from gpt_jax.model.gpt import GPT
 from gpt_jax.placement import Placement
+from gpt_jax.run.checkpoint import Checkpoints
 from gpt_jax.train.optimizer import make_optimizer
 from gpt_jax.train.step import init_state
 from tests.cli import TINY, records, run, start

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt_jax.checkpoint import CHUNK_BYTES, Checkpoints, DamagedCheckpointError, named_checksums
 from gpt_jax.errors import UserError
 from gpt_jax.placement import Placement
+from gpt_jax.run.checkpoint import CHUNK_BYTES, Checkpoints, DamagedCheckpointError, named_checksums
 
 
 def make(seed: int) -> tuple[Any, Any]:
@@ -52,7 +52,7 @@ def test_what_was_saved_is_restored_on_any_number_of_devices(tmp_path: Path, n_d
 
 def test_arrays_are_written_in_chunks_and_read_within_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """So that a host that restores a part of an array has not to read, and hold, all of it, nor all arrays at once."""
-    monkeypatch.setattr("gpt_jax.checkpoint.READ_AT_ONCE_GB", 0.02)  # One of the two arrays, and the other waits.
+    monkeypatch.setattr("gpt_jax.run.checkpoint.READ_AT_ONCE_GB", 0.02)  # One of the two arrays, and the other waits.
     tree = {name: jnp.full((4, 1024, 1024), value) for name, value in {"a": 1.0, "b": 2.0}.items()}
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, tree, tree, {"config": {}, "tokenizer": "", "data": ""}, None)
@@ -61,7 +61,7 @@ def test_arrays_are_written_in_chunks_and_read_within_bounds(tmp_path: Path, mon
             for leaf in jax.tree.leaves(checkpoints.restore_metadata(1, item)):
                 assert np.prod(leaf.storage.chunk_shape) * 4 <= CHUNK_BYTES
         assert_equal(checkpoints.restore(1, "params", target(tree, 8)), tree)
-        monkeypatch.setattr("gpt_jax.checkpoint.READ_AT_ONCE_GB", 0.01)
+        monkeypatch.setattr("gpt_jax.run.checkpoint.READ_AT_ONCE_GB", 0.01)
         with pytest.raises(DamagedCheckpointError, match="Requested more bytes than we reserved space for"):
             checkpoints.restore(1, "params", target(tree, 8))
 

@@ -235,6 +235,32 @@ class Checkpoints:
         return value
 
 
+def latest_step(folder: Path) -> int:
+    """The last step that has a complete checkpoint in `folder`, found without starting the devices, as orbax does.
+
+    Raises UserError when there is none.
+    """
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []  # Unfinished ones have other names.
+    steps = [int(name) for name in names if name.isdecimal()]
+    if not steps:
+        raise UserError(f"{folder} has no checkpoint yet; train for longer")
+    return max(steps)
+
+
+def choose_step(checkpoints: Checkpoints, name: str) -> int:
+    """The step that "latest", "best" or a number stands for. Raises UserError when there is no such checkpoint."""
+    latest, steps = latest_step(checkpoints.folder), checkpoints.steps()
+    if name == "latest":
+        return latest
+    if name == "best":
+        best = checkpoints.best_step()
+        return latest if best is None else best
+    if not name.isdecimal() or int(name) not in steps:
+        there = ", ".join(map(str, steps))
+        raise UserError(f"there is no checkpoint {name} in {checkpoints.folder}; there are latest, best, {there}")
+    return int(name)
+
+
 def first_line(e: BaseException) -> str:
     """The type and the beginning of the message of an exception of a library, in one line."""
     lines = str(e).splitlines() or [""]

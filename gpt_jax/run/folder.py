@@ -1,0 +1,119 @@
+"""What lies in a run's folder, under which names; and who may write there.
+
+    config.json      the configuration, every field spelled out
+    tokenizer.*      the tokenizer's files
+    metrics.jsonl    one JSON object a logged step
+    loss.png         the loss curve
+    checkpoints/     STEP/{params,opt_state,meta}; what could not be read is moved to damaged/ beside it
+    profile/         a profiler trace, with --profile
+    tensorboard/     event files, with train.tensorboard
+    wandb_id         which run of Weights & Biases this is, with train.wandb_project
+
+`sample.py` needs the first two and a checkpoint.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gpt_jax import hosts
+from gpt_jax.config import Config, config_to_dict, load_saved_config
+from gpt_jax.errors import UserError
+from gpt_jax.files import locked, save_json
+from gpt_jax.run.records import read_records
+from gpt_jax.tokenizer.load import load_tokenizer
+from gpt_jax.tokenizer.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of one run, which may not be there yet."""
+
+    path: Path
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def config_file(self) -> Path:
+        """The configuration, whose presence makes a folder a run."""
+        return self.path / "config.json"
+
+    @property
+    def metrics_file(self) -> Path:
+        """The records of the steps that were logged."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def loss_curve(self) -> Path:
+        """The plot of the losses."""
+        return self.path / "loss.png"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of the checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def profile(self) -> Path:
+        """The folder of a profiler trace."""
+        return self.path / "profile"
+
+    @property
+    def tensorboard(self) -> Path:
+        """The folder of TensorBoard's event files."""
+        return self.path / "tensorboard"
+
+    @property
+    def wandb_id(self) -> Path:
+        """The file with the identity of this run at Weights & Biases."""
+        return self.path / "wandb_id"
+
+    def load_config(self) -> Config:
+        """The configuration that was saved. Raises UserError when the folder is no run, or the file is damaged."""
+        return load_saved_config(self.config_file)
+
+    def load_tokenizer(self) -> Tokenizer:
+        """The tokenizer that was saved. Raises UserError when it is missing or damaged."""
+        return load_tokenizer(self.path)
+
+    def records(self) -> list[dict[str, Any]]:
+        """The records that were written, none where there are none yet."""
+        return read_records(self.metrics_file)
+
+    def check_usable(self, resume: bool) -> None:
+        """Raises UserError when the folder holds a run that would be lost, or none that could be resumed."""
+        exists = self.config_file.exists()
+        if exists and not resume:
+            raise UserError(f"{self} holds a run already; go on with it by --resume, or choose another --out-dir")
+        if resume and not exists:
+            raise UserError(f"{self} holds no run that could be resumed; leave out --resume to start one there")
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps the folder to this process, made if need be. Of several hosts, the first one locks it.
+
+        Raises UserError, on all hosts, while another process has it.
+        """
+        with ExitStack() as stack:
+            message = f"another process is training in {self}"
+            hosts.on_first(lambda: stack.enter_context(locked(self.path, message)))
+            yield
+
+    def write(self, config: Config, tokenizer: Tokenizer) -> None:
+        """Writes what `sample` needs besides a checkpoint: the tokenizer and the configuration."""
+        try:
+            tokenizer.save(self.path)
+            save_json(self.config_file, config_to_dict(config))
+        except OSError as e:
+            raise UserError(f"the run's folder {self} cannot be written: {e.strerror}") from e
+
+
+def newest_run(folder: Path = Path("runs")) -> RunFolder:
+    """The run below `folder` that was written to last. Raises UserError when there is none."""
+    runs = [run for run in map(RunFolder, folder.glob("*")) if run.metrics_file.exists()]
+    if not runs:
+        raise UserError(f"there is no run in {folder.absolute()}; train one with train.py, or name one with --run")
+    return max(runs, key=lambda run: run.metrics_file.stat().st_mtime)

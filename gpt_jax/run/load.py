@@ -1,0 +1,248 @@
+"""One way from a name, of a run's folder or of a published model, to the model, its parameters and its tokenizer.
+
+Whoever samples, evaluates or exports asks for all of it on one device; who trains from it, for the parameters where
+they are to lie.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import jax
+
+from gpt_jax.config import HOW_IT_RUNS, Config, LoraConfig, ModelConfig, check
+from gpt_jax.errors import UserError
+from gpt_jax.interop import load as interop
+from gpt_jax.interop.load import open_named
+from gpt_jax.interop.model_files import ModelFiles
+from gpt_jax.model.backend import resolve
+from gpt_jax.model.gpt import GPT, Params, init_params
+from gpt_jax.model.lora import fold, join, split
+from gpt_jax.placement import Placement
+from gpt_jax.run.checkpoint import Checkpoints, choose_step, latest_step, tree_fingerprint
+from gpt_jax.run.folder import RunFolder, newest_run
+from gpt_jax.runtime import local_devices, platform_name
+from gpt_jax.tokenizer.tokenizer import Tokenizer
+
+KEPT = (*HOW_IT_RUNS, "context_length")
+"""Fields of ModelConfig that a model to start from does not decide."""
+
+
+class Source(Protocol):
+    """A model on the disk, of which nothing large has been read yet."""
+
+    @property
+    def where(self) -> str:
+        """The folder or file, for messages."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """Its configuration, with its own context, and without adapters, which are folded into the matrices."""
+
+    @property
+    def pinned(self) -> str:
+        """A name that means the same model from any folder, and later."""
+
+    def tokenizer(self) -> Tokenizer:
+        """Its tokenizer. Raises UserError when it is missing, damaged, or has ids that the model does not know."""
+
+    def vocab_multiple(self, asked: int) -> int:
+        """What the rows of the embedding are filled up to a multiple of, where `asked` is configured; 1 asks nothing.
+
+        Raises UserError when the parameters cannot be loaded so.
+        """
+
+    def check(self) -> None:
+        """Raises UserError unless the parameters are there, with the shapes that the configuration asks for."""
+
+    def load_params(self, config: ModelConfig, placement: Placement) -> Params:
+        """The parameters, float32, in the place of a state's: those of `config`, which is of the same architecture and
+        may have a shorter context, without its adapters. Raises UserError."""
+
+
+@dataclass(frozen=True)
+class PublishedSource:
+    """A published model."""
+
+    name: str  # As it was named: the folder, the file, or the repository on the hub.
+    files: ModelFiles
+
+    @property
+    def where(self) -> str:
+        """See Source."""
+        return self.files.where
+
+    @property
+    def pinned(self) -> str:
+        """See Source."""
+        path = Path(self.name).expanduser()
+        return str(path.absolute()) if path.exists() else self.name
+
+    @property
+    def config(self) -> ModelConfig:
+        """See Source."""
+        return interop.their_config(self.files)
+
+    def tokenizer(self) -> Tokenizer:
+        """See Source."""
+        tokenizer = self.files.tokenizer()
+        interop.check_tokenizer(tokenizer, self.config, self.where)
+        return tokenizer
+
+    def vocab_multiple(self, asked: int) -> int:
+        """See Source."""
+        return interop.PADDED_TO if asked == 1 else asked
+
+    def check(self) -> None:
+        """See Source."""
+        interop.check_files(self.files)
+
+    def load_params(self, config: ModelConfig, placement: Placement) -> Params:
+        """See Source."""
+        return interop.load_params(self.files, config, placement.state_shardings)
+
+
+@dataclass(frozen=True)
+class RunSource:
+    """A checkpoint of a run. Only loading its parameters starts the devices, which may not be set up before that."""
+
+    folder: RunFolder
+    saved: Config  # The run's configuration.
+    checkpoint: str  # "latest", "best" (the lowest validation loss) or a step.
+
+    @property
+    def where(self) -> str:
+        """See Source."""
+        return str(self.folder)
+
+    @property
+    def pinned(self) -> str:
+        """See Source: the folder of a checkpoint, since the run may go on and have others."""
+        step = self.checkpoint if self.checkpoint.isdecimal() else str(latest_step(self.folder.checkpoints))
+        return str((self.folder.checkpoints / step).absolute())
+
+    @property
+    def config(self) -> ModelConfig:
+        """See Source. Whatever attention it was trained with, there may be another here."""
+        return dataclasses.replace(self.saved.model, attention="auto", lora=LoraConfig())
+
+    def tokenizer(self) -> Tokenizer:
+        """See Source."""
+        return self.folder.load_tokenizer()
+
+    def vocab_multiple(self, asked: int) -> int:
+        """See Source."""
+        own = self.saved.model.vocab_multiple
+        check(asked in (1, own), "model.vocab_multiple", asked, f"{own}, with which {self.folder} was trained, or 1")
+        return own
+
+    def check(self) -> None:
+        """See Source. Checkpoints say what is wrong with them when they are read."""
+
+    def load_params(self, config: ModelConfig, placement: Placement) -> Params:
+        """See Source."""
+        model = self.saved.model
+        shapes = jax.eval_shape(lambda: init_params(GPT(resolve(model, "cpu")), jax.random.key(0)))
+        if model.lora.rank:
+            shapes, _ = split(shapes)
+        with Checkpoints(self.folder.checkpoints, read_only=True) as checkpoints:
+            step = choose_step(checkpoints, self.checkpoint)
+            meta = checkpoints.meta(step)
+            if meta["tokenizer"] != self.tokenizer().fingerprint:
+                raise UserError(
+                    f"the tokenizer in {self.folder} is not the one that checkpoint {step} was trained with"
+                )
+            params = placement.from_checkpoint(checkpoints.restore(step, "params", placement.abstract(shapes)))
+        if model.lora.rank:
+            base = self.load_base(placement, meta.get("base"))
+            params = placement.make(lambda params: fold(params, model.lora), join(params, base))
+        T = config.context_length
+        if model.positions == "learned" and model.context_length > T:
+            params["positions_TD"] = placement.make(lambda positions_TD: positions_TD[:T], params["positions_TD"])
+        return params
+
+    def load_base(self, placement: Placement, fingerprint: str | None) -> Params:
+        """The parameters that the run's adapters stand beside. Raises UserError when they are no longer where they
+        were, or are others."""
+        name = self.saved.init_from
+        try:
+            base = open_source(name).load_params(self.config, placement)
+        except UserError as e:
+            raise UserError(f"the run's adapters need the model that they were trained on: {e}") from e
+        if tree_fingerprint(base) != fingerprint:
+            raise UserError(f"the adapters in {self.folder} were trained on another model than {name} now is")
+        return base
+
+
+def open_source(name: str, checkpoint: str = "latest") -> Source:
+    """The run in a folder, or the published model of that name: a folder, a .gguf file, or a name on the hub.
+
+    name: also a checkpoint in a run, as RUN/checkpoints/STEP. checkpoint: of a run, "latest", "best" (the lowest
+    validation loss) or a step. Raises UserError when there is none of it, or a part is missing or damaged.
+    """
+    path = Path(name).expanduser()
+    if path.parent.name == "checkpoints" and path.name.isdecimal():
+        return open_run(RunFolder(path.parent.parent), path.name)
+    folder = RunFolder(path)
+    return open_run(folder, checkpoint) if folder.checkpoints.is_dir() else PublishedSource(name, open_named(name))
+
+
+def open_run(folder: RunFolder, checkpoint: str = "latest") -> RunSource:
+    """The run in a folder, by one of its checkpoints. Raises UserError when it is no run."""
+    return RunSource(folder, folder.load_config(), checkpoint)
+
+
+def choose_source(run: str, model: str, checkpoint: str = "latest") -> Source:
+    """The model of the options --run and --model, of which one is empty; with neither, that of the newest run.
+
+    Raises UserError as `open_source` does.
+    """
+    return open_source(model) if model else open_run(RunFolder(Path(run)) if run else newest_run(), checkpoint)
+
+
+class LoadedModel(NamedTuple):
+    """A model that is ready to be used, its parameters on one device."""
+
+    model: GPT
+    params: Params
+    tokenizer: Tokenizer
+
+
+def load_model(source: Source, context_length: int = 0) -> LoadedModel:
+    """The model, its parameters on this machine's first device, and its tokenizer.
+
+    context_length: in tokens; 0: the model's own. Raises UserError naming what is missing, damaged or not supported.
+    """
+    placement = Placement(local_devices()[:1])
+    config = with_context(source.config, context_length or source.config.context_length, source.where)
+    config = dataclasses.replace(config, vocab_multiple=source.vocab_multiple(config.vocab_multiple))
+    config = resolve(config, platform_name(placement.devices[0]))
+    tokenizer = source.tokenizer()
+    return LoadedModel(GPT(config), source.load_params(config, placement), tokenizer)
+
+
+def with_context(config: ModelConfig, context_length: int, where: str) -> ModelConfig:
+    """The configuration for texts of so many tokens. Raises UserError when the model in `where` has not learned so many
+    positions."""
+    check(context_length >= 1, "context_length", context_length, "1 or more")
+    if context_length == config.context_length:
+        return config
+    if config.positions == "learned":
+        allowed = f"at most {config.context_length}, the positions that {where} has learned"
+        check(context_length <= config.context_length, "context_length", context_length, allowed)
+    rope = dataclasses.replace(config.rope, original_context=config.rope.original_context or config.context_length)
+    return dataclasses.replace(config, context_length=context_length, rope=rope)
+
+
+def adopt(source: Source, config: ModelConfig, asks_context: bool = True) -> ModelConfig:
+    """`config` with the architecture of a model to start from; how it is run and trained, and its context, stay.
+
+    asks_context: whether somebody asked for that context; if not, it is no longer than the model's own. Raises
+    UserError when the model is of a family or has a setting that is not supported, or has learned fewer positions.
+    """
+    theirs = source.config
+    T = config.context_length if asks_context else min(config.context_length, theirs.context_length)
+    kept: dict[str, Any] = {name: getattr(config, name) for name in HOW_IT_RUNS}
+    kept["vocab_multiple"] = source.vocab_multiple(config.vocab_multiple)
+    return dataclasses.replace(with_context(theirs, T, source.where), **kept)

@@ -1,0 +1,57 @@
+"""metrics.jsonl: one JSON object a logged step, appended as training goes on."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from gpt_jax.errors import UserError
+from gpt_jax.files import replacing
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl, up to the first line that is not whole; none where there is no file."""
+    records: list[dict[str, Any]] = []
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        try:
+            record = json.loads(line)
+        except ValueError:  # Also where it is not UTF-8.
+            break
+        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+            break
+        records.append(record)
+    return records
+
+
+class RecordWriter:
+    """The records of a run that goes on from step `start`, with those that were there: in memory, and in the file.
+
+    Later records, of a run that was killed after its last checkpoint, are dropped, since they will be made again. Of
+    several hosts, one `writes`, and the file of the others goes nowhere.
+    """
+
+    def __init__(self, path: Path, start: int, writes: bool = True) -> None:
+        self.path, self.writes = path, writes
+        self.records = [record for record in read_records(path) if record["step"] <= start]
+        if writes:
+            with replacing(path) as temporary:
+                temporary.write_text("".join(json.dumps(record) + "\n" for record in self.records), encoding="utf-8")
+        self.file = (path if writes else Path(os.devnull)).open("a", encoding="utf-8")
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Adds a record. Raises UserError when it cannot be written."""
+        self.records.append(record)
+        try:
+            self.file.write(json.dumps(record) + "\n")
+            self.file.flush()
+        except OSError as e:
+            raise UserError(f"{self.path} cannot be written: {e.strerror}") from e
+
+    def sync(self) -> None:
+        """Brings the records to the disk."""
+        if self.writes:
+            os.fsync(self.file.fileno())
+
+    def close(self) -> None:
+        """Closes the file."""
+        self.file.close()
