@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from gpt_jax.evaluate.windows import Window, batches
-from gpt_jax.model.attention import SPLASH_BLOCKS
 from gpt_jax.model.gpt import GPT, Params, forward, logits_NV
+from gpt_jax.model.kernels import SPLASH_BLOCKS
 from gpt_jax.placement import Placement
 
 CHUNK = 1024

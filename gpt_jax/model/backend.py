@@ -4,7 +4,7 @@ import dataclasses
 
 from gpt_jax.config import AttentionName, ModelConfig
 from gpt_jax.errors import UserError
-from gpt_jax.model.attention import SPLASH_BLOCKS
+from gpt_jax.model.kernels import SPLASH_BLOCKS
 
 CUDNN_MAX_HEAD_DIM = 128
 

@@ -20,7 +20,8 @@ import numpy as np
 
 from gpt_jax.config import ModelConfig, RematName
 from gpt_jax.model import cache as kv
-from gpt_jax.model.attention import cached_attention, causal_attention, visible
+from gpt_jax.model.attention import cached_attention, visible
+from gpt_jax.model.kernels import causal_attention
 from gpt_jax.model.layers import INIT_STD, RMSNorm, decoding_product, dropout, fold_in, linear, lora_keys, norm
 from gpt_jax.model.loss import hide_padding
 from gpt_jax.model.rope import rotate

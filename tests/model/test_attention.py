@@ -7,8 +7,9 @@ import pytest
 
 from gpt_jax.config import ModelConfig
 from gpt_jax.errors import UserError
-from gpt_jax.model.attention import causal_by_blocks, causal_by_mask, causal_by_splash, masked_attention
+from gpt_jax.model.attention import masked_attention
 from gpt_jax.model.backend import resolve
+from gpt_jax.model.kernels import causal_by_blocks, causal_by_mask, causal_by_splash
 
 
 def reference(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask_BTS: np.ndarray) -> np.ndarray:

@@ -14,8 +14,8 @@ import pytest
 
 from gpt_jax.config import LoraConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from gpt_jax.errors import UserError
-from gpt_jax.model.attention import causal_attention, causal_by_mask, causal_by_splash
 from gpt_jax.model.gpt import GPT, forward, init_params
+from gpt_jax.model.kernels import causal_attention, causal_by_mask, causal_by_splash
 from gpt_jax.placement import MeshPlacement, Placement, choose_placement, in_place
 from gpt_jax.run.checkpoint import Checkpoints, checksum
 from gpt_jax.train.optimizer import learning_rate_schedule, make_optimizer
@@ -117,7 +117,7 @@ def test_every_mesh_and_pmap_agree_with_one_device(
 ) -> None:
     config, expected = alone
     if mesh and mesh[2] > 1:
-        monkeypatch.setattr("gpt_jax.model.attention.QUERY_BLOCK", 6)  # Several, of which the last is not whole.
+        monkeypatch.setattr("gpt_jax.model.kernels.QUERY_BLOCK", 6)  # Several, of which the last is not whole.
     run = Run(config, placement(mesh, config))
     ours = run.train()
     assert_same(ours, expected)
@@ -151,7 +151,7 @@ def test_windows_and_norms_of_heads_agree(
     config = dataclasses.replace(GEMMA, unroll=unroll)
     expected = Run(config, placement(None, config, n_devices=1)).train()
     if mesh[2] > 1:
-        monkeypatch.setattr("gpt_jax.model.attention.QUERY_BLOCK", 3)
+        monkeypatch.setattr("gpt_jax.model.kernels.QUERY_BLOCK", 3)
     assert_same(Run(config, placement(mesh, config)).train(), expected)
 
 
@@ -268,7 +268,7 @@ def test_a_long_sequence_takes_each_device_a_part_of_the_memory(
     attention: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An eighth of its tokens is all that there is of it on a device, but for ids, and for keys and values."""
-    monkeypatch.setattr("gpt_jax.model.attention.QUERY_BLOCK", 16)
+    monkeypatch.setattr("gpt_jax.model.kernels.QUERY_BLOCK", 16)
     config = dataclasses.replace(LLAMA, context_length=1024, n_kv_head=8, d_head=8, d_ff=192, attention=attention)
     step = {}
     for name, mesh in {"whole": (1, 1, 1, 1), "parts": (1, 1, 8, 1)}.items():
@@ -301,7 +301,7 @@ def test_gathered_keys_are_not_kept_for_the_backward_pass() -> None:
 
 def test_gradients_of_keys_are_added_up_in_float32(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     """Over the blocks of queries: the sum of many, taken in bfloat16, would lose what is small."""
-    monkeypatch.setattr("gpt_jax.model.attention.QUERY_BLOCK", 2)
+    monkeypatch.setattr("gpt_jax.model.kernels.QUERY_BLOCK", 2)
     config = dataclasses.replace(GPT2, attention="block_causal", dtype="bfloat16")
     q, k, v, out = (jnp.asarray(rng.standard_normal((1, 1024, 2, 16)), jnp.bfloat16) for _ in range(4))
 
