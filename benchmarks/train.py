@@ -333,7 +333,7 @@ def close(workers: dict[str, Worker]) -> None:
 
 def flops_per_token(model: ModelConfig) -> float:
     """FLOPs a token, as gpt_jax counts them."""
-    from gpt_jax.train.metrics import flops_per_token
+    from gpt_jax.model.flops import flops_per_token
 
     return flops_per_token(model)
 

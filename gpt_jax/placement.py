@@ -244,7 +244,7 @@ class MeshPlacement(Placement):
         """See Placement."""
 
         def stored(*args: Any) -> Any:
-            return sharding.store(step(*args))  # The state comes back as it was given.
+            return sharding.to_storage(step(*args))  # The state comes back as it was given.
 
         return OnMesh(jax.jit(stored, donate_argnums=(0,) if donate else ()), self.mesh)
 

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from gpt_jax.evaluate.windows import Window, batches
-from gpt_jax.model.gpt import GPT, Params, forward, logits_NV
+from gpt_jax.model.gpt import GPT, Params, forward
+from gpt_jax.model.head import logits_NV
 from gpt_jax.model.kernels import SPLASH_BLOCKS
 from gpt_jax.placement import Placement
 

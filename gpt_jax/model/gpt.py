@@ -10,7 +10,6 @@ asks for it:
 """
 
 import dataclasses
-import functools
 from typing import Any, cast
 
 import flax.linen as nn
@@ -18,14 +17,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from gpt_jax.config import ModelConfig, RematName
+from gpt_jax.config import ModelConfig
 from gpt_jax.model import cache as kv
+from gpt_jax.model import stack
 from gpt_jax.model.attention import cached_attention, visible
 from gpt_jax.model.kernels import causal_attention
-from gpt_jax.model.layers import INIT_STD, RMSNorm, decoding_product, dropout, fold_in, linear, lora_keys, norm
-from gpt_jax.model.loss import hide_padding
+from gpt_jax.model.layers import INIT_STD, Linear, RMSNorm, dropout, fold_in, norm
+from gpt_jax.model.lora import AdaptedLinear
 from gpt_jax.model.rope import rotate
-from gpt_jax.model.sharding import constrain, gather, gathers_again, keep_all_but_gathered, store
+from gpt_jax.model.sharding import constrain, for_use
 
 Params = dict[str, Any]
 
@@ -35,6 +35,18 @@ ACTIVATIONS = {
     "silu": nn.silu,
     "relu": nn.relu,
 }
+
+
+def linear(config: ModelConfig, name: str, features: int, residual: bool = False) -> Linear:
+    """The linear layer that a block calls `name` (one of LORA_TARGETS): its bias, start and adapters by `config`.
+
+    The two layers of a block that write to the residual stream start smaller, the more blocks there are (GPT-2).
+    """
+    init_std = INIT_STD / float(np.sqrt(2 * config.n_layer)) if residual else INIT_STD
+    has_bias = config.has_bias(name if name in ("qkv", "out") else "mlp")
+    if config.lora.rank and name in config.lora.targets:
+        return AdaptedLinear(features, has_bias, init_std, config.dtype, config.lora, name=name)
+    return Linear(features, has_bias, init_std, config.dtype, name=name)
 
 
 class Attention(nn.Module):
@@ -58,7 +70,7 @@ class Attention(nn.Module):
         R = H // G
         window = c.window if self.sliding else 0
 
-        qkv = linear(c, "qkv", G * (R + 2) * K)(x_BTD, lora_keys(c, "qkv", keys_B)).reshape(B, T, G, R + 2, K)
+        qkv = linear(c, "qkv", G * (R + 2) * K)(x_BTD, keys_B).reshape(B, T, G, R + 2, K)
         qkv = constrain(qkv, "BTGRK")
         q_BTHK = qkv[:, :, :, :R].reshape(B, T, H, K)
         k_BTGK, v_BTGK = qkv[:, :, :, R], qkv[:, :, :, R + 1]
@@ -80,7 +92,7 @@ class Attention(nn.Module):
             distance_BTS = positions_of(T, start_B)[:, :, None] - jnp.arange(cache.k_XSK.shape[1])
             out_BTHK = cached_attention(q_BTHK, cache.k_XSK, cache.v_XSK, visible(distance_BTS, window))
 
-        out_BTD = linear(c, "out", D, residual=True)(out_BTHK.reshape(B, T, H * K), lora_keys(c, "out", keys_B))
+        out_BTD = linear(c, "out", D, residual=True)(out_BTHK.reshape(B, T, H * K), keys_B)
         return dropout(out_BTD, c.dropout, fold_in(keys_B, 1)), cache
 
 
@@ -98,13 +110,13 @@ class MLP(nn.Module):
     def __call__(self, x_BTD: jax.Array, keys_B: jax.Array | None) -> jax.Array:
         c = self.config
         activation = ACTIVATIONS[c.activation]
-        x_BTF = linear(c, "up", c.ff_dim)(x_BTD, lora_keys(c, "up", keys_B))
+        x_BTF = linear(c, "up", c.ff_dim)(x_BTD, keys_B)
         if c.gated:
-            x_BTF = activation(linear(c, "gate", c.ff_dim)(x_BTD, lora_keys(c, "gate", keys_B))) * x_BTF
+            x_BTF = activation(linear(c, "gate", c.ff_dim)(x_BTD, keys_B)) * x_BTF
         else:
             x_BTF = activation(x_BTF)
         x_BTF = constrain(x_BTF, "BTF")
-        out_BTD = linear(c, "down", c.d_model, residual=True)(x_BTF, lora_keys(c, "down", keys_B))
+        out_BTD = linear(c, "down", c.d_model, residual=True)(x_BTF, keys_B)
         return dropout(out_BTD, c.dropout, fold_in(keys_B, 2))
 
 
@@ -154,10 +166,10 @@ class GPT(nn.Module):
         tokens_VD = self.param("tokens_VD", normal, (c.embedding_rows, c.d_model))
         if not c.tied_head:
             self.param("head_VD", normal, (c.embedding_rows, c.d_model))
-        x_BTD = gather({"tokens_VD": tokens_VD}, tokens_VD.dtype)["tokens_VD"][tokens_BT]
+        x_BTD = for_use({"tokens_VD": tokens_VD}, tokens_VD.dtype)["tokens_VD"][tokens_BT]
         if c.positions == "learned":
             positions_TD = self.param("positions_TD", normal, (c.context_length, c.d_model))
-            positions_TD = gather({"positions_TD": positions_TD}, positions_TD.dtype)["positions_TD"]
+            positions_TD = for_use({"positions_TD": positions_TD}, positions_TD.dtype)["positions_TD"]
             T = tokens_BT.shape[1]
             x_BTD = x_BTD + (positions_TD[:T] if start_B is None else positions_TD[positions_of(T, start_B)])
         x_BTD = x_BTD.astype(c.dtype)
@@ -170,54 +182,26 @@ class GPT(nn.Module):
     def run_layers(
         self, x_BTD: jax.Array, keys_B: jax.Array | None, cache: kv.Cache | None, start_B: jax.Array | None
     ) -> tuple[jax.Array, kv.Cache | None]:
-        """All blocks, unrolled or scanned. One parameter tree serves both: how to run is not a matter of format."""
+        """All blocks, as model/stack.py runs them, and the cache, if there is one."""
         c = self.config
         blocks = {sliding: Block(c, sliding, parent=None) for sliding in (False, True)}
 
         def init_layers(key: jax.Array) -> Params:
             return jax.vmap(lambda key: blocks[False].init(key, x_BTD)["params"])(jax.random.split(key, c.n_layer))
 
-        def layer(params: Params, x_BTD: jax.Array, i: int | jax.Array, sliding: bool) -> jax.Array:
-            params = gather(params, c.dtype)
+        def block(params: Params, x_BTD: jax.Array, i: int | jax.Array, sliding: bool) -> jax.Array:
             return cast(Any, blocks[sliding].apply({"params": params}, x_BTD, fold_in(keys_B, i)))[0]
+
+        def cached_block(params: Params, x_BTD: jax.Array, sliding: bool, layer_cache: kv.LayerCache) -> Any:
+            return blocks[sliding].apply({"params": params}, x_BTD, None, layer_cache, start_B)
 
         if self.is_initializing():
             layers = self.param("layers", init_layers)
         else:
             layers = self.get_variable("params", "layers")
-
         if cache is not None:
-            new_cache = []
-            for params, layer_cache, sliding in zip(unstack(layers, c.n_layer), cache, c.sliding, strict=True):
-                block = blocks[sliding]
-                x_BTD, updated = cast(Any, block.apply({"params": params}, x_BTD, None, layer_cache, start_B))
-                new_cache.append(updated)
-            return x_BTD, tuple(new_cache)
-        layer = rematerialised(layer, c.remat)
-        if c.unroll:
-            for i, params in enumerate(unstack(layers, c.n_layer)):
-                x_BTD = layer(store(params), x_BTD, i, c.sliding[i])
-            return x_BTD, None
-
-        # Layers that slide and layers that do not are different programs: the scan goes over whole periods of their
-        # pattern, and what is left of the layers follows.
-        period = len(c.window_pattern) if c.window else 1
-        n_scanned = c.n_layer // period * period
-
-        def some_layers(x_BTD: jax.Array, xs: tuple[Params, jax.Array], n: int) -> tuple[jax.Array, None]:
-            stacked, first = xs
-            for i, params in enumerate(unstack(stacked, n)):
-                x_BTD = layer(store(params), x_BTD, first + i, c.sliding[i])  # It is kept for the backward pass so.
-            return x_BTD, None
-
-        periods = jax.tree.map(lambda x: x[:n_scanned].reshape(-1, period, *x.shape[1:]), layers)
-        x_BTD, _ = jax.lax.scan(
-            functools.partial(some_layers, n=period), x_BTD, (periods, jnp.arange(0, n_scanned, period))
-        )
-        if n_scanned < c.n_layer:
-            rest = jax.tree.map(lambda x: x[n_scanned:], layers)
-            x_BTD, _ = some_layers(x_BTD, (rest, jnp.int32(n_scanned)), c.n_layer - n_scanned)
-        return x_BTD, None
+            return stack.run_cached(cached_block, layers, x_BTD, cache, c)
+        return stack.run(block, layers, x_BTD, c), None
 
 
 def init_params(model: GPT, key: jax.Array) -> Params:
@@ -238,39 +222,3 @@ def forward_cached(
 ) -> tuple[jax.Array, kv.Cache]:
     """The hidden states (B, T, D) of tokens that go on from position start_B, and the cache with them in it."""
     return cast(tuple[jax.Array, kv.Cache], model.apply({"params": params}, tokens_BT, None, cache, start_B))
-
-
-def head_VD(params: Params) -> Any:
-    """The matrix whose products with the hidden states are the logits: the token embeddings, where the head is tied."""
-    name = "head_VD" if "head_VD" in params else "tokens_VD"
-    return gather({name: params[name]}, params[name].dtype)[name]
-
-
-def logits_NV(model: GPT, params: Params, hidden_ND: jax.Array) -> jax.Array:
-    """The logits of hidden states, float32; -inf for the padding of the vocabulary."""
-    head = head_VD(params).astype(hidden_ND.dtype)
-    return hide_padding(decoding_product(hidden_ND, head, jnp.float32), model.config.vocab_size)
-
-
-def rematerialised(layer: Any, policy: RematName) -> Any:
-    """`layer` with its activations kept for the backward pass, or computed again, as the policy's name says."""
-    policies = {
-        "full": None,
-        "dots": jax.checkpoint_policies.dots_saveable,
-        "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    }
-    if policy == "none" and not gathers_again():
-        return layer
-    return jax.checkpoint(layer, policy=policies.get(policy, keep_all_but_gathered), static_argnums=3)
-
-
-def unstack(layers: Any, n_layer: int) -> tuple[Params, ...]:
-    """The parameters of each layer; those of a model that is unstacked already, as they are.
-
-    `split` and not indexing: its transpose is one concatenation, where that of L slices is a sum of L padded arrays.
-    """
-    if isinstance(layers, tuple):
-        return layers
-    leaves, tree = jax.tree.flatten(layers)
-    split = [[part[0] for part in jax.lax.split(leaf, (1,) * n_layer)] for leaf in leaves]
-    return tuple(jax.tree.unflatten(tree, leaves_of_layer) for leaves_of_layer in zip(*split, strict=True))

@@ -1,12 +1,42 @@
-"""Adapters in the parameter tree (Hu et al. 2022): telling them from the rest, and folding them into the matrices."""
+"""Adapters (Hu et al. 2022): the product that they add to a linear layer, and their place in the parameter tree."""
 
 from typing import Any
 
+import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
-from gpt_jax.config import LoraConfig
+from gpt_jax.config import LORA_TARGETS, LoraConfig
+from gpt_jax.model.layers import Linear, dropout, fold_in
+from gpt_jax.model.weight import plain_product
 
 ADAPTERS = ("lora_a", "lora_b")
+"""Their names in the parameters of a linear layer."""
+
+
+class AdaptedLinear(Linear):
+    """A linear layer to which alpha / rank * dropout(x) @ lora_a @ lora_b is added, which starts as 0.
+
+    x is (B, T, D). Its dropout is decided by `keys_B`, the keys of the block, and the layer's name.
+    """
+
+    lora: LoraConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array, keys_B: jax.Array | None = None) -> jax.Array:
+        y = super().__call__(x)
+        D, rank = x.shape[-1], self.lora.rank
+        a_DR = self.param("lora_a", symmetric_uniform(D**-0.5), (D, rank))
+        b_RF = self.param("lora_b", nn.initializers.zeros, (rank, self.features))
+        if self.lora.dropout:
+            x = dropout(x, self.lora.dropout, fold_in(keys_B, 8 + LORA_TARGETS.index(str(self.name))))
+        adapted = plain_product(plain_product(x, a_DR, self.dtype), b_RF, self.dtype)
+        return y + (adapted * (self.lora.alpha / rank)).reshape(y.shape)
+
+
+def symmetric_uniform(limit: float) -> nn.initializers.Initializer:
+    """Starts parameters uniformly between -limit and limit."""
+    return lambda key, shape, dtype=jnp.float32, **_: jax.random.uniform(key, shape, dtype, -limit, limit)
 
 
 def split(params: Any) -> tuple[Any, Any]:

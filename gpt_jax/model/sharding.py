@@ -95,9 +95,9 @@ def constrain(x: jax.Array, dims: str) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, spec(dims, ACTIVE, x.ndim)) if mesh_is_set() else x
 
 
-def gather(params: Any, dtype: DTypeLike) -> Any:
+def for_use(params: Any, dtype: DTypeLike) -> Any:
     """Parameters as they are used: gathered over fsdp and context, matrices in the compute type, so that half the bytes
-    travel."""
+    travel. Parameters as they are, where no mesh is set."""
     if not mesh_is_set():
         return params
 
@@ -110,7 +110,7 @@ def gather(params: Any, dtype: DTypeLike) -> Any:
     return jax.tree_util.tree_map_with_path(use, params)
 
 
-def store(tree: Any) -> Any:
+def to_storage(tree: Any) -> Any:
     """Parameters, or what has their paths, such as their gradients, divided as parameters are stored."""
     if not mesh_is_set():
         return tree

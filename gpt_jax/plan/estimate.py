@@ -15,12 +15,12 @@ import jax.numpy as jnp
 
 from gpt_jax.config import AttentionName, Config, ModelConfig
 from gpt_jax.model import lora
+from gpt_jax.model.flops import flops_per_token, keys_seen
 from gpt_jax.model.gpt import GPT, Params, forward, init_params
 from gpt_jax.model.kernels import QUERY_BLOCK, SPLASH_BLOCKS
 from gpt_jax.placement import Placement
 from gpt_jax.plan.program import Traffic, abstract_state, bytes_on_a_device
 from gpt_jax.plan.targets import Target
-from gpt_jax.train.metrics import flops_per_token, keys_seen
 
 ITEM = {"float32": 4, "bfloat16": 2}
 

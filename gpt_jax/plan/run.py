@@ -12,6 +12,7 @@ import jax
 from gpt_jax.config import Config, RematName
 from gpt_jax.errors import UserError
 from gpt_jax.model.backend import resolve
+from gpt_jax.model.flops import FLOPS_FORMULA, flops_per_token
 from gpt_jax.model.gpt import GPT
 from gpt_jax.placement import Placement, choose_placement
 from gpt_jax.plan import estimate
@@ -19,7 +20,6 @@ from gpt_jax.plan.estimate import Bounds, Sizes
 from gpt_jax.plan.program import Program, compile_step
 from gpt_jax.plan.targets import GB, Target
 from gpt_jax.runtime import local_devices
-from gpt_jax.train.metrics import FLOPS_FORMULA, flops_per_token
 
 POLICIES: tuple[RematName, ...] = ("none", "dots", "full")
 

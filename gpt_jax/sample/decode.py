@@ -14,7 +14,8 @@ import jax.numpy as jnp
 
 from gpt_jax.config import ModelConfig, check
 from gpt_jax.model import cache as kv
-from gpt_jax.model.gpt import GPT, Params, forward_cached, logits_NV
+from gpt_jax.model.gpt import GPT, Params, forward_cached
+from gpt_jax.model.head import logits_NV
 from gpt_jax.sample.filters import draw, keep_min_p, keep_top_k, keep_top_p, penalise_repetition
 
 CHUNK = 32

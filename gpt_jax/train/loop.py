@@ -20,13 +20,14 @@ from gpt_jax.data.shards import Dataset
 from gpt_jax.errors import UserError
 from gpt_jax.model import lora
 from gpt_jax.model.backend import resolve
+from gpt_jax.model.flops import FLOPS_FORMULA, flops_per_token
 from gpt_jax.model.gpt import GPT, Params, init_params
 from gpt_jax.placement import Placement, choose_placement
 from gpt_jax.run.checkpoint import Checkpoints, DamagedCheckpointError, tree_fingerprint
 from gpt_jax.run.folder import RunFolder
 from gpt_jax.run.load import open_source
 from gpt_jax.sample.generate import Settings, encode_prompt, generate
-from gpt_jax.train.metrics import FLOPS_FORMULA, Recorder, flops_per_token
+from gpt_jax.train.metrics import Recorder
 from gpt_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from gpt_jax.train.profile import Trace
 from gpt_jax.train.step import TrainState, init_state, make_eval_step, make_train_step

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import optax
 
 from gpt_jax.model import lora
-from gpt_jax.model.gpt import GPT, Params, forward, head_VD, init_params
+from gpt_jax.model.gpt import GPT, Params, forward, init_params
+from gpt_jax.model.head import head_VD
 from gpt_jax.model.loss import loss_sums
-from gpt_jax.model.sharding import store
+from gpt_jax.model.sharding import to_storage
 
 
 class TrainState(NamedTuple):
@@ -89,7 +90,7 @@ def make_train_step(
             (loss, count), grads = grad_fn(
                 state.params, state.frozen, tokens[i], None if keys_AB is None else keys_AB[i]
             )
-            return loss, count, store(grads)
+            return loss, count, to_storage(grads)
 
         if A == 1:
             sums = microbatch(0)

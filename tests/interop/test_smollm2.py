@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt_jax.model.gpt import GPT, Params, forward, logits_NV
+from gpt_jax.model.gpt import GPT, Params, forward
+from gpt_jax.model.head import logits_NV
 from gpt_jax.run.load import load_model, open_source
 from gpt_jax.sample.decode import Filters
 from gpt_jax.sample.generate import Settings, generate

@@ -8,9 +8,11 @@ import pytest
 
 from gpt_jax.config import AttentionName, DTypeName, LoraConfig, ModelConfig, RematName
 from gpt_jax.model.cache import init_cache
-from gpt_jax.model.gpt import GPT, Params, forward, forward_cached, head_VD, init_params, logits_NV, unstack
+from gpt_jax.model.gpt import GPT, Params, forward, forward_cached, init_params
+from gpt_jax.model.head import head_VD, logits_NV
 from gpt_jax.model.loss import loss_sums
 from gpt_jax.model.presets import GPT2, GPT2_LARGE, GPT2_MEDIUM, GPT2_XL
+from gpt_jax.model.stack import unstack
 
 CONFIG = ModelConfig(
     vocab_size=67, context_length=32, n_layer=2, n_head=4, d_model=32, dtype="float32", attention="block_causal"

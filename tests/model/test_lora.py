@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from gpt_jax.config import LORA_TARGETS, LoraConfig
-from gpt_jax.model.gpt import GPT, Params, forward, logits_NV
+from gpt_jax.model.gpt import GPT, Params, forward
+from gpt_jax.model.head import logits_NV
 from gpt_jax.model.lora import fold, join, split
 from tests.interop.models import LLAMA, random_params
 

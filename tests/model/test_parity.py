@@ -10,8 +10,10 @@ import pytest
 
 from gpt_jax.config import AttentionName, ModelConfig
 from gpt_jax.model.cache import init_cache
-from gpt_jax.model.gpt import GPT, Params, forward, forward_cached, unstack
-from gpt_jax.model.loss import head_logits, loss_sums
+from gpt_jax.model.gpt import GPT, Params, forward, forward_cached
+from gpt_jax.model.head import head_logits
+from gpt_jax.model.loss import loss_sums
+from gpt_jax.model.stack import unstack
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

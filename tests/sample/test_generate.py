@@ -10,7 +10,8 @@ import pytest
 
 from gpt_jax.config import DTypeName, ModelConfig
 from gpt_jax.errors import UserError
-from gpt_jax.model.gpt import GPT, Params, forward, init_params, logits_NV
+from gpt_jax.model.gpt import GPT, Params, forward, init_params
+from gpt_jax.model.head import logits_NV
 from gpt_jax.sample.decode import Filters, bucket, decoder_for, prepare_params
 from gpt_jax.sample.generate import Result, Settings, encode_prompt, generate, generate_tokens
 from gpt_jax.tokenizer.bytes import ByteTokenizer

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt_jax.model.gpt import forward, logits_NV
+from gpt_jax.model.gpt import forward
+from gpt_jax.model.head import logits_NV
 from gpt_jax.run.checkpoint import Checkpoints
 from gpt_jax.run.load import load_model, open_source
 from gpt_jax.tokenizer.export import export_tokenizer

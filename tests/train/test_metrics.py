@@ -10,11 +10,12 @@ import pytest
 
 from gpt_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 from gpt_jax.errors import UserError
+from gpt_jax.model.flops import flops_per_token
 from gpt_jax.model.presets import GPT2
 from gpt_jax.run.folder import RunFolder
 from gpt_jax.run.records import read_records
 from gpt_jax.train import metrics as metrics_module
-from gpt_jax.train.metrics import Recorder, flops_per_token
+from gpt_jax.train.metrics import Recorder
 from gpt_jax.train.step import StepMetrics
 
 CONFIG = Config(
