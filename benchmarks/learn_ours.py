@@ -14,10 +14,12 @@ from benchmarks.ours import bytes_of, temporary_bytes
 from benchmarks.worker import peak_memory, resident_memory
 from gpt_jax import runtime
 from gpt_jax.config import Config, DataConfig, ParallelConfig
+from gpt_jax.data.batch import Batch
 from gpt_jax.data.loader import Prefetch
 from gpt_jax.model.backend import resolve
 from gpt_jax.model.gpt import GPT
 from gpt_jax.placement import Placement
+from gpt_jax.train.objectives.next_token import next_token
 from gpt_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from gpt_jax.train.step import TrainState, make_eval_step, make_train_step
 
@@ -41,19 +43,14 @@ def main(recipe: Recipe, path: str, draws: str, devices: int) -> None:
     model = GPT(resolve(config.model, runtime.platform_name(placement.devices[0])))
     optimizer = make_optimizer(config.optimizer, recipe.steps)
     schedule = learning_rate_schedule(config.optimizer, recipe.steps)
-    step = make_train_step(model, optimizer, schedule, 0, placement.axis_name)
-    train_step = placement.jit(step, n_batch_args=1, donate=True)
-    eval_step = placement.jit(make_eval_step(model, placement.axis_name), n_batch_args=2, donate=False)
-
-    def put(tokens: np.ndarray, mask_BT: np.ndarray) -> tuple[jax.Array, jax.Array]:
-        return placement.split(tokens), placement.split(mask_BT)
-
-    everything_BT = np.ones((recipe.batch_size, recipe.context_length), bool)
+    step = make_train_step(next_token, model, optimizer, schedule, 0, placement.axis_name)
+    train_step = placement.jit(step, donate=True)
+    eval_step = placement.jit(make_eval_step(next_token, model, placement.axis_name), donate=False)
 
     def mean_loss(params: Any, batches: Any) -> float:
         sums = []
         for batch in batches:
-            sums.append(eval_step(params, *batch))
+            sums.append(eval_step(params, batch)[:2])
             if placement.must_wait:
                 jax.block_until_ready(sums[-1])
         loss, count = np.asarray(jax.device_get(sums), np.float64).sum(axis=0)
@@ -61,7 +58,7 @@ def main(recipe: Recipe, path: str, draws: str, devices: int) -> None:
 
     def evaluate(params: Any, number: int, iterations: int) -> None:
         _, val_loss = (
-            mean_loss(params, [put(tokens, everything_BT) for tokens in split])
+            mean_loss(params, [placement.split(Batch(tokens)) for tokens in split])
             for split in windows.evaluation(number)  # nanoGPT estimates that of the training split, too.
         )
         say(iterations=iterations, tokens=iterations * recipe.batch_size * recipe.context_length, val_loss=val_loss)
@@ -71,7 +68,7 @@ def main(recipe: Recipe, path: str, draws: str, devices: int) -> None:
     state = TrainState(jnp.int32(0), params, jax.jit(optimizer.init)(params), {})
     evaluate(params, 0, 0)
     numbers = itertools.count(1)
-    with Prefetch(lambda step: placement.split(windows.train(step), 1), range(recipe.steps)) as batches:
+    with Prefetch(lambda step: placement.split(Batch(windows.train(step)), 1), range(recipe.steps)) as batches:
         for iterations, tokens in enumerate(batches, 1):
             state, _ = train_step(state, tokens)
             if placement.must_wait:
@@ -87,7 +84,7 @@ def main(recipe: Recipe, path: str, draws: str, devices: int) -> None:
         "temporaries": temporary_bytes(train_step, state, tokens) * placement.n_devices,
     }
     say(
-        whole_val_loss=mean_loss(state.params, (put(*batch) for batch in whole_val(recipe, text))),
+        whole_val_loss=mean_loss(state.params, (placement.split(Batch(*batch)) for batch in whole_val(recipe, text))),
         peak_bytes=peak_bytes,
         memory=memory,
     )

@@ -13,9 +13,11 @@ from benchmarks.presets import OPTIMIZER, from_spec, random_tokens
 from benchmarks.worker import peak_memory, resident_memory, seconds_of
 from gpt_jax import runtime
 from gpt_jax.config import Config, DataConfig, ParallelConfig
+from gpt_jax.data.batch import Batch
 from gpt_jax.model.backend import resolve
 from gpt_jax.model.gpt import GPT
 from gpt_jax.placement import Placement
+from gpt_jax.train.objectives.next_token import next_token
 from gpt_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from gpt_jax.train.step import TrainState, init_state, make_train_step
 
@@ -59,8 +61,8 @@ class Training:
     def build(self, optimizer: optax.GradientTransformation) -> tuple[Callable[..., Any], Callable[[], TrainState]]:
         """The jitted train step with an optimizer, and what makes its initial state."""
         placement, schedule = self.placement, learning_rate_schedule(OPTIMIZER, 1)
-        step = make_train_step(self.model, optimizer, schedule, 0, placement.axis_name)
-        step_fn = placement.jit(step, n_batch_args=1, donate=True)
+        step = make_train_step(next_token, self.model, optimizer, schedule, 0, placement.axis_name)
+        step_fn = placement.jit(step, donate=True)
         return step_fn, lambda: placement.make(lambda: init_state(self.model, optimizer, 0))
 
     def start(self) -> None:
@@ -88,9 +90,9 @@ class Training:
         state, _ = step(make_state(), self.tokens(batch))
         write_tree(path, state.opt_state.gradients)
 
-    def tokens(self, batch: int) -> jax.Array:
+    def tokens(self, batch: int) -> Batch:
         """A batch on the devices."""
-        return self.placement.split(random_tokens(self.preset, batch), 1)
+        return self.placement.split(Batch(random_tokens(self.preset, batch)), 1)
 
     def step(self, batch: int) -> Any:
         """An optimizer step on a batch; returns the loss, on its way."""

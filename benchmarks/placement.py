@@ -17,10 +17,12 @@ from benchmarks.presets import OPTIMIZER, Preset, presets, random_tokens, small
 from benchmarks.results import spread as spread_of
 from gpt_jax import runtime
 from gpt_jax.config import ParallelConfig
+from gpt_jax.data.batch import Batch
 from gpt_jax.files import save_json
 from gpt_jax.model.backend import resolve
 from gpt_jax.model.gpt import GPT
 from gpt_jax.placement import choose_placement
+from gpt_jax.train.objectives.next_token import next_token
 from gpt_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from gpt_jax.train.step import init_state, make_train_step
 
@@ -35,10 +37,12 @@ class Contestant:
         config = resolve(preset.model, "cpu")
         self.placement = choose_placement(parallel, config, jax.devices()[:n_devices])
         model, optimizer = GPT(config), make_optimizer(OPTIMIZER, 1)
-        step = make_train_step(model, optimizer, learning_rate_schedule(OPTIMIZER, 1), 0, self.placement.axis_name)
-        self.step = self.placement.jit(step, n_batch_args=1, donate=True)
+        step = make_train_step(
+            next_token, model, optimizer, learning_rate_schedule(OPTIMIZER, 1), 0, self.placement.axis_name
+        )
+        self.step = self.placement.jit(step, donate=True)
         self.state: Any = self.placement.make(lambda: init_state(model, optimizer, 0))
-        self.tokens = self.placement.split(random_tokens(preset, 0), 1)
+        self.batch = self.placement.split(Batch(random_tokens(preset, 0)), 1)
         self.turn()  # Compiles.
 
     def turn(self) -> tuple[float, float]:
@@ -46,7 +50,7 @@ class Contestant:
         called, done = [], []
         for _ in range(self.preset.steps):
             begin = time.perf_counter()
-            self.state, _ = self.step(self.state, self.tokens)
+            self.state, _ = self.step(self.state, self.batch)
             called.append(time.perf_counter() - begin)
             jax.block_until_ready(self.state)
             done.append(time.perf_counter() - begin)

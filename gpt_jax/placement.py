@@ -137,24 +137,28 @@ class Placement:
         share = batch_size // self.n_devices
         return np.concatenate([np.arange(i * share, (i + 1) * share) for i in self.here])
 
-    def split(self, rows: np.ndarray, n_micro: int | None = None) -> jax.Array:
-        """This host's rows of a batch, on its devices: each gets an equal share of them, in order, (B, ...); with a
-        number A of microbatches (A, B, ...)."""
-        shape = (-1, *rows.shape[1:]) if n_micro is None else (n_micro, -1, *rows.shape[1:])
-        if self.n_devices == 1:
-            return jax.device_put(rows.reshape(shape), self.devices[0])
-        local = rows.reshape(len(self.here), *shape)
-        return jax.device_put(local, NamedSharding(self.mesh_here, PartitionSpec(AXIS)))
+    def split(self, batch: Any, n_micro: int | None = None) -> Any:
+        """This host's rows of a batch, a tree of arrays, on its devices: each gets an equal share of them, in order,
+        (B, ...); with a number A of microbatches (A, B, ...)."""
 
-    def jit(self, step: Callable[..., Any], n_batch_args: int, donate: bool) -> Any:
-        """`step(state, *batches)` compiled for these devices; the first argument is donated if `donate`."""
+        def share(rows: np.ndarray) -> jax.Array:
+            shape = (-1, *rows.shape[1:]) if n_micro is None else (n_micro, -1, *rows.shape[1:])
+            if self.n_devices == 1:
+                return jax.device_put(rows.reshape(shape), self.devices[0])
+            local = rows.reshape(len(self.here), *shape)
+            return jax.device_put(local, NamedSharding(self.mesh_here, PartitionSpec(AXIS)))
+
+        return jax.tree.map(share, batch)
+
+    def jit(self, step: Callable[..., Any], donate: bool) -> Any:
+        """`step(state, batch)` compiled for these devices; the state is donated if `donate`."""
         donated = (0,) if donate else ()
         if self.n_devices == 1:
             return jax.jit(step, donate_argnums=donated)
         return jax.pmap(
             step,
             axis_name=AXIS,
-            in_axes=(None, *(0,) * n_batch_args),
+            in_axes=(None, 0),
             out_axes=None,
             donate_argnums=donated,
             devices=self.devices if jax.process_count() == 1 else None,  # With several hosts, pmap takes all it finds.
@@ -235,12 +239,16 @@ class MeshPlacement(Placement):
         columns = sorted({i for index in slices for i in range(*index[0].indices(size))})  # type: ignore[index]
         return (np.arange(n_micro)[:, None] * size + np.array(columns)).reshape(-1)
 
-    def split(self, rows: np.ndarray, n_micro: int | None = None) -> jax.Array:
+    def split(self, batch: Any, n_micro: int | None = None) -> Any:
         """See Placement."""
-        local = rows if n_micro is None else rows.reshape(n_micro, -1, *rows.shape[1:])
-        return jax.make_array_from_process_local_data(self.batch_sharding(n_micro), local)
 
-    def jit(self, step: Callable[..., Any], n_batch_args: int, donate: bool) -> Any:
+        def share(rows: np.ndarray) -> jax.Array:
+            local = rows if n_micro is None else rows.reshape(n_micro, -1, *rows.shape[1:])
+            return jax.make_array_from_process_local_data(self.batch_sharding(n_micro), local)
+
+        return jax.tree.map(share, batch)
+
+    def jit(self, step: Callable[..., Any], donate: bool) -> Any:
         """See Placement."""
 
         def stored(*args: Any) -> Any:

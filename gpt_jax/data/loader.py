@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from gpt_jax.data.batch import Batch
 from gpt_jax.errors import UserError
 
 MASK_64 = (1 << 64) - 1
@@ -65,7 +66,7 @@ def permute(index: np.ndarray, n: int, *key: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class TrainBatches:
-    """The batches of a training run: `batches(step)` is int32 (B, T + 1), windows of T tokens and the one after.
+    """The batches of a training run: `batches(step)` has B windows of T tokens and the one after, all of them targets.
 
     `batches(step, rows)` is those rows of the same batch: what one host of several needs. Raises UserError when the
     split is smaller than one window.
@@ -101,8 +102,8 @@ class TrainBatches:
             starts[of_epoch] = (offset + window * self.context_length) % n
         return starts
 
-    def __call__(self, step: int, rows: np.ndarray | None = None) -> np.ndarray:
-        return np.stack([self.window(int(start)) for start in self.starts(step, rows)])
+    def __call__(self, step: int, rows: np.ndarray | None = None) -> Batch:
+        return Batch(np.stack([self.window(int(start)) for start in self.starts(step, rows)]))
 
     def window(self, start: int) -> np.ndarray:
         """T + 1 tokens from `start` on, going on at the beginning of the split after its end."""
@@ -111,23 +112,22 @@ class TrainBatches:
         return head if len(head) == count else np.concatenate([head, self.tokens.read(0, count - len(head))])
 
 
-def eval_batches(tokens: Tokens, context_length: int, batch_size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The whole split in order: pairs of tokens, int32 (B, T + 1), and the mask of real targets, bool (B, T).
+def eval_batches(tokens: Tokens, context_length: int, batch_size: int) -> Iterator[Batch]:
+    """The whole split in order, with masks, bool (B, T): every token but the first is a target exactly once.
 
-    Every token but the first is a target exactly once. The last batch is filled up with masked rows, so that all have
-    one shape.
+    The last batch is filled up with masked rows, so that all have one shape.
     """
     T = context_length
     n_windows = -(-(len(tokens) - 1) // T)
     for first in range(0, n_windows, batch_size):
-        batch = np.zeros((batch_size, T + 1), np.int32)
+        rows = np.zeros((batch_size, T + 1), np.int32)
         mask = np.zeros((batch_size, T), bool)
         for row in range(min(batch_size, n_windows - first)):
             start = (first + row) * T
             window = tokens.read(start, min(T + 1, len(tokens) - start))
-            batch[row, : len(window)] = window
+            rows[row, : len(window)] = window
             mask[row, : len(window) - 1] = True
-        yield batch, mask
+        yield Batch(rows, mask)
 
 
 class Prefetch:

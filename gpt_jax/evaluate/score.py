@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from gpt_jax.data.batch import Batch
 from gpt_jax.evaluate.windows import Window, batches
 from gpt_jax.model.gpt import GPT, Params, forward
 from gpt_jax.model.head import logits_NV
@@ -25,15 +26,14 @@ class Score(NamedTuple):
     greedy: bool  # Whether each of them is the most probable one.
 
 
-def make_score_step(
-    model: GPT, axis_name: str | None
-) -> Callable[[Params, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
-    """The scoring step: `(params, tokens, mask)` to the nats and the greediness of every row of the whole batch, (B,).
+def make_score_step(model: GPT, axis_name: str | None) -> Callable[[Params, Batch], tuple[jax.Array, jax.Array]]:
+    """The scoring step: `(params, batch)` to the nats and the greediness of every row of the whole batch, (B,).
 
-    tokens: int32 (B, T + 1), mask: bool (B, T), this device's share of the batch. float32, as logits are.
+    batch: this device's share, with a mask. Nats are float32, as logits are.
     """
 
-    def score_step(params: Params, tokens: jax.Array, mask_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def score_step(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+        tokens, mask_BT = batch.tokens, batch.mask
         hidden_BTD = forward(model, params, tokens[:, :-1])
 
         def score_token(x: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -57,19 +57,19 @@ class Scorer:
         self.placement = Placement(devices)
         self.params = jax.device_put(params, self.placement.state_shardings(params))
         self.batch_size = batch_size * self.placement.n_devices
-        self.step = self.placement.jit(make_score_step(model, self.placement.axis_name), n_batch_args=2, donate=False)
+        self.step = self.placement.jit(make_score_step(model, self.placement.axis_name), donate=False)
 
     def __call__(self, windows: Iterable[Window]) -> Iterator[Score]:
         """The score of each window, as batches of windows of one length become full."""
         before: tuple[list[int], Any] = [], ()
         fused = self.model.config.attention in ("cudnn", "splash")  # They work on whole blocks.
         least = SPLASH_BLOCKS[-1] if fused else 16
-        for batch in batches(windows, self.batch_size, self.model.config.context_length, least):
-            result = self.step(self.params, self.placement.split(batch.tokens), self.placement.split(batch.mask_BT))
+        for numbers, batch in batches(windows, self.batch_size, self.model.config.context_length, least):
+            result = self.step(self.params, self.placement.split(batch))
             if self.placement.must_wait:
                 jax.block_until_ready(result)
             yield from read(*before)  # While the devices work on the batch that follows.
-            before = batch.numbers, result
+            before = numbers, result
         yield from read(*before)
 
 

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from gpt_jax.data.batch import Batch
 from gpt_jax.sample.decode import bucket
 
 
@@ -18,14 +19,6 @@ class Window(NamedTuple):
     def n_scored(self) -> int:
         """Number of targets that are scored."""
         return len(self.tokens) - 1 - self.seen
-
-
-class Batch(NamedTuple):
-    """Windows of about the same length, filled up to one shape."""
-
-    numbers: list[int]  # Which of the windows each row is; fewer than B in a batch that was filled up with empty rows.
-    tokens: np.ndarray  # int32 (B, T + 1)
-    mask_BT: np.ndarray  # bool: the targets to score.
 
 
 def windows(pieces: Iterable[np.ndarray], context_length: int, stride: int) -> Iterator[Window]:
@@ -45,11 +38,14 @@ def windows(pieces: Iterable[np.ndarray], context_length: int, stride: int) -> I
         yield Window(held, seen)
 
 
-def batches(windows: Iterable[Window], batch_size: int, context_length: int, least: int) -> Iterator[Batch]:
+def batches(
+    windows: Iterable[Window], batch_size: int, context_length: int, least: int
+) -> Iterator[tuple[list[int], Batch]]:
     """The windows in batches of `batch_size`, each as soon as it is full, with few shapes in all.
 
-    Windows are padded to the next power of two, from `least` up, but no further than to context_length; masked rows
-    fill up the last batch of each length.
+    Yields which of the windows the rows of a batch are, and the batch; its mask, bool (B, T), has the targets to score.
+    Windows are padded to the next power of two, from `least` up, but no further than to context_length; masked rows,
+    which have no number, fill up the last batch of each length.
     """
     waiting: dict[int, list[tuple[int, Window]]] = {}
     for numbered in enumerate(windows):
@@ -62,12 +58,10 @@ def batches(windows: Iterable[Window], batch_size: int, context_length: int, lea
         yield filled(rows, T, batch_size)
 
 
-def filled(rows: list[tuple[int, Window]], T: int, batch_size: int) -> Batch:
-    """One batch (batch_size, T) of numbered windows."""
-    batch = Batch(
-        [number for number, _ in rows], np.zeros((batch_size, T + 1), np.int32), np.zeros((batch_size, T), bool)
-    )
+def filled(rows: list[tuple[int, Window]], T: int, batch_size: int) -> tuple[list[int], Batch]:
+    """The numbers of numbered windows, and one batch (batch_size, T) of them."""
+    batch = Batch(np.zeros((batch_size, T + 1), np.int32), np.zeros((batch_size, T), bool))
     for row, (_, window) in enumerate(rows):
         batch.tokens[row, : len(window.tokens)] = window.tokens
-        batch.mask_BT[row, window.seen : len(window.tokens) - 1] = True
-    return batch
+        batch.mask[row, window.seen : len(window.tokens) - 1] = True
+    return [number for number, _ in rows], batch

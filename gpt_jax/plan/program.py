@@ -10,10 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from gpt_jax.config import Config
+from gpt_jax.data.batch import Batch
 from gpt_jax.errors import UserError
 from gpt_jax.model import lora
 from gpt_jax.model.gpt import GPT, init_params
 from gpt_jax.placement import MeshPlacement, Placement, with_shardings
+from gpt_jax.train.objectives.next_token import next_token
 from gpt_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from gpt_jax.train.step import TrainState, init_state, make_train_step
 
@@ -60,7 +62,7 @@ def compile_step(model: GPT, config: Config, placement: Placement, state_bytes: 
     """
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     schedule = learning_rate_schedule(config.optimizer, config.train.steps)
-    step = make_train_step(model, optimizer, schedule, config.train.seed, placement.axis_name)
+    step = make_train_step(next_token, model, optimizer, schedule, config.train.seed, placement.axis_name)
     A = placement.microbatches(config.data.batch_size, config.data.microbatch_size)
     B, T = config.data.batch_size // A, config.model.context_length
     state = abstract_state(model, config)
@@ -74,7 +76,7 @@ def compile_step(model: GPT, config: Config, placement: Placement, state_bytes: 
         sharding = jax.sharding.SingleDeviceSharding(placement.devices[0])
         tokens = jax.ShapeDtypeStruct((A, B, T + 1), jnp.int32, sharding=sharding)
     try:
-        compiled = placement.jit(step, n_batch_args=1, donate=True).lower(state, tokens).compile()
+        compiled = placement.jit(step, donate=True).lower(state, Batch(tokens)).compile()
     except jax.errors.JaxRuntimeError as e:
         return out_of_memory(e, state_bytes)
     text = compiled.as_text()

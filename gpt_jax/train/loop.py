@@ -28,6 +28,7 @@ from gpt_jax.run.folder import RunFolder
 from gpt_jax.run.load import open_source
 from gpt_jax.sample.generate import Settings, encode_prompt, generate
 from gpt_jax.train.metrics import Recorder
+from gpt_jax.train.objectives.next_token import next_token
 from gpt_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from gpt_jax.train.profile import Trace
 from gpt_jax.train.step import TrainState, init_state, make_eval_step, make_train_step
@@ -59,8 +60,8 @@ def train(config: Config, data: Dataset, resume: bool = False, profile: bool = F
     model = GPT(resolve(config.model, runtime.platform_name(placement.devices[0]), placement.context))
     schedule = learning_rate_schedule(config.optimizer, config.train.steps)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
-    step_fn = make_train_step(model, optimizer, schedule, seed, placement.axis_name)
-    train_step = placement.jit(step_fn, n_batch_args=1, donate=True)
+    step_fn = make_train_step(next_token, model, optimizer, schedule, seed, placement.axis_name)
+    train_step = placement.jit(step_fn, donate=True)
     evaluate = make_evaluate(model, placement, data, config)
 
     hosts.on_first(lambda: run.check_usable(resume))
@@ -95,8 +96,8 @@ def train(config: Config, data: Dataset, resume: bool = False, profile: bool = F
             Trace(run.profile if profile and hosts.is_first() else None, steps) as trace,
             Prefetch(lambda step: placement.split(batches(step, rows), n_micro), steps) as prefetched,
         ):
-            for step, tokens in enumerate(prefetched, steps.start + 1):  # `step` counts the steps, this one included.
-                state, metrics = train_step(state, tokens)
+            for step, batch in enumerate(prefetched, steps.start + 1):  # `step` counts the steps, this one included.
+                state, metrics = train_step(state, batch)
                 recorder.submit(step, metrics)
                 if placement.must_wait:
                     jax.block_until_ready(state)
@@ -278,13 +279,13 @@ def make_evaluate(
             f"train.eval_batch_size = {batch_size} does not divide over {placement.n_shares} {placement.told_shares}"
         )
     rows = placement.rows(batch_size)
-    eval_step = placement.jit(make_eval_step(model, placement.axis_name), n_batch_args=2, donate=False)
+    eval_step = placement.jit(make_eval_step(next_token, model, placement.axis_name), donate=False)
     tokens_per_byte = len(data.val) / data.val.n_bytes
 
     def evaluate(params: Params) -> dict[str, float]:
         sums = []
-        for tokens, mask in eval_batches(data.val, config.model.context_length, batch_size):
-            sums.append(eval_step(params, placement.split(tokens[rows]), placement.split(mask[rows])))
+        for batch in eval_batches(data.val, config.model.context_length, batch_size):
+            sums.append(eval_step(params, placement.split(jax.tree.map(lambda x: x[rows], batch)))[:2])
             if placement.must_wait:
                 jax.block_until_ready(sums[-1])
         total, count = np.asarray(jax.device_get(sums), np.float64).sum(axis=0).tolist()

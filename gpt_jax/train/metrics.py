@@ -96,6 +96,7 @@ class Recorder:
             "lr": lr,
             "grad_norm": grad_norm,
             "tokens": step * self.tokens_per_step,
+            **{name: float(value) for name, value in metrics.logged.items()},
         }
         self.shown["loss"] = f"{loss:.3f}"
         self.bar.set_postfix(self.shown, refresh=False)

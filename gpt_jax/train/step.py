@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from gpt_jax.data.batch import Batch
 from gpt_jax.model import lora
-from gpt_jax.model.gpt import GPT, Params, forward, init_params
-from gpt_jax.model.head import head_VD
-from gpt_jax.model.loss import loss_sums
+from gpt_jax.model.gpt import GPT, Params, init_params
 from gpt_jax.model.sharding import to_storage
+from gpt_jax.train.objectives import Objective, Sums
 
 
 class TrainState(NamedTuple):
@@ -31,11 +31,13 @@ class TrainState(NamedTuple):
 
 
 class StepMetrics(NamedTuple):
-    """Float32 scalars of one step: loss in nats a token, global norm of the unclipped gradient, learning rate."""
+    """Float32 scalars of one step: the objective's loss (nats a token, of the next token), global norm of the unclipped
+    gradient, learning rate, and what else the objective reports, by name."""
 
     loss: jax.Array
     grad_norm: jax.Array
     learning_rate: jax.Array
+    logged: dict[str, jax.Array]
 
 
 def init_state(model: GPT, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
@@ -52,26 +54,25 @@ def sum_over(axis_name: str | None, x: Any) -> Any:
 
 
 def make_train_step(
-    model: GPT, optimizer: optax.GradientTransformation, schedule: optax.Schedule, seed: int, axis_name: str | None
-) -> Callable[[TrainState, jax.Array], tuple[TrainState, StepMetrics]]:
-    """The train step: `(state, tokens)` to `(state, metrics)`.
+    objective: Objective,
+    model: GPT,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    seed: int,
+    axis_name: str | None,
+) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
+    """The train step: `(state, batch)` to `(state, metrics)`.
 
-    tokens: int32 (A, B, T + 1), this device's share of the global batch in A microbatches, one after the other. Losses
-    and gradients are summed over tokens, microbatches and devices and then divided by the number of tokens, so the
-    result does not depend on how the batch was cut. The dropout of a sequence depends on the seed, the step and its row
-    in the global batch, and, that of attention weights, on the attention that draws it, but not on the devices.
+    batch: this device's share of the global batch in A microbatches, one after the other. The objective's sums and
+    gradients are added up over microbatches and devices and then divided, so the result does not depend on how the
+    batch was cut. A batch in which no target counts changes nothing but the number of the step. The dropout of a
+    sequence depends on the seed, the step and its row in the global batch, and, that of attention weights, on the
+    attention that draws it, but not on the devices.
     """
 
-    def loss_fn(
-        trained: Params, frozen: Params, tokens: jax.Array, keys_B: jax.Array | None
-    ) -> tuple[jax.Array, jax.Array]:
-        params = lora.join(trained, frozen)
-        inputs_BT, targets_BT = tokens[:, :-1], tokens[:, 1:]
-        hidden_BTD = forward(model, params, inputs_BT, keys_B)
-        mask_BT = jnp.ones(targets_BT.shape, jnp.float32)
-        return loss_sums(
-            hidden_BTD, head_VD(params), targets_BT, mask_BT, model.config.vocab_size, model.config.loss_chunk
-        )
+    def numerator(trained: Params, frozen: Params, batch: Batch, keys_B: jax.Array | None) -> tuple[jax.Array, Sums]:
+        sums = objective(model, lora.join(trained, frozen), batch, keys_B)
+        return sums.numerator, sums
 
     def dropout_keys(step: jax.Array, A: int, B: int) -> jax.Array | None:
         if not model.config.drops:
@@ -81,48 +82,52 @@ def make_train_step(
         key = jax.random.fold_in(jax.random.key(seed), step)
         return jax.vmap(lambda row: jax.random.fold_in(key, row))(rows).reshape(A, B)
 
-    def train_step(state: TrainState, tokens: jax.Array) -> tuple[TrainState, StepMetrics]:
-        A, B, _ = tokens.shape
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        A, B, _ = batch.tokens.shape
         keys_AB = dropout_keys(state.step, A, B)
-        grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+        gradient = jax.grad(numerator, has_aux=True)
 
-        def microbatch(i: int | jax.Array) -> Any:
-            (loss, count), grads = grad_fn(
-                state.params, state.frozen, tokens[i], None if keys_AB is None else keys_AB[i]
-            )
-            return loss, count, to_storage(grads)
+        def microbatch(i: int | jax.Array) -> tuple[Sums, Params]:
+            one, keys_B = jax.tree.map(lambda x: x[i], (batch, keys_AB))
+            grads, sums = gradient(state.params, state.frozen, one, keys_B)
+            return sums, to_storage(grads)
 
         if A == 1:
-            sums = microbatch(0)
+            totals = microbatch(0)
         else:
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(microbatch, 0))
-            sums, _ = jax.lax.scan(
+            totals, _ = jax.lax.scan(
                 lambda total, i: (jax.tree.map(jnp.add, total, microbatch(i)), None), zeros, jnp.arange(A)
             )
-        loss, count, grads = sum_over(axis_name, sums)
+        sums, grads = sum_over(axis_name, totals)
+        may_be_empty = batch.mask is not None
+        count = or_one(sums.denominator) if may_be_empty else sums.denominator
         grads = jax.tree.map(lambda g: g / count, grads)
-        metrics = StepMetrics(loss / count, optax.tree.norm(grads), jnp.asarray(schedule(state.step), jnp.float32))
+        metrics = StepMetrics(
+            sums.numerator / count,
+            optax.tree.norm(grads),
+            jnp.asarray(schedule(state.step), jnp.float32),
+            {name: total / or_one(count) for name, (total, count) in sums.logged.items()},
+        )
 
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        if may_be_empty:  # Momentum and weight decay would move the parameters without a gradient, too.
+            counts, before = sums.denominator > 0, (state.params, state.opt_state)
+            params, opt_state = jax.tree.map(lambda a, b: jnp.where(counts, a, b), (params, opt_state), before)
         return TrainState(state.step + 1, params, opt_state, state.frozen), metrics
 
     return train_step
 
 
-def make_eval_step(
-    model: GPT, axis_name: str | None
-) -> Callable[[Params, jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
-    """The evaluation step: `(params, tokens, mask)` to the summed loss in nats and the number of targets.
+def or_one(count: jax.Array) -> jax.Array:
+    """`count`, or 1 where it is 0, to divide sums by that are 0 then."""
+    return jnp.where(count == 0, 1, count)
 
-    tokens: int32 (B, T + 1), mask: bool (B, T), this device's share of the batch.
+
+def make_eval_step(objective: Objective, model: GPT, axis_name: str | None) -> Callable[[Params, Batch], Sums]:
+    """The evaluation step: `(params, batch)` to the objective's sums over all devices, without dropout.
+
+    batch: this device's share, without an axis of microbatches.
     """
-
-    def eval_step(params: Params, tokens: jax.Array, mask_BT: jax.Array) -> tuple[jax.Array, jax.Array]:
-        hidden_BTD = forward(model, params, tokens[:, :-1])
-        sums = loss_sums(
-            hidden_BTD, head_VD(params), tokens[:, 1:], mask_BT, model.config.vocab_size, model.config.loss_chunk
-        )
-        return sum_over(axis_name, sums)
-
-    return eval_step
+    return lambda params, batch: sum_over(axis_name, objective(model, params, batch, None))

@@ -65,7 +65,7 @@ def test_an_epoch_visits_every_window_once(batches: TrainBatches, epoch: int) ->
     n, T, W = len(batches.tokens), batches.context_length, batches.windows_per_epoch
     first, last = epoch * W, (epoch + 1) * W
     steps = range(first // batches.batch_size, -(-last // batches.batch_size))
-    rows = np.concatenate([batches(step) for step in steps])
+    rows = np.concatenate([batches(step).tokens for step in steps])
     offset = steps.start * batches.batch_size
     inputs = rows[first - offset : last - offset, :T]
     visits = np.bincount(inputs.reshape(-1), minlength=n)
@@ -75,7 +75,8 @@ def test_an_epoch_visits_every_window_once(batches: TrainBatches, epoch: int) ->
 
 @given(loaders(), st.integers(0, 1000))
 def test_a_window_is_consecutive_tokens_of_the_ring(batches: TrainBatches, step: int) -> None:
-    rows = batches(step)
+    rows, *rest = batches(step)
+    assert rest == [None, None, None]  # Every token is a target, and a row is one document.
     assert rows.dtype == np.int32
     assert rows.shape == (batches.batch_size, batches.context_length + 1)
     assert np.array_equal(rows[:, 1:], (rows[:, :-1] + 1) % len(batches.tokens))
@@ -83,21 +84,21 @@ def test_a_window_is_consecutive_tokens_of_the_ring(batches: TrainBatches, step:
 
 @given(loaders(), st.integers(0, 10**9))
 def test_any_step_is_reached_at_once_and_always_the_same(batches: TrainBatches, step: int) -> None:
-    assert np.array_equal(batches(step), batches(step))
+    assert np.array_equal(batches(step).tokens, batches(step).tokens)
 
 
 @given(loaders(), st.integers(0, 50), st.integers(1, 4))
 def test_hosts_share_out_the_global_batch(batches: TrainBatches, step: int, n_hosts: int) -> None:
     """The rows that each asks for are those of the batch of a single host."""
     rows = np.random.default_rng(0).permutation(batches.batch_size)
-    shares = [batches(step, share) for share in np.array_split(rows, n_hosts) if len(share)]
-    assert np.array_equal(np.concatenate(shares), batches(step)[rows])
+    shares = [batches(step, share).tokens for share in np.array_split(rows, n_hosts) if len(share)]
+    assert np.array_equal(np.concatenate(shares), batches(step).tokens[rows])
 
 
 def test_epochs_and_seeds_differ() -> None:
     def epoch(seed: int, n: int) -> list[int]:
         batches = TrainBatches(Tokens(1000), 10, 100, seed)
-        return batches(n)[:, 0].tolist()
+        return batches(n).tokens[:, 0].tolist()
 
     assert epoch(0, 0) != epoch(0, 1)
     assert epoch(0, 0) != epoch(1, 0)
@@ -113,7 +114,8 @@ def test_a_split_smaller_than_a_window_is_refused() -> None:
 @given(n=st.integers(2, 300), T=st.integers(1, 20), B=st.integers(1, 8))
 def test_evaluation_asks_for_every_token_but_the_first_once(n: int, T: int, B: int) -> None:
     targets = []
-    for tokens, mask in eval_batches(Tokens(n), T, B):
+    for tokens, mask, segments, positions in eval_batches(Tokens(n), T, B):
+        assert segments is positions is None
         assert tokens.shape == (B, T + 1)
         assert np.array_equal(tokens[:, 1:][mask], tokens[:, :-1][mask] + 1)
         targets += tokens[:, 1:][mask].tolist()

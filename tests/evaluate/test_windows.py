@@ -49,12 +49,12 @@ def test_batches_hold_every_window_in_few_shapes(batch_size: int, rng: np.random
     lengths = rng.integers(1, 101, 60)
     given = [Window(rng.integers(1, 9, n + 1).astype(np.int32), int(rng.integers(0, n))) for n in lengths]
     shapes, found = set(), {}
-    for batch in batches(given, batch_size, 100, least=16):
-        assert batch.tokens.shape == (batch_size, batch.mask_BT.shape[1] + 1)
-        shapes.add(batch.mask_BT.shape)
-        assert not batch.mask_BT[len(batch.numbers) :].any()
-        for row, number in enumerate(batch.numbers):
-            found[number] = batch.tokens[row], batch.mask_BT[row]
+    for numbers, batch in batches(given, batch_size, 100, least=16):
+        assert batch.tokens.shape == (batch_size, batch.mask.shape[1] + 1)
+        shapes.add(batch.mask.shape)
+        assert not batch.mask[len(numbers) :].any()
+        for row, number in enumerate(numbers):
+            found[number] = batch.tokens[row], batch.mask[row]
     assert shapes <= {(batch_size, T) for T in (16, 32, 64, 100)}
     assert sorted(found) == list(range(60))
     for number, (tokens, mask_T) in found.items():

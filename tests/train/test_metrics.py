@@ -128,10 +128,11 @@ class Device:
     def __init__(self, clock: Clock) -> None:
         self.clock, self.busy_until = clock, clock.now
 
-    def step(self, seconds: float, loss: float = 2.5, grad_norm: float = 0.5) -> StepMetrics:
+    def step(self, seconds: float, loss: float = 2.5, grad_norm: float = 0.5, **logged: Any) -> StepMetrics:
         self.busy_until = max(self.busy_until, self.clock.now) + seconds
-        values = (OnDevice(self.clock, self.busy_until, value) for value in (loss, grad_norm, 1e-3))
-        return StepMetrics(*(cast(Any, value) for value in values))
+        on_device = (OnDevice(self.clock, self.busy_until, value) for value in (loss, grad_norm, 1e-3))
+        a, b, c = (cast(Any, value) for value in on_device)
+        return StepMetrics(a, b, c, logged)
 
 
 def lines(run: Path) -> list[dict[str, Any]]:
@@ -143,7 +144,7 @@ def test_records_are_written_when_due(tmp_path: Path, clock: Clock) -> None:
     device = Device(clock)
     with Recorder(RunFolder(tmp_path), config, 0, None) as recorder:
         for step in range(1, 12):
-            recorder.submit(step, device.step(1.0, loss=1 / step, grad_norm=step / 7))
+            recorder.submit(step, device.step(1.0, loss=1 / step, grad_norm=step / 7, accuracy=step / 13))
             if step == 6:
                 recorder.settle()
                 recorder.add_evaluation(val_loss=1.25, val_bits_per_byte=0.75)
@@ -156,6 +157,7 @@ def test_records_are_written_when_due(tmp_path: Path, clock: Clock) -> None:
     for record in records:
         step = record["step"]
         assert (record["loss"], record["grad_norm"], record["lr"]) == (1 / step, step / 7, 1e-3)  # To the last digit.
+        assert record["accuracy"] == step / 13  # What the objective reports.
         assert record["tokens"] == step * TOKENS_PER_STEP
         assert record["mfu"] is None
         assert ("val_loss" in record) == ("val_bits_per_byte" in record) == (step == 6)

@@ -10,9 +10,12 @@ import optax
 import pytest
 
 from gpt_jax.config import ModelConfig, OptimizerConfig
+from gpt_jax.data.batch import Batch
 from gpt_jax.model.gpt import GPT, forward
 from gpt_jax.placement import Placement
 from gpt_jax.train import step as step_module
+from gpt_jax.train.objectives import Objective, Sums
+from gpt_jax.train.objectives.next_token import next_token
 from gpt_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from gpt_jax.train.step import StepMetrics, TrainState, init_state, make_eval_step, make_train_step
 
@@ -24,20 +27,22 @@ BATCH, STEPS, SEED = 16, 5, 3
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_steps=2, eps=1e-4)
 
 
-def run(n_devices: int, n_micro: int = 1, model_config: ModelConfig = CONFIG) -> tuple[TrainState, list[StepMetrics]]:
+def run(
+    n_devices: int, n_micro: int = 1, model_config: ModelConfig = CONFIG, objective: Objective = next_token
+) -> tuple[TrainState, list[StepMetrics]]:
     """Several steps on random batches, the same for every placement."""
     placement = Placement(jax.devices()[:n_devices])
     model = GPT(model_config)
     optimizer = make_optimizer(OPTIMIZER, STEPS)
     schedule = learning_rate_schedule(OPTIMIZER, STEPS)
     train_step = placement.jit(
-        make_train_step(model, optimizer, schedule, SEED, placement.axis_name), n_batch_args=1, donate=True
+        make_train_step(objective, model, optimizer, schedule, SEED, placement.axis_name), donate=True
     )
     state = placement.make(lambda: init_state(model, optimizer, SEED))
     rng, metrics = np.random.default_rng(0), []
     for _ in range(STEPS):
         tokens = rng.integers(0, CONFIG.vocab_size, (BATCH, CONFIG.context_length + 1), dtype=np.int32)
-        state, m = train_step(state, placement.split(tokens, n_micro))
+        state, m = train_step(state, placement.split(Batch(tokens), n_micro))
         jax.block_until_ready(state)
         metrics.append(jax.device_get(m))
     return jax.device_get(state), metrics
@@ -45,8 +50,7 @@ def run(n_devices: int, n_micro: int = 1, model_config: ModelConfig = CONFIG) ->
 
 def assert_same(ours: tuple[TrainState, list[StepMetrics]], expected: tuple[TrainState, list[StepMetrics]]) -> None:
     """Equal within 1e-5: loss and gradient norm of every step, parameters and optimizer state after the last."""
-    np.testing.assert_allclose(np.array(ours[1]), np.array(expected[1]), rtol=1e-5, atol=1e-5)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), ours[0], expected[0])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), ours, expected)
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +74,7 @@ def test_dropout_does_not_depend_on_devices_and_microbatches() -> None:
     config = dataclasses.replace(CONFIG, dropout=0.2)
     alone = run(1, 1, config)
     assert_same(run(2, 2, config), alone)
-    assert not np.allclose(np.array(alone[1]), np.array(run(1)[1]), atol=1e-3)
+    assert not np.allclose([m.loss for m in alone[1]], [m.loss for m in run(1)[1]], atol=1e-3)
 
 
 @pytest.mark.parametrize("forgotten", ["gradients", "everything"])
@@ -79,7 +83,7 @@ def test_a_forgotten_sum_over_devices_is_noticed(
 ) -> None:
     def no_sum(axis_name: str | None, x: Any) -> Any:
         if forgotten == "gradients":
-            return *jax.lax.psum(x[:2], axis_name), x[2]
+            return jax.lax.psum(x[0], axis_name), x[1]
         return x
 
     monkeypatch.setattr(step_module, "sum_over", no_sum)
@@ -108,9 +112,81 @@ def test_evaluation_counts_only_what_is_not_masked(rng: np.random.Generator, n_d
     model, params = GPT(CONFIG), run_init()
     tokens = rng.integers(0, CONFIG.vocab_size, (8, 17), dtype=np.int32)
     mask = rng.random((8, 16)) < 0.5
-    eval_step = placement.jit(make_eval_step(model, placement.axis_name), n_batch_args=2, donate=False)
-    total, count = eval_step(params, placement.split(tokens), placement.split(mask))
+    eval_step = placement.jit(make_eval_step(next_token, model, placement.axis_name), donate=False)
+    total, count, _ = eval_step(params, placement.split(Batch(tokens, mask)))
     logits = forward(model, params, jnp.asarray(tokens[:, :-1])) @ params["tokens_VD"].T
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(tokens[:, 1:]))
     assert int(count) == mask.sum()
     np.testing.assert_allclose(total, np.sum(np.asarray(losses)[mask]), rtol=1e-5)
+
+
+def some_targets(step: int) -> Batch:
+    """A batch of which about a third of the targets count, of the last half of the rows none."""
+    rng = np.random.default_rng(step)
+    mask = rng.random((BATCH, CONFIG.context_length)) < 0.3
+    mask[BATCH // 2 :] = False
+    return Batch(rng.integers(0, CONFIG.vocab_size, (BATCH, CONFIG.context_length + 1), dtype=np.int32), mask)
+
+
+def step_on(n_devices: int, n_micro: int, batch: Batch, objective: Objective = next_token) -> Any:
+    """The state before a step that follows another, and the state and metrics after it."""
+    placement = Placement(jax.devices()[:n_devices])
+    model, optimizer = GPT(CONFIG), make_optimizer(OPTIMIZER, STEPS)
+    schedule = learning_rate_schedule(OPTIMIZER, STEPS)
+    step = placement.jit(
+        make_train_step(objective, model, optimizer, schedule, SEED, placement.axis_name), donate=False
+    )
+    before, _ = step(
+        placement.make(lambda: init_state(model, optimizer, SEED)), placement.split(some_targets(0), n_micro)
+    )
+    return jax.device_get((before, *step(before, placement.split(batch, n_micro))))
+
+
+def test_only_targets_that_count_are_learnt() -> None:
+    """On devices and microbatches of which half have none: the loss and the gradient of the mean over those that do."""
+    batch = some_targets(1)
+    before, after, metrics = step_on(1, 1, batch)
+
+    def mean_loss(params: Any) -> jax.Array:
+        logits = forward(GPT(CONFIG), params, jnp.asarray(batch.tokens[:, :-1])) @ params["tokens_VD"].T
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(batch.tokens[:, 1:]))
+        return losses.mean(where=jnp.asarray(batch.mask))
+
+    loss, grads = jax.jit(jax.value_and_grad(mean_loss))(before.params)
+    np.testing.assert_allclose(metrics.loss, loss, rtol=1e-5)
+    np.testing.assert_allclose(metrics.grad_norm, optax.tree.norm(grads), rtol=1e-5)
+    ours = step_on(2, 2, batch)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), ours, (before, after, metrics))
+
+
+@pytest.mark.parametrize(("n_devices", "n_micro"), [(1, 1), (2, 2)])
+def test_a_batch_without_a_target_changes_nothing(n_devices: int, n_micro: int) -> None:
+    """Though there are momentum and weight decay by then; and nothing is NaN."""
+    tokens, mask, *_ = some_targets(1)
+    before, after, metrics = step_on(n_devices, n_micro, Batch(tokens, np.zeros_like(mask)))
+    jax.tree.map(np.testing.assert_array_equal, after[1:], before[1:])
+    assert (int(before.step), int(after.step)) == (1, 2)
+    assert (float(metrics.loss), float(metrics.grad_norm)) == (0, 0)
+
+
+def test_what_an_objective_logs_is_divided_after_it_is_added_up() -> None:
+    """Over microbatches and devices, each value by its own denominator; one that is 0 gives 0."""
+
+    def objective(model: GPT, params: Any, batch: Batch, keys_B: Any) -> Sums:
+        targets = batch.tokens[:, 1:].astype(jnp.float32)
+        even = targets % 2 == 0
+        n_even = jnp.sum(even, dtype=jnp.float32)
+        logged = {
+            "even": (n_even, jnp.float32(even.size)),
+            "mean_even": (jnp.sum(targets, where=even), n_even),
+            "nothing": (jnp.float32(0), jnp.float32(0)),
+        }
+        return next_token(model, params, batch, keys_B)._replace(logged=logged)
+
+    batch = some_targets(1)
+    targets = batch.tokens[:, 1:]
+    for n_devices, n_micro in [(1, 1), (2, 4)]:
+        logged = step_on(n_devices, n_micro, batch, objective)[2].logged
+        np.testing.assert_allclose(logged["even"], (targets % 2 == 0).mean(), rtol=1e-6)
+        np.testing.assert_allclose(logged["mean_even"], targets[targets % 2 == 0].mean(), rtol=1e-6)
+        assert logged["nothing"] == 0

@@ -1,0 +1,31 @@
+"""Objectives: what training minimises, each a file of one formula.
+
+An objective is a pure function `(model, params, batch, keys_B) -> Sums` of one microbatch on one device (on a mesh: of
+one microbatch). It returns sums and never means: the step adds them up over microbatches and devices, and then divides,
+so that the result does not depend on how the batch was cut. Its gradient is that of the numerator.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+
+from gpt_jax.data.batch import Batch
+from gpt_jax.model.gpt import GPT, Params
+
+
+class Sums(NamedTuple):
+    """Float32 scalars to add up, then divide: the loss is numerator / denominator.
+
+    The denominator does not depend on the parameters. `logged` has the numerator and the denominator of each value that
+    is to be reported beside the loss, by its name in metrics.jsonl.
+    """
+
+    numerator: jax.Array
+    denominator: jax.Array
+    logged: dict[str, tuple[jax.Array, jax.Array]]
+
+
+Objective = Callable[[GPT, Params, Batch, jax.Array | None], Sums]
+"""`(model, params, batch, keys_B)`: the batch without an axis of microbatches; keys_B one dropout key a row, or None,
+and then nothing is dropped."""

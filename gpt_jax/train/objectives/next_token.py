@@ -1,0 +1,20 @@
+"""Predict each token from those before it: the objective of pretraining, and of tuning on texts."""
+
+import jax
+import jax.numpy as jnp
+
+from gpt_jax.data.batch import Batch
+from gpt_jax.model.gpt import GPT, Params, forward
+from gpt_jax.model.head import head_VD
+from gpt_jax.model.loss import loss_sums
+from gpt_jax.train.objectives import Sums
+
+
+def next_token(model: GPT, params: Params, batch: Batch, keys_B: jax.Array | None) -> Sums:
+    """The cross-entropy of the targets in nats, each as often as it counts, and how many count."""
+    inputs_BT, targets_BT = batch.tokens[:, :-1], batch.tokens[:, 1:]
+    hidden_BTD = forward(model, params, inputs_BT, keys_B)
+    mask_BT = jnp.ones(targets_BT.shape, jnp.float32) if batch.mask is None else batch.mask
+    c = model.config
+    total, count = loss_sums(hidden_BTD, head_VD(params), targets_BT, mask_BT, c.vocab_size, c.loss_chunk)
+    return Sums(total, count, logged={})
