@@ -24,12 +24,10 @@ from typing import Annotated, Any, TypeVar
 
 import tyro
 
-from gpt_jax.config import Config, DataConfig, ModelConfig, check, load_config, load_saved_config, with_vocabulary
-from gpt_jax.data.shards import Dataset, open_dataset
+from gpt_jax.config import Config, check, load_config, load_saved_config, with_vocabulary
+from gpt_jax.data.shards import open_dataset
 from gpt_jax.errors import UserError
 from gpt_jax.system import restart_with_huge_pages
-from gpt_jax.tokenizer.load import load_tokenizer
-from gpt_jax.tokenizer.tokenizer import Tokenizer
 
 Args = TypeVar("Args")
 Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]
@@ -141,6 +139,7 @@ def train_command(argv: Sequence[str]) -> int:
     from gpt_jax import hosts, runtime
     from gpt_jax.run.folder import RunFolder
     from gpt_jax.train.loop import Interrupted, train
+    from gpt_jax.train.setup import set_up
 
     if args.coordinator:
         runtime.setup(config.parallel.devices or 1)
@@ -151,13 +150,7 @@ def train_command(argv: Sequence[str]) -> int:
     hosts.on_first(
         lambda: RunFolder(Path(config.out_dir)).check_usable(args.resume)
     )  # Before minutes go to preparing data.
-    tokenizer = None
-    if config.init_from and args.resume:
-        tokenizer = load_tokenizer(Path(config.out_dir))
-    elif config.init_from:
-        config, tokenizer = start_from(config, argv)
-    data = open_or_prepare(config.data, argv, tokenizer, config.init_from)
-    config = with_vocabulary(config, data.tokenizer.vocab_size)
+    config, data = set_up(config, given_fields(argv), args.resume)
     if not args.coordinator:
         runtime.setup(runtime.choose_cpu_devices(config))
     try:
@@ -166,31 +159,6 @@ def train_command(argv: Sequence[str]) -> int:
         print(f"stopped, and saved; go on with: python train.py --resume --out-dir {config.out_dir}")
         return 128 + e.signum
     return 0
-
-
-def start_from(config: Config, argv: Sequence[str]) -> tuple[Config, Tokenizer]:
-    """The configuration with the architecture of the model in `init_from`, and that model's tokenizer.
-
-    Raises UserError when the model is not supported, its files are not what it says that they are, or a flag asks for
-    another architecture.
-    """
-    from gpt_jax.run.load import KEPT, adopt, open_source
-
-    for flag in (a.partition("=")[0] for a in argv if a.startswith("--model.")):
-        name = flag.removeprefix("--model.").partition(".")[0].replace("-", "_").removeprefix("no_")
-        if name not in KEPT:
-            raise UserError(f"{flag} cannot be given with init_from: the model there decides it")
-    source = open_source(config.init_from)
-    # A file that sets the default cannot be told from one that sets nothing; a flag can.
-    is_default = config.model.context_length == ModelConfig().context_length
-    asks_context = not is_default or flag_value(argv, "--model.context-length") is not None
-    model = adopt(source, config.model, asks_context)
-    theirs = source.config.context_length
-    if model.context_length < theirs:
-        print(f"the context of {theirs:,} tokens is shortened to model.context_length = {model.context_length:,}")
-    tokenizer = source.tokenizer()
-    source.check()
-    return dataclasses.replace(config, model=model, init_from=source.pinned), tokenizer
 
 
 def train_arguments(argv: list[str]) -> tuple[Config, TrainArgs]:
@@ -211,51 +179,11 @@ def train_arguments(argv: list[str]) -> tuple[Config, TrainArgs]:
     return args.config, args
 
 
-def open_or_prepare(
-    config: DataConfig, argv: Sequence[str], tokenizer: Tokenizer | None = None, model: str = ""
-) -> Dataset:
-    """The data folder, made from `data.source` if it is not there; with `tokenizer`, that of `model`, if there is one.
-
-    Raises UserError when a flag asks for another preparation than that of the folder that is there, or it was made with
-    another tokenizer.
-    """
-    from gpt_jax import hosts
-
-    check(bool(config.dir), "data.dir", config.dir, "a folder made by gpt-jax prepare")
-    folder = Path(config.dir)
-
-    def prepare_if_missing() -> None:
-        if not config.source or folder.exists():
-            return
-        from gpt_jax.data.prepare import PrepareArgs, prepare, print_summary
-
-        meta = prepare(
-            PrepareArgs(
-                source=config.source,
-                out=folder,
-                tokenizer=model if tokenizer else config.tokenizer,
-                model_type=config.model_type,
-                vocab_size=config.vocab_size,
-                val_fraction=config.val_fraction,
-            ),
-            tokenizer=tokenizer,
-        )
-        print_summary(folder, meta)
-
-    hosts.on_first(prepare_if_missing)
-    data = open_dataset(folder)
-    if tokenizer and tokenizer.fingerprint != data.tokenizer.fingerprint:
-        raise UserError(
-            f"{folder} was not prepared with the tokenizer of the model in init_from; prepare it with "
-            "--tokenizer MODEL, or name another --data.dir and a --data.source"
-        )
-    for name in ("tokenizer", "model_type", "vocab_size", "val_fraction"):
-        wanted, there = getattr(config, name), data.meta.settings[name]
-        if flag_value(argv, f"--data.{name.replace('_', '-')}") is not None and wanted != there:
-            raise UserError(
-                f"data.{name} = {wanted}, but {folder} was prepared with {there}; another --data.dir is prepared anew"
-            )
-    return data
+def given_fields(argv: Sequence[str]) -> set[str]:
+    """The full names of the configuration's fields that flags set, such as "model.n_layer" by --model.n-layer=2."""
+    flags = (a.partition("=")[0].removeprefix("--").replace("-", "_") for a in argv if a.startswith("--"))
+    sections = (flag.rpartition(".") for flag in flags)
+    return {f"{section}{dot}{name.removeprefix('no_')}" for section, dot, name in sections}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -378,7 +306,9 @@ def plan_command(argv: Sequence[str]) -> int:
     args = parse(PlanArgs, words, "plan", PlanArgs(config=load_config(path)))
     config = args.config
     if config.init_from:
-        config, tokenizer = start_from(config, argv)
+        from gpt_jax.train.setup import start_from
+
+        config, tokenizer = start_from(config, given_fields(argv))
         config = with_vocabulary(config, tokenizer.vocab_size)
     elif not config.model.vocab_size and Path(config.data.dir, "meta.json").exists():
         config = with_vocabulary(config, open_dataset(Path(config.data.dir)).tokenizer.vocab_size)

@@ -8,6 +8,7 @@ import math
 import os
 import re
 import sys
+import warnings
 
 import jax
 
@@ -43,15 +44,35 @@ GPU_MEMORY_FRACTION = 0.9
 would take three quarters."""
 
 
+_is_set_up = False
+
+
 def setup(cpu_devices: int = 1) -> None:
     """Sets XLA's flags, the share of GPUs' memory, the number of CPU devices, the allocator and the compile cache. Call
     once, before any device is used."""
+    global _is_set_up
+    _is_set_up = True
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_MEMORY_FRACTION))
     if "xla_cpu_experimental_ynn_fusion_type" not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {CPU_FLAG}".strip()
     jax.config.update("jax_num_cpu_devices", cpu_devices)
     keep_freed_memory()
     use_compile_cache()
+
+
+def setup_once(cpu_devices: int = 1) -> None:
+    """`setup`, for programs that may have done so already: the devices that there are stay.
+
+    Warns where JAX was started before it could be set up, and computes on the CPU.
+    """
+    if _is_set_up:
+        return
+    try:
+        setup(cpu_devices)
+    except RuntimeError:  # The number of CPU devices can no longer be set.
+        if platform_name(local_devices()[0]) == "cpu":
+            message = f"JAX was started before gpt_jax could set {CPU_FLAG}; use gpt_jax first"
+            warnings.warn(message, stacklevel=3)
 
 
 def keep_freed_memory() -> None:

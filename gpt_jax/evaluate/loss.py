@@ -9,7 +9,6 @@ from tqdm import tqdm
 
 from gpt_jax.data.formats import Block
 from gpt_jax.data.shards import TokenFiles
-from gpt_jax.data.sources import Corpus
 from gpt_jax.errors import UserError
 from gpt_jax.evaluate.score import Scorer
 from gpt_jax.evaluate.windows import Window, windows
@@ -63,14 +62,16 @@ def evaluate_split(scorer: Scorer, split: TokenFiles, context_length: int, strid
     return tally
 
 
-def evaluate_corpus(scorer: Scorer, corpus: Corpus, tokenizer: Tokenizer, context_length: int, stride: int) -> Tally:
-    """The loss over documents, each on its own: every token of their text is scored, the first one as what follows the
-    token that starts a text.
+def evaluate_blocks(
+    scorer: Scorer, blocks: Iterable[Block], tokenizer: Tokenizer, context_length: int, stride: int
+) -> Tally:
+    """The loss over documents in blocks of text, each on its own: every token of their text is scored, the first one as
+    what follows the token that starts a text.
 
     Raises UserError when there is no text, naming a file that cannot be read, and as `add_up` does.
     """
     tally = Tally(characters=0)
-    documents = tokenised(corpus.blocks(lambda n_bytes: None), tokenizer, tally)
+    documents = tokenised(blocks, tokenizer, tally)
     found = (window for document in documents for window in windows(document, context_length, stride))
     add_up(scorer, found, tally, None)
     return tally

@@ -13,7 +13,7 @@ from gpt_jax.config import check
 from gpt_jax.data.shards import Dataset, SplitName, open_dataset
 from gpt_jax.data.sources import Corpus, open_corpus
 from gpt_jax.errors import UserError
-from gpt_jax.evaluate.loss import Tally, evaluate_corpus, evaluate_split
+from gpt_jax.evaluate.loss import Tally, evaluate_blocks, evaluate_split
 from gpt_jax.evaluate.score import Scorer
 from gpt_jax.run.load import RunSource, Source, choose_source, load_model
 from gpt_jax.tokenizer.tokenizer import Tokenizer
@@ -68,7 +68,7 @@ def run_eval(args: EvalArgs) -> None:
 
     scorer = Scorer(model, params, runtime.local_devices(), args.batch_size)
     if isinstance(text, Corpus):
-        tally = evaluate_corpus(scorer, text, tokenizer, T, stride)
+        tally = evaluate_blocks(scorer, text.blocks(lambda n_bytes: None), tokenizer, T, stride)
     else:
         check_tokenizer(text_name, text, tokenizer)
         tally = evaluate_split(scorer, text.train if args.split == "train" else text.val, T, stride)

@@ -1,1 +1,29 @@
-"""Optimizer, step, placement on devices, metrics, and the loop that joins them."""
+"""Setup, optimizer, step, state, evaluation, metrics, and the loop that joins them.
+
+The package is called, too: `gpt_jax.train(config)` trains. It has to be the module itself, since Python gives a package
+the attribute `train` for its sub-package, whatever stood there before.
+"""
+
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+
+class _CallablePackage(ModuleType):
+    """A module that trains when it is called."""
+
+    def __call__(self, config: Any, resume: bool = False) -> Path:
+        """Trains, and returns the run's folder.
+
+        config: a `Config` with an out_dir, or the path of a configuration file. Fields that differ from their defaults
+        count as asked for. resume: go on with the run in out_dir. Data are prepared from data.source where they are
+        not there. Raises UserError for what the user can mend, and `train.loop.Interrupted` after SIGINT or SIGTERM,
+        when the state is saved.
+        """
+        from gpt_jax.api import train_config
+
+        return train_config(config, resume)
+
+
+sys.modules[__name__].__class__ = _CallablePackage

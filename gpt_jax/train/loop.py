@@ -1,37 +1,32 @@
 """The training run: everything is built from the configuration, then one loop that reads top-down."""
 
-import functools
 import json
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
 
 from gpt_jax import hosts, runtime
-from gpt_jax.config import Config, config_from_dict, config_to_dict
-from gpt_jax.data.loader import Prefetch, TrainBatches, eval_batches
+from gpt_jax.config import Config, config_to_dict
+from gpt_jax.data.loader import Prefetch, TrainBatches
 from gpt_jax.data.shards import Dataset
-from gpt_jax.errors import UserError
 from gpt_jax.model import lora
 from gpt_jax.model.backend import resolve
 from gpt_jax.model.flops import FLOPS_FORMULA, flops_per_token
 from gpt_jax.model.gpt import GPT, Params, init_params
 from gpt_jax.placement import Placement, choose_placement
-from gpt_jax.run.checkpoint import Checkpoints, DamagedCheckpointError, tree_fingerprint
+from gpt_jax.run.checkpoint import Checkpoints, tree_fingerprint
 from gpt_jax.run.folder import RunFolder
-from gpt_jax.run.load import open_source
 from gpt_jax.sample.generate import Settings, encode_prompt, generate
+from gpt_jax.train.evaluate import make_evaluate
 from gpt_jax.train.metrics import Recorder
 from gpt_jax.train.objectives.next_token import next_token
 from gpt_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from gpt_jax.train.profile import Trace
-from gpt_jax.train.step import TrainState, init_state, make_eval_step, make_train_step
+from gpt_jax.train.state import first_state, load_pretrained_params, restore
+from gpt_jax.train.step import make_train_step
 from gpt_jax.train.stop import stop_signals
 
 
@@ -163,136 +158,6 @@ def describe_run(
     for name, text in rows.items():
         print(f"{name:8} {text}")
     sys.stdout.flush()
-
-
-def first_state(
-    model: GPT,
-    optimizer: optax.GradientTransformation,
-    seed: int,
-    placement: Placement,
-    pretrained: Params | None,
-) -> TrainState:
-    """The state before the first step: random, or pretrained parameters, or random adapters beside these."""
-    if pretrained is None or model.config.lora.rank:
-        state = placement.make(lambda: init_state(model, optimizer, seed))
-        return state._replace(frozen=pretrained or {})
-    opt_state = placement.make(optimizer.init, pretrained)
-    return TrainState(placement.make(lambda: jnp.int32(0)), pretrained, opt_state, {})
-
-
-def restore(
-    checkpoints: Checkpoints,
-    model: GPT,
-    optimizer: optax.GradientTransformation,
-    placement: Placement,
-    meta: dict[str, Any],
-    pretrained: Params | None,
-) -> TrainState | None:
-    """The state of the newest whole checkpoint, on this run's devices; None when there is no checkpoint yet.
-
-    pretrained: the parameters that are not in the checkpoint, where adapters are trained.
-
-    Damaged ones are named and passed over. Raises UserError when one does not fit the configuration or the tokenizer,
-    or all are damaged.
-    """
-    target = placement.abstract(jax.eval_shape(lambda: init_state(model, optimizer, seed=0)))
-    damaged = []
-    for step in reversed(checkpoints.steps()):
-        try:
-            check_fits(checkpoints.folder / str(step), checkpoints.meta(step), meta)
-            params = placement.from_checkpoint(checkpoints.restore(step, "params", target.params))
-            opt_state = placement.from_checkpoint(checkpoints.restore(step, "opt_state", target.opt_state))
-        except DamagedCheckpointError as e:
-            print(f"{e}; going back to the one before", file=sys.stderr)
-            damaged.append(step)
-            continue
-        for later in damaged:
-            hosts.on_first(functools.partial(checkpoints.set_aside, later))
-            checkpoints.reload()
-        print(f"resuming after step {step}")
-        frozen = (pretrained or {}) if model.config.lora.rank else {}
-        return TrainState(placement.make(jnp.int32, step), params, opt_state, frozen)
-    if damaged:
-        raise UserError(f"no checkpoint in {checkpoints.folder} is whole; train anew in another --out-dir")
-    print("no checkpoint yet: starting from the first step")
-    return None
-
-
-def load_pretrained_params(config: Config, model: GPT, placement: Placement, resumes: bool) -> Params | None:
-    """The parameters of the model in `config.init_from`, on this run's devices; None where none are needed: where there
-    is no such model, or a checkpoint has all parameters."""
-    if not config.init_from or (resumes and not model.config.lora.rank):
-        return None
-    return open_source(config.init_from).load_params(model.config, placement)
-
-
-DECIDE_THE_DATA_ORDER = ("data.batch_size", "train.seed")
-
-
-def check_fits(where: Path, saved: dict[str, Any], meta: dict[str, Any]) -> None:
-    """Raises UserError naming what differs between a checkpoint's facts and this run's, if it must not; prints the
-    rest of what differs."""
-    for name in ("tokenizer", "data"):
-        if saved[name] != meta[name]:
-            raise UserError(f"checkpoint {where} was trained with another {name} than that of the data folder")
-    if saved.get("base") != meta.get("base"):
-        raise UserError(f"the adapters in checkpoint {where} were trained on another model than init_from now is")
-    deciding = [config_from_dict(facts["config"], str(where)).model.deciding() for facts in (saved, meta)]
-    for (name, before), value in zip(deciding[0].items(), deciding[1].values(), strict=True):
-        if before != value:
-            raise UserError(
-                f"checkpoint {where} does not fit the configuration: model.{name} is {before} there and {value} here"
-            )
-    if saved["config"].get("init_from", "") != meta["config"]["init_from"]:
-        raise UserError(
-            f"init_from is {saved['config'].get('init_from')!r} in checkpoint {where} and "
-            f"{meta['config']['init_from']!r} here; a run that goes on cannot begin with another model"
-        )
-    for section, now in meta["config"].items():
-        then = saved["config"].get(section)
-        for name, value in now.items() if isinstance(now, dict) else []:
-            full_name, before = f"{section}.{name}", then.get(name, value)
-            if before == value:
-                continue
-            if full_name in DECIDE_THE_DATA_ORDER:
-                raise UserError(
-                    f"{full_name} is {before} in checkpoint {where} and {value} here: another order of the data"
-                )
-            print(f"changed since step {where.name}: {full_name} from {before} to {value}")
-
-
-def make_evaluate(
-    model: GPT, placement: Placement, data: Dataset, config: Config
-) -> Callable[[Params], dict[str, float]]:
-    """A function of the parameters: loss in nats a token and bits a byte of text, over the whole validation set.
-
-    Raises UserError when that is less than two tokens, or the batch does not divide over the devices.
-    """
-    if len(data.val) < 2:
-        raise UserError(
-            f"the validation split of {config.data.dir} has {len(data.val)} tokens; prepare it with more text"
-        )
-    default = config.data.microbatch_size * placement.n_shares or config.data.batch_size
-    batch_size = config.train.eval_batch_size or default
-    if batch_size % placement.n_shares:
-        raise UserError(
-            f"train.eval_batch_size = {batch_size} does not divide over {placement.n_shares} {placement.told_shares}"
-        )
-    rows = placement.rows(batch_size)
-    eval_step = placement.jit(make_eval_step(next_token, model, placement.axis_name), donate=False)
-    tokens_per_byte = len(data.val) / data.val.n_bytes
-
-    def evaluate(params: Params) -> dict[str, float]:
-        sums = []
-        for batch in eval_batches(data.val, config.model.context_length, batch_size):
-            sums.append(eval_step(params, placement.split(jax.tree.map(lambda x: x[rows], batch)))[:2])
-            if placement.must_wait:
-                jax.block_until_ready(sums[-1])
-        total, count = np.asarray(jax.device_get(sums), np.float64).sum(axis=0).tolist()
-        loss = total / count
-        return {"val_loss": loss, "val_bits_per_byte": loss * tokens_per_byte / float(np.log(2))}
-
-    return evaluate
 
 
 def write_sample(model: GPT, placement: Placement, params: Params, data: Dataset, config: Config) -> str:

@@ -2,7 +2,6 @@
 
 import importlib.util
 import math
-import secrets
 import sys
 import time
 from collections.abc import Iterator
@@ -12,13 +11,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-from gpt_jax.config import Config, config_to_dict
+from gpt_jax.config import Config
 from gpt_jax.errors import UserError
 from gpt_jax.files import replacing
 from gpt_jax.model.flops import flops_per_token
 from gpt_jax.run.folder import RunFolder
 from gpt_jax.run.records import RecordWriter
 from gpt_jax.train.step import StepMetrics
+from gpt_jax.train.trackers import open_trackers
 
 
 class Recorder:
@@ -34,8 +34,7 @@ class Recorder:
         self.run, self.config, self.peak_flops, self.writes = run, config, peak_flops, writes
         self.tokens_per_step = config.data.batch_size * config.model.context_length
         self.written = RecordWriter(run.metrics_file, start, writes)
-        self.writer = tensorboard_writer(run, start) if writes and config.train.tensorboard else None
-        self.wandb = wandb_run(run, config) if writes and config.train.wandb_project else None
+        self.trackers = open_trackers(run, config, start) if writes else []
 
         self.pending: tuple[int, StepMetrics] | None = None  # Not yet read.
         self.record: dict[str, Any] | None = None  # Read, not yet written.
@@ -62,10 +61,8 @@ class Recorder:
         finally:
             self.bar.close()
             self.written.close()
-            if self.writer:
-                self.writer.close()
-            if self.wandb:
-                self.wandb.finish()
+            for tracker in self.trackers:
+                tracker.close()
 
     def say(self, text: str) -> None:
         """Prints a line without breaking the progress bar."""
@@ -134,11 +131,8 @@ class Recorder:
         self.elapsed, self.timed_steps = 0.0, 0
         self.written.append(record)
         scalars = {name: value for name, value in record.items() if name != "step" and value is not None}
-        if self.writer:
-            for name, value in scalars.items():
-                self.writer.add_scalar(name, value, record["step"])
-        if self.wandb:
-            self.wandb.log(scalars, step=record["step"])
+        for tracker in self.trackers:
+            tracker.log(record["step"], scalars)
 
         if rate:
             self.shown["tok/s"] = f"{rate:,.0f}"
@@ -218,31 +212,3 @@ def plot_losses(records: list[dict[str, Any]], path: Path) -> None:
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
     plt.close(figure)
-
-
-def tensorboard_writer(run: RunFolder, start: int) -> Any:
-    """A TensorBoard writer into the run's folder; points after `start` that a killed run left are hidden."""
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError:
-        raise UserError("train.tensorboard needs tensorboardX: pip install 'gpt-jax[tensorboard]'") from None
-    return SummaryWriter(str(run.tensorboard), purge_step=start + 1 if start else None)
-
-
-def wandb_run(run: RunFolder, config: Config) -> Any:
-    """A Weights & Biases run of the same name as the folder, continued when the run is."""
-    try:
-        import wandb
-    except ImportError:
-        raise UserError("train.wandb_project needs wandb: pip install 'gpt-jax[wandb]'") from None
-    identity = run.wandb_id
-    if not identity.exists():
-        identity.write_text(secrets.token_hex(8))
-    return wandb.init(
-        project=config.train.wandb_project,
-        name=run.path.name,
-        id=identity.read_text(),
-        resume="allow",
-        config=config_to_dict(config),
-        dir=str(run),
-    )

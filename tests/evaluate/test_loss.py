@@ -16,12 +16,12 @@ from gpt_jax.data.shards import Dataset, open_dataset
 from gpt_jax.data.sources import open_corpus
 from gpt_jax.errors import UserError
 from gpt_jax.evaluate import loss
-from gpt_jax.evaluate.loss import Tally, evaluate_corpus, evaluate_split
+from gpt_jax.evaluate.loss import Tally, evaluate_blocks, evaluate_split
 from gpt_jax.evaluate.score import Scorer
 from gpt_jax.model.gpt import Params
 from gpt_jax.placement import Placement
 from gpt_jax.tokenizer.bytes import ByteTokenizer
-from gpt_jax.train.loop import make_evaluate
+from gpt_jax.train.evaluate import make_evaluate
 from tests.evaluate.model import CONFIG, MODEL, T, make_params, nats
 
 END = ByteTokenizer().end_of_text
@@ -136,7 +136,7 @@ def corpus_path(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("stride", [T, 3])
 def test_documents_are_scored_each_on_its_own(scorer: Scorer, params: Params, corpus_path: Path, stride: int) -> None:
-    tally = evaluate_corpus(scorer, open_corpus([str(corpus_path)]), ByteTokenizer(), T, stride)
+    tally = evaluate_blocks(scorer, open_corpus([str(corpus_path)]).blocks(lambda n: None), ByteTokenizer(), T, stride)
     check_tally(tally, expected_tally(params, stride))
     assert tally.bits == pytest.approx(tally.nats / np.log(2), rel=1e-12)  # Nothing is left unscored.
 
@@ -148,7 +148,7 @@ def test_a_long_document_is_one_document(
     path.write_text("".join(json.dumps({"text": document}) + "\n" for document in DOCUMENTS))
     monkeypatch.setattr(formats, "BLOCK_BYTES", 10)
     monkeypatch.setattr(loss, "PIECE_BYTES", 30)
-    tally = evaluate_corpus(scorer, open_corpus([str(path)]), ByteTokenizer(), T, 5)
+    tally = evaluate_blocks(scorer, open_corpus([str(path)]).blocks(lambda n: None), ByteTokenizer(), T, 5)
     check_tally(tally, expected_tally(params, 5))
 
 
@@ -158,14 +158,14 @@ def test_a_document_begins_as_the_tokenizer_says(scorer: Scorer, params: Params,
 
     path = tmp_path / "documents.jsonl"
     path.write_text("".join(json.dumps({"text": document}) + "\n" for document in DOCUMENTS))
-    tally = evaluate_corpus(scorer, open_corpus([str(path)]), WithBegin(), T, T)
+    tally = evaluate_blocks(scorer, open_corpus([str(path)]).blocks(lambda n: None), WithBegin(), T, T)
     check_tally(tally, expected_tally(params, T, start=258))
 
 
 def test_without_text_there_is_no_loss(scorer: Scorer, tmp_path: Path) -> None:
     (tmp_path / "documents.jsonl").write_text('{"text": ""}\n' * 3)
     with pytest.raises(UserError, match="there is no text to evaluate: every document is empty"):
-        evaluate_corpus(scorer, open_corpus([str(tmp_path)]), ByteTokenizer(), T, T)
+        evaluate_blocks(scorer, open_corpus([str(tmp_path)]).blocks(lambda n: None), ByteTokenizer(), T, T)
 
 
 def test_a_loss_that_is_no_number_is_told(params: Params, data: Dataset) -> None:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt_jax.cli import start_from
+from gpt_jax.cli import given_fields
 from gpt_jax.config import Config, LoraConfig, ModelConfig, RopeConfig, RopeScalingName
 from gpt_jax.errors import UserError
 from gpt_jax.files import save_json
@@ -20,6 +20,7 @@ from gpt_jax.model.head import logits_NV
 from gpt_jax.model.rope import frequencies, plain
 from gpt_jax.placement import Placement
 from gpt_jax.run.load import adopt, load_model, open_source
+from gpt_jax.train.setup import start_from
 from tests.cli import refused
 from tests.interop.models import LLAMA, publish
 
@@ -116,7 +117,7 @@ def test_training_keeps_its_own_settings(llama: tuple[Path, Params]) -> None:
 
 @pytest.mark.parametrize(("flags", "context"), [([], 32), (["--model.context-length=1024"], 1024)], ids=str)
 def test_a_flag_with_the_default_context_counts(llama: tuple[Path, Params], flags: list[str], context: int) -> None:
-    assert start_from(Config(init_from=str(llama[0])), flags)[0].model.context_length == context
+    assert start_from(Config(init_from=str(llama[0])), given_fields(flags))[0].model.context_length == context
 
 
 def test_wrong_tensors_are_named_all_at_once(llama: tuple[Path, Params], tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from gpt_jax.data.shards import Dataset, open_dataset
 from gpt_jax.errors import UserError
 from gpt_jax.model.gpt import GPT, Params, forward, init_params
 from gpt_jax.placement import Placement
-from gpt_jax.train.loop import make_evaluate
+from gpt_jax.train.evaluate import make_evaluate
 
 T, BATCH = 16, 8
 MODEL = ModelConfig(

@@ -1,0 +1,130 @@
+"""What programs use of gpt_jax: `gpt_jax.load` and `gpt_jax.train`. The commands do the same from the terminal."""
+
+import dataclasses
+import functools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import jax
+import numpy as np
+
+from gpt_jax import runtime
+from gpt_jax.config import Config, ModelConfig, load_config
+from gpt_jax.data.formats import Block
+from gpt_jax.errors import UserError
+from gpt_jax.evaluate.loss import Tally, evaluate_blocks
+from gpt_jax.evaluate.score import Scorer
+from gpt_jax.model.gpt import GPT, Params, forward
+from gpt_jax.model.head import logits_NV
+from gpt_jax.run.folder import RunFolder
+from gpt_jax.run.load import LoadedModel, load_model, open_source
+from gpt_jax.sample.chat import fit, message
+from gpt_jax.sample.decode import Filters, prepare_params
+from gpt_jax.sample.generate import Result, Settings, encode_prompt, generate, generate_tokens
+from gpt_jax.tokenizer.tokenizer import Tokenizer
+from gpt_jax.train.loop import train
+from gpt_jax.train.setup import changed_fields, set_up
+
+
+class Model:
+    """A model on this machine's first device, with its tokenizer: it goes on from texts, answers, and scores.
+
+    model, params and tokenizer are what the functions of `gpt_jax.model` and `gpt_jax.sample` take.
+    """
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        self.model: GPT = loaded.model
+        self.params: Params = loaded.params
+        self.tokenizer: Tokenizer = loaded.tokenizer
+
+    @property
+    def config(self) -> ModelConfig:
+        """The architecture, and how it runs here."""
+        return self.model.config
+
+    @functools.cached_property
+    def _decoding_params(self) -> Params:
+        return prepare_params(self.params, self.config)
+
+    @overload
+    def generate(self, prompts: str, **settings: Any) -> Result: ...
+    @overload
+    def generate(self, prompts: Sequence[str], **settings: Any) -> list[Result]: ...
+
+    def generate(self, prompts: str | Sequence[str], **settings: Any) -> Result | list[Result]:
+        """What the model writes after a prompt, or after each of several: text, tokens and their log-probabilities.
+
+        settings: the fields of `sample.generate.Settings` and `sample.decode.Filters`: max_new_tokens, seed, stop;
+        temperature, top_k, top_p, min_p, repetition_penalty. Raises UserError for a value that is not possible, and for
+        a prompt that is longer than the context.
+        """
+        texts = [prompts] if isinstance(prompts, str) else prompts
+        results = generate(self.model, self._decoding_params, self.tokenizer, texts, settings_of(settings))
+        return results[0] if isinstance(prompts, str) else results
+
+    def chat(self, messages: str | Sequence[Mapping[str, str]], **settings: Any) -> str:
+        """The answer to the last message of a conversation, or to one question.
+
+        messages: each has a "role" (system, user, assistant) and a "content". settings: as in `generate`. Raises
+        UserError where the tokenizer has no chat template, or the conversation leaves no room for an answer.
+        """
+        history = [message("user", messages)] if isinstance(messages, str) else [dict(m) for m in messages]
+        system = history.pop(0)["content"] if history and history[0]["role"] == "system" else None
+        chosen = settings_of(settings)
+        _, prompt = fit(self.tokenizer, system, history, self.config.context_length, chosen.max_new_tokens)
+        [result] = generate_tokens(self.model, self._decoding_params, self.tokenizer, [prompt], chosen)
+        return result.text.strip()
+
+    def score(self, texts: str | Sequence[str], stride: int = 0) -> Tally:
+        """How well the model predicts a text, or several, each on its own: loss in nats a token, perplexity, bits.
+
+        stride: tokens from one window to the next where a text is longer than the context; 0: the context's length.
+        Raises UserError when there is no text.
+        """
+        T = self.config.context_length
+        scorer = Scorer(self.model, self.params, runtime.local_devices()[:1], batch_size=1)
+        blocks = [Block(text.encode(), True, 0) for text in ([texts] if isinstance(texts, str) else texts)]
+        return evaluate_blocks(scorer, blocks, self.tokenizer, T, stride or T)
+
+    def logits(self, text: str | Sequence[int]) -> np.ndarray:
+        """The logits after each token of a text, or of token ids: float32 (T, V), V the tokenizer's vocabulary.
+
+        Raises UserError when they are more than the context has room for.
+        """
+        T = self.config.context_length
+        tokens = encode_prompt(text, self.tokenizer, T) if isinstance(text, str) else list(text)
+        if not 0 < len(tokens) <= T:
+            raise UserError(f"there are {len(tokens)} tokens, and the model reads 1 to {T} at one time")
+        plain = GPT(dataclasses.replace(self.config, attention="xla"))  # Takes any length.
+        hidden_BTD = jax.jit(forward, static_argnums=0)(plain, self.params, np.array([tokens], np.int32))
+        return np.asarray(logits_NV(plain, self.params, hidden_BTD[0]))[:, : self.tokenizer.vocab_size]
+
+
+def settings_of(given: Mapping[str, Any]) -> Settings:
+    """Settings, and the filters in them, from one set of names. Raises UserError naming one that there is not."""
+    filters = {name: value for name, value in given.items() if name in Filters.__dataclass_fields__}
+    others = {name: value for name, value in given.items() if name not in filters}
+    known = Settings.__dataclass_fields__.keys() - {"filters"}
+    for name in others.keys() - known:
+        raise UserError(f"there is no setting {name}; there are {', '.join(sorted({*known, *vars(Filters())}))}")
+    return Settings(**others, filters=Filters(**filters))
+
+
+def load_named(name: str | Path, checkpoint: str = "latest", context_length: int = 0) -> Model:
+    """The model of a run, or a published one: a folder, a .gguf file, or a name on the hub. See `gpt_jax.load`."""
+    runtime.setup_once()
+    return Model(load_model(open_source(str(name), checkpoint), context_length))
+
+
+def train_config(config: Config | str | Path, resume: bool = False) -> Path:
+    """Trains as a configuration, or the file of one, says. See `gpt_jax.train`."""
+    if not isinstance(config, Config):
+        config = load_config(Path(config))
+    if not config.out_dir:
+        raise UserError("out_dir is empty: name the run's folder, such as Config(out_dir='runs/mine', ...)")
+    RunFolder(Path(config.out_dir)).check_usable(resume)
+    config, data = set_up(config, changed_fields(config), resume)
+    runtime.setup_once(runtime.choose_cpu_devices(config))
+    train(config, data, resume)
+    return Path(config.out_dir)

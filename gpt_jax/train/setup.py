@@ -1,0 +1,115 @@
+"""From a `Config`, and what its user asked for by name, to what training needs: data, tokenizer, architecture.
+
+`given` holds the full names of the fields that the user gave a value, such as "model.n_layer" or "data.vocab_size".
+Whether a field was given cannot be seen from its value, which may be the default: what was given has to hold, and what
+was not may follow from the model to start from, or from the data that are there.
+"""
+
+import dataclasses
+from collections.abc import Set
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from gpt_jax import hosts
+from gpt_jax.config import Config, DataConfig, ModelConfig, check, with_vocabulary
+from gpt_jax.data.prepare import PrepareArgs, prepare, print_summary
+from gpt_jax.data.shards import Dataset, open_dataset
+from gpt_jax.errors import UserError
+from gpt_jax.run.folder import RunFolder
+from gpt_jax.run.load import KEPT, adopt, open_source
+from gpt_jax.tokenizer.tokenizer import Tokenizer
+
+
+class Setup(NamedTuple):
+    """What is to be trained, with every field settled, and on what."""
+
+    config: Config
+    data: Dataset
+
+
+def set_up(config: Config, given: Set[str] = frozenset(), resume: bool = False) -> Setup:
+    """The configuration with the architecture of the model in `init_from` and a vocabulary size, and the data, prepared
+    if need be. No device is used.
+
+    Raises UserError when the model or the data are not there, or are not what was asked for.
+    """
+    tokenizer = None
+    if config.init_from and resume:
+        tokenizer = RunFolder(Path(config.out_dir)).load_tokenizer()
+    elif config.init_from:
+        config, tokenizer = start_from(config, given)
+    data = open_or_prepare(config.data, given, tokenizer, config.init_from)
+    return Setup(with_vocabulary(config, data.tokenizer.vocab_size), data)
+
+
+def start_from(config: Config, given: Set[str] = frozenset()) -> tuple[Config, Tokenizer]:
+    """The configuration with the architecture of the model in `init_from`, and that model's tokenizer.
+
+    Raises UserError when the model is not supported, its files are not what it says that they are, or another
+    architecture was asked for.
+    """
+    for name in sorted(given):
+        section, _, field = name.partition(".")
+        if section == "model" and field.partition(".")[0] not in KEPT:
+            raise UserError(f"{name} cannot be given with init_from: the model there decides it")
+    source = open_source(config.init_from)
+    is_default = config.model.context_length == ModelConfig().context_length
+    model = adopt(source, config.model, asks_context=not is_default or "model.context_length" in given)
+    theirs = source.config.context_length
+    if model.context_length < theirs:
+        print(f"the context of {theirs:,} tokens is shortened to model.context_length = {model.context_length:,}")
+    tokenizer = source.tokenizer()
+    source.check()
+    return dataclasses.replace(config, model=model, init_from=source.pinned), tokenizer
+
+
+def open_or_prepare(
+    config: DataConfig, given: Set[str] = frozenset(), tokenizer: Tokenizer | None = None, model: str = ""
+) -> Dataset:
+    """The data folder, made from `data.source` if it is not there; with `tokenizer`, that of `model`, if there is one.
+
+    Raises UserError when another preparation was asked for than that of the folder that is there, or it was made with
+    another tokenizer.
+    """
+    check(bool(config.dir), "data.dir", config.dir, "a folder made by gpt-jax prepare")
+    folder = Path(config.dir)
+
+    def prepare_if_missing() -> None:
+        if not config.source or folder.exists():
+            return
+        args = PrepareArgs(
+            source=config.source,
+            out=folder,
+            tokenizer=model if tokenizer else config.tokenizer,
+            model_type=config.model_type,
+            vocab_size=config.vocab_size,
+            val_fraction=config.val_fraction,
+        )
+        print_summary(folder, prepare(args, tokenizer=tokenizer))
+
+    hosts.on_first(prepare_if_missing)
+    data = open_dataset(folder)
+    if tokenizer and tokenizer.fingerprint != data.tokenizer.fingerprint:
+        raise UserError(
+            f"{folder} was not prepared with the tokenizer of the model in init_from; prepare it with "
+            "--tokenizer MODEL, or name another --data.dir and a --data.source"
+        )
+    for name in ("tokenizer", "model_type", "vocab_size", "val_fraction"):
+        wanted, there = getattr(config, name), data.meta.settings[name]
+        if f"data.{name}" in given and wanted != there:
+            raise UserError(
+                f"data.{name} = {wanted}, but {folder} was prepared with {there}; another --data.dir is prepared anew"
+            )
+    return data
+
+
+def changed_fields(config: Any, prefix: str = "") -> set[str]:
+    """The full names of the fields that differ from their defaults: what was surely given."""
+    default, names = type(config)(), set()
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            names |= changed_fields(value, f"{prefix}{field.name}.")
+        elif value != getattr(default, field.name):
+            names.add(f"{prefix}{field.name}")
+    return names

@@ -1,0 +1,130 @@
+"""`gpt_jax.load` and `gpt_jax.train`, as a program uses them."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import gpt_jax
+from gpt_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
+from gpt_jax.errors import UserError
+from gpt_jax.model.gpt import forward
+from gpt_jax.model.head import logits_NV
+from tests.cli import ROOT, records, run
+from tests.interop.models import publish
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "mine"
+    config = Config(
+        out_dir=str(out),
+        model=ModelConfig(n_layer=1, n_head=2, d_model=16, context_length=16),
+        data=DataConfig(dir=str(tiny_data), batch_size=8),
+        optimizer=OptimizerConfig(warmup_steps=2),
+        train=TrainConfig(steps=8, log_every=1),
+        parallel=ParallelConfig(devices=1),
+    )
+    assert gpt_jax.train(config) == out
+    return out
+
+
+def test_a_run_trained_from_python_is_a_run(trained: Path) -> None:
+    assert [r["step"] for r in records(trained)] == list(range(1, 9))
+    printed, _ = run("sample", "--run", trained, "--prompt", "the", "--max-new-tokens", 4, "--temperature", 0)
+    model = gpt_jax.load(trained)
+    assert printed == f"the{model.generate('the', max_new_tokens=4, temperature=0.0, top_p=0.95).text}\n"
+    assert gpt_jax.load(trained, checkpoint="best").config == model.config
+
+
+def test_it_goes_on_when_it_is_asked_to(trained: Path) -> None:
+    config = gpt_jax.run.folder.RunFolder(trained).load_config()
+    with pytest.raises(UserError, match="holds a run already"):
+        gpt_jax.train(config)
+    gpt_jax.train(config, resume=True)
+    assert len(records(trained)) == 8
+
+
+def test_generation_takes_one_prompt_or_several(trained: Path) -> None:
+    model = gpt_jax.load(str(trained))
+    one = model.generate("the cat", max_new_tokens=5, seed=3)
+    both = model.generate(["the cat", "语言"], max_new_tokens=5, seed=3)
+    assert both[0].text == one.text
+    assert len(both) == 2
+    assert len(one.tokens) == len(one.logprobs) == 5
+
+
+def test_scores_and_logits_agree_with_the_model(trained: Path) -> None:
+    """The loss of a text from all its logits, computed here, to 1e-5; and the logits from the model's own functions."""
+    model = gpt_jax.load(trained)
+    text = "the cat sat"
+    ids = [model.tokenizer.end_of_text, *model.tokenizer.encode(text)]
+    logits_TV = model.logits(ids[:-1])
+    assert logits_TV.shape == (len(ids) - 1, model.tokenizer.vocab_size)
+    log_probabilities = logits_TV - np.log(np.exp(logits_TV).sum(axis=-1, keepdims=True))
+    expected = -np.mean([row[target] for row, target in zip(log_probabilities, ids[1:], strict=True)])
+    score = model.score(text)
+    assert score.loss == pytest.approx(expected, rel=1e-5)
+    assert score.tokens == len(ids) - 1
+    hidden = forward(model.model, model.params, jnp.array([ids[:-1]]))[0]
+    np.testing.assert_allclose(logits_TV, logits_NV(model.model, model.params, hidden), atol=1e-5, rtol=0)
+    assert model.score([text, text]).nats == pytest.approx(2 * score.nats, rel=1e-6)
+
+
+def test_a_published_model_answers(tmp_path: Path) -> None:
+    publish(tmp_path / "model")
+    model = gpt_jax.load(tmp_path / "model")
+    with pytest.raises(UserError, match="no chat template"):
+        model.chat("Hello")
+    assert model.config.context_length == 32
+    assert gpt_jax.load(tmp_path / "model", context_length=16).config.context_length == 16
+
+
+def test_what_cannot_be_is_said(trained: Path, tmp_path: Path) -> None:
+    model = gpt_jax.load(trained)
+    with pytest.raises(UserError, match="there is no setting tempreature; there are max_new_tokens"):
+        model.generate("the", tempreature=1.0)
+    with pytest.raises(UserError, match="temperature = -1"):
+        model.generate("the", temperature=-1)
+    with pytest.raises(UserError, match="there are 17 tokens, and the model reads 1 to 16"):
+        model.logits([1] * 17)
+    with pytest.raises(UserError, match="out_dir is empty"):
+        gpt_jax.train(Config())
+    with pytest.raises(UserError, match="no folder or file"):
+        gpt_jax.load(tmp_path / "nothing" / "here")
+    with pytest.raises(AttributeError, match="no attribute 'lode'"):
+        gpt_jax.lode  # noqa: B018
+
+
+def test_fields_that_a_model_decides_are_refused(tmp_path: Path) -> None:
+    publish(tmp_path / "model")
+    config = Config(out_dir=str(tmp_path / "run"), init_from=str(tmp_path / "model"), model=ModelConfig(n_layer=5))
+    with pytest.raises(UserError, match=r"model\.n_layer cannot be given with init_from"):
+        gpt_jax.train(config)
+
+
+def test_importing_starts_nothing() -> None:
+    """In a fresh interpreter: no JAX, and the sub-package `train` is there to be called and imported from."""
+    code = """
+import sys, gpt_jax
+assert "jax" not in sys.modules and "flax" not in sys.modules, "JAX"
+assert callable(gpt_jax.train) and callable(gpt_jax.load)
+from gpt_jax import train
+assert callable(train) and "jax" not in sys.modules
+from gpt_jax.train.optimizer import make_optimizer
+assert callable(gpt_jax.train), "shadowed"
+from jax._src import xla_bridge
+assert not xla_bridge.backends_are_initialized(), "devices"
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_jax_that_was_started_before_is_told() -> None:
+    code = "import jax; jax.devices(); from gpt_jax import runtime; runtime.setup_once(2); runtime.setup_once(2)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("JAX was started before gpt_jax") == 1
