@@ -2,7 +2,7 @@
 
 import sys
 
-from gpt_jax.cli import run
+from gpt_jax.cli.main import run
 
 if __name__ == "__main__":
     run(["train", *sys.argv[1:]])

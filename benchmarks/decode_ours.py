@@ -12,7 +12,8 @@ from gpt_jax import runtime
 from gpt_jax.config import config_from_dict
 from gpt_jax.model.backend import resolve
 from gpt_jax.model.gpt import GPT, init_params
-from gpt_jax.sample.decode import CHUNK, Decoder, Filters, bucket, decoder_for, prepare_params
+from gpt_jax.sample.decode import CHUNK, Decoder, bucket, decoder_for, prepare_params
+from gpt_jax.sample.settings import Filters
 
 
 class Decoding:

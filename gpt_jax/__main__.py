@@ -1,5 +1,5 @@
 """python -m gpt_jax COMMAND"""
 
-from gpt_jax.cli import run
+from gpt_jax.cli.main import run
 
 run()

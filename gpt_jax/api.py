@@ -20,8 +20,9 @@ from gpt_jax.model.head import logits_NV
 from gpt_jax.run.folder import RunFolder
 from gpt_jax.run.load import LoadedModel, load_model, open_source
 from gpt_jax.sample.chat import fit, message
-from gpt_jax.sample.decode import Filters, prepare_params
-from gpt_jax.sample.generate import Result, Settings, encode_prompt, generate, generate_tokens
+from gpt_jax.sample.decode import prepare_params
+from gpt_jax.sample.generate import Result, encode_prompt, generate, generate_tokens
+from gpt_jax.sample.settings import Filters, Settings
 from gpt_jax.tokenizer.tokenizer import Tokenizer
 from gpt_jax.train.loop import train
 from gpt_jax.train.setup import changed_fields, set_up

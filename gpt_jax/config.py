@@ -16,6 +16,7 @@ from gpt_jax.errors import UserError
 
 AttentionName = Literal["auto", "cudnn", "splash", "block_causal", "xla"]
 DTypeName = Literal["auto", "float32", "bfloat16"]
+StoredDType = Literal["float32", "float16", "bfloat16"]
 RematName = Literal["none", "full", "dots", "dots_no_batch"]
 PositionsName = Literal["learned", "rotary"]
 NormName = Literal["layer", "rms"]

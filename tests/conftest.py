@@ -16,7 +16,7 @@ os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="gpt_jax-tests
 atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
 from gpt_jax import runtime  # noqa: E402
-from tests.cli import run  # noqa: E402
+from tests.commands import run  # noqa: E402
 from tests.smollm2 import smollm2_gguf  # noqa: E402, F401
 
 # The first example of a test compiles, so the time of one says nothing; in CI, the same examples every time.

@@ -13,7 +13,7 @@ from gpt_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, Par
 from gpt_jax.errors import UserError
 from gpt_jax.model.gpt import forward
 from gpt_jax.model.head import logits_NV
-from tests.cli import ROOT, records, run
+from tests.commands import ROOT, records, run
 from tests.interop.models import publish
 
 

@@ -28,7 +28,7 @@ from gpt_jax.files import save_json
 from gpt_jax.model.backend import resolve
 from gpt_jax.model.gpt import GPT, init_params
 from gpt_jax.model.lora import split
-from tests.cli import ROOT
+from tests.commands import ROOT
 
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
 each_config = pytest.mark.parametrize("path", CONFIGS, ids=[path.stem for path in CONFIGS])

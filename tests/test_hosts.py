@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from gpt_jax import hosts
-from tests.cli import TINY, records, refused, run, start
+from tests.commands import TINY, records, refused, run, start
 
 ARGS = [
     *TINY,

@@ -1,7 +1,6 @@
 """`prepare`: text to a data folder. Reads everything once to know it, and again to tokenise it on all cores."""
 
 import hashlib
-import shlex
 import signal
 import sys
 import threading
@@ -64,13 +63,6 @@ class PrepareArgs:
         check(self.model_type in model_types, "model_type", self.model_type, " or ".join(model_types))
         check(self.vocab_size >= 1, "vocab_size", self.vocab_size, "1 or more")
         check(0 < self.val_fraction < 1, "val_fraction", self.val_fraction, "more than 0 and less than 1")
-
-
-def run_prepare(args: PrepareArgs, tokenizer: Tokenizer | None = None) -> None:
-    """The command: prepares as `args` say, and prints what there is now and what to do next. Errors as in `prepare`."""
-    meta = prepare(args, tokenizer=tokenizer)
-    print_summary(args.out, meta)
-    print(f"next: python train.py --data.dir {shlex.quote(str(args.out))}")
 
 
 def print_summary(folder: Path, meta: Meta) -> None:

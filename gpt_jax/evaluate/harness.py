@@ -22,8 +22,8 @@ from gpt_jax.evaluate.windows import Window, windows
 from gpt_jax.model.gpt import GPT, Params
 from gpt_jax.run.load import choose_source, load_model
 from gpt_jax.runtime import local_devices
-from gpt_jax.sample.decode import Filters
-from gpt_jax.sample.generate import Settings, generate_tokens
+from gpt_jax.sample.generate import generate_tokens
+from gpt_jax.sample.settings import Filters, Settings
 from gpt_jax.tokenizer.tokenizer import Tokenizer
 
 try:

@@ -2,12 +2,12 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
 
-from gpt_jax.config import ModelConfig
+from gpt_jax.config import ModelConfig, StoredDType
 from gpt_jax.errors import UserError
 from gpt_jax.interop.families import FAMILIES, family_for
 from gpt_jax.interop.families.family import Family
@@ -16,7 +16,6 @@ from gpt_jax.interop.weights import write_safetensors
 from gpt_jax.model.gpt import Params
 from gpt_jax.tokenizer.tokenizer import Tokenizer
 
-StoredDType = Literal["float32", "float16", "bfloat16"]
 MAX_SHARD_BYTES = 5_000_000_000  # As transformers has it.
 
 

@@ -6,53 +6,20 @@ it would have alone.
 """
 
 import functools
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from gpt_jax.config import ModelConfig, check
+from gpt_jax.config import ModelConfig
 from gpt_jax.model import cache as kv
 from gpt_jax.model.gpt import GPT, Params, forward_cached
 from gpt_jax.model.head import logits_NV
-from gpt_jax.sample.filters import draw, keep_min_p, keep_top_k, keep_top_p, penalise_repetition
+from gpt_jax.sample.filters import apply, draw
+from gpt_jax.sample.settings import Filters
 
 CHUNK = 32
 """Tokens decoded in one call at most: enough to hide the cost of a call, few enough for streaming to look alive."""
-
-
-@dataclass(frozen=True)
-class Filters:
-    """How the next token is chosen. Part of the compiled program: other values are another program."""
-
-    temperature: float = 0.8  # Divides the logits; 0: always the most probable token.
-    top_k: int = 0  # Draw from the k most probable tokens only; 0: from all.
-    top_p: float = 1.0  # Draw from the fewest tokens whose probabilities add up to p.
-    min_p: float = 0.0  # Draw from tokens at least this many times as probable as the most probable one.
-    repetition_penalty: float = 1.0  # Makes tokens that were seen before less probable; 1: does not.
-
-    def __post_init__(self) -> None:
-        check(self.temperature >= 0, "temperature", self.temperature, "0 (greedy) or more")
-        check(self.top_k >= 0, "top_k", self.top_k, "0 (all tokens) or more")
-        check(0 < self.top_p <= 1, "top_p", self.top_p, "more than 0 and at most 1")
-        check(0 <= self.min_p <= 1, "min_p", self.min_p, "between 0 and 1")
-        check(self.repetition_penalty > 0, "repetition_penalty", self.repetition_penalty, "more than 0")
-
-    def __call__(self, logits_BV: jax.Array, seen_BV: jax.Array | None) -> jax.Array:
-        """The logits to draw from; those of excluded tokens are -inf. Every filter sees what the one before left."""
-        if seen_BV is not None:
-            logits_BV = penalise_repetition(logits_BV, seen_BV, self.repetition_penalty)
-        if self.temperature == 0:
-            return logits_BV
-        logits_BV = logits_BV / self.temperature
-        if self.top_k:
-            logits_BV = keep_top_k(logits_BV, self.top_k)
-        if self.top_p < 1:
-            logits_BV = keep_top_p(logits_BV, self.top_p)
-        if self.min_p > 0:
-            logits_BV = keep_min_p(logits_BV, self.min_p)
-        return logits_BV
 
 
 class DecodeState(NamedTuple):
@@ -124,7 +91,7 @@ class Decoder:
     def _draw(self, logits_BV: jax.Array, state: DecodeState) -> tuple[DecodeState, jax.Array]:
         """Draws the next token of each row; also its log-probability under the model, before any filter (B,)."""
         logits_BV = jnp.where(jnp.arange(logits_BV.shape[-1]) < self.n_tokens, logits_BV, -jnp.inf)
-        filtered_BV = self.filters(logits_BV, state.seen_BV)
+        filtered_BV = apply(self.filters, logits_BV, state.seen_BV)
         if self.filters.temperature == 0:
             tokens_B = jnp.argmax(filtered_BV, axis=-1)
         else:

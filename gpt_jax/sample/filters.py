@@ -8,6 +8,24 @@ import math
 import jax
 import jax.numpy as jnp
 
+from gpt_jax.sample.settings import Filters
+
+
+def apply(filters: Filters, logits_BV: jax.Array, seen_BV: jax.Array | None) -> jax.Array:
+    """The logits to draw from. Every filter sees what the one before left. seen_BV: bool, tokens that were seen."""
+    if seen_BV is not None:
+        logits_BV = penalise_repetition(logits_BV, seen_BV, filters.repetition_penalty)
+    if filters.temperature == 0:
+        return logits_BV
+    logits_BV = logits_BV / filters.temperature
+    if filters.top_k:
+        logits_BV = keep_top_k(logits_BV, filters.top_k)
+    if filters.top_p < 1:
+        logits_BV = keep_top_p(logits_BV, filters.top_p)
+    if filters.min_p > 0:
+        logits_BV = keep_min_p(logits_BV, filters.min_p)
+    return logits_BV
+
 
 def penalise_repetition(logits_BV: jax.Array, seen_BV: jax.Array, penalty: float) -> jax.Array:
     """Divides positive logits of tokens that were seen by `penalty`, multiplies negative ones (Keskar et al. 2019)."""

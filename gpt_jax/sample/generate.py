@@ -7,26 +7,11 @@ from dataclasses import dataclass, field
 import jax
 import numpy as np
 
-from gpt_jax.config import check
 from gpt_jax.errors import UserError
 from gpt_jax.model.gpt import GPT, Params
-from gpt_jax.sample.decode import CHUNK, Filters, bucket, decoder_for, prepare_params
+from gpt_jax.sample.decode import CHUNK, bucket, decoder_for, prepare_params
+from gpt_jax.sample.settings import Settings
 from gpt_jax.tokenizer.tokenizer import Tokenizer
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What to generate from each prompt."""
-
-    max_new_tokens: int = 200  # Tokens to generate at most.
-    seed: int = 0  # The same seed gives the same text.
-    stop: tuple[str, ...] = ()  # Strings that end the text, and are not part of it.
-    filters: Filters = field(default_factory=Filters)
-
-    def __post_init__(self) -> None:
-        check(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "1 or more")
-        check(0 <= self.seed < 2**31, "seed", self.seed, "at least 0 and less than 2**31")
-        check(all(self.stop), "stop", self.stop, "strings of one character or more")
 
 
 @dataclass

@@ -19,7 +19,8 @@ from gpt_jax.model.gpt import GPT, Params, init_params
 from gpt_jax.placement import Placement, choose_placement
 from gpt_jax.run.checkpoint import Checkpoints, tree_fingerprint
 from gpt_jax.run.folder import RunFolder
-from gpt_jax.sample.generate import Settings, encode_prompt, generate
+from gpt_jax.sample.generate import encode_prompt, generate
+from gpt_jax.sample.settings import Settings
 from gpt_jax.train.evaluate import make_evaluate
 from gpt_jax.train.metrics import Recorder
 from gpt_jax.train.objectives.next_token import next_token

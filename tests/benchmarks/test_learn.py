@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks.results import Results
-from tests.cli import TINY
+from tests.commands import TINY
 
 pytest.importorskip("torch")
 

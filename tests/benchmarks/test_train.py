@@ -16,7 +16,7 @@ from benchmarks.results import Results
 from benchmarks.worker import FailedError
 from gpt_jax.config import DTypeName, ModelConfig
 from gpt_jax.errors import UserError
-from tests.cli import ROOT
+from tests.commands import ROOT
 
 MACHINE: dict[str, Any] = {"platform": "cpu", "cores": 2, "devices": 1, "versions": {}, "flags": {}}
 WITH_BIASES = ModelConfig(vocab_size=97, context_length=16, n_layer=2, n_head=2, d_model=32, dtype="float32")

@@ -15,7 +15,7 @@ from benchmarks import worker
 from benchmarks.results import Results, ratios, spread
 from benchmarks.worker import FailedError, OutOfTimeError, Worker, take_turns
 from gpt_jax.errors import UserError
-from tests.cli import ROOT
+from tests.commands import ROOT
 
 COUNTER = "tests.benchmarks.contestants:Counter"
 

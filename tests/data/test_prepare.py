@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gpt_jax.cli.prepare import command
 from gpt_jax.data import formats
 from gpt_jax.data import prepare as prepare_module
-from gpt_jax.data.prepare import PrepareArgs, run_prepare
+from gpt_jax.data.prepare import PrepareArgs
 from gpt_jax.data.shards import Dataset, Meta, open_dataset
 from gpt_jax.data.train_tokenizer import train_sentencepiece
 from gpt_jax.errors import UserError
@@ -116,7 +117,7 @@ def test_a_large_vocabulary_takes_wider_ids(
 
 def test_the_command_prints_what_there_is_and_what_is_next(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "my data"
-    run_prepare(PrepareArgs(source=("python-docs",), out=out, tokenizer="bytes"))
+    assert command(["python-docs", "--out", str(out), "--tokenizer", "bytes"]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith(f"{out}\n  training ")
     assert "  vocabulary             261 tokens         1.00 bytes a token\n" in printed

@@ -14,7 +14,7 @@ from gpt_jax.config import ModelConfig
 from gpt_jax.errors import UserError
 from gpt_jax.model.gpt import GPT, Params
 from gpt_jax.tokenizer.bytes import ByteTokenizer
-from tests.cli import ROOT, TINY, run
+from tests.commands import ROOT, TINY, run
 from tests.evaluate.model import log_probabilities_TV, make_params, nats
 
 lm_eval = pytest.importorskip("lm_eval")

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt_jax.cli import given_fields
+from gpt_jax.cli.parse import given_fields
 from gpt_jax.config import Config, LoraConfig, ModelConfig, RopeConfig, RopeScalingName
 from gpt_jax.errors import UserError
 from gpt_jax.files import save_json
@@ -21,7 +21,7 @@ from gpt_jax.model.rope import frequencies, plain
 from gpt_jax.placement import Placement
 from gpt_jax.run.load import adopt, load_model, open_source
 from gpt_jax.train.setup import start_from
-from tests.cli import refused
+from tests.commands import refused
 from tests.interop.models import LLAMA, publish
 
 GPT2 = ModelConfig(vocab_size=261, context_length=32, n_layer=2, n_head=4, d_model=32, dtype="float32", attention="xla")

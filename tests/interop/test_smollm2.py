@@ -14,10 +14,10 @@ import pytest
 from gpt_jax.model.gpt import GPT, Params, forward
 from gpt_jax.model.head import logits_NV
 from gpt_jax.run.load import load_model, open_source
-from gpt_jax.sample.decode import Filters
-from gpt_jax.sample.generate import Settings, generate
+from gpt_jax.sample.generate import generate
+from gpt_jax.sample.settings import Filters, Settings
 from gpt_jax.tokenizer.tokenizer import Tokenizer
-from tests.cli import ROOT, run
+from tests.commands import ROOT, run
 
 pytestmark = pytest.mark.slow
 

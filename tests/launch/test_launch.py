@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from gpt_jax.cli import train_arguments
+from gpt_jax.cli.train import train_arguments
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"

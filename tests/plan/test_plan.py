@@ -13,10 +13,11 @@ from gpt_jax.errors import UserError
 from gpt_jax.model.gpt import GPT
 from gpt_jax.placement import choose_placement
 from gpt_jax.plan import estimate
+from gpt_jax.plan.planner import Planner
 from gpt_jax.plan.program import abstract_state, collectives, compile_step, out_of_memory
-from gpt_jax.plan.run import Planner, describe
+from gpt_jax.plan.report import describe
 from gpt_jax.plan.targets import parse_target
-from tests.cli import ROOT, refused, run
+from tests.commands import ROOT, refused, run
 
 MODEL = ModelConfig(
     vocab_size=256, context_length=128, n_layer=4, n_head=8, d_model=64, dtype="float32", attention="block_causal"

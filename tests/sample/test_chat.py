@@ -15,19 +15,19 @@ import pytest
 pytest.importorskip("tokenizers")
 pytest.importorskip("jinja2")
 
-from gpt_jax.cli import SampleArgs
+from gpt_jax.cli.chat import HELP, chat
+from gpt_jax.cli.sample import SampleArgs
 from gpt_jax.config import ModelConfig
 from gpt_jax.errors import UserError
 from gpt_jax.model.gpt import GPT, Params
 from gpt_jax.sample import chat as chat_module
-from gpt_jax.sample.chat import HELP, Message, chat, fit
-from gpt_jax.sample.decode import Filters
-from gpt_jax.sample.generate import Settings
+from gpt_jax.sample.chat import Message, fit
+from gpt_jax.sample.settings import Filters, Settings
 from gpt_jax.tokenizer.bytes import ByteTokenizer
 from gpt_jax.tokenizer.hugging_face import HuggingFaceTokenizer, read_settings
 from gpt_jax.tokenizer.load import load_tokenizer
 from gpt_jax.tokenizer.tokenizer import Tokenizer
-from tests import cli
+from tests import commands
 from tests.published import byte_level
 
 TOKENIZER = load_tokenizer(byte_level())
@@ -215,15 +215,15 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run whose tokenizer has a chat template."""
     folder = tmp_path_factory.mktemp("chat")
     (folder / "text.txt").write_text("the cat sat on the mat and saw the rain. " * 200)
-    cli.run("prepare", folder / "text.txt", "--out", folder / "data", "--tokenizer", byte_level())
-    tiny = [*cli.TINY, "--model.context-length=128", "--train.steps=5"]
-    cli.run("train", "--data.dir", folder / "data", "--out-dir", folder / "run", *tiny)
+    commands.run("prepare", folder / "text.txt", "--out", folder / "data", "--tokenizer", byte_level())
+    tiny = [*commands.TINY, "--model.context-length=128", "--train.steps=5"]
+    commands.run("train", "--data.dir", folder / "data", "--out-dir", folder / "run", *tiny)
     return folder / "run"
 
 
-def start_chat(run_folder: Path, *args: str) -> "cli.subprocess.Popen[str]":
+def start_chat(run_folder: Path, *args: str) -> "commands.subprocess.Popen[str]":
     command = [
-        cli.sys.executable,
+        commands.sys.executable,
         "-m",
         "gpt_jax",
         "sample",
@@ -233,8 +233,8 @@ def start_chat(run_folder: Path, *args: str) -> "cli.subprocess.Popen[str]":
         "--temperature=0",
         *args,
     ]
-    pipe = cli.subprocess.PIPE
-    return cli.subprocess.Popen(command, cwd=cli.ROOT, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+    pipe = commands.subprocess.PIPE
+    return commands.subprocess.Popen(command, cwd=commands.ROOT, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
 
 
 def read_some(pipe: IO[str], n: int) -> str:

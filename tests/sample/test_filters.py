@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from gpt_jax.errors import UserError
-from gpt_jax.sample.decode import Filters
-from gpt_jax.sample.filters import draw, keep_min_p, keep_top_k, keep_top_p, penalise_repetition
+from gpt_jax.sample.filters import apply, draw, keep_min_p, keep_top_k, keep_top_p, penalise_repetition
+from gpt_jax.sample.settings import Filters
 
 # Distinct by a good margin: with ties, or sums at the edge of p, float32 and float64 may rightly disagree.
 batches = st.integers(1, 4).flatmap(
@@ -110,7 +110,7 @@ def test_repetition_penalty(logits: np.ndarray, seen: np.ndarray, penalty: float
 def test_together_they_leave_the_most_probable_token(
     logits: np.ndarray, temperature: float, k: int, p: float, min_p: float
 ) -> None:
-    filtered = np.asarray(Filters(temperature, k, p, min_p)(jnp.asarray(logits), None))
+    filtered = np.asarray(apply(Filters(temperature, k, p, min_p), jnp.asarray(logits), None))
     np.testing.assert_array_equal(np.argmax(filtered, -1), np.argmax(logits, -1))
     kept = np.isfinite(filtered)
     np.testing.assert_allclose(filtered[kept], (logits / np.float32(temperature))[kept], rtol=1e-5, atol=1e-6)
@@ -120,7 +120,7 @@ def test_together_they_leave_the_most_probable_token(
 def test_draws_follow_the_filtered_distribution() -> None:
     """A chi-squared test of 20,000 draws with temperature and top-k."""
     logits = jnp.array([[0.0, 1.0, 2.0, 3.0, -1.0]])
-    filtered = Filters(temperature=1.5, top_k=3)(logits, None)
+    filtered = apply(Filters(temperature=1.5, top_k=3), logits, None)
     draws = jax.random.categorical(jax.random.key(0), filtered[0], shape=(20_000,))
     counts = np.bincount(draws, minlength=5)
     expected = 20_000 * softmax(np.array([1.0, 2.0, 3.0]) / 1.5)

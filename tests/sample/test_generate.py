@@ -12,8 +12,9 @@ from gpt_jax.config import DTypeName, ModelConfig
 from gpt_jax.errors import UserError
 from gpt_jax.model.gpt import GPT, Params, forward, init_params
 from gpt_jax.model.head import logits_NV
-from gpt_jax.sample.decode import Filters, bucket, decoder_for, prepare_params
-from gpt_jax.sample.generate import Result, Settings, encode_prompt, generate, generate_tokens
+from gpt_jax.sample.decode import bucket, decoder_for, prepare_params
+from gpt_jax.sample.generate import Result, encode_prompt, generate, generate_tokens
+from gpt_jax.sample.settings import Filters, Settings
 from gpt_jax.tokenizer.bytes import ByteTokenizer
 
 TOKENIZER = ByteTokenizer()

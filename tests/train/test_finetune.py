@@ -16,7 +16,7 @@ from gpt_jax.run.checkpoint import Checkpoints
 from gpt_jax.run.load import load_model, open_source
 from gpt_jax.tokenizer.export import export_tokenizer
 from gpt_jax.tokenizer.published import gguf_tokenizer
-from tests.cli import records, refused, run
+from tests.commands import records, refused, run
 from tests.interop.models import LLAMA, publish
 from tests.published import random_texts
 from tests.tokenizer.test_published import byte_level_fields

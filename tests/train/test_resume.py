@@ -18,7 +18,7 @@ from gpt_jax.placement import Placement
 from gpt_jax.run.checkpoint import Checkpoints
 from gpt_jax.train.optimizer import make_optimizer
 from gpt_jax.train.step import init_state
-from tests.cli import TINY, records, run, start
+from tests.commands import TINY, records, run, start
 
 STEPS = 300
 KILLS, KILLS_IN_CHECKPOINT = 10, 3

@@ -12,12 +12,12 @@ from typing import Any
 import pytest
 
 from gpt_jax import runtime
+from gpt_jax.cli import eval as evaluate_command
+from gpt_jax.cli.eval import EvalArgs, evaluate
 from gpt_jax.config import ModelConfig, RopeConfig
 from gpt_jax.errors import UserError
-from gpt_jax.evaluate import run as evaluate_run
-from gpt_jax.evaluate.run import EvalArgs, run_eval
 from gpt_jax.run.load import with_context
-from tests.cli import ROOT, TINY, records, refused, run
+from tests.commands import ROOT, TINY, records, refused, run
 from tests.interop.models import publish
 
 
@@ -37,7 +37,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def evaluated(capsys: pytest.CaptureFixture[str], **args: Any) -> dict[str, Any]:
-    run_eval(EvalArgs(**args, json=True))
+    evaluate(EvalArgs(**args, json=True))
     return json.loads(capsys.readouterr().out)
 
 
@@ -86,7 +86,7 @@ def test_the_newest_run_is_the_default(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="there is no run in"):
-        run_eval(EvalArgs())
+        evaluate(EvalArgs())
     shutil.copytree(trained, tmp_path / "runs" / "mine")
     assert evaluated(capsys)["model"] == "runs/mine, checkpoint latest"
 
@@ -123,7 +123,7 @@ def test_what_cannot_be_is_told(
     if args.get("data") == "other":
         run("prepare", tmp_path / "one.txt", "--out", tmp_path / "other", "--model-type=char")
     with pytest.raises(UserError, match=re.escape(message)) as error:
-        run_eval(EvalArgs(**{"run": str(trained), **args}))
+        evaluate(EvalArgs(**{"run": str(trained), **args}))
     assert "\n" not in str(error.value)
 
 
@@ -151,12 +151,12 @@ def test_rotary_positions_take_any_context() -> None:
 def test_a_long_context_has_to_be_asked_for(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluate_run, "MOST_CONTEXT", 8)
+    monkeypatch.setattr(evaluate_command, "MOST_CONTEXT", 8)
     publish(tmp_path / "model")
     (tmp_path / "one.txt").write_text("one two three " * 10)
     args: dict[str, Any] = {"model": str(tmp_path / "model"), "text": (str(tmp_path / "one.txt"),), "json": True}
     for context_length, expected, told in ((0, 8, 1), (8, 8, 0), (32, 32, 0)):
-        run_eval(EvalArgs(**args, context_length=context_length))
+        evaluate(EvalArgs(**args, context_length=context_length))
         out, err = capsys.readouterr()
         assert json.loads(out)["context_length"] == expected
         assert err.count("windows of 8 tokens, of the model's 32; --context-length takes more\n") == told

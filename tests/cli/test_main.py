@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from gpt_jax.cli import interrupt, main, train_arguments
-from tests.cli import ROOT, TINY, records, refused, run, start
+from gpt_jax.cli.main import interrupt, main
+from gpt_jax.cli.train import train_arguments
+from tests.commands import ROOT, TINY, records, refused, run, start
 
 
 @pytest.fixture(scope="module")
@@ -292,7 +293,7 @@ def test_a_full_disk_ends_in_one_line_and_keeps_older_checkpoints(trained: Path,
     shutil.copytree(trained, out)
     limited = (
         "import resource, signal, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
-        "from gpt_jax.cli import run; "
+        "from gpt_jax.cli.main import run; "
         "resource.setrlimit(resource.RLIMIT_FSIZE, (12000, 12000)); run()"
     )
     process = subprocess.run(

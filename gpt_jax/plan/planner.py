@@ -1,9 +1,8 @@
-"""The command `plan`: a configuration, a slice of devices, and a table of what training there will take."""
+"""Ways to run a configuration on a slice of devices, what each takes, and which to recommend."""
 
 import dataclasses
 import importlib.util
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,13 +11,12 @@ import jax
 from gpt_jax.config import Config, RematName
 from gpt_jax.errors import UserError
 from gpt_jax.model.backend import resolve
-from gpt_jax.model.flops import FLOPS_FORMULA, flops_per_token
 from gpt_jax.model.gpt import GPT
 from gpt_jax.placement import Placement, choose_placement
 from gpt_jax.plan import estimate
 from gpt_jax.plan.estimate import Bounds, Sizes
 from gpt_jax.plan.program import Program, compile_step
-from gpt_jax.plan.targets import GB, Target
+from gpt_jax.plan.targets import Target
 from gpt_jax.runtime import local_devices
 
 POLICIES: tuple[RematName, ...] = ("none", "dots", "full")
@@ -118,12 +116,12 @@ class Planner:
                 return first
             if guess.sizes.state + guess.program.temporaries * correction > self.target.usable_memory:
                 continue
-            if way(guess.config) == way(first.config):
+            if flags(guess.config) == flags(first.config):
                 continue  # It does not fit, or it would have been returned.
             if self.compiles and tries == 0:
                 break
             if self.compiles:
-                say(f"trying {way(guess.config)}")
+                say(f"trying {flags(guess.config)}")
             plan, tries = self.plan(guess.config), tries - 1
             if not plan.program.lacking:
                 return plan
@@ -145,71 +143,6 @@ def can_compile(target: Target) -> bool:
     return target.is_tpu and importlib.util.find_spec("libtpu") is not None
 
 
-def way(config: Config) -> str:
+def flags(config: Config) -> str:
     """What `recommend` varies, as the flags that ask for it."""
     return f"--data.microbatch-size {config.data.microbatch_size} --model.remat {config.model.remat}"
-
-
-def gib(n_bytes: float) -> str:
-    """Bytes as text."""
-    return f"{n_bytes / 2**30:.2f} GiB" if n_bytes >= 2**29 else f"{n_bytes / 2**20:.1f} MiB"
-
-
-def describe(plan: Plan, planner: Planner) -> dict[str, str]:
-    """A plan as a table of names and texts."""
-    target, sizes, program, bounds = planner.target, plan.sizes, plan.program, plan.bounds
-    model = planner.model(plan.config).config
-    tokens = plan.config.data.batch_size * model.context_length
-    limit = plan.total - program.lacking if program.lacking and plan.compiled else target.usable_memory
-    told = "fits" if not program.lacking else f"does NOT fit: {gib(program.lacking)} a device are lacking"
-    moved = [f"{t.count:,.0f} {kind} ({t.bytes / GB:,.2f} GB)" for kind, t in program.traffic.items()]
-    return {
-        "target": f"{target.name}: {target.n_devices} x {target.chip.kind}, by {planner.placement}",
-        "model": f"{model.n_params / 1e6:,.1f} M parameters, {model.dtype}, attention {model.attention}, layers "
-        f"{'unrolled' if model.unroll else 'scanned'}, rematerialised: {model.remat}",
-        "a step": f"{plan.config.data.batch_size:,} sequences of {model.context_length:,} = {tokens:,} tokens; a "
-        f"device computes {sizes.n_micro} x {sizes.sequences}{planner.placement.part_of_each}",
-        "parameters": f"{gib(sizes.params)} a device"
-        + (f", and {gib(sizes.frozen)} that are not trained" if sizes.frozen else ""),
-        "optimizer": f"{gib(sizes.optimizer)} a device",
-        "activations and temporaries": f"{gib(program.temporaries)} a device",
-        "memory": f"{gib(plan.total)} of {gib(limit)} that can be used: {told}",
-        "collectives a step": ", ".join(moved) or "none",
-        "FLOPs a step": f"{tokens * flops_per_token(model):.3g}; {FLOPS_FORMULA}",
-        "intensity": f"{bounds.intensity:,.0f} FLOPs a byte of memory (the device's own: "
-        f"{target.chip.peak / target.chip.memory_bandwidth:,.0f})",
-        "at least": f"{bounds.seconds * 1e3:,.1f} ms a step (compute {bounds.compute * 1e3:,.1f}, memory "
-        f"{bounds.memory * 1e3:,.1f}, network {bounds.network * 1e3:,.1f}), {tokens / bounds.seconds:,.0f} tokens/s",
-        "bound by": bounds.name,
-        "how it is known": "compiled for the target by libtpu; traffic of memory and times by formula"
-        if plan.compiled
-        else f"by formula{', since libtpu is not installed (pip install gpt-jax[tpu])' if target.is_tpu else ''}",
-    }
-
-
-def print_table(rows: dict[str, str]) -> None:
-    """Prints names and texts in two columns."""
-    width = max(map(len, rows))
-    for name, text in rows.items():
-        print(f"{name:{width}}  {text}")
-
-
-def run_plan(config: Config, target: Target, tries: int) -> int:
-    """Plans, recommends and prints; returns the exit status, 1 where the configuration as it is does not fit.
-
-    Raises UserError when the configuration is not possible on the target.
-    """
-    planner = Planner(config, target, can_compile(target))
-    plan = planner.plan(config)
-    print_table(describe(plan, planner))
-    sys.stdout.flush()
-    if tries:
-        best = planner.recommend(plan, tries, lambda text: print(text, file=sys.stderr))
-        if best is None:
-            print("\nrecommended: none of what was tried fits; more devices, parallel.fsdp or a smaller model would")
-        elif best is plan:
-            print("\nrecommended: as it is")
-        else:
-            print(f"\nrecommended: {way(best.config)}\n")
-            print_table(describe(best, planner))
-    return 1 if plan.program.lacking else 0

@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gpt_jax.export.folder import export as export_run
 from gpt_jax.interop import save
+from gpt_jax.run.folder import RunFolder
 from gpt_jax.run.load import load_model, open_source
-from tests.cli import ROOT, TINY, refused, run
+from tests.commands import ROOT, TINY, refused, run
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -68,9 +70,7 @@ def test_shards(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     """Above the limit, there are several files and an index; transformers reads the same numbers from them."""
     whole, _ = export(trained, tmp_path / "whole")
     monkeypatch.setattr(save, "MAX_SHARD_BYTES", 20_000)
-    from gpt_jax.export.run import ExportArgs, run_export
-
-    run_export(ExportArgs(run=str(trained), out=str(tmp_path / "shards")))
+    export_run(RunFolder(trained), tmp_path / "shards")
     assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 1
     sharded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "shards")
     for name, parameter in sharded.state_dict().items():

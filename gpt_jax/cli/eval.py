@@ -1,22 +1,23 @@
-"""`python -m gpt_jax eval`: loads a model, evaluates it on a text, and prints the numbers."""
+"""`gpt-jax eval`: loads a model, evaluates it on a text, and prints the numbers."""
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING
 
-import tyro
-
-from gpt_jax import runtime
+from gpt_jax.cli.parse import ModelArgs, Switch, parse
+from gpt_jax.cli.terminal import print_table
 from gpt_jax.config import check
 from gpt_jax.data.shards import Dataset, SplitName, open_dataset
 from gpt_jax.data.sources import Corpus, open_corpus
 from gpt_jax.errors import UserError
-from gpt_jax.evaluate.loss import Tally, evaluate_blocks, evaluate_split
-from gpt_jax.evaluate.score import Scorer
-from gpt_jax.run.load import RunSource, Source, choose_source, load_model
 from gpt_jax.tokenizer.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from gpt_jax.evaluate.loss import Tally
+    from gpt_jax.run.load import Source
 
 MOST_CONTEXT = 2048
 """Tokens of a window, at most, that nobody asked for: some models were made for a hundred thousand, in which a machine
@@ -24,45 +25,50 @@ without an accelerator would spend hours."""
 
 
 @dataclass(frozen=True)
-class EvalArgs:
-    """Tell how well a GPT predicts a text: loss, perplexity, bits per byte. Every token is scored exactly once."""
+class EvalArgs(ModelArgs):
+    """Tell how well a GPT predicts a text: loss, perplexity, bits per byte. Every token is scored exactly once. Of a
+    published model, windows have no more than 2048 tokens, unless --context-length asks for more."""
 
-    run: str = ""  # Folder of the run; empty: the newest under runs/.
-    model: str = ""  # In its place: a folder with a published model, a .gguf file, or a name on the hub.
-    checkpoint: str = "latest"  # Of a run: latest, best (lowest validation loss), or a step.
     data: str = ""  # Folder made by prepare; empty: the one that the run was trained on.
     split: SplitName = "val"  # Of that folder: val or train. It is read as one stream of tokens.
     text: tuple[str, ...] = ()  # In its place: files, folders, globs or corpora. Each document is read on its own.
     text_field: str = "text"  # Field or column of JSON Lines and Parquet that holds the text.
-    # Tokens that the model sees at one time; 0: as many as it was made for, but of a published model no more than 2048.
-    context_length: int = 0
     # Tokens from the start of a window to that of the next; None: context_length. With fewer, each token after the
     # first window is predicted from context_length - stride tokens or more, and more is computed.
     stride: int | None = None
     batch_size: int = 8  # Windows that a device reads at one time.
-    # Print one JSON object.
-    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    json: Switch = False  # Print one JSON object.
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check(self.batch_size >= 1, "batch_size", self.batch_size, "1 or more")
-        if self.model and (self.run or self.checkpoint != "latest"):
-            raise UserError("--model names a model, and --run or --checkpoint another one; use one of them")
         if self.text and self.data:
             raise UserError("--text names a text, and --data another one; use one of them")
         if self.model and not (self.text or self.data):
             raise UserError("--model needs a text: name it with --text, or a data folder with --data")
 
 
-def run_eval(args: EvalArgs) -> None:
-    """The command. Raises UserError for what the user can mend."""
-    source = choose_source(args.run, args.model, args.checkpoint)
+def command(argv: Sequence[str]) -> int:
+    """Loads a model and prints how well it predicts a text."""
+    evaluate(parse(EvalArgs, argv, "eval"))
+    return 0
+
+
+def evaluate(args: EvalArgs) -> None:
+    """Evaluates as `args` say, and prints the numbers. Raises UserError for what the user can mend."""
+    from gpt_jax import runtime
+    from gpt_jax.evaluate.loss import evaluate_blocks, evaluate_split
+    from gpt_jax.evaluate.score import Scorer
+    from gpt_jax.run.load import load_model
+
+    source = args.source()
     text_name, text = open_text(args, source)  # What is not there is told before a model is loaded.
     theirs = source.config.context_length
     T = args.context_length or (min(theirs, MOST_CONTEXT) if args.model else theirs)
     if not args.context_length and theirs > T:
         print(f"windows of {T:,} tokens, of the model's {theirs:,}; --context-length takes more", file=sys.stderr)
     stride = T if args.stride is None else args.stride
-    check(T < 1 or 1 <= stride <= T, "stride", stride, f"between 1 and context_length = {T}")
+    check(1 <= stride <= T, "stride", stride, f"between 1 and context_length = {T}")
     runtime.setup()
     model, params, tokenizer = load_model(source, T)
 
@@ -78,13 +84,15 @@ def run_eval(args: EvalArgs) -> None:
         settings = {"model": model_name, "text": text_name, "context_length": T, "stride": stride}
         print(json.dumps({**settings, **report(tally)}, ensure_ascii=False))
     else:
-        print_table(model_name, text_name, f"{T} tokens, {stride} from one to the next", report(tally))
+        print_table(table(model_name, text_name, f"{T} tokens, {stride} from one to the next", report(tally)), 18)
 
 
-def open_text(args: EvalArgs, source: Source) -> tuple[str, Corpus | Dataset]:
+def open_text(args: EvalArgs, source: "Source") -> tuple[str, Corpus | Dataset]:
     """What to evaluate on, and its name. Raises UserError when it is not there."""
     if args.text:
         return ", ".join(args.text), open_corpus(args.text, args.text_field)
+    from gpt_jax.run.load import RunSource
+
     folder = source.saved.data.dir if isinstance(source, RunSource) and not args.data else args.data
     return f"{folder}, {args.split}", open_dataset(Path(folder))
 
@@ -98,7 +106,7 @@ def check_tokenizer(text_name: str, data: Dataset, tokenizer: Tokenizer) -> None
         )
 
 
-def report(tally: Tally) -> dict[str, float]:
+def report(tally: "Tally") -> dict[str, float]:
     """The numbers of an evaluation by name; those of characters only where they are known."""
     numbers = {"loss": tally.loss, "perplexity": tally.perplexity, "bits_per_byte": tally.bits / tally.bytes}
     counts = {"tokens": tally.tokens, "documents": tally.documents, "bytes": tally.bytes}
@@ -108,7 +116,7 @@ def report(tally: Tally) -> dict[str, float]:
     return numbers | per_character | counts | {"characters": tally.characters}
 
 
-def print_table(model: str, text: str, windows: str, numbers: dict[str, float]) -> None:
+def table(model: str, text: str, windows: str, numbers: dict[str, float]) -> dict[str, str]:
     """The report for a reader."""
     counts = ", ".join(f"{numbers[name]:,} {name}" for name in ("documents", "bytes", "tokens"))
     rows = {
@@ -121,5 +129,4 @@ def print_table(model: str, text: str, windows: str, numbers: dict[str, float]) 
     for unit in ("byte", "character"):
         if f"bits_per_{unit}" in numbers:
             rows[f"bits a {unit}"] = f"{numbers[f'bits_per_{unit}']:.4f}"
-    for name, value in rows.items():
-        print(f"{name:18}{value}")
+    return rows

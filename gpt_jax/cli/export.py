@@ -1,0 +1,37 @@
+"""`gpt-jax export`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from gpt_jax.cli.parse import RunArgs, Switch, parse
+from gpt_jax.config import StoredDType, check
+
+
+@dataclass(frozen=True)
+class ExportArgs(RunArgs):
+    """Write the model of a run, adapters merged, as a folder that transformers loads."""
+
+    out: str = ""  # The folder to write, whole or not at all.
+    dtype: StoredDType = "float32"  # What the numbers are rounded to.
+    force: Switch = False  # Replace an exported model that is in the folder.
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(bool(self.out), "out", self.out, "the folder to write: --out FOLDER")
+
+
+def command(argv: Sequence[str]) -> int:
+    """Writes a run as a folder that other software loads."""
+    args = parse(ExportArgs, argv, "export")
+
+    from gpt_jax import runtime
+    from gpt_jax.export.folder import export
+    from gpt_jax.run.folder import RunFolder, newest_run
+
+    runtime.setup()
+    run, out = RunFolder(Path(args.run)) if args.run else newest_run(), Path(args.out)
+    family, n_params = export(run, out, args.checkpoint, args.dtype, args.context_length, args.force)
+    print(f"{out}: {family.architecture}, {n_params:,} parameters in {args.dtype}")
+    print(f"load it: transformers.AutoModelForCausalLM.from_pretrained({str(out)!r}); python sample.py --model {out}")
+    return 0

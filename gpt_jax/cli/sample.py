@@ -1,0 +1,99 @@
+"""`gpt-jax sample`, and sample.py."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from gpt_jax.cli.parse import ModelArgs, Switch, parse
+from gpt_jax.cli.terminal import ask, say
+from gpt_jax.config import check
+from gpt_jax.errors import UserError
+from gpt_jax.sample.settings import Filters, Settings
+
+
+@dataclass(frozen=True)
+class SampleArgs(ModelArgs):
+    """Let a trained GPT go on from prompts. The same arguments and seed give the same text."""
+
+    prompt: tuple[str, ...] = ()  # Texts to go on from, all in one batch; none: the start of a document.
+    prompt_file: str = ""  # File whose whole text is the prompt.
+    num_samples: int = 1  # Texts for each prompt.
+    settings: Annotated[Settings, tyro.conf.arg(name="")] = field(
+        default_factory=lambda: Settings(filters=Filters(top_p=0.95))
+    )
+    json: Switch = False  # Print one JSON object a text: tokens, their log-probabilities, why it ended.
+    chat: Switch = False  # Talk with the model, which must have a chat template; each line of input is a message.
+    system: str = ""  # With --chat: what to tell the model first, such as how to behave.
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.num_samples >= 1, "num_samples", self.num_samples, "1 or more")
+        if self.prompt and self.prompt_file:
+            raise UserError("--prompt and --prompt-file were both given; use one of them")
+        if self.chat and (self.prompt or self.prompt_file or self.json or self.num_samples > 1):
+            raise UserError("--chat goes with none of --prompt, --prompt-file, --json and --num-samples")
+        if self.system and not self.chat:
+            raise UserError("--system goes with --chat only")
+
+
+def command(argv: Sequence[str]) -> int:
+    """Loads a run and prints what its model writes, as it writes it."""
+    args = parse(SampleArgs, argv, "sample")
+
+    from gpt_jax import runtime
+    from gpt_jax.run.load import load_model
+    from gpt_jax.sample.decode import prepare_params
+    from gpt_jax.sample.generate import encode_prompt, generate
+
+    prompts = [read_prompt(Path(args.prompt_file))] if args.prompt_file else list(args.prompt) or [""]
+    runtime.setup()
+    model, params, tokenizer = load_model(args.source(), args.context_length)
+    params = prepare_params(params, model.config, donate=True)  # Once for all answers, and the only copy.
+
+    if args.chat:
+        from gpt_jax.cli.chat import HELP, chat
+
+        if sys.stdin.isatty():
+            print(HELP, file=sys.stderr)
+        chat(model, params, tokenizer, args.settings, args.system or None, ask, say)
+        return 0
+
+    streams = len(prompts) * args.num_samples == 1 and not args.json
+    if streams:
+        encode_prompt(prompts[0], tokenizer, model.config.context_length)  # What is refused is not printed first.
+        print(prompts[0], end="", flush=True)
+    results = generate(
+        model,
+        params,
+        tokenizer,
+        prompts,
+        args.settings,
+        args.num_samples,
+        on_text=(lambda _, text: print(text, end="", flush=True)) if streams else None,
+    )
+    if streams:
+        print()
+        return 0
+    for i, result in enumerate(results):
+        prompt = prompts[i // args.num_samples]
+        if args.json:
+            print(json.dumps({"prompt": prompt, **dataclasses.asdict(result)}, ensure_ascii=False))
+        else:
+            print(f"--- {i + 1} of {len(results)}\n{prompt}{result.text}")
+    return 0
+
+
+def read_prompt(path: Path) -> str:
+    """The text of a prompt file. Raises UserError when it cannot be read as UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as e:
+        raise UserError(f"prompt file {path} cannot be read: {e.strerror}") from e
+    except UnicodeDecodeError as e:
+        raise UserError(f"prompt file {path} is not UTF-8 text: byte {e.start} is not; convert it first") from e
