@@ -23,6 +23,7 @@ from gpt_jax.config import (
     load_saved_config,
     with_vocabulary,
 )
+from gpt_jax.config import files as config_files
 from gpt_jax.errors import UserError
 from gpt_jax.files import save_json
 from gpt_jax.model.backend import resolve
@@ -355,3 +356,29 @@ def test_gpt2_has_the_size_of_the_released_models(name: str, n_params: int) -> N
     """What the weights on the Hugging Face Hub add up to, with GPT-2's own vocabulary of 50,257 tokens."""
     config = load_config(ROOT / "configs" / f"{name}.py").model
     assert dataclasses.replace(config, vocab_size=50_257).n_params == n_params
+
+
+def test_a_renamed_field_of_an_older_version_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From version 0, which wrote no number, over every version between; also from one section to another."""
+    values = config_to_dict(Config())
+    assert values.pop("format_version") == config_files.FORMAT_VERSION
+    values["train"]["n_steps"] = 7
+    del values["train"]["steps"]
+    renamed = ({"train.n_steps": "data.n_steps"}, {"data.n_steps": "train.steps"})
+    monkeypatch.setattr(config_files, "RENAMED", renamed)
+    monkeypatch.setattr(config_files, "FORMAT_VERSION", 2)
+    old = dataclasses.replace(Config(), train=TrainConfig(steps=7), optimizer=OptimizerConfig(warmup_steps=0))
+    values["optimizer"]["warmup_steps"] = 0
+    assert config_from_dict(values, "config.json") == old
+    moved = {**config_to_dict(old), "format_version": 1}
+    moved["data"] |= {"n_steps": moved["train"].pop("steps")}
+    assert config_from_dict(moved, "config.json") == old
+    assert config_from_dict(config_to_dict(old), "config.json") == old
+    with pytest.raises(UserError, match=r"unknown field train\.n_steps"):
+        config_from_dict({**values, "format_version": 2}, "config.json")
+
+
+@pytest.mark.parametrize("version", [config_files.FORMAT_VERSION + 1, -1, "one", None, 1.5])
+def test_a_newer_format_is_named(version: Any) -> None:
+    with pytest.raises(UserError, match=r"config\.json is of format .*; update gpt_jax"):
+        config_from_dict({**config_to_dict(Config()), "format_version": version}, "config.json")

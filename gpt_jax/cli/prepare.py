@@ -2,7 +2,6 @@
 
 import shlex
 from collections.abc import Sequence
-from pathlib import Path
 
 from gpt_jax.cli.parse import parse
 
@@ -13,11 +12,10 @@ def command(argv: Sequence[str]) -> int:
 
     args = parse(PrepareArgs, argv, "prepare")
     tokenizer = None
-    name = args.tokenizer
-    if name.endswith(".gguf") or (name not in ("sentencepiece", "bytes") and not Path(name).exists()):
-        from gpt_jax.interop.load import open_named
+    if args.tokenizer not in ("sentencepiece", "bytes"):
+        from gpt_jax.interop.load import named_tokenizer  # It brings JAX, which is not needed but for models.
 
-        tokenizer = open_named(name).tokenizer()
+        tokenizer = named_tokenizer(args.tokenizer)
     print_summary(args.out, prepare(args, tokenizer=tokenizer))
     print(f"next: python train.py --data.dir {shlex.quote(str(args.out))}")
     return 0

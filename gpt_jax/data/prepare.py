@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 import numpy as np
 import tyro
 from tqdm import tqdm
 
-from gpt_jax.config import TokenizerType, check
+from gpt_jax.config import TextConfig, check
 from gpt_jax.data.formats import Block
 from gpt_jax.data.pool import WorkerPool
 from gpt_jax.data.shards import (
@@ -43,26 +43,19 @@ SAMPLE_BYTES = 8 << 20  # Text that a tokenizer is trained on, at most: that tak
 TASK_BYTES = 1 << 20  # Text that a worker gets at one time.
 
 
-@dataclass(frozen=True)
-class PrepareArgs:
+@dataclass(frozen=True, kw_only=True)
+class PrepareArgs(TextConfig):
     """Turn text into token files."""
 
     source: tyro.conf.Positional[tuple[str, ...]]  # Files, folders, globs, or the corpora python-docs and shakespeare.
     out: Path  # Folder to make.
-    tokenizer: str = "sentencepiece"  # sentencepiece, bytes, or a tokenizer: a file, a folder, a model's name.
-    model_type: TokenizerType = "bpe"  # Kind of SentencePiece model to train.
-    vocab_size: int = 4096  # Number of tokens in its vocabulary; for char at most.
-    val_fraction: float = 0.1  # Share of the text kept for validation.
     text_field: str = "text"  # Field or column of JSON Lines and Parquet that holds the text.
     # Replace --out, if it is a data folder, once the new one is complete.
     force: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
 
     def __post_init__(self) -> None:
         check(len(self.source) > 0, "source", self.source, "one or more files, folders, globs or corpora")
-        model_types = get_args(TokenizerType)
-        check(self.model_type in model_types, "model_type", self.model_type, " or ".join(model_types))
-        check(self.vocab_size >= 1, "vocab_size", self.vocab_size, "1 or more")
-        check(0 < self.val_fraction < 1, "val_fraction", self.val_fraction, "more than 0 and less than 1")
+        self.check_values()
 
 
 def print_summary(folder: Path, meta: Meta) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -26,6 +27,17 @@ ALIGNMENT = 64  # Bytes. Arrays that begin at a multiple of it are used by XLA:C
 def open_named(name: str) -> ModelFiles:
     """The files of a model: a folder, a .gguf file, or a name on the hub."""
     return open_model(find_model(name))
+
+
+def named_tokenizer(name: str) -> Tokenizer | None:
+    """The tokenizer of a .gguf file, or of a model on the hub; None where `name` is a file or folder to load one from,
+    or says which to make.
+
+    Raises UserError when there is no such model.
+    """
+    if name.endswith(".gguf") or (name not in ("sentencepiece", "bytes") and not Path(name).exists()):
+        return open_named(name).tokenizer()
+    return None
 
 
 def their_config(files: ModelFiles) -> ModelConfig:

@@ -15,6 +15,7 @@ from gpt_jax.config import Config, DataConfig, ModelConfig, check, with_vocabula
 from gpt_jax.data.prepare import PrepareArgs, prepare, print_summary
 from gpt_jax.data.shards import Dataset, open_dataset
 from gpt_jax.errors import UserError
+from gpt_jax.interop.load import named_tokenizer
 from gpt_jax.run.folder import RunFolder
 from gpt_jax.run.load import KEPT, adopt, open_source
 from gpt_jax.tokenizer.tokenizer import Tokenizer
@@ -85,7 +86,7 @@ def open_or_prepare(
             vocab_size=config.vocab_size,
             val_fraction=config.val_fraction,
         )
-        print_summary(folder, prepare(args, tokenizer=tokenizer))
+        print_summary(folder, prepare(args, tokenizer=tokenizer or named_tokenizer(config.tokenizer)))
 
     hosts.on_first(prepare_if_missing)
     data = open_dataset(folder)

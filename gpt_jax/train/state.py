@@ -1,5 +1,6 @@
 """The state that training begins with: a first one, or that of a checkpoint, if it fits the run."""
 
+import dataclasses
 import functools
 import sys
 from pathlib import Path
@@ -91,21 +92,22 @@ def check_fits(where: Path, saved: dict[str, Any], meta: dict[str, Any]) -> None
             raise UserError(f"checkpoint {where} was trained with another {name} than that of the data folder")
     if saved.get("base") != meta.get("base"):
         raise UserError(f"the adapters in checkpoint {where} were trained on another model than init_from now is")
-    deciding = [config_from_dict(facts["config"], str(where)).model.deciding() for facts in (saved, meta)]
+    configs = [config_from_dict(facts["config"], str(where)) for facts in (saved, meta)]
+    deciding = [config.model.deciding() for config in configs]
     for (name, before), value in zip(deciding[0].items(), deciding[1].values(), strict=True):
         if before != value:
             raise UserError(
                 f"checkpoint {where} does not fit the configuration: model.{name} is {before} there and {value} here"
             )
-    if saved["config"].get("init_from", "") != meta["config"]["init_from"]:
+    then, now = configs
+    if then.init_from != now.init_from:
         raise UserError(
-            f"init_from is {saved['config'].get('init_from')!r} in checkpoint {where} and "
-            f"{meta['config']['init_from']!r} here; a run that goes on cannot begin with another model"
+            f"init_from is {then.init_from!r} in checkpoint {where} and {now.init_from!r} here; a run that goes on "
+            "cannot begin with another model"
         )
-    for section, now in meta["config"].items():
-        then = saved["config"].get(section)
-        for name, value in now.items() if isinstance(now, dict) else []:
-            full_name, before = f"{section}.{name}", then.get(name, value)
+    for section, values in dataclasses.asdict(now).items():
+        for name, value in values.items() if isinstance(values, dict) else []:
+            full_name, before = f"{section}.{name}", dataclasses.asdict(then)[section][name]
             if before == value:
                 continue
             if full_name in DECIDE_THE_DATA_ORDER:

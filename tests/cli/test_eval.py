@@ -99,7 +99,7 @@ def test_the_newest_run_is_the_default(
         ({"stride": 17}, "stride = 17 is not possible: it must be between 1 and context_length = 16"),
         ({"stride": 9, "context_length": 8}, "stride = 9 is not possible: it must be between 1 and context_length = 8"),
         ({"context_length": 17}, "context_length = 17 is not possible: it must be at most 16, the positions"),
-        ({"context_length": -1}, "context_length = -1 is not possible: it must be 1 or more"),
+        ({"context_length": -1}, "context_length = -1 is not possible: it must be 0 (the model's own) or more"),
         ({"batch_size": 0}, "batch_size = 0 is not possible: it must be 1 or more"),
         ({"checkpoint": "11"}, "there is no checkpoint 11 in"),
         ({"model": "somewhere"}, "--model names a model, and --run or --checkpoint another one; use one of them"),

@@ -1,0 +1,64 @@
+"""The configuration: frozen dataclasses, built by a file in `configs/`, changed by flags, saved with the run.
+
+Every field is checked when the object is built, so a `Config` that exists is one that can run, as far as can be known
+without looking at the data or the devices. Nothing here imports JAX: the runtime is set up from the configuration.
+"""
+
+from gpt_jax.config.check import check, check_types
+from gpt_jax.config.config import Config, with_vocabulary
+from gpt_jax.config.files import config_from_dict, config_to_dict, load_config, load_saved_config
+from gpt_jax.config.model import (
+    HOW_IT_RUNS,
+    LORA_TARGETS,
+    ActivationName,
+    AttentionName,
+    DTypeName,
+    LoraConfig,
+    ModelConfig,
+    NormName,
+    PositionsName,
+    RematName,
+    RopeConfig,
+    RopeScalingName,
+    StoredDType,
+)
+from gpt_jax.config.training import (
+    DataConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    ScheduleName,
+    TextConfig,
+    TokenizerType,
+    TrainConfig,
+)
+
+__all__ = [
+    "HOW_IT_RUNS",
+    "LORA_TARGETS",
+    "ActivationName",
+    "AttentionName",
+    "Config",
+    "DTypeName",
+    "DataConfig",
+    "LoraConfig",
+    "ModelConfig",
+    "NormName",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "PositionsName",
+    "RematName",
+    "RopeConfig",
+    "RopeScalingName",
+    "ScheduleName",
+    "StoredDType",
+    "TextConfig",
+    "TokenizerType",
+    "TrainConfig",
+    "check",
+    "check_types",
+    "config_from_dict",
+    "config_to_dict",
+    "load_config",
+    "load_saved_config",
+    "with_vocabulary",
+]

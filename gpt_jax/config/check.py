@@ -1,0 +1,23 @@
+"""Checks of values, each naming the field, its value and what is allowed."""
+
+from typing import Literal, get_args, get_origin, get_type_hints
+
+from gpt_jax.errors import UserError
+
+
+def check(holds: bool, name: str, value: object, allowed: str) -> None:
+    """Raises UserError naming the field, its value and what is allowed, unless `holds`."""
+    if not holds:
+        raise UserError(f"{name} = {value!r} is not possible: it must be {allowed}")
+
+
+def check_types(section: object, prefix: str) -> None:
+    """Raises UserError unless every field is of its type, or one of its fixed values. An int may stand for a float."""
+    for name, annotation in get_type_hints(type(section)).items():
+        value = getattr(section, name)
+        if get_origin(annotation) is Literal:
+            check(value in get_args(annotation), f"{prefix}.{name}", value, " or ".join(get_args(annotation)))
+            continue
+        expected = get_origin(annotation) or annotation
+        good = type(value) is expected or (expected is float and type(value) is int)
+        check(good, f"{prefix}.{name}", value, f"of type {expected.__name__}")

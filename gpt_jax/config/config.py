@@ -1,0 +1,44 @@
+"""An experiment: all sections of the configuration together."""
+
+import dataclasses
+from dataclasses import dataclass, field
+
+from gpt_jax.config.check import check
+from gpt_jax.config.model import ModelConfig
+from gpt_jax.config.training import DataConfig, OptimizerConfig, ParallelConfig, TrainConfig
+
+
+@dataclass(frozen=True)
+class Config:
+    """An experiment: everything that decides the outcome of a run."""
+
+    out_dir: str = ""  # The run's folder; empty: runs/ and the configuration file's name.
+    # Model to start from: a folder with safetensors, a .gguf file, a name on the hub. It decides the architecture.
+    init_from: str = ""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+
+    def __post_init__(self) -> None:
+        check(
+            self.optimizer.warmup_steps < self.train.steps or self.optimizer.warmup_steps == 0,
+            "optimizer.warmup_steps",
+            self.optimizer.warmup_steps,
+            f"less than train.steps = {self.train.steps}",
+        )
+        has_base = self.model.lora.rank == 0 or self.init_from != ""
+        check(has_base, "model.lora.rank", self.model.lora.rank, "0 without init_from, a model to put adapters on")
+
+
+def with_vocabulary(config: Config, n_tokens: int) -> Config:
+    """The configuration with a tokenizer's number of tokens in the place of a vocabulary size of 0.
+
+    Raises UserError when the model's vocabulary is smaller than the tokenizer's.
+    """
+    if config.model.vocab_size == 0:
+        return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=n_tokens))
+    allowed = f"at least the {n_tokens} tokens of the tokenizer in {config.data.dir}, or 0"
+    check(config.model.vocab_size >= n_tokens, "model.vocab_size", config.model.vocab_size, allowed)
+    return config

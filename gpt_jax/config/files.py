@@ -1,0 +1,111 @@
+"""Configurations as files: Python that a user writes, and the JSON that is saved with a run, of any version."""
+
+import dataclasses
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from gpt_jax.config.config import Config
+from gpt_jax.errors import UserError
+
+
+def load_config(path: Path) -> Config:
+    """The `config` that a Python file defines. Raises UserError when there is no such file, or no such name in it."""
+    if not path.is_file():
+        raise UserError(f"no configuration file {path}; those that come with the project are in configs/")
+    spec = importlib.util.spec_from_file_location(f"gpt_jax_config_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise UserError(f"{path} is not a Python file; a configuration is one that defines `config = Config(...)`")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    try:
+        spec.loader.exec_module(module)
+    except UserError as e:
+        raise UserError(f"{path}: {e}") from e
+    except Exception as e:
+        raise UserError(f"{path} could not be run: {type(e).__name__}: {e}") from e
+    config = getattr(module, "config", None)
+    if not isinstance(config, Config):
+        raise UserError(f"{path} does not define `config = Config(...)`")
+    return config
+
+
+RENAMED: tuple[dict[str, str], ...] = ({},)
+"""For each format version from 0 on, the fields that the version after it calls by another name: the full old name to
+the full new one, such as {"train.steps": "train.n_steps"}. Version 0 is that of 0.1.0, which wrote none."""
+
+FORMAT_VERSION = len(RENAMED)
+
+
+def config_to_dict(config: Config) -> dict[str, Any]:
+    """The configuration as JSON types (tuples become lists), with the version of its format."""
+    return {"format_version": FORMAT_VERSION, **json.loads(json.dumps(dataclasses.asdict(config)))}
+
+
+def migrated(values: dict[str, Any], where: str) -> dict[str, Any]:
+    """What `config_to_dict` of an older version wrote, with today's names, and without the version.
+
+    Raises UserError naming `where` when a newer version wrote it.
+    """
+    sections = {name: dict(value) if isinstance(value, dict) else value for name, value in values.items()}
+    version: Any = sections.pop("format_version", 0)
+    if version not in range(FORMAT_VERSION + 1):
+        raise UserError(
+            f"{where} is of format {version!r}, and this version reads {FORMAT_VERSION} at most; update gpt_jax"
+        )
+    for renamed in RENAMED[version:]:
+        for old, new in renamed.items():
+            (section, _, name), (new_section, _, new_name) = old.rpartition("."), new.rpartition(".")
+            holder = sections.get(section) if section else sections
+            if isinstance(holder, dict) and name in holder:
+                target = sections.setdefault(new_section, {}) if new_section else sections
+                target[new_name] = holder.pop(name)
+    return sections
+
+
+def config_from_dict(values: dict[str, Any], where: str) -> Config:
+    """Inverse of `config_to_dict`, of any version. Raises UserError naming `where` and a field that is unknown or of
+    another type.
+
+    Fields that are missing take their defaults, so a run saved by an older version can be read.
+    """
+
+    def build(cls: type, values: Any, prefix: str) -> Any:
+        if not isinstance(values, dict):
+            raise UserError(f"{where}: {prefix or 'the configuration'} must be an object, not {values!r}")
+        defaults = cls()
+        unknown = sorted(set(values) - {f.name for f in dataclasses.fields(cls)})
+        if unknown:
+            raise UserError(f"{where}: unknown field {prefix}{unknown[0]}; was it saved by a newer version?")
+        built = {}
+        for name, value in values.items():
+            default = getattr(defaults, name)
+            if dataclasses.is_dataclass(default):
+                built[name] = build(type(default), value, f"{prefix}{name}.")
+                continue
+            if isinstance(default, tuple) and isinstance(value, list):
+                value = tuple(value)
+            if isinstance(default, float) and type(value) is int:
+                value = float(value)
+            if type(value) is not type(default):
+                raise UserError(f"{where}: {prefix}{name} = {value!r} must be of type {type(default).__name__}")
+            built[name] = value
+        try:
+            return cls(**built)
+        except UserError as e:
+            raise UserError(f"{where}: {e}") from e
+
+    return build(Config, migrated(values, where) if isinstance(values, dict) else values, "")
+
+
+def load_saved_config(path: Path) -> Config:
+    """Reads a run's `config.json`. Raises UserError when it is missing, damaged or holds an impossible value."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path.parent} is not a run: it has no {path.name}") from None
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path} cannot be read ({e})") from e
+    return config_from_dict(values, str(path))

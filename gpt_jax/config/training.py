@@ -1,0 +1,142 @@
+"""What is trained on, by which optimizer, for how long, and on which devices."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from gpt_jax.config.check import check, check_types
+from gpt_jax.errors import UserError
+
+ScheduleName = Literal["cosine", "linear", "wsd", "constant"]
+TokenizerType = Literal["bpe", "unigram", "char"]
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """How text becomes tokens: what `prepare` is asked for, and what training asks it for where nothing is prepared."""
+
+    tokenizer: str = "sentencepiece"  # sentencepiece, bytes, or a tokenizer: a file, a folder, a model's name.
+    model_type: TokenizerType = "bpe"  # Kind of SentencePiece model to train.
+    vocab_size: int = 4096  # Number of tokens in its vocabulary; for char at most.
+    val_fraction: float = 0.1  # Share of the text kept for validation.
+
+    def check_values(self, prefix: str = "") -> None:
+        """Raises UserError naming a value that is not possible, by the prefix and the name of its field."""
+        model_types = get_args(TokenizerType)
+        check(self.model_type in model_types, f"{prefix}model_type", self.model_type, " or ".join(model_types))
+        check(self.vocab_size >= 1, f"{prefix}vocab_size", self.vocab_size, "1 or more")
+        allowed = "more than 0 and less than 1"
+        check(0 < self.val_fraction < 1, f"{prefix}val_fraction", self.val_fraction, allowed)
+
+
+@dataclass(frozen=True)
+class DataConfig(TextConfig):
+    """Where tokens come from and how many make a step. A folder that is not there is prepared from `source`."""
+
+    dir: str = ""  # Folder made by `prepare`.
+    source: tuple[str, ...] = ()  # What to prepare `dir` from when it is not there: files, folders, corpora.
+    batch_size: int = 32  # Sequences in one optimizer step, over all devices and microbatches.
+    microbatch_size: int = 0  # Sequences that a device handles at one time; 0: its whole share of the batch.
+
+    def __post_init__(self) -> None:
+        check_types(self, "data")
+        self.check_values("data.")
+        check(self.batch_size >= 1, "data.batch_size", self.batch_size, "1 or more")
+        check(self.microbatch_size >= 0, "data.microbatch_size", self.microbatch_size, "0 (the whole share) or more")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its learning rate schedule."""
+
+    learning_rate: float = 6e-4  # Peak learning rate.
+    schedule: ScheduleName = "cosine"  # Shape after the warmup; wsd: constant, then linear decay at the end.
+    warmup_steps: int = 100  # Steps over which the learning rate rises linearly from 0.
+    final_fraction: float = 0.1  # Learning rate at the last step, as a fraction of the peak.
+    decay_fraction: float = 0.2  # Share of all steps that wsd decays over.
+    beta1: float = 0.9  # Decay of the first moment.
+    beta2: float = 0.95  # Decay of the second moment.
+    eps: float = 1e-8  # Added to the root of the second moment.
+    # Decoupled weight decay, times the learning rate; on matrices (adapters too) and embeddings only.
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0  # Largest global norm of the gradient; 0: no clipping.
+
+    def __post_init__(self) -> None:
+        check_types(self, "optimizer")
+        check(self.learning_rate > 0, "optimizer.learning_rate", self.learning_rate, "more than 0")
+        check(self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "0 or more")
+        for name in ("final_fraction", "decay_fraction"):
+            check(0 <= getattr(self, name) <= 1, f"optimizer.{name}", getattr(self, name), "between 0 and 1")
+        for name in ("beta1", "beta2"):
+            check(0 <= getattr(self, name) < 1, f"optimizer.{name}", getattr(self, name), "at least 0 and less than 1")
+        check(self.eps > 0, "optimizer.eps", self.eps, "more than 0")
+        for name in ("weight_decay", "clip_norm"):
+            check(getattr(self, name) >= 0, f"optimizer.{name}", getattr(self, name), "0 or more")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long to train, and what to report and keep on the way."""
+
+    steps: int = 1000  # Optimizer steps.
+    seed: int = 0  # Decides the initial parameters, the order of the data and the dropout.
+    log_every: int = 10  # Steps between lines of metrics.jsonl.
+    eval_every: int = 250  # Steps between evaluations on the whole validation set; 0: only after the last step.
+    eval_batch_size: int = 0  # Sequences evaluated at one time, over all devices; 0: as many as train at one time.
+    checkpoint_every: int = 0  # Steps between checkpoints; 0: after each evaluation.
+    keep_checkpoints: int = 2  # How many of the latest checkpoints to keep, besides the best.
+    # Steps between samples written by the model, for which it has to fit one device; 0: none.
+    sample_every: int = 0
+    sample_prompt: str = ""  # What those samples go on from; empty: the start of a document.
+    sample_tokens: int = 64  # Length of those samples, in tokens.
+    tensorboard: bool = False  # Write TensorBoard event files to the run's folder.
+    wandb_project: str = ""  # Log to this Weights & Biases project; empty: do not.
+
+    def __post_init__(self) -> None:
+        check_types(self, "train")
+        for name in ("steps", "log_every", "keep_checkpoints", "sample_tokens"):
+            check(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "1 or more")
+        for name in ("eval_every", "eval_batch_size", "checkpoint_every", "sample_every"):
+            check(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "0 or more")
+        check(0 <= self.seed < 2**31, "train.seed", self.seed, "at least 0 and less than 2**31")
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    """Placement on devices: by pmap, each with the whole state; or on a mesh of data x fsdp x context x tensor, if one
+    is set."""
+
+    # Devices of each host to train on; 0: all it has, and on CPU one a core for small models, else one.
+    devices: int = 0
+    data: int = 0  # Mesh: parts of the batch, each with the whole state; 0: what the others leave of the devices.
+    fsdp: int = 0  # Mesh: parts of the batch among which the state is divided; 0: 1.
+    context: int = 0  # Mesh: parts of each sequence, and of the state; 0: 1.
+    tensor: int = 0  # Mesh: parts of heads, feed-forward and vocabulary; 0: 1.
+
+    def __post_init__(self) -> None:
+        check_types(self, "parallel")
+        for name, zero in (
+            ("devices", "all"),
+            ("data", "what is left"),
+            ("fsdp", "1"),
+            ("context", "1"),
+            ("tensor", "1"),
+        ):
+            check(getattr(self, name) >= 0, f"parallel.{name}", getattr(self, name), f"0 ({zero}) or more")
+
+    @property
+    def uses_mesh(self) -> bool:
+        """Whether a mesh was asked for."""
+        return any((self.data, self.fsdp, self.context, self.tensor))
+
+    def mesh_shape(self, n_devices: int) -> tuple[int, int, int, int]:
+        """The sizes of data, fsdp, context and tensor. Raises UserError unless their product is the number of
+        devices."""
+        fsdp, context, tensor = self.fsdp or 1, self.context or 1, self.tensor or 1
+        data = self.data or max(1, n_devices // (fsdp * context * tensor))
+        product = data * fsdp * context * tensor
+        if product != n_devices:
+            raise UserError(
+                f"parallel.data x fsdp x context x tensor = {data} x {fsdp} x {context} x {tensor} = {product}, but "
+                f"there are {n_devices} devices; the product must be their number"
+            )
+        return data, fsdp, context, tensor
