@@ -59,6 +59,15 @@ def visible(distance: Distance, window: int) -> Distance:
     return (distance >= 0) & (distance < window) if window else distance >= 0
 
 
+def within_segments(
+    mask_BTS: jax.Array | np.ndarray, segments_BT: jax.Array | None, segments_BS: jax.Array | None
+) -> jax.Array | np.ndarray:
+    """The mask without the keys that are of another segment than the query; without segments, the mask."""
+    if segments_BT is None or segments_BS is None:
+        return mask_BTS
+    return mask_BTS & (segments_BT[:, :, None] == segments_BS[:, None])
+
+
 def causal_mask(start: int, stop: int, first_key: int, last_key: int, window: int) -> np.ndarray:
     """Which of the keys [first_key, last_key) the queries [start, stop) see, bool (1, T, S), a constant."""
     return visible(np.arange(start, stop)[:, None] - np.arange(first_key, last_key), window)[None]

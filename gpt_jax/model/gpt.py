@@ -62,7 +62,12 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BTD: jax.Array, keys_B: jax.Array | None, cache: kv.LayerCache | None, start_B: jax.Array | None
+        self,
+        x_BTD: jax.Array,
+        keys_B: jax.Array | None,
+        segments_BT: jax.Array | None,
+        positions_BT: jax.Array | None,
+        cache: kv.LayerCache | None,
     ) -> tuple[jax.Array, kv.LayerCache | None]:
         c = self.config
         B, T, D = x_BTD.shape
@@ -78,27 +83,22 @@ class Attention(nn.Module):
             q_BTHK = RMSNorm(c.norm_eps, c.dtype, name="q_norm")(q_BTHK)
             k_BTGK = RMSNorm(c.norm_eps, c.dtype, name="k_norm")(k_BTGK)
         if c.positions == "rotary":
-            positions_BT = positions_of(T, start_B)
-            q_BTHK = rotate(q_BTHK, positions_BT, c, self.sliding)
-            k_BTGK = rotate(k_BTGK, positions_BT, c, self.sliding)
+            angles_BT = jnp.arange(T)[None] if positions_BT is None else positions_BT
+            q_BTHK = rotate(q_BTHK, angles_BT, c, self.sliding)
+            k_BTGK = rotate(k_BTGK, angles_BT, c, self.sliding)
         if c.query_scale:  # In the place of 1 / sqrt(K), by which every attention multiplies.
             q_BTHK = q_BTHK * (c.query_scale * np.sqrt(K)).astype(q_BTHK.dtype)
 
         if cache is None:
-            out_BTHK = causal_attention(q_BTHK, k_BTGK, v_BTGK, c, window, fold_in(keys_B, 0))
+            out_BTHK = causal_attention(q_BTHK, k_BTGK, v_BTGK, c, window, fold_in(keys_B, 0), segments_BT)
         else:
-            assert start_B is not None
-            cache = kv.update(cache, k_BTGK, v_BTGK, start_B)
-            distance_BTS = positions_of(T, start_B)[:, :, None] - jnp.arange(cache.k_XSK.shape[1])
+            assert positions_BT is not None
+            cache = kv.update(cache, k_BTGK, v_BTGK, positions_BT[:, 0])
+            distance_BTS = positions_BT[:, :, None] - jnp.arange(cache.k_XSK.shape[1])
             out_BTHK = cached_attention(q_BTHK, cache.k_XSK, cache.v_XSK, visible(distance_BTS, window))
 
         out_BTD = linear(c, "out", D, residual=True)(out_BTHK.reshape(B, T, H * K), keys_B)
         return dropout(out_BTD, c.dropout, fold_in(keys_B, 1)), cache
-
-
-def positions_of(T: int, start_B: jax.Array | None) -> jax.Array:
-    """The positions of T tokens from start_B on, int32 (B, T); without a start, from 0 on, (1, T)."""
-    return jnp.arange(T)[None] if start_B is None else start_B[:, None] + jnp.arange(T)
 
 
 class MLP(nn.Module):
@@ -131,12 +131,13 @@ class Block(nn.Module):
         self,
         x_BTD: jax.Array,
         keys_B: jax.Array | None = None,
+        segments_BT: jax.Array | None = None,
+        positions_BT: jax.Array | None = None,
         cache: kv.LayerCache | None = None,
-        start_B: jax.Array | None = None,
     ) -> tuple[jax.Array, kv.LayerCache | None]:
         c = self.config
         attention, mlp = Attention(c, self.sliding, name="attention"), MLP(c, name="mlp")
-        out_BTD, cache = attention(norm(c, "norm_1")(x_BTD), keys_B, cache, start_B)
+        out_BTD, cache = attention(norm(c, "norm_1")(x_BTD), keys_B, segments_BT, positions_BT, cache)
         x_BTD = x_BTD + (norm(c, "post_norm_1")(out_BTD) if c.post_norm else out_BTD)
         out_BTD = mlp(norm(c, "norm_2")(x_BTD), keys_B)
         x_BTD = x_BTD + (norm(c, "post_norm_2")(out_BTD) if c.post_norm else out_BTD)
@@ -153,13 +154,15 @@ class GPT(nn.Module):
         self,
         tokens_BT: jax.Array,
         keys_B: jax.Array | None = None,
+        segments_BT: jax.Array | None = None,
+        positions_BT: jax.Array | None = None,
         cache: kv.Cache | None = None,
-        start_B: jax.Array | None = None,
     ) -> tuple[jax.Array, kv.Cache | None]:
         """The hidden states (B, T, D) after the final norm, and the cache with these tokens in it.
 
-        tokens_BT: int ids. keys_B: one dropout key a sequence; None: no dropout. cache, start_B: with a cache, the
-        tokens stand at positions start_B to start_B + T - 1 (int32), and attend to what the cache holds before them.
+        tokens_BT: int ids. keys_B: one dropout key a sequence; None: no dropout. segments_BT: int32; a token attends to
+        those of its own segment alone; None: to all before it. positions_BT: int32; None: from 0 on in each row. cache:
+        the tokens stand at consecutive positions, and attend to what the cache holds before them.
         """
         c = self.config
         normal = nn.initializers.normal(INIT_STD)
@@ -171,16 +174,21 @@ class GPT(nn.Module):
             positions_TD = self.param("positions_TD", normal, (c.context_length, c.d_model))
             positions_TD = for_use({"positions_TD": positions_TD}, positions_TD.dtype)["positions_TD"]
             T = tokens_BT.shape[1]
-            x_BTD = x_BTD + (positions_TD[:T] if start_B is None else positions_TD[positions_of(T, start_B)])
+            x_BTD = x_BTD + (positions_TD[:T] if positions_BT is None else positions_TD[positions_BT])
         x_BTD = x_BTD.astype(c.dtype)
         if c.scale_embeddings:
             x_BTD = x_BTD * np.sqrt(c.d_model).astype(x_BTD.dtype)
         x_BTD = constrain(dropout(x_BTD, c.dropout, fold_in(keys_B, 0)), "BTD")
-        x_BTD, cache = self.run_layers(x_BTD, fold_in(keys_B, 1), cache, start_B)
+        x_BTD, cache = self.run_layers(x_BTD, fold_in(keys_B, 1), segments_BT, positions_BT, cache)
         return norm(c, "final_norm")(x_BTD), cache
 
     def run_layers(
-        self, x_BTD: jax.Array, keys_B: jax.Array | None, cache: kv.Cache | None, start_B: jax.Array | None
+        self,
+        x_BTD: jax.Array,
+        keys_B: jax.Array | None,
+        segments_BT: jax.Array | None,
+        positions_BT: jax.Array | None,
+        cache: kv.Cache | None,
     ) -> tuple[jax.Array, kv.Cache | None]:
         """All blocks, as model/stack.py runs them, and the cache, if there is one."""
         c = self.config
@@ -190,10 +198,12 @@ class GPT(nn.Module):
             return jax.vmap(lambda key: blocks[False].init(key, x_BTD)["params"])(jax.random.split(key, c.n_layer))
 
         def block(params: Params, x_BTD: jax.Array, i: int | jax.Array, sliding: bool) -> jax.Array:
-            return cast(Any, blocks[sliding].apply({"params": params}, x_BTD, fold_in(keys_B, i)))[0]
+            keys_of_layer_B = fold_in(keys_B, i)
+            args = {"params": params}, x_BTD, keys_of_layer_B, segments_BT, positions_BT
+            return cast(Any, blocks[sliding].apply(*args))[0]
 
         def cached_block(params: Params, x_BTD: jax.Array, sliding: bool, layer_cache: kv.LayerCache) -> Any:
-            return blocks[sliding].apply({"params": params}, x_BTD, None, layer_cache, start_B)
+            return blocks[sliding].apply({"params": params}, x_BTD, None, None, positions_BT, layer_cache)
 
         if self.is_initializing():
             layers = self.param("layers", init_layers)
@@ -211,14 +221,26 @@ def init_params(model: GPT, key: jax.Array) -> Params:
     return cast(Params, plain.init(key, jnp.zeros((1, 1), jnp.int32))["params"])
 
 
-def forward(model: GPT, params: Params, tokens_BT: jax.Array, keys_B: jax.Array | None = None) -> jax.Array:
-    """The hidden states (B, T, D) of whole sequences, after the final norm; with dropout, if there are keys for it."""
-    hidden_BTD, _ = cast(tuple[jax.Array, None], model.apply({"params": params}, tokens_BT, keys_B))
-    return hidden_BTD
+def forward(
+    model: GPT,
+    params: Params,
+    tokens_BT: jax.Array,
+    keys_B: jax.Array | None = None,
+    segments_BT: jax.Array | None = None,
+    positions_BT: jax.Array | None = None,
+) -> jax.Array:
+    """The hidden states (B, T, D) of whole sequences, after the final norm; with dropout, if there are keys for it.
+
+    segments_BT, positions_BT: of documents that are packed into a row, see `Batch`.
+    """
+    args = {"params": params}, tokens_BT, keys_B, segments_BT, positions_BT
+    return cast(tuple[jax.Array, None], model.apply(*args))[0]
 
 
 def forward_cached(
     model: GPT, params: Params, tokens_BT: jax.Array, cache: kv.Cache, start_B: jax.Array
 ) -> tuple[jax.Array, kv.Cache]:
     """The hidden states (B, T, D) of tokens that go on from position start_B, and the cache with them in it."""
-    return cast(tuple[jax.Array, kv.Cache], model.apply({"params": params}, tokens_BT, None, cache, start_B))
+    positions_BT = start_B[:, None] + jnp.arange(tokens_BT.shape[1])
+    args = {"params": params}, tokens_BT, None, None, positions_BT, cache
+    return cast(tuple[jax.Array, kv.Cache], model.apply(*args))

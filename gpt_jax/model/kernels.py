@@ -5,6 +5,9 @@ block_causal  queries in blocks, each looking only at keys up to its end: half t
 cudnn         cuDNN's fused kernel, on NVIDIA GPUs
 splash        the Splash Pallas kernel, on TPUs
 
+Sequences may be several documents packed into a row: then a query sees the keys of its own segment alone. The kernels
+look at the other segments, too, and mask them; without segments, nothing of that is computed.
+
 Where a mesh divides sequences, each device attends from its part of the queries to all keys. cuDNN's kernel cannot, and
 block_causal looks at the future, too, and masks it, as xla does: which keys those are, differs from device to device.
 """
@@ -17,7 +20,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from gpt_jax.config import ModelConfig
-from gpt_jax.model.attention import causal_mask, causal_mask_from, masked_attention
+from gpt_jax.model.attention import causal_mask, causal_mask_from, masked_attention, within_segments
 from gpt_jax.model.layers import fold_in
 from gpt_jax.model.sharding import constrain, context_parts, mesh_is_set, on_each_device
 
@@ -35,30 +38,26 @@ def causal_attention(
     config: ModelConfig,
     window: int = 0,
     keys_B: jax.Array | None = None,
+    segments_BT: jax.Array | None = None,
 ) -> jax.Array:
     """Attention of each token to itself and those before it, (B, T, H, K), by the backend that `config` was given.
 
-    With a window, a token sees that many tokens, itself included. Query head h reads key/value head h // (H / G).
+    With a window, a token sees that many tokens, itself included. With segments, int32 ids, it sees those of its own
+    segment. Query head h reads key/value head h // (H / G).
     """
     if config.attention == "xla":
         if context_parts() > 1:
             k_BTGK, v_BTGK = constrain(k_BTGK, "BSGK"), constrain(v_BTGK, "BSGK")
-        return causal_by_mask(q_BTHK, k_BTGK, v_BTGK, window, config.dropout, keys_B)
+        return causal_by_mask(q_BTHK, k_BTGK, v_BTGK, window, config.dropout, keys_B, segments_BT)
     if config.attention == "block_causal" and context_parts() > 1:
         attend = functools.partial(causal_by_blocks_of_a_part, window=window)
-        return on_each_device(attend)(q_BTHK, k_BTGK, v_BTGK)
+        return on_each_device(attend)(q_BTHK, k_BTGK, v_BTGK, segments_BT)
     if config.attention == "block_causal":
-        return causal_by_blocks(q_BTHK, k_BTGK, v_BTGK, window, config.dropout, keys_B)
+        return causal_by_blocks(q_BTHK, k_BTGK, v_BTGK, window, config.dropout, keys_B, segments_BT)
     if config.attention == "cudnn":
-        fused = functools.partial(
-            jax.nn.dot_product_attention,
-            is_causal=True,
-            local_window_size=(window - 1, 0) if window else None,
-            implementation="cudnn",
-        )
-        return on_each_device(fused)(q_BTHK, k_BTGK, v_BTGK)
+        return on_each_device(functools.partial(causal_by_cudnn, window=window))(q_BTHK, k_BTGK, v_BTGK, segments_BT)
     if config.attention == "splash":
-        return causal_by_splash(q_BTHK, k_BTGK, v_BTGK, window)
+        return causal_by_splash(q_BTHK, k_BTGK, v_BTGK, window, segments_BT)
     raise ValueError(f"attention backend {config.attention} was not resolved")
 
 
@@ -69,11 +68,13 @@ def causal_by_mask(
     window: int,
     dropout_rate: float,
     keys_B: jax.Array | None,
+    segments_BT: jax.Array | None = None,
 ) -> jax.Array:
     """The reference: all scores, those of the future masked."""
     T = q_BTHK.shape[1]
     # A constant is whole on every device; where sequences are long enough to be divided, so is the mask.
-    mask_BTS = causal_mask(0, T, 0, T, window) if context_parts() == 1 else causal_mask_from(0, T, T, window)
+    causal_BTS = causal_mask(0, T, 0, T, window) if context_parts() == 1 else causal_mask_from(0, T, T, window)
+    mask_BTS = within_segments(causal_BTS, segments_BT, segments_BT)
     return masked_attention(q_BTHK, k_BTGK, v_BTGK, mask_BTS, dropout_rate, keys_B)
 
 
@@ -84,6 +85,7 @@ def causal_by_blocks(
     window: int,
     dropout_rate: float,
     keys_B: jax.Array | None,
+    segments_BT: jax.Array | None = None,
 ) -> jax.Array:
     """Queries in blocks; block i looks at keys from its window's start to its own end, so half of the work or more is
     never done.
@@ -94,59 +96,132 @@ def causal_by_blocks(
     """
     T = q_BTHK.shape[1]
     block = QUERY_BLOCK if T > 512 else QUERY_BLOCK // 2
-    attend = jax.checkpoint(functools.partial(masked_attention, dropout_rate=dropout_rate))
+
+    @jax.checkpoint
+    def attend(q: Any, k: Any, v: Any, mask: Any, keys_B: Any, segments_BT: Any, segments_BS: Any) -> jax.Array:
+        return masked_attention(q, k, v, within_segments(mask, segments_BT, segments_BS), dropout_rate, keys_B)
+
+    def segments_of(first: int, stop: int) -> jax.Array | None:
+        return None if segments_BT is None else segments_BT[:, first:stop]
+
     outs = []
     for i, start in enumerate(range(0, T, block)):
         stop = min(start + block, T)
         first = max(0, start - window + 1) if window else 0
         mask_BTS = causal_mask(start, stop, first, stop, window)
         k, v = k_BTGK[:, first:stop], v_BTGK[:, first:stop]
-        outs.append(attend(q_BTHK[:, start:stop], k, v, mask_BTS, keys_B=fold_in(keys_B, i)))
+        segments = segments_of(start, stop), segments_of(first, stop)
+        outs.append(attend(q_BTHK[:, start:stop], k, v, mask_BTS, fold_in(keys_B, i), *segments))
     return jnp.concatenate(outs, axis=1) if len(outs) > 1 else outs[0]
 
 
-def causal_by_blocks_of_a_part(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, window: int) -> jax.Array:
+def causal_by_blocks_of_a_part(
+    q_BTHK: jax.Array,
+    k_BSGK: jax.Array,
+    v_BSGK: jax.Array,
+    segments_BT: jax.Array | None,
+    segments_BS: jax.Array | None,
+    window: int,
+) -> jax.Array:
     """The same for the part of the queries that this device of the mapped axis "context" has."""
     B, T, H, K = q_BTHK.shape
     block = min(T, QUERY_BLOCK)
     N = -(-T // block)
     starts_N = jax.lax.axis_index("context") * T + block * jnp.arange(N)
-    q_BTHK = jnp.pad(q_BTHK, ((0, 0), (0, N * block - T), (0, 0), (0, 0)))
-    q_NBTHK = q_BTHK.reshape(B, N, block, H, K).swapaxes(0, 1)
+
+    def in_blocks(x: jax.Array) -> jax.Array:
+        """(B, T, ...) to (N, B, T, ...), the last block filled up."""
+        x = jnp.pad(x, ((0, 0), (0, N * block - T), *[(0, 0)] * (x.ndim - 2)))
+        return x.reshape(B, N, block, *x.shape[2:]).swapaxes(0, 1)
+
     # In float32, for the gradients of keys and values, which are added up over the blocks.
     k_BSGK, v_BSGK = k_BSGK.astype(jnp.float32), v_BSGK.astype(jnp.float32)
-    out_NBTHK = jax.lax.map(lambda xs: attention_of_a_block(xs[0], k_BSGK, v_BSGK, xs[1], window), (q_NBTHK, starts_N))
+    q_NBTHK, segments_NBT = jax.tree.map(in_blocks, (q_BTHK, segments_BT))
+
+    def attend(block: Any) -> jax.Array:
+        q_BTHK, start, segments_BT = block
+        return attention_of_a_block(q_BTHK, k_BSGK, v_BSGK, start, segments_BT, segments_BS, window)
+
+    out_NBTHK = jax.lax.map(attend, (q_NBTHK, starts_N, segments_NBT))
     return out_NBTHK.swapaxes(0, 1).reshape(B, N * block, H, K)[:, :T]
 
 
-def attend_from(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, start: jax.Array, window: int) -> jax.Array:
+def attend_from(
+    q_BTHK: jax.Array,
+    k_BSGK: jax.Array,
+    v_BSGK: jax.Array,
+    start: jax.Array,
+    segments_BT: jax.Array | None,
+    segments_BS: jax.Array | None,
+    window: int,
+) -> jax.Array:
     """Attention of the queries from position `start` on, to all keys of their sequences, in the queries' dtype."""
-    mask_BTS = causal_mask_from(start, q_BTHK.shape[1], k_BSGK.shape[1], window)
+    causal_BTS = causal_mask_from(start, q_BTHK.shape[1], k_BSGK.shape[1], window)
+    mask_BTS = within_segments(causal_BTS, segments_BT, segments_BS)
     return masked_attention(q_BTHK, k_BSGK.astype(q_BTHK.dtype), v_BSGK.astype(q_BTHK.dtype), mask_BTS)
 
 
-attention_of_a_block = jax.custom_vjp(attend_from, nondiff_argnums=(4,))
+attention_of_a_block = jax.custom_vjp(attend_from, nondiff_argnums=(6,))
 """`attend_from`, which the backward pass computes again, whatever else it keeps: jax.checkpoint has no say within
 another one, as layers are in where parameters are gathered again."""
 
 
-def _attention_of_a_block_fwd(
-    q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, start: jax.Array, window: int
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-    return attend_from(q_BTHK, k_BSGK, v_BSGK, start, window), (q_BTHK, k_BSGK, v_BSGK, start)
+def _attention_of_a_block_fwd(*args: Any) -> tuple[jax.Array, tuple[Any, ...]]:
+    return attend_from(*args), args[:-1]
 
 
-def _attention_of_a_block_bwd(window: int, saved: tuple[jax.Array, ...], gradient_BTHK: jax.Array) -> Any:
-    q_BTHK, k_BSGK, v_BSGK, start = saved
-    _, backward = jax.vjp(lambda q, k, v: attend_from(q, k, v, start, window), q_BTHK, k_BSGK, v_BSGK)
-    return *backward(gradient_BTHK), None
+def _attention_of_a_block_bwd(window: int, saved: tuple[Any, ...], gradient_BTHK: jax.Array) -> tuple[Any, ...]:
+    q_BTHK, k_BSGK, v_BSGK, start, segments_BT, segments_BS = saved
+
+    def attend(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array) -> jax.Array:
+        return attend_from(q_BTHK, k_BSGK, v_BSGK, start, segments_BT, segments_BS, window)
+
+    _, backward = jax.vjp(attend, q_BTHK, k_BSGK, v_BSGK)
+    return *backward(gradient_BTHK), None, None, None
 
 
 attention_of_a_block.defvjp(_attention_of_a_block_fwd, _attention_of_a_block_bwd)
 
 
+def causal_by_cudnn(
+    q_BTHK: jax.Array,
+    k_BTGK: jax.Array,
+    v_BTGK: jax.Array,
+    segments_BT: jax.Array | None,
+    segments_BS: jax.Array | None,
+    window: int,
+) -> jax.Array:
+    """cuDNN's kernel, which skips the future and what is before a window. Segments are a mask that it adds to the
+    scores, (B, 1, T, T) in memory."""
+    T, mask_B1TT = q_BTHK.shape[1], None
+    if segments_BT is not None and segments_BS is not None:
+        if T % 2:  # With a mask, its backward pass takes even lengths only. No query sees the key that is added.
+
+            def even(x: jax.Array) -> jax.Array:
+                return jnp.pad(x, ((0, 0), (0, 1), *[(0, 0)] * (x.ndim - 2)))
+
+            q_BTHK, k_BTGK, v_BTGK, segments_BT, segments_BS = map(
+                even, (q_BTHK, k_BTGK, v_BTGK, segments_BT, segments_BS)
+            )
+        mask_B1TT = (segments_BT[:, :, None] == segments_BS[:, None])[:, None]
+    return jax.nn.dot_product_attention(
+        q_BTHK,
+        k_BTGK,
+        v_BTGK,
+        mask=mask_B1TT,
+        is_causal=True,
+        local_window_size=(window - 1, 0) if window else None,
+        implementation="cudnn",
+    )[:, :T]
+
+
 def causal_by_splash(
-    q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, window: int, interpret: bool = False
+    q_BTHK: jax.Array,
+    k_BTGK: jax.Array,
+    v_BTGK: jax.Array,
+    window: int,
+    segments_BT: jax.Array | None = None,
+    interpret: bool = False,
 ) -> jax.Array:
     """The Splash kernel, which skips masked blocks and never writes scores to memory. `interpret` runs it on CPU.
 
@@ -173,13 +248,15 @@ def causal_by_splash(
     heads = splash.MultiHeadMask([mask] * R)
     kernel = splash.make_splash_mqa(heads, block_sizes=sizes, head_shards=1, q_seq_shards=parts, interpret=interpret)
 
-    def attend(q_BTHK: jax.Array, k_BSGK: jax.Array, v_BSGK: jax.Array, kernel: Any) -> jax.Array:
+    def attend(q_BTHK: Any, k_BSGK: Any, v_BSGK: Any, segments_BT: Any, segments_BS: Any, kernel: Any) -> jax.Array:
         B, T, H, K = q_BTHK.shape
         q_BGRTK = (q_BTHK * K**-0.5).reshape(B, T, H // R, R, K).transpose(0, 2, 3, 1, 4)
-        out_BGRTK = jax.vmap(jax.vmap(kernel))(q_BGRTK, k_BSGK.swapaxes(1, 2), v_BSGK.swapaxes(1, 2))
+        segments = None if segments_BT is None else splash.SegmentIds(segments_BT, segments_BS)
+        of_a_sequence = jax.vmap(kernel, in_axes=(0, 0, 0, None))
+        out_BGRTK = jax.vmap(of_a_sequence)(q_BGRTK, k_BSGK.swapaxes(1, 2), v_BSGK.swapaxes(1, 2), segments)
         return out_BGRTK.transpose(0, 3, 1, 2, 4).reshape(B, T, H, K)
 
     if not mesh_is_set():
-        return attend(q_BTHK, k_BTGK, v_BTGK, kernel)
+        return on_each_device(attend)(q_BTHK, k_BTGK, v_BTGK, segments_BT, kernel)
     rows = NamedSharding(jax.sharding.get_abstract_mesh(), PartitionSpec(None, "context"))
-    return on_each_device(attend, kernel.manual_sharding_spec(rows))(q_BTHK, k_BTGK, v_BTGK, kernel)
+    return on_each_device(attend, kernel.manual_sharding_spec(rows))(q_BTHK, k_BTGK, v_BTGK, segments_BT, kernel)

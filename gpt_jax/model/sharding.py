@@ -135,19 +135,25 @@ def keep_all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
 
 
 def on_each_device(attend: Callable[..., jax.Array], *more_specs: Any) -> Callable[..., jax.Array]:
-    """`attend(q_BTHK, k_BSGK, v_BSGK, *more)` on every device by itself, with the sequences, queries and heads that it
-    has, and all keys of these sequences: kernels that XLA cannot look into cannot be divided by it."""
-    if not mesh_is_set():
-        return attend
+    """`attend(q_BTHK, k_BSGK, v_BSGK, segments_BT, segments_BS, *more)` as a function of the same without segments_BS:
+    on every device by itself, with the sequences, queries and heads that it has, and all keys of these sequences.
+    Kernels that XLA cannot look into cannot be divided by it. The segments, of queries and of keys, may be None."""
     divides = context_parts() > 1
 
-    def on_one_device(q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, *more: Any) -> jax.Array:
+    def gathered(x: jax.Array) -> jax.Array:
         # Gathered here, since the transpose of that is a reduce-scatter: an array that comes in whole has its gradients
         # added up whole.
-        k_BSGK, v_BSGK = (
-            jax.lax.all_gather(x, "context", axis=1, tiled=True) if divides else x for x in (k_BTGK, v_BTGK)
-        )
-        return attend(q_BTHK, k_BSGK, v_BSGK, *more)
+        return jax.lax.all_gather(x, "context", axis=1, tiled=True) if divides else x
 
+    def on_one_device(
+        q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, segments_BT: jax.Array | None, *more: Any
+    ) -> jax.Array:
+        k_BSGK, v_BSGK, segments_BS = jax.tree.map(gathered, (k_BTGK, v_BTGK, segments_BT))
+        return attend(q_BTHK, k_BSGK, v_BSGK, segments_BT, segments_BS, *more)
+
+    if not mesh_is_set():
+        return on_one_device
+    tokens = PartitionSpec(BATCH_AXES, "context")
     heads = PartitionSpec(BATCH_AXES, "context", "tensor", None)
-    return jax.shard_map(on_one_device, in_specs=(heads, heads, heads, *more_specs), out_specs=heads, check_vma=False)
+    in_specs = (heads, heads, heads, tokens, *more_specs)
+    return jax.shard_map(on_one_device, in_specs=in_specs, out_specs=heads, check_vma=False)

@@ -13,7 +13,7 @@ from gpt_jax.train.objectives import Sums
 def next_token(model: GPT, params: Params, batch: Batch, keys_B: jax.Array | None) -> Sums:
     """The cross-entropy of the targets in nats, each as often as it counts, and how many count."""
     inputs_BT, targets_BT = batch.tokens[:, :-1], batch.tokens[:, 1:]
-    hidden_BTD = forward(model, params, inputs_BT, keys_B)
+    hidden_BTD = forward(model, params, inputs_BT, keys_B, batch.segments, batch.positions)
     mask_BT = jnp.ones(targets_BT.shape, jnp.float32) if batch.mask is None else batch.mask
     c = model.config
     total, count = loss_sums(hidden_BTD, head_VD(params), targets_BT, mask_BT, c.vocab_size, c.loss_chunk)
