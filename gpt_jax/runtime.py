@@ -89,7 +89,8 @@ def keep_freed_memory() -> None:
 
 
 def use_compile_cache() -> None:
-    """Keeps compiled programs between runs, under the user's cache folder unless JAX_COMPILATION_CACHE_DIR names one.
+    """Keeps compiled programs between runs, under the user's cache folder unless JAX_COMPILATION_CACHE_DIR names one:
+    those that took 0.1 s, or as long as JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS says.
 
     The folder is private: whoever can write to it can run code as this user.
     """
@@ -102,7 +103,8 @@ def use_compile_cache() -> None:
             print(f"no compile cache: {folder} cannot be made ({e.strerror})", file=sys.stderr)
             return
         jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
 def local_devices() -> list[jax.Device]:

@@ -1,10 +1,18 @@
-"""Runs the commands as a user does, each in a process of its own."""
+"""Runs the commands: as a user does, each in a process of its own, or, sooner, in the process of the tests."""
 
+import contextlib
+import io
 import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+import jax
+import pytest
+
+from gpt_jax import runtime
+from gpt_jax.cli import main
 
 ROOT = Path(__file__).parent.parent
 
@@ -39,9 +47,43 @@ def run(*args: object, status: int = 0) -> tuple[str, str]:
     return out, err
 
 
+def run_here(*args: object, status: int = 0) -> tuple[str, str]:
+    """`run` without a process, which takes seconds to start: of this process's devices, the command gets as many as it
+    would set up.
+
+    What Python prints is caught; what libraries in other languages write to the terminal is not, nor are signals the
+    command's own.
+    """
+    out, err = io.StringIO(), io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.chdir(ROOT),
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+    ):
+        devices = jax.local_devices()
+
+        def setup(cpu_devices: int = 1) -> None:
+            assert cpu_devices <= len(devices)
+            patch.setattr(runtime, "local_devices", lambda: devices[:cpu_devices])
+
+        patch.setattr(runtime, "setup", setup)
+        returned = main([str(arg) for arg in args])
+    assert returned == status, f"exit status {returned}\n{out.getvalue()}\n{err.getvalue()}"
+    return out.getvalue(), err.getvalue()
+
+
 def refused(*args: object, status: int = 1) -> str:
     """Runs `gpt-jax ARGS`, expects it to refuse in one line of standard error, and returns that line."""
-    _, err = run(*args, status=status)
+    return _only_line(run(*args, status=status)[1])
+
+
+def refused_here(*args: object, status: int = 1) -> str:
+    """`refused` without a process."""
+    return _only_line(run_here(*args, status=status)[1])
+
+
+def _only_line(err: str) -> str:
     lines = err.splitlines()
     assert len(lines) == 1, err
     assert lines[0].startswith("error: ")

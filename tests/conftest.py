@@ -6,18 +6,27 @@ import shutil
 import signal
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import settings
 
-# The tests, and the commands that they start, share compiled programs, and leave the user's alone. JAX reads it early.
-os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="gpt_jax-tests-")
-atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+# All processes of a run of the tests (workers of pytest-xdist, and the commands that they start) share compiled
+# programs, small ones too, and leave the user's alone. The first process makes the folder, and its workers inherit it.
+# JAX reads both variables when it is imported.
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="gpt_jax-tests-")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 
-from gpt_jax import runtime  # noqa: E402
-from tests.commands import run  # noqa: E402
-from tests.smollm2 import smollm2_gguf  # noqa: E402, F401
+import jax
+
+from gpt_jax import runtime
+from tests.commands import (
+    run_here,
+)
+from tests.smollm2 import smollm2_gguf  # noqa: F401
 
 # The first example of a test compiles, so the time of one says nothing; in CI, the same examples every time.
 settings.register_profile("gpt_jax", deadline=None, derandomize="CI" in os.environ)
@@ -27,6 +36,26 @@ runtime.setup(cpu_devices=8)
 
 # A shell ignores SIGINT for what it starts in the background, and so would the commands that these tests interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Lets workers take tests that are neighbours, which share what their module makes, and steal from each other at
+    the end, unless --dist asks for something else."""
+    from xdist.scheduler import WorkStealingScheduling
+
+    return WorkStealingScheduling(config, log) if config.getvalue("dist") == "load" else None
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_compilation() -> None:
+    """XLA:CPU leaves out LLVM's optimisations in the processes of the tests, where a program runs a few times only:
+    compiling takes nine tenths of their time, and a third as long like this.
+
+    Commands in processes of their own compile as a user's do; so does everything with JAX_DISABLE_MOST_OPTIMIZATIONS=0.
+    """
+    if "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ and jax.default_backend() == "cpu":
+        jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture
@@ -42,5 +71,5 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     words = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "语言", "rain"]
     for i in range(20):
         (folder / f"{i}.txt").write_text(" ".join(rng.choice(words, 200)), encoding="utf-8")
-    run("prepare", folder, "--out", folder / "prepared", "--tokenizer", "bytes")
+    run_here("prepare", folder, "--out", folder / "prepared", "--tokenizer", "bytes")
     return folder / "prepared"
