@@ -12,7 +12,7 @@ import jax
 import pytest
 
 from gpt_jax import runtime
-from gpt_jax.cli import main
+from gpt_jax.cli.main import main
 
 ROOT = Path(__file__).parent.parent
 

@@ -23,9 +23,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 import jax
 
 from gpt_jax import runtime
-from tests.commands import (
-    run_here,
-)
+from tests.commands import run_here
 from tests.smollm2 import smollm2_gguf  # noqa: F401
 
 # The first example of a test compiles, so the time of one says nothing; in CI, the same examples every time.

@@ -17,7 +17,7 @@ from gpt_jax.cli.eval import EvalArgs, evaluate
 from gpt_jax.config import ModelConfig, RopeConfig
 from gpt_jax.errors import UserError
 from gpt_jax.run.load import with_context
-from tests.commands import ROOT, TINY, records, refused, run
+from tests.commands import ROOT, TINY, records, refused, refused_here, run, run_here
 from tests.interop.models import publish
 
 
@@ -55,7 +55,7 @@ def test_a_run_is_evaluated_as_in_training(trained: Path, tiny_data: Path) -> No
 
 
 def test_the_table(trained: Path, tiny_data: Path) -> None:
-    out, _ = run("eval", "--run", trained, "--text", tiny_data.parent / "*.txt", "--stride", "4")
+    out, _ = run_here("eval", "--run", trained, "--text", tiny_data.parent / "*.txt", "--stride", "4")
     names = [re.split(r"\s{2,}", line)[0] for line in out.splitlines()]
     assert names == ["model", "text", "windows", "loss", "perplexity", "bits a byte", "bits a character"]
     assert "20 documents" in out
@@ -121,14 +121,14 @@ def test_what_cannot_be_is_told(
     (tmp_path / "empty.txt").touch()
     (tmp_path / "one.txt").write_text("one two three " * 100)
     if args.get("data") == "other":
-        run("prepare", tmp_path / "one.txt", "--out", tmp_path / "other", "--model-type=char")
+        run_here("prepare", tmp_path / "one.txt", "--out", tmp_path / "other", "--model-type=char")
     with pytest.raises(UserError, match=re.escape(message)) as error:
         evaluate(EvalArgs(**{"run": str(trained), **args}))
     assert "\n" not in str(error.value)
 
 
 def test_the_command_tells_it_in_one_line(trained: Path) -> None:
-    assert "must be between 1 and context_length = 16" in refused("eval", "--run", trained, "--stride=17")
+    assert "must be between 1 and context_length = 16" in refused_here("eval", "--run", trained, "--stride=17")
     assert "see gpt-jax eval --help" in refused("eval", "--split=test", status=2)
 
 

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-from gpt_jax.cli import main
 from gpt_jax.cli.main import interrupt, main
 from gpt_jax.cli.train import train_arguments
 from tests.commands import ROOT, TINY, records, refused, refused_here, run, run_here, start

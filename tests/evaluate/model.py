@@ -4,19 +4,16 @@ float64."""
 import jax
 import numpy as np
 
-from gpt_jax.config import ModelConfig
-from gpt_jax.model.gpt import GPT, Params, forward, init_params
+from gpt_jax.model.gpt import GPT, Params, forward
+from tests import tiny
 
-T = 16
-CONFIG = ModelConfig(
-    vocab_size=261, context_length=T, n_layer=1, n_head=2, d_model=16, dtype="float32", attention="block_causal"
-)
+CONFIG = tiny.ONE_LAYER
+T = CONFIG.context_length
 MODEL = GPT(CONFIG)
 
 
 def make_params(model: GPT = MODEL) -> Params:
-    """Parameters far from their small initial values, so that some tokens are much likelier than others."""
-    return jax.tree.map(lambda x: 8 * x, init_params(model, jax.random.key(0)))
+    return tiny.uneven_params(model)
 
 
 jitted_forward = jax.jit(forward, static_argnums=0)

@@ -1,5 +1,6 @@
 """gpt_jax as a model of lm_eval, on tasks defined here: against probabilities computed plainly, and lm_eval's `hf`."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -10,11 +11,11 @@ import jax
 import numpy as np
 import pytest
 
-from gpt_jax.config import ModelConfig
 from gpt_jax.errors import UserError
 from gpt_jax.model.gpt import GPT, Params
 from gpt_jax.tokenizer.bytes import ByteTokenizer
-from tests.commands import ROOT, TINY, run
+from tests import tiny
+from tests.commands import ROOT, TINY, run_here
 from tests.evaluate.model import log_probabilities_TV, make_params, nats
 
 lm_eval = pytest.importorskip("lm_eval")
@@ -26,11 +27,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # noq
 from gpt_jax.evaluate.harness import HarnessModel  # noqa: E402
 
 T = 32
-MODEL = GPT(
-    ModelConfig(
-        vocab_size=261, context_length=T, n_layer=1, n_head=2, d_model=16, dtype="float32", attention="block_causal"
-    )
-)
+MODEL = GPT(dataclasses.replace(tiny.ONE_LAYER, context_length=T))
 TOKENIZER = ByteTokenizer()
 END = TOKENIZER.end_of_text
 
@@ -181,7 +178,7 @@ def test_what_cannot_be_is_told(harness_model: HarnessModel) -> None:
 
 @pytest.mark.slow
 def test_the_command_line_of_lm_eval(tiny_data: Path, tasks: Path, tmp_path: Path) -> None:
-    run("train", *TINY, f"--data.dir={tiny_data}", f"--out-dir={tmp_path / 'run'}", "--train.steps=20")
+    run_here("train", *TINY, f"--data.dir={tiny_data}", f"--out-dir={tmp_path / 'run'}", "--train.steps=20")
     command = [sys.executable, "-m", "gpt_jax.evaluate", "run", "--model", "gpt_jax", "--include_path", str(tasks)]
     command += ["--tasks", "choices,rolling", "--output_path", str(tmp_path / "results.json"), "--batch_size", "2"]
     command += ["--model_args", f"run={tmp_path / 'run'},context_length=16"]

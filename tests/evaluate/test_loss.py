@@ -11,7 +11,6 @@ import zstandard
 
 from gpt_jax.config import Config, TrainConfig
 from gpt_jax.data import formats
-from gpt_jax.data.prepare import PrepareArgs, prepare
 from gpt_jax.data.shards import Dataset, open_dataset
 from gpt_jax.data.sources import open_corpus
 from gpt_jax.errors import UserError
@@ -22,6 +21,7 @@ from gpt_jax.model.gpt import Params
 from gpt_jax.placement import Placement
 from gpt_jax.tokenizer.bytes import ByteTokenizer
 from gpt_jax.train.evaluate import make_evaluate
+from tests import tiny
 from tests.evaluate.model import CONFIG, MODEL, T, make_params, nats
 
 END = ByteTokenizer().end_of_text
@@ -42,13 +42,7 @@ def scorer(params: Params) -> Scorer:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     """A data folder whose splits, of several documents, end within a window."""
-    folder = tmp_path_factory.mktemp("data")
-    rng = np.random.default_rng(0)
-    for i in range(40):
-        (folder / f"{i}.txt").write_text(" ".join(rng.choice(["on", "a", "mat", "语言", "rain"], 12)), encoding="utf-8")
-    args = PrepareArgs(source=(str(folder),), out=folder / "prepared", tokenizer="bytes", val_fraction=0.2)
-    prepare(args, n_workers=1)
-    return open_dataset(folder / "prepared")
+    return open_dataset(tiny.byte_data(tmp_path_factory.mktemp("data")))
 
 
 def naive(params: Params, tokens: np.ndarray, context_length: int, stride: int) -> float:

@@ -11,7 +11,7 @@ from gpt_jax.export.folder import export as export_run
 from gpt_jax.interop import save
 from gpt_jax.run.folder import RunFolder
 from gpt_jax.run.load import load_model, open_source
-from tests.commands import ROOT, TINY, refused, run
+from tests.commands import ROOT, TINY, refused_here, run_here
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -28,14 +28,14 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     (folder / "text.txt").write_text(text, encoding="utf-8")
     tokenizer = ["--tokenizer", "bytes"] if request.param == "bytes" else ["--model-type", request.param]
     data = folder / "data"
-    run("prepare", folder / "text.txt", "--out", data, *tokenizer, "--vocab-size", 400)
+    run_here("prepare", folder / "text.txt", "--out", data, *tokenizer, "--vocab-size", 400)
     out = folder / "run"
-    run("train", *TINY, "--data.dir", data, "--out-dir", out, "--train.steps=20", "--optimizer.learning-rate=1e-2")
+    run_here("train", *TINY, "--data.dir", data, "--out-dir", out, "--train.steps=20", "--optimizer.learning-rate=1e-2")
     return out
 
 
 def export(trained: Path, out: Path, *flags: str) -> tuple[Any, Any]:
-    run("export", "--run", trained, "--out", out, *flags)
+    run_here("export", "--run", trained, "--out", out, *flags)
     model, report = transformers.AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not any(report[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     return model.eval(), transformers.AutoTokenizer.from_pretrained(out)
@@ -51,7 +51,9 @@ def test_transformers_reads_and_writes_as_we_do(trained: Path, tmp_path: Path) -
     tokens = torch.tensor([tokenizer(prompt)["input_ids"]])
     n = 16 - tokens.shape[1]
     expected = model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=n, do_sample=False)
-    sampled = run("sample", "--run", trained, "--prompt", prompt, "--temperature=0", "--max-new-tokens", n, "--json")
+    sampled = run_here(
+        "sample", "--run", trained, "--prompt", prompt, "--temperature=0", "--max-new-tokens", n, "--json"
+    )
     result = json.loads(sampled[0])
     continued = expected[0, tokens.shape[1] :].tolist()
     assert result["tokens"] == continued[: len(result["tokens"])]
@@ -59,7 +61,7 @@ def test_transformers_reads_and_writes_as_we_do(trained: Path, tmp_path: Path) -
 
 
 def test_the_card_tells_how_it_was_trained(trained: Path, tmp_path: Path) -> None:
-    run("export", "--run", trained, "--out", tmp_path / "bard")
+    run_here("export", "--run", trained, "--out", tmp_path / "bard")
     card = (tmp_path / "bard" / "README.md").read_text(encoding="utf-8")
     record = json.loads((trained / "metrics.jsonl").read_text().splitlines()[-1])
     for part in ("# bard", "20 of 20", "learning rate 0.01", f"{record['val_loss']:.4f}", f"{record['tokens']:,}"):
@@ -81,8 +83,8 @@ def test_an_export_that_fails_leaves_what_was_there(trained: Path, tmp_path: Pat
     out = tmp_path / "out"
     out.mkdir()
     (out / "thesis.txt").write_text("mine")
-    assert "out" in refused("export", "--run", trained, "--out", out, "--force")
+    assert "out" in refused_here("export", "--run", trained, "--out", out, "--force")
     assert (out / "thesis.txt").read_text() == "mine"
-    assert "out" in refused("export", "--run", trained)
-    assert "not a run" in refused("export", "--run", tmp_path, "--out", tmp_path / "new")
+    assert "out" in refused_here("export", "--run", trained)
+    assert "not a run" in refused_here("export", "--run", tmp_path, "--out", tmp_path / "new")
     assert not (tmp_path / "new").exists()

@@ -21,10 +21,11 @@ from gpt_jax.model.rope import frequencies, plain
 from gpt_jax.placement import Placement
 from gpt_jax.run.load import adopt, load_model, open_source
 from gpt_jax.train.setup import start_from
-from tests.commands import refused
+from tests import tiny
+from tests.commands import refused, refused_here
 from tests.interop.models import LLAMA, publish
 
-GPT2 = ModelConfig(vocab_size=261, context_length=32, n_layer=2, n_head=4, d_model=32, dtype="float32", attention="xla")
+GPT2 = dataclasses.replace(tiny.GPT2, attention="xla")
 DEVICE = jax.devices()[0]
 
 
@@ -245,11 +246,11 @@ def test_bad_folders_end_in_one_line(llama: tuple[Path, Params], tmp_path: Path)
     (cut / "model.safetensors").write_bytes(whole[:-100])
     assert "model.safetensors" in refused(*sample, cut)
     (cut / "model.safetensors").unlink()
-    assert "safetensors" in refused(*sample, cut)
+    assert "safetensors" in refused_here(*sample, cut)
     (cut / "config.json").write_text("{")
-    assert "config.json" in refused(*sample, cut)
-    assert "no config.json" in refused(*sample, tmp_path)
-    assert "no folder or file" in refused(*sample, tmp_path / "nothing")
+    assert "config.json" in refused_here(*sample, cut)
+    assert "no config.json" in refused_here(*sample, tmp_path)
+    assert "no folder or file" in refused_here(*sample, tmp_path / "nothing")
     (tmp_path / "x.gguf").write_bytes(b"GGUX" + bytes(100))
-    assert "x.gguf" in refused(*sample, tmp_path / "x.gguf")
-    assert "use one of them" in refused(*sample, llama[0], "--run", tmp_path)
+    assert "x.gguf" in refused_here(*sample, tmp_path / "x.gguf")
+    assert "use one of them" in refused_here(*sample, llama[0], "--run", tmp_path)

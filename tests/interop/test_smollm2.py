@@ -11,13 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gpt_jax.interop.gguf import GGUFWeights
 from gpt_jax.model.gpt import GPT, Params, forward
 from gpt_jax.model.head import logits_NV
 from gpt_jax.run.load import load_model, open_source
 from gpt_jax.sample.generate import generate
 from gpt_jax.sample.settings import Filters, Settings
 from gpt_jax.tokenizer.tokenizer import Tokenizer
-from tests.commands import ROOT, run
+from tests.commands import ROOT, run_here
 
 pytestmark = pytest.mark.slow
 
@@ -49,6 +50,17 @@ def theirs(smollm2_gguf: Path) -> Any:
     return transformers.AutoModelForCausalLM.from_pretrained(
         smollm2_gguf.parent, gguf_file=smollm2_gguf.name, dtype=torch.float32
     ).eval()
+
+
+@pytest.mark.parity
+def test_weights_and_settings_are_what_transformers_loads(smollm2_gguf: Path, theirs: Any) -> None:
+    weights = GGUFWeights(smollm2_gguf)
+    state = {name: tensor.numpy() for name, tensor in theirs.state_dict().items() if name != "lm_head.weight"}
+    assert weights.shapes == {name: tensor.shape for name, tensor in state.items()}
+    for name, tensor in state.items():
+        np.testing.assert_array_equal(weights.read(name), tensor, err_msg=name)
+    config = theirs.config.to_dict() | {"rope_theta": theirs.config.rope_parameters["rope_theta"], "rms_norm_eps": 1e-5}
+    assert weights.config == {name: config[name] for name in weights.config}
 
 
 @pytest.mark.parity
@@ -122,7 +134,7 @@ def test_evaluation(smollm2_gguf: Path, tmp_path: Path) -> None:
     (tmp_path / "noise.txt").write_text("".join(rng.choice(list("abcdefghijklmnopqrstuvwxyz "), 3000)))
     bits = {
         name: json.loads(
-            run("eval", "--model", smollm2_gguf, "--text", tmp_path / name, "--context-length", 512, "--json")[0]
+            run_here("eval", "--model", smollm2_gguf, "--text", tmp_path / name, "--context-length", 512, "--json")[0]
         )["bits_per_byte"]
         for name in ("english.txt", "noise.txt")
     }

@@ -9,7 +9,8 @@ from gpt_jax.config import LORA_TARGETS, LoraConfig
 from gpt_jax.model.gpt import GPT, Params, forward
 from gpt_jax.model.head import logits_NV
 from gpt_jax.model.lora import fold, join, split
-from tests.interop.models import LLAMA, random_params
+from tests.interop.models import LLAMA
+from tests.tiny import random_params
 
 
 def logits(model: GPT, params: Params, tokens: jax.Array) -> np.ndarray:

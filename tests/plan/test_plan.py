@@ -178,7 +178,7 @@ def test_libtpu_that_serves_another_process_is_told(monkeypatch: pytest.MonkeyPa
         parse_target("v5e-4").devices()
 
 
-libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra 'tpu'")
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the extra 'tpu'")
 
 GPT2_124M = ModelConfig(vocab_size=50304, unroll=False)
 GPT2_XL = dataclasses.replace(GPT2_124M, n_layer=48, n_head=25, d_model=1600, remat="full")
@@ -196,7 +196,8 @@ TPU_PLANS = {
 }
 
 
-@libtpu
+@needs_libtpu
+@pytest.mark.libtpu
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TPU_PLANS)
 def test_a_training_step_compiles_for_a_slice_and_fits_it(target: str) -> None:
@@ -222,7 +223,8 @@ def test_a_training_step_compiles_for_a_slice_and_fits_it(target: str) -> None:
     assert "libtpu" in rows["how it is known"]
 
 
-@libtpu
+@needs_libtpu
+@pytest.mark.libtpu
 @pytest.mark.slow
 def test_a_step_that_cannot_fit_is_reported_with_what_it_lacks() -> None:
     config = dataclasses.replace(TPU_PLANS["v5e-4"], data=DataConfig(batch_size=256))

@@ -1,5 +1,6 @@
 """Conversations with a small random model and a tokenizer that has a chat template; Ctrl-C in a real process."""
 
+import dataclasses
 import os
 import select
 import signal
@@ -17,7 +18,6 @@ pytest.importorskip("jinja2")
 
 from gpt_jax.cli.chat import HELP, chat
 from gpt_jax.cli.sample import SampleArgs
-from gpt_jax.config import ModelConfig
 from gpt_jax.errors import UserError
 from gpt_jax.model.gpt import GPT, Params
 from gpt_jax.sample import chat as chat_module
@@ -27,22 +27,12 @@ from gpt_jax.tokenizer.bytes import ByteTokenizer
 from gpt_jax.tokenizer.hugging_face import HuggingFaceTokenizer, read_settings
 from gpt_jax.tokenizer.load import load_tokenizer
 from gpt_jax.tokenizer.tokenizer import Tokenizer
-from tests import commands
+from tests import commands, tiny
 from tests.published import byte_level
 
 TOKENIZER = load_tokenizer(byte_level())
 SETTINGS = Settings(max_new_tokens=8, filters=Filters(temperature=0))
-MODEL = GPT(
-    ModelConfig(
-        vocab_size=TOKENIZER.vocab_size,
-        context_length=128,
-        n_layer=1,
-        n_head=2,
-        d_model=16,
-        dtype="float32",
-        attention="block_causal",
-    )
-)
+MODEL = GPT(dataclasses.replace(tiny.ONE_LAYER, vocab_size=TOKENIZER.vocab_size, context_length=128))
 
 
 @pytest.fixture(scope="module")
@@ -215,9 +205,9 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run whose tokenizer has a chat template."""
     folder = tmp_path_factory.mktemp("chat")
     (folder / "text.txt").write_text("the cat sat on the mat and saw the rain. " * 200)
-    commands.run("prepare", folder / "text.txt", "--out", folder / "data", "--tokenizer", byte_level())
+    commands.run_here("prepare", folder / "text.txt", "--out", folder / "data", "--tokenizer", byte_level())
     tiny = [*commands.TINY, "--model.context-length=128", "--train.steps=5"]
-    commands.run("train", "--data.dir", folder / "data", "--out-dir", folder / "run", *tiny)
+    commands.run_here("train", "--data.dir", folder / "data", "--out-dir", folder / "run", *tiny)
     return folder / "run"
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt_jax.config import DTypeName, ModelConfig
+from gpt_jax.config import DTypeName
 from gpt_jax.errors import UserError
 from gpt_jax.model.gpt import GPT, Params, forward, init_params
 from gpt_jax.model.head import logits_NV
@@ -16,16 +16,14 @@ from gpt_jax.sample.decode import bucket, decoder_for, prepare_params
 from gpt_jax.sample.generate import Result, encode_prompt, generate, generate_tokens
 from gpt_jax.sample.settings import Filters, Settings
 from gpt_jax.tokenizer.bytes import ByteTokenizer
+from tests import tiny
 
 TOKENIZER = ByteTokenizer()
-CONFIG = ModelConfig(
+CONFIG = dataclasses.replace(
+    tiny.GPT2,
     vocab_size=TOKENIZER.vocab_size + 3,  # Padded, as a model's vocabulary may be.
     context_length=64,
-    n_layer=2,
     n_head=2,
-    d_model=32,
-    dtype="float32",
-    attention="block_causal",
 )
 MODEL = GPT(CONFIG)
 GREEDY = Filters(temperature=0)

@@ -7,30 +7,22 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt_jax.config import Config, DataConfig, ModelConfig, TrainConfig
-from gpt_jax.data.prepare import PrepareArgs, prepare
+from gpt_jax.config import Config, DataConfig, TrainConfig
 from gpt_jax.data.shards import Dataset, open_dataset
 from gpt_jax.errors import UserError
-from gpt_jax.model.gpt import GPT, Params, forward, init_params
+from gpt_jax.model.gpt import GPT, Params, forward
 from gpt_jax.placement import Placement
 from gpt_jax.train.evaluate import make_evaluate
+from tests import tiny
 
-T, BATCH = 16, 8
-MODEL = ModelConfig(
-    vocab_size=261, context_length=T, n_layer=1, n_head=2, d_model=16, dtype="float32", attention="block_causal"
-)
+MODEL = tiny.ONE_LAYER
+T, BATCH = MODEL.context_length, 8
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data folder whose validation split, of several documents, ends within a window and within a batch."""
-    folder = tmp_path_factory.mktemp("data")
-    rng = np.random.default_rng(0)
-    for i in range(40):
-        (folder / f"{i}.txt").write_text(" ".join(rng.choice(["on", "a", "mat", "语言", "rain"], 12)), encoding="utf-8")
-    args = PrepareArgs(source=(str(folder),), out=folder / "prepared", tokenizer="bytes", val_fraction=0.2)
-    prepare(args, n_workers=1)
-    return folder / "prepared"
+    return tiny.byte_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
@@ -40,11 +32,11 @@ def data(folder: Path) -> Dataset:
 
 @pytest.fixture(scope="module")
 def params() -> Params:
-    """Parameters far from their small initial values, so that some tokens are much likelier than others."""
-    return jax.tree.map(lambda x: 8 * x, init_params(GPT(MODEL), jax.random.key(0)))
+    return tiny.uneven_params(GPT(MODEL))
 
 
-def brute_force(folder: Path, params: Params) -> tuple[float, float]:
+@pytest.fixture(scope="module")
+def expected(folder: Path, params: Params) -> tuple[float, float]:
     """(nats a token, bits a byte), from the bytes of the file."""
     tokens = np.fromfile(folder / "val-00000-of-00001.bin", "<u2").astype(np.int32)
     losses = []
@@ -66,15 +58,16 @@ def brute_force(folder: Path, params: Params) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("n_devices", [1, 4])
-def test_it_is_the_mean_over_every_token(folder: Path, data: Dataset, params: Params, n_devices: int) -> None:
+def test_it_is_the_mean_over_every_token(
+    expected: tuple[float, float], data: Dataset, params: Params, n_devices: int
+) -> None:
     config = Config(model=MODEL, train=TrainConfig(eval_batch_size=BATCH))
     placement = Placement(jax.devices()[:n_devices])
     evaluate = make_evaluate(GPT(MODEL), placement, data, config)
     on_devices = jax.device_put(params, placement.state_shardings(params))
     result = evaluate(on_devices)
-    loss, bits_per_byte = brute_force(folder, params)
-    np.testing.assert_allclose(result["val_loss"], loss, rtol=1e-6)
-    np.testing.assert_allclose(result["val_bits_per_byte"], bits_per_byte, rtol=1e-6)
+    np.testing.assert_allclose(result["val_loss"], expected[0], rtol=1e-6)
+    np.testing.assert_allclose(result["val_bits_per_byte"], expected[1], rtol=1e-6)
     assert evaluate(on_devices) == result
 
 
@@ -82,7 +75,12 @@ def test_it_is_the_mean_over_every_token(folder: Path, data: Dataset, params: Pa
     ("eval_batch_size", "batch_size", "microbatch_size"), [(1, 32, 0), (3, 32, 0), (64, 32, 0), (0, 6, 0), (0, 32, 4)]
 )
 def test_the_batch_does_not_matter(
-    folder: Path, data: Dataset, params: Params, eval_batch_size: int, batch_size: int, microbatch_size: int
+    expected: tuple[float, float],
+    data: Dataset,
+    params: Params,
+    eval_batch_size: int,
+    batch_size: int,
+    microbatch_size: int,
 ) -> None:
     config = Config(
         model=MODEL,
@@ -90,7 +88,7 @@ def test_the_batch_does_not_matter(
         train=TrainConfig(eval_batch_size=eval_batch_size),
     )
     result = make_evaluate(GPT(MODEL), Placement(jax.devices()[:1]), data, config)(params)
-    np.testing.assert_allclose(list(result.values()), brute_force(folder, params), rtol=1e-6)
+    np.testing.assert_allclose(list(result.values()), expected, rtol=1e-6)
 
 
 def test_a_batch_that_does_not_divide_over_the_devices_is_named(data: Dataset) -> None:

@@ -16,7 +16,7 @@ from gpt_jax.run.checkpoint import Checkpoints
 from gpt_jax.run.load import load_model, open_source
 from gpt_jax.tokenizer.export import export_tokenizer
 from gpt_jax.tokenizer.published import gguf_tokenizer
-from tests.commands import records, refused, run
+from tests.commands import records, refused_here, run, run_here
 from tests.interop.models import LLAMA, publish
 from tests.published import random_texts
 from tests.tokenizer.test_published import byte_level_fields
@@ -45,7 +45,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(base: Path, out: Path, *flags: str) -> str:
-    printed, _ = run(
+    printed, _ = run_here(
         "train",
         "configs/quickstart.py",
         f"--init-from={base / 'model'}",
@@ -76,8 +76,8 @@ def test_training_goes_on_from_the_published_model(base: Path, tmp_path: Path, f
     by_step = {step: loss for step, loss, *_ in losses(tmp_path / "run")}
     assert by_step[8] < by_step[1] - 0.1
     evaluation = ["eval", "--data", base / "data", "--context-length=16", "--json"]
-    before = json.loads(run(*evaluation, "--model", base / "model")[0])["loss"]
-    after = json.loads(run(*evaluation, "--run", tmp_path / "run")[0])["loss"]
+    before = json.loads(run_here(*evaluation, "--model", base / "model")[0])["loss"]
+    after = json.loads(run_here(*evaluation, "--run", tmp_path / "run")[0])["loss"]
     assert before == pytest.approx(by_step[1], abs=0.3)
     assert after < before - 0.1
     assert after == pytest.approx(losses(tmp_path / "run")[-1][3], abs=1e-5)
@@ -92,7 +92,7 @@ def test_adapters_are_saved_alone(adapted: Path) -> None:
 
 def test_a_resumed_run_equals_the_uninterrupted_one(base: Path, adapted: Path, tmp_path: Path) -> None:
     train(base, tmp_path / "run", *LORA, "--train.steps=4", "--optimizer.schedule=constant")
-    run("train", "--resume", "--out-dir", tmp_path / "run", "--train.steps=8")
+    run_here("train", "--resume", "--out-dir", tmp_path / "run", "--train.steps=8")
     train(base, tmp_path / "whole", *LORA, "--optimizer.schedule=constant", "--train.eval-every=4")
     expected = [entry[:3] for entry in losses(tmp_path / "whole")]
     assert [entry[:3] for entry in losses(tmp_path / "run")] == expected
@@ -112,7 +112,7 @@ def test_export_and_load_again(adapted: Path, base: Path, tmp_path: Path) -> Non
     assert "LlamaForCausalLM" in printed
     sampling = ["--prompt", "the cat", "--temperature", 0, "--max-new-tokens", 8, "--json"]
     texts = {
-        name: json.loads(run("sample", *source, *sampling)[0])["tokens"]
+        name: json.loads(run_here("sample", *source, *sampling)[0])["tokens"]
         for name, source in {
             "run": ("--run", adapted),
             "exported": ("--model", out, "--context-length", 16),
@@ -123,9 +123,9 @@ def test_export_and_load_again(adapted: Path, base: Path, tmp_path: Path) -> Non
     card = (out / "README.md").read_text(encoding="utf-8")
     assert "LoRA adapters of rank 2" in card
     assert "| steps | 8 of 8 |" in card
-    assert "exists" in refused("export", "--run", adapted, "--out", out)
+    assert "exists" in refused_here("export", "--run", adapted, "--out", out)
     longer = ["--context-length", 32]
-    run("export", "--run", adapted, "--out", out, "--force", "--dtype", "bfloat16", *longer, "--checkpoint", 4)
+    run_here("export", "--run", adapted, "--out", out, "--force", "--dtype", "bfloat16", *longer, "--checkpoint", 4)
     assert "| steps | 4 of 8 |" in (out / "README.md").read_text(encoding="utf-8")
     assert json.loads((out / "config.json").read_text())["max_position_embeddings"] == 32
     _, params, _ = load_model(open_source(str(out)))
@@ -138,7 +138,7 @@ def test_transformers_opens_the_export_of_adapters(adapted: Path, tmp_path: Path
     """The same tokens, and the same logits within 1e-4."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     out = tmp_path / "exported"
-    run("export", "--run", adapted, "--out", out)
+    run_here("export", "--run", adapted, "--out", out)
     theirs, report = transformers.AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not any(report[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     model, params, tokenizer = load_model(open_source(str(adapted)))
@@ -165,9 +165,9 @@ def test_only_tokenizers_that_qwen2_has_are_exported_with_its_architecture(base:
         train(base, folder / "run", init_from, data, "--train.steps=4")
         export = ["export", "--run", folder / "run", "--out", folder / "out"]
         if pre != "qwen2":
-            assert "Qwen2's architecture" in refused(*export)
+            assert "Qwen2's architecture" in refused_here(*export)
             continue
-        run(*export)
+        run_here(*export)
         theirs = transformers.AutoTokenizer.from_pretrained(folder / "out")
         assert type(theirs).__name__ == "Qwen2Tokenizer"
         for text in random_texts()[:500]:
@@ -177,27 +177,27 @@ def test_only_tokenizers_that_qwen2_has_are_exported_with_its_architecture(base:
 def test_wrong_requests(base: Path, adapted: Path, tmp_path: Path) -> None:
     """Each is told in one line."""
     quickstart = ["train", "configs/quickstart.py", "--out-dir", tmp_path / "run"]
-    assert "lora.rank" in refused(*quickstart, "--model.lora.rank=2")
+    assert "lora.rank" in refused_here(*quickstart, "--model.lora.rank=2")
     model = ["--init-from", base / "model"]
-    assert "no folder or file" in refused(*quickstart, "--init-from", tmp_path / "not" / "there")
+    assert "no folder or file" in refused_here(*quickstart, "--init-from", tmp_path / "not" / "there")
     data = tmp_path / "bytes"
-    run("prepare", base / "text.txt", "--out", data, "--tokenizer", "bytes")
-    assert "--tokenizer MODEL" in refused(*quickstart, *model, "--data.dir", data)
-    assert "model.n_layer cannot be given" in refused(*quickstart, *model, "--model.n-layer=3")
+    run_here("prepare", base / "text.txt", "--out", data, "--tokenizer", "bytes")
+    assert "--tokenizer MODEL" in refused_here(*quickstart, *model, "--data.dir", data)
+    assert "model.n_layer cannot be given" in refused_here(*quickstart, *model, "--model.n-layer=3")
     export = ["export", "--run", adapted, "--force", "--out"]
     for folder in (adapted, base / "model"):  # Nothing that a run needs is ever replaced.
-        assert "choose another" in refused(*export, folder)
+        assert "choose another" in refused_here(*export, folder)
     other = tmp_path / "other"
     publish(other)
     moved = tmp_path / "moved"
     config = json.loads((adapted / "config.json").read_text())
     shutil.copytree(adapted, moved)
     (moved / "config.json").write_text(json.dumps(config | {"init_from": str(tmp_path / "gone")}))
-    assert "adapters need the model" in refused("sample", "--run", moved)
+    assert "adapters need the model" in refused_here("sample", "--run", moved)
     tensors = bytearray((other / "model.safetensors").read_bytes())
     tensors[-1] ^= 1
     (other / "model.safetensors").write_bytes(tensors)
     (moved / "config.json").write_text(json.dumps(config | {"init_from": str(other)}))
-    assert "another model" in refused("sample", "--run", moved)
+    assert "another model" in refused_here("sample", "--run", moved)
     publish(other, dataclasses.replace(LLAMA, n_layer=1))
-    assert "model.n_layer is 1 there and 2 here" in refused("sample", "--run", moved)
+    assert "model.n_layer is 1 there and 2 here" in refused_here("sample", "--run", moved)

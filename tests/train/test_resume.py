@@ -18,7 +18,7 @@ from gpt_jax.placement import Placement
 from gpt_jax.run.checkpoint import Checkpoints
 from gpt_jax.train.optimizer import make_optimizer
 from gpt_jax.train.step import init_state
-from tests.commands import TINY, records, run, start
+from tests.commands import TINY, records, run, run_here, start
 
 STEPS = 300
 KILLS, KILLS_IN_CHECKPOINT = 10, 3
@@ -187,16 +187,14 @@ def test_resuming_on_another_number_of_devices(tiny_data: Path, uninterrupted: P
     )
 
 
-def test_resuming_passes_over_a_damaged_checkpoint_and_says_so(
-    tiny_data: Path, uninterrupted: Path, tmp_path: Path
-) -> None:
+def test_resuming_passes_over_a_damaged_checkpoint_and_says_so(tiny_data: Path, tmp_path: Path) -> None:
     out = tmp_path / "damaged"
-    run("train", *arguments(tiny_data, out), "--train.steps=40", "--train.eval-every=20")
+    run_here("train", *arguments(tiny_data, out), "--train.steps=40", "--train.eval-every=20")
     largest = max((out / "checkpoints" / "40" / "params").rglob("*"), key=lambda p: p.stat().st_size)
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 1
     largest.write_bytes(content)
-    stdout, stderr = run("train", "--resume", f"--out-dir={out}")
+    stdout, stderr = run_here("train", "--resume", f"--out-dir={out}")
     assert "checkpoints/40 is damaged: params" in stderr
     assert stderr.count("\n") == 1
     assert "resuming after step 30" in stdout

@@ -1,0 +1,77 @@
+"""The tiny models, their parameters and their data, which the tests share; a test replaces the fields that it is about.
+
+All compute in float32. `tests.cli.TINY` has the flags of a tiny training, `tests.interop.models.publish` writes a model
+as models are published.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gpt_jax.config import LoraConfig, ModelConfig
+from gpt_jax.data.prepare import PrepareArgs, prepare
+from gpt_jax.model.gpt import GPT, Params, init_params
+from gpt_jax.tokenizer.bytes import ByteTokenizer
+
+ONE_LAYER = ModelConfig(
+    vocab_size=ByteTokenizer().vocab_size,
+    context_length=16,
+    n_layer=1,
+    n_head=2,
+    d_model=16,
+    dtype="float32",
+    attention="block_causal",
+)
+"""GPT-2's architecture in the size that compiles soonest, for tests of what is around a model."""
+
+GPT2 = dataclasses.replace(ONE_LAYER, context_length=32, n_layer=2, n_head=4, d_model=32)
+LLAMA = dataclasses.replace(
+    GPT2,
+    n_kv_head=2,  # Grouped queries.
+    d_ff=48,
+    positions="rotary",
+    norm="rms",
+    activation="silu",
+    gated=True,
+    bias=False,
+    tied_head=False,
+)
+GEMMA = dataclasses.replace(
+    LLAMA,
+    n_layer=5,  # A scan over groups of three layers leaves two over.
+    window=6,
+    window_pattern="ssf",
+    post_norm=True,
+    qk_norm=True,
+    scale_embeddings=True,
+    query_scale=0.3,
+)
+"""Sliding windows in two of three layers, and norms after blocks and of heads."""
+ADAPTED = dataclasses.replace(LLAMA, lora=LoraConfig(rank=2))
+
+ARCHITECTURES = {"gpt2": GPT2, "llama": LLAMA, "gemma": GEMMA, "adapted": ADAPTED}
+
+
+def random_params(config: ModelConfig) -> Params:
+    """Parameters not as at the beginning, where biases and adapters are 0 and scales 1: everything counts."""
+    rng = np.random.default_rng(1)
+    params = jax.jit(lambda: init_params(GPT(config), jax.random.key(0)))()
+    return jax.tree.map(lambda x: x + jnp.asarray(0.1 * rng.normal(size=x.shape), jnp.float32), params)
+
+
+def uneven_params(model: GPT) -> Params:
+    """Parameters far from their small initial values, so that some tokens are much likelier than others."""
+    return jax.tree.map(lambda x: 8 * x, jax.jit(lambda: init_params(model, jax.random.key(0)))())
+
+
+def byte_data(folder: Path) -> Path:
+    """A data folder within `folder`, whose splits are of several documents and end within a window of 16 tokens."""
+    rng = np.random.default_rng(0)
+    for i in range(40):
+        (folder / f"{i}.txt").write_text(" ".join(rng.choice(["on", "a", "mat", "语言", "rain"], 12)), encoding="utf-8")
+    args = PrepareArgs(source=(str(folder),), out=folder / "prepared", tokenizer="bytes", val_fraction=0.2)
+    prepare(args, n_workers=1)
+    return args.out
