@@ -1,4 +1,4 @@
-"""What programs use of gpt_jax: `gpt_jax.load` and `gpt_jax.train`. The commands do the same from the terminal."""
+"""A model as programs use it: what `gpt_jax.load` returns. The commands do the same from the terminal."""
 
 import dataclasses
 import functools
@@ -10,22 +10,19 @@ import jax
 import numpy as np
 
 from gpt_jax import runtime
-from gpt_jax.config import Config, ModelConfig, load_config
+from gpt_jax.config import ModelConfig
 from gpt_jax.data.formats import Block
 from gpt_jax.errors import UserError
 from gpt_jax.evaluate.loss import Tally, evaluate_blocks
 from gpt_jax.evaluate.score import Scorer
 from gpt_jax.model.gpt import GPT, Params, forward
 from gpt_jax.model.head import logits_NV
-from gpt_jax.run.folder import RunFolder
 from gpt_jax.run.load import LoadedModel, load_model, open_source
 from gpt_jax.sample.chat import fit, message
 from gpt_jax.sample.decode import prepare_params
 from gpt_jax.sample.generate import Result, encode_prompt, generate, generate_tokens
 from gpt_jax.sample.settings import Filters, Settings
 from gpt_jax.tokenizer.tokenizer import Tokenizer
-from gpt_jax.train.loop import train
-from gpt_jax.train.setup import changed_fields, set_up
 
 
 class Model:
@@ -116,16 +113,3 @@ def load_named(name: str | Path, checkpoint: str = "latest", context_length: int
     """The model of a run, or a published one: a folder, a .gguf file, or a name on the hub. See `gpt_jax.load`."""
     runtime.setup_once()
     return Model(load_model(open_source(str(name), checkpoint), context_length))
-
-
-def train_config(config: Config | str | Path, resume: bool = False) -> Path:
-    """Trains as a configuration, or the file of one, says. See `gpt_jax.train`."""
-    if not isinstance(config, Config):
-        config = load_config(Path(config))
-    if not config.out_dir:
-        raise UserError("out_dir is empty: name the run's folder, such as Config(out_dir='runs/mine', ...)")
-    RunFolder(Path(config.out_dir)).check_usable(resume)
-    config, data = set_up(config, changed_fields(config), resume)
-    runtime.setup_once(runtime.choose_cpu_devices(config))
-    train(config, data, resume)
-    return Path(config.out_dir)

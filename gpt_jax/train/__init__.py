@@ -21,9 +21,22 @@ class _CallablePackage(ModuleType):
         not there. Raises UserError for what the user can mend, and `train.loop.Interrupted` after SIGINT or SIGTERM,
         when the state is saved.
         """
-        from gpt_jax.api import train_config
+        from gpt_jax import runtime
+        from gpt_jax.config import Config, load_config
+        from gpt_jax.errors import UserError
+        from gpt_jax.run.folder import RunFolder
+        from gpt_jax.train.loop import train
+        from gpt_jax.train.setup import changed_fields, set_up
 
-        return train_config(config, resume)
+        if not isinstance(config, Config):
+            config = load_config(Path(config))
+        if not config.out_dir:
+            raise UserError("out_dir is empty: name the run's folder, such as Config(out_dir='runs/mine', ...)")
+        RunFolder(Path(config.out_dir)).check_usable(resume)  # Before minutes go to preparing data.
+        config, data = set_up(config, changed_fields(config), resume)
+        runtime.setup_once(runtime.choose_cpu_devices(config))
+        train(config, data, resume)
+        return Path(config.out_dir)
 
 
 sys.modules[__name__].__class__ = _CallablePackage
