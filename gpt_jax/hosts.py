@@ -19,7 +19,7 @@ from gpt_jax.errors import UserError
 HEARTBEAT_SECONDS = 30
 """After this time without a sign of life from a host, the others end; at once, where a collective notices it."""
 
-LONGEST_MESSAGE = 2000  # Bytes of an error that the other hosts are told.
+LONGEST_MESSAGE = 2000  # Bytes of an error that the other hosts receive.
 
 
 def join(coordinator: str, n_hosts: int, host_id: int, timeout: int) -> None:
@@ -94,9 +94,9 @@ def on_first(do: Callable[[], object]) -> None:
         except Exception as e:
             failure = e
     if several():
-        told = broadcast("" if failure is None else str(failure) or type(failure).__name__)
-        if told and not is_first():
-            raise UserError(told)
+        message = broadcast("" if failure is None else str(failure) or type(failure).__name__)
+        if message and not is_first():
+            raise UserError(message)
     if failure is not None:
         raise failure
 

@@ -117,18 +117,18 @@ class Placement:
         share, rest = divmod(batch_size, self.n_shares)
         if rest:
             raise UserError(
-                f"data.batch_size = {batch_size} does not divide over {self.n_shares} {self.told_shares}; "
+                f"data.batch_size = {batch_size} does not divide over {self.n_shares} {self.shares_label}; "
                 "change it, or set parallel.devices"
             )
         if microbatch_size and share % microbatch_size:
             raise UserError(
                 f"data.microbatch_size = {microbatch_size} does not divide a device's share of the batch, {share} = "
-                f"data.batch_size {batch_size} / {self.n_shares} {self.told_shares}"
+                f"data.batch_size {batch_size} / {self.n_shares} {self.shares_label}"
             )
         return share // microbatch_size if microbatch_size else 1
 
     @property
-    def told_shares(self) -> str:
+    def shares_label(self) -> str:
         """What the shares of a batch are called in messages."""
         return "devices"
 
@@ -192,7 +192,7 @@ class MeshPlacement(Placement):
         return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
 
     @property
-    def told_shares(self) -> str:
+    def shares_label(self) -> str:
         """See Placement."""
         return "= parallel.data x parallel.fsdp"
 
@@ -251,10 +251,10 @@ class MeshPlacement(Placement):
     def jit(self, step: Callable[..., Any], donate: bool) -> Any:
         """See Placement."""
 
-        def stored(*args: Any) -> Any:
+        def step_to_storage(*args: Any) -> Any:
             return sharding.to_storage(step(*args))  # The state comes back as it was given.
 
-        return OnMesh(jax.jit(stored, donate_argnums=(0,) if donate else ()), self.mesh)
+        return OnMesh(jax.jit(step_to_storage, donate_argnums=(0,) if donate else ()), self.mesh)
 
 
 def in_place(devices: Sequence[jax.Device], shape: tuple[int, ...]) -> np.ndarray:

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from gpt_jax.errors import UserError
-from gpt_jax.interop.weights import check_no_pointer, cut_short, fill, some, unreadable
+from gpt_jax.interop.weights import check_no_pointer, cut_short, few, fill, unreadable
 
 # The scalar types of metadata by their numbers: codes of struct, and of NumPy. 8 is a string, 9 an array.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -156,7 +156,7 @@ def _block_sizes(path: Path, kinds: dict[str, int]) -> dict[int, tuple[int, int]
     if unknown:
         named = [f"{name} ({unknown[kind]})" for name, kind in kinds.items() if kind in unknown]
         raise UserError(
-            f"{path} has tensors of types that cannot be dequantised: {some(named)}; take another quantisation of the "
+            f"{path} has tensors of types that cannot be dequantised: {few(named)}; take another quantisation of the "
             "model, such as Q8_0 or Q4_K_M"
         )
     return sizes

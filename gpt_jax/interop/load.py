@@ -16,7 +16,7 @@ from gpt_jax.interop.families.family import Family
 from gpt_jax.interop.hub import find_model
 from gpt_jax.interop.layout import Layout
 from gpt_jax.interop.model_files import ModelFiles, open_model
-from gpt_jax.interop.weights import some
+from gpt_jax.interop.weights import few
 from gpt_jax.model.gpt import GPT, Params, init_params
 from gpt_jax.tokenizer.tokenizer import Tokenizer
 
@@ -151,9 +151,9 @@ def check_tensors(files: ModelFiles, family: Family, config: ModelConfig) -> dic
             if there.get(names[name], shape) != shape
         ],
     }
-    told = "; ".join(f"{what}: {some(which)}" for what, which in problems.items() if which)
-    if told:
-        raise UserError(f"the tensors in {files.where} do not fit its configuration: {told}")
+    listing = "; ".join(f"{what}: {few(which)}" for what, which in problems.items() if which)
+    if listing:
+        raise UserError(f"the tensors in {files.where} do not fit its configuration: {listing}")
     return names
 
 

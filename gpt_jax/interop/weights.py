@@ -66,7 +66,7 @@ class SafetensorsWeights:
             tensors = _read_header(path)
             if twice := tensors.keys() & self._tensors:
                 other = self._tensors[min(twice)].path.name
-                raise UserError(f"{path} has tensors that {other} has, too: {some(sorted(twice))}; remove one of them")
+                raise UserError(f"{path} has tensors that {other} has, too: {few(sorted(twice))}; remove one of them")
             self._tensors |= tensors
         lacking = [
             f"{name} in {file}"
@@ -74,7 +74,7 @@ class SafetensorsWeights:
             if name not in self._tensors or self._tensors[name].path.name != file
         ]
         if lacking:
-            raise UserError(f"{folder / INDEX_FILE} lists tensors that are not there: {some(lacking)}; download again")
+            raise UserError(f"{folder / INDEX_FILE} lists tensors that are not there: {few(lacking)}; download again")
         self.shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
 
     def read(self, name: str, out: np.ndarray | None = None) -> np.ndarray:
@@ -145,7 +145,7 @@ def fill(out: np.ndarray, path: Path, start: int, n_bytes: int, decode: Callable
         raise unreadable(path, e) from e
 
 
-def some(names: Iterable[str], most: int = 20) -> str:
+def few(names: Iterable[str], most: int = 20) -> str:
     """The names for a message of one line: all, or the first ones and the number of the others."""
     names = list(names)
     rest = len(names) - most
@@ -212,15 +212,15 @@ def _files(folder: Path) -> tuple[list[Path], dict[str, str]]:
             raise UserError(f"{folder / INDEX_FILE} has no weight_map from tensors to files; download it again")
         shards = sorted(set(index.values()))
         if missing := [shard for shard in shards if shard not in names]:
-            raise UserError(f"{folder} lacks files that {INDEX_FILE} lists: {some(missing)}; download them")
+            raise UserError(f"{folder} lacks files that {INDEX_FILE} lists: {few(missing)}; download them")
         return [folder / shard for shard in shards], index
     if len(found) > 1:
-        raise UserError(f"{folder} has {some(found)}, but no {INDEX_FILE} that says how they belong together")
+        raise UserError(f"{folder} has {few(found)}, but no {INDEX_FILE} that says how they belong together")
     if found:
         return [folder / found[0]], {}
     if pickled := [name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))]:
         raise UserError(
-            f"{folder} has its weights only in {some(pickled)}, a format that can run programs and is not opened; "
+            f"{folder} has its weights only in {few(pickled)}, a format that can run programs and is not opened; "
             "convert them to safetensors (save_pretrained of transformers writes it)"
         )
     raise UserError(f"there are no weights in {folder}: no *.safetensors file")
@@ -255,7 +255,7 @@ def _read_header(path: Path) -> dict[str, _Tensor]:
     itemsizes = WHOLE_NUMBER_DTYPES | {dtype: numbers.itemsize for dtype, numbers in FLOAT_DTYPES.items()}
     if strange := [f"{name} ({t.dtype})" for name, t in tensors.items() if t.dtype not in itemsizes]:
         raise UserError(
-            f"{path} has tensors of types that are not supported: {some(strange)}; take the model in float32, float16 "
+            f"{path} has tensors of types that are not supported: {few(strange)}; take the model in float32, float16 "
             "or bfloat16"
         )
     end = 8 + header_bytes

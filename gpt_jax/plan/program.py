@@ -91,11 +91,11 @@ def out_of_memory(e: Exception, state_bytes: float) -> Program:
     """
     size = r"([\d.]+)([KMGT]?)"
     everything = re.search(rf"Used {size} of {size} hbm", str(e))
-    told = everything or re.search(rf"HLO temporaries \({size}\) exceeds available HBM \({size}\)", str(e))
-    if "RESOURCE_EXHAUSTED" not in str(e) or not told:
+    sizes = everything or re.search(rf"HLO temporaries \({size}\) exceeds available HBM \({size}\)", str(e))
+    if "RESOURCE_EXHAUSTED" not in str(e) or not sizes:
         raise UserError(f"the step does not compile: {(str(e).splitlines() or [''])[0][:300]}") from e
     unit = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-    used, available = float(told[1]) * unit[told[2]], float(told[3]) * unit[told[4]]
+    used, available = float(sizes[1]) * unit[sizes[2]], float(sizes[3]) * unit[sizes[4]]
     temporaries = used - state_bytes if everything else used
     return Program(temporaries, lacking=temporaries + state_bytes - available)
 

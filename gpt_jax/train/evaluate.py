@@ -30,7 +30,7 @@ def make_evaluate(
     batch_size = config.train.eval_batch_size or default
     if batch_size % placement.n_shares:
         raise UserError(
-            f"train.eval_batch_size = {batch_size} does not divide over {placement.n_shares} {placement.told_shares}"
+            f"train.eval_batch_size = {batch_size} does not divide over {placement.n_shares} {placement.shares_label}"
         )
     rows = placement.rows(batch_size)
     eval_step = placement.jit(make_eval_step(next_token, model, placement.axis_name), donate=False)

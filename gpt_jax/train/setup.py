@@ -96,10 +96,10 @@ def open_or_prepare(
             "--tokenizer MODEL, or name another --data.dir and a --data.source"
         )
     for name in ("tokenizer", "model_type", "vocab_size", "val_fraction"):
-        wanted, there = getattr(config, name), data.meta.settings[name]
-        if f"data.{name}" in given and wanted != there:
+        asked, prepared = getattr(config, name), data.meta.settings[name]
+        if f"data.{name}" in given and asked != prepared:
             raise UserError(
-                f"data.{name} = {wanted}, but {folder} was prepared with {there}; another --data.dir is prepared anew"
+                f"data.{name} = {asked}, but {folder} was prepared with {prepared}; another --data.dir is prepared anew"
             )
     return data
 

@@ -226,8 +226,8 @@ def test_a_bad_folder_is_told_in_one_line(tmp_path: Path, case: str) -> None:
 
 
 def test_many_names_are_cut_down_to_one_line() -> None:
-    assert weights_module.some(["a", "b", "c"], most=2) == "a, b and 1 more"
-    assert weights_module.some(["a", "b"], most=2) == "a, b"
+    assert weights_module.few(["a", "b", "c"], most=2) == "a, b and 1 more"
+    assert weights_module.few(["a", "b"], most=2) == "a, b"
 
 
 def test_memory_is_that_of_the_result(tmp_path: Path) -> None:
