@@ -34,7 +34,7 @@ def make_score_step(model: GPT, axis_name: str | None) -> Callable[[Params, Batc
 
     def score_step(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
         tokens, mask_BT = batch.tokens, batch.mask
-        hidden_BTD = forward(model, params, tokens[:, :-1])
+        hidden_BTD = forward(model, params, tokens[:, :-1], None, batch.segments, batch.positions)
 
         def score_token(x: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             hidden_D, target = x

@@ -22,6 +22,7 @@ from gpt_jax.run.checkpoint import Checkpoints, checksum
 from gpt_jax.train.objectives.next_token import next_token
 from gpt_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from gpt_jax.train.step import StepMetrics, TrainState, init_state, make_eval_step, make_train_step
+from tests.packed import random_batch, random_documents
 
 GPT2 = ModelConfig(
     vocab_size=85,
@@ -175,6 +176,68 @@ def test_a_kernel_works_on_the_heads_of_its_device(
         found = jax.jit(jax.grad(lambda *qkv: loss(splash, *qkv), argnums=(0, 1, 2)))(q, k, v)
     for ours, theirs in zip(found, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("attention", "shape"),
+    [
+        ("xla", (1, 2, 2, 2)),
+        ("block_causal", (1, 2, 2, 2)),
+        ("block_causal", (2, 2, 1, 2)),
+        ("splash", (1, 2, 2, 2)),
+        ("cudnn", (2, 2, 1, 2)),
+    ],
+)
+def test_segments_that_are_divided_are_those_of_one_device(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, attention: Any, shape: tuple[int, int, int, int]
+) -> None:
+    """By every attention, Splash interpreted and cuDNN's computed by XLA: the gradients of the plain mask."""
+    monkeypatch.setattr("gpt_jax.model.kernels.QUERY_BLOCK", 48)
+    monkeypatch.setattr(jax.nn, "dot_product_attention", as_xla(jax.nn.dot_product_attention))
+    config = dataclasses.replace(GPT2, attention=attention)
+    q, k, v, out = (rng.standard_normal((4, 256, heads, 64), np.float32) for heads in (4, 2, 2, 4))
+    segments, _ = random_documents(rng, 4, 256)
+
+    def attend(q: Any, k: Any, v: Any) -> jax.Array:
+        if attention == "splash":
+            return causal_by_splash(q, k, v, 40, jnp.asarray(segments), interpret=True)
+        return causal_attention(q, k, v, config, 40, segments_BT=jnp.asarray(segments))
+
+    def gradients(attend: Any) -> Any:
+        return jax.jit(jax.grad(lambda *qkv: jnp.vdot(attend(*qkv), out), argnums=(0, 1, 2)))(q, k, v)
+
+    plain = functools.partial(causal_by_mask, window=40, dropout_rate=0, keys_B=None, segments_BT=jnp.asarray(segments))
+    expected = gradients(plain)
+    with jax.set_mesh(placement(shape, GPT2).mesh):
+        found = gradients(attend)
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+def as_xla(attend: Any) -> Any:
+    """JAX's attention, computed by XLA whatever is asked for."""
+    return lambda *qkv, **options: attend(*qkv, **{**options, "implementation": "xla"})
+
+
+@pytest.mark.parametrize(
+    ("name", "mesh", "n_micro"),
+    [("gpt2", (1, 2, 2, 2), 2), ("llama", (2, 1, 2, 2), 1), ("llama", None, 2)],
+)
+def test_packed_documents_agree(name: str, mesh: tuple[int, int, int, int] | None, n_micro: int) -> None:
+    """Steps on batches with masks, segments and positions, on a mesh and under pmap."""
+    config = MODELS[name]
+
+    def train(on: Placement, n_micro: int) -> tuple[TrainState, list[StepMetrics]]:
+        run, rows, metrics = Run(config, on), on.rows(BATCH, n_micro), []
+        for step in range(2):
+            batch = random_batch(np.random.default_rng(step), BATCH, config.context_length, config.vocab_size)
+            batch = on.split(jax.tree.map(lambda x: x[rows], batch), n_micro)
+            run.state, m = run.step(run.state, batch)
+            jax.block_until_ready(run.state)
+            metrics.append(jax.device_get(m))
+        return jax.device_get(run.state), metrics
+
+    assert_same(train(placement(mesh, config), n_micro), train(placement(None, config, n_devices=1), 1))
 
 
 def test_a_mesh_tells_its_shape() -> None:
