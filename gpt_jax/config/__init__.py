@@ -1,7 +1,7 @@
 """The configuration: frozen dataclasses, built by a file in `configs/`, changed by flags, saved with the run.
 
-Every field is checked when the object is built, so a `Config` that exists is one that can run, as far as can be known
-without looking at the data or the devices. Nothing here imports JAX: the runtime is set up from the configuration.
+Every field is checked when the object is built, so any `Config` can run, as far as that can be known without the data
+and the devices. Nothing here imports JAX, because the runtime is set up from the configuration.
 """
 
 from gpt_jax.config.check import check, check_types

@@ -1,4 +1,4 @@
-"""Checks of values, each naming the field, its value and what is allowed."""
+"""Checks of fields, with errors that name the field, its value and the allowed values."""
 
 from typing import Literal, get_args, get_origin, get_type_hints
 
@@ -6,13 +6,13 @@ from gpt_jax.errors import UserError
 
 
 def check(holds: bool, name: str, value: object, allowed: str) -> None:
-    """Raises UserError naming the field, its value and what is allowed, unless `holds`."""
+    """Raises UserError naming the field, its value and the allowed values, unless `holds`."""
     if not holds:
         raise UserError(f"{name} = {value!r} is not possible: it must be {allowed}")
 
 
 def check_types(section: object, prefix: str) -> None:
-    """Raises UserError unless every field is of its type, or one of its fixed values. An int may stand for a float."""
+    """Raises UserError unless every field has its annotated type or Literal value. An int passes as a float."""
     for name, annotation in get_type_hints(type(section)).items():
         value = getattr(section, name)
         if get_origin(annotation) is Literal:

@@ -12,8 +12,8 @@ from gpt_jax.config.training import DataConfig, OptimizerConfig, ParallelConfig,
 class Config:
     """An experiment: everything that decides the outcome of a run."""
 
-    out_dir: str = ""  # The run's folder; empty: runs/ and the configuration file's name.
-    # Model to start from: a folder with safetensors, a .gguf file, a name on the hub. It decides the architecture.
+    out_dir: str = ""  # Folder of the run; empty: runs/ plus the configuration file's name.
+    # Model to start from, with its architecture: a run, a folder with safetensors, a .gguf file, a name on the hub.
     init_from: str = ""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -33,7 +33,7 @@ class Config:
 
 
 def with_vocabulary(config: Config, n_tokens: int) -> Config:
-    """The configuration with a tokenizer's number of tokens in the place of a vocabulary size of 0.
+    """The configuration, with a vocabulary size of 0 replaced by the tokenizer's number of tokens.
 
     Raises UserError when the model's vocabulary is smaller than the tokenizer's.
     """

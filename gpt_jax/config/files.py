@@ -1,4 +1,4 @@
-"""Configurations as files: Python that a user writes, and the JSON that is saved with a run, of any version."""
+"""Configuration files: the Python that a user writes, and the JSON saved with a run, also by older versions."""
 
 import dataclasses
 import importlib.util
@@ -12,7 +12,7 @@ from gpt_jax.errors import UserError
 
 
 def load_config(path: Path) -> Config:
-    """The `config` that a Python file defines. Raises UserError when there is no such file, or no such name in it."""
+    """The `config` that a Python file defines. Raises UserError when the file is missing, fails or lacks that name."""
     if not path.is_file():
         raise UserError(f"no configuration file {path}; those that come with the project are in configs/")
     spec = importlib.util.spec_from_file_location(f"gpt_jax_config_{path.stem}", path)
@@ -33,21 +33,21 @@ def load_config(path: Path) -> Config:
 
 
 RENAMED: tuple[dict[str, str], ...] = ({},)
-"""For each format version from 0 on, the fields that the version after it calls by another name: the full old name to
-the full new one, such as {"train.steps": "train.n_steps"}. Version 0 is that of 0.1.0, which wrote none."""
+"""Entry i has the fields renamed between format versions i and i + 1, from the full old name to the full new name, such
+as {"train.steps": "train.n_steps"}. Version 0 is the format of release 0.1.0, which wrote no version."""
 
 FORMAT_VERSION = len(RENAMED)
 
 
 def config_to_dict(config: Config) -> dict[str, Any]:
-    """The configuration as JSON types (tuples become lists), with the version of its format."""
+    """The configuration as JSON types (tuples become lists), with the format version."""
     return {"format_version": FORMAT_VERSION, **json.loads(json.dumps(dataclasses.asdict(config)))}
 
 
 def migrated(values: dict[str, Any], where: str) -> dict[str, Any]:
-    """What `config_to_dict` of an older version wrote, with today's names, and without the version.
+    """The values that `config_to_dict` of this or an older version wrote, under current names, without the version.
 
-    Raises UserError naming `where` when a newer version wrote it.
+    Raises UserError naming `where` when a newer version wrote them.
     """
     sections = {name: dict(value) if isinstance(value, dict) else value for name, value in values.items()}
     version: Any = sections.pop("format_version", 0)
@@ -66,10 +66,10 @@ def migrated(values: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def config_from_dict(values: dict[str, Any], where: str) -> Config:
-    """Inverse of `config_to_dict`, of any version. Raises UserError naming `where` and a field that is unknown or of
-    another type.
+    """The inverse of `config_to_dict` of this or an older version.
 
-    Fields that are missing take their defaults, so a run saved by an older version can be read.
+    Missing fields take their defaults, so that a run saved by an older version can be read. Raises UserError naming
+    `where` and the field that is unknown or of the wrong type.
     """
 
     def build(cls: type, values: Any, prefix: str) -> Any:

@@ -18,17 +18,17 @@ RopeScalingName = Literal["none", "linear", "dynamic", "yarn", "llama3"]
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary positions (Su et al. 2021), and how they are stretched beyond the context that they were trained with."""
+    """Rotary positions (Su et al. 2021), and how they are stretched beyond the context of the training."""
 
     theta: float = 10_000.0  # Base of the wavelengths.
-    local_theta: float = 0.0  # Base in sliding-window layers, where nothing is stretched; 0: as in all layers.
+    local_theta: float = 0.0  # Base in sliding-window layers, which are not stretched then; 0: as in all layers.
     scaling: RopeScalingName = "none"  # How wavelengths are stretched; dynamic is NTK-aware scaling of the base.
-    factor: float = 1.0  # How many times longer the context becomes.
+    factor: float = 1.0  # Ratio of the longer context to the original one.
     original_context: int = 0  # Context before stretching, in tokens; 0: context_length.
-    low_freq_factor: float = 1.0  # llama3: wavelengths longer than original_context / this are stretched wholly.
+    low_freq_factor: float = 1.0  # llama3: wavelengths longer than original_context / this are stretched fully.
     high_freq_factor: float = 4.0  # llama3: wavelengths shorter than original_context / this are not stretched.
-    beta_fast: float = 32.0  # yarn: turns within the original context from which on nothing is stretched.
-    beta_slow: float = 1.0  # yarn: turns within the original context up to which all is stretched.
+    beta_fast: float = 32.0  # yarn: pairs with at least this many turns in the original context are not stretched.
+    beta_slow: float = 1.0  # yarn: pairs with at most this many turns in the original context are stretched fully.
     attention_factor: float = 0.0  # yarn: multiplies queries and keys; 0: 0.1 ln(factor) + 1.
 
     def __post_init__(self) -> None:
@@ -46,15 +46,15 @@ class RopeConfig:
         )
 
     def dynamic_theta(self, context_length: int, head_dim: int) -> float:
-        """Theta as dynamic scaling raises it for texts that fill the context (bloc97 2023), whatever their length."""
-        times = context_length / (self.original_context or context_length)
-        return self.theta * max(1.0, self.factor * times - (self.factor - 1)) ** (head_dim / (head_dim - 2))
+        """Theta raised by dynamic scaling (bloc97 2023) as for texts that fill the context, for texts of any length."""
+        ratio = context_length / (self.original_context or context_length)
+        return self.theta * max(1.0, self.factor * ratio - (self.factor - 1)) ** (head_dim / (head_dim - 2))
 
     def spelled_out(self, context_length: int, head_dim: int, sliding: bool) -> "RopeConfig":
-        """The same for a model with this context, every default spelled out, and what has no effect at its default.
+        """The same rotation for a model with this context: defaults are spelled out, and unused fields are reset.
 
-        sliding: whether the model has sliding-window layers. Their theta stays 0 where there is a scaling that holds
-        for them, too, since then they rotate with no plain theta.
+        sliding: whether the model has sliding-window layers. With a scaling, their theta may stay 0: no plain theta
+        rotates as they do then, since the scaling holds for them, too.
         """
         if self.scaling == "dynamic":
             theta = self.dynamic_theta(context_length, head_dim)
@@ -71,7 +71,7 @@ class RopeConfig:
         return RopeConfig(**values, local_theta=self.local_theta or default if sliding else 0.0)
 
 
-# Fields of ModelConfig that do not decide what the model computes, only how it is run, trained and stored.
+# Fields of ModelConfig that change how the model is run, trained and stored, but not the function that it computes.
 HOW_IT_RUNS = ("vocab_multiple", "dropout", "lora", "dtype", "attention", "unroll", "remat", "loss_chunk")
 
 LORA_TARGETS = ("qkv", "out", "gate", "up", "down")
@@ -79,10 +79,10 @@ LORA_TARGETS = ("qkv", "out", "gate", "up", "down")
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Low-rank adapters (Hu et al. 2022): the matrices that training starts from stay as they are, and each target gets
-    a trainable product of two thin ones beside it."""
+    """Low-rank adapters (Hu et al. 2022): the original matrices are frozen, and each target gets a trainable product of
+    two thin matrices beside it."""
 
-    rank: int = 0  # Inner width of the adapters; 0: none, all parameters are trained.
+    rank: int = 0  # Inner width of the adapters; 0: no adapters, all parameters are trained.
     alpha: float = 16.0  # The adapters' product is multiplied by alpha / rank.
     # Matrices with adapters: any of qkv, out (attention), gate, up, down (feed-forward).
     targets: tuple[str, ...] = LORA_TARGETS
@@ -99,11 +99,10 @@ class LoraConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The GPT itself: GPT-2's architecture by default, and the Llama family's by other values of the same fields."""
+    """The GPT: GPT-2's architecture by default, the Llama family's with other values of the same fields."""
 
-    vocab_size: int = 0  # Token ids the model knows; 0: as many as the tokenizer has.
-    # Rows of the embedding are filled up to a multiple of this, for speed; the padding is never predicted.
-    vocab_multiple: int = 1
+    vocab_size: int = 0  # Number of token ids; 0: as many as the tokenizer has.
+    vocab_multiple: int = 1  # Embedding rows are padded to a multiple of this, for speed; padding is never predicted.
     context_length: int = 1024  # Longest sequence, in tokens.
     n_layer: int = 12  # Transformer blocks.
     n_head: int = 12  # Attention heads.
@@ -113,18 +112,18 @@ class ModelConfig:
     d_ff: int = 0  # Width of the feed-forward layer; 0: four times d_model.
     positions: PositionsName = "learned"  # Position embeddings, or rotation of queries and keys.
     rope: RopeConfig = field(default_factory=RopeConfig)
-    window: int = 0  # Tokens that a sliding-window layer sees, its own included; 0: all layers see all.
-    window_pattern: str = "s"  # Which layers slide (s) and which see all (f), repeated over the layers.
-    norm: NormName = "layer"  # Layer norm, or RMS norm, which has no mean and no bias.
+    window: int = 0  # Tokens that a sliding-window layer sees, the current one included; 0: all layers see all.
+    window_pattern: str = "s"  # Sliding-window layers (s) and full ones (f), repeated over all layers.
+    norm: NormName = "layer"  # Layer norm, or RMS norm, which subtracts no mean and has no bias.
     norm_eps: float = 1e-5  # Added to the variance in norms.
-    post_norm: bool = False  # Also norm what attention and the feed-forward layer give, as Gemma does.
+    post_norm: bool = False  # Also normalise the outputs of attention and feed-forward layer, as Gemma does.
     qk_norm: bool = False  # RMS norm of each query and key head.
     query_scale: float = 0.0  # Queries are multiplied by this; 0: 1 / sqrt(width of a head).
-    activation: ActivationName = "gelu_tanh"  # Of the feed-forward layer; gelu_tanh is GPT-2's approximation.
-    gated: bool = False  # Multiply the activation with a second projection: SwiGLU with silu, GeGLU with gelu.
+    activation: ActivationName = "gelu_tanh"  # Feed-forward activation; gelu_tanh is GPT-2's approximation.
+    gated: bool = False  # Multiply the activation by a second projection: SwiGLU with silu, GeGLU with gelu.
     bias: bool = True  # Biases in linear layers and layer norms, as GPT-2 has them.
     biases: tuple[str, ...] = ()  # Linear layers with biases although bias is off: any of qkv, out, mlp.
-    tied_head: bool = True  # Logits come from the token embeddings, and not from a matrix of their own.
+    tied_head: bool = True  # Compute logits with the token embeddings instead of a separate matrix.
     scale_embeddings: bool = False  # Multiply token embeddings by sqrt(d_model), as Gemma does.
     dropout: float = 0.0  # Probability of dropping an embedding, an attention weight or a block's output.
     lora: LoraConfig = field(default_factory=LoraConfig)
@@ -132,7 +131,7 @@ class ModelConfig:
     attention: AttentionName = "auto"  # Attention backend; auto: cudnn on GPU, splash on TPU, block_causal on CPU.
     unroll: bool = True  # Unroll the layers (faster steps) or scan over them (compile time independent of depth).
     remat: RematName = "none"  # What the backward pass recomputes: nothing, whole blocks, or all but matrix products.
-    loss_chunk: int = 8192  # Tokens whose logits exist at one time while training.
+    loss_chunk: int = 8192  # Tokens whose logits are in memory at one time during training.
 
     def __post_init__(self) -> None:
         check_types(self, "model")
@@ -194,17 +193,17 @@ class ModelConfig:
 
     @property
     def sliding(self) -> tuple[bool, ...]:
-        """For each layer, whether it sees a sliding window only."""
+        """For each layer, True if it sees a sliding window only."""
         pattern = self.window_pattern if self.window else "f"
         return tuple(pattern[i % len(pattern)] == "s" for i in range(self.n_layer))
 
     @property
     def drops(self) -> bool:
-        """Whether training drops anything, and so needs random keys."""
+        """True when training uses dropout, and so needs random keys."""
         return self.dropout > 0 or (self.lora.rank > 0 and self.lora.dropout > 0)
 
     def has_bias(self, layer: str) -> bool:
-        """Whether linear layer `layer` (qkv, out or mlp) has a bias."""
+        """True when linear layer `layer` (qkv, out or mlp) has a bias."""
         return self.bias or layer in self.biases
 
     @property
@@ -226,14 +225,14 @@ class ModelConfig:
         return self.context_length if self.positions == "learned" else 0
 
     def deciding(self) -> dict[str, Any]:
-        """What decides which parameters a checkpoint of the model has, and what they mean: by name, as values."""
+        """The fields that decide which parameters a checkpoint of the model has, and their meaning."""
         lora = dataclasses.replace(self.lora, dropout=0.0)
         stored: dict[str, Any] = {"vocab_multiple": self.vocab_multiple, "lora": lora}
         return dataclasses.asdict(dataclasses.replace(self.architecture(), **stored))
 
     def architecture(self) -> "ModelConfig":
-        """What decides the function that the model computes, every default spelled out; what only decides how it is
-        run, trained or stored is left at its default. Equal for models that can take each other's parameters."""
+        """The fields that decide the function that the model computes, every default spelled out; those in HOW_IT_RUNS
+        are reset. Models with equal architectures can take each other's parameters."""
         biases = () if self.bias else ("qkv", "out", "mlp")
         sliding = any(self.sliding)
         spelled_out: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""What is trained on, by which optimizer, for how long, and on which devices."""
+"""Sections of the configuration for training: the data, the optimizer, the duration and the devices."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -12,15 +12,15 @@ TokenizerType = Literal["bpe", "unigram", "char"]
 
 @dataclass(frozen=True)
 class TextConfig:
-    """How text becomes tokens: what `prepare` is asked for, and what training asks it for where nothing is prepared."""
+    """How text becomes tokens: settings of `prepare`, which training calls when the data folder is missing."""
 
-    tokenizer: str = "sentencepiece"  # sentencepiece, bytes, or a tokenizer: a file, a folder, a model's name.
+    tokenizer: str = "sentencepiece"  # sentencepiece, bytes, or an existing tokenizer: file, folder, model's name.
     model_type: TokenizerType = "bpe"  # Kind of SentencePiece model to train.
-    vocab_size: int = 4096  # Number of tokens in its vocabulary; for char at most.
+    vocab_size: int = 4096  # Number of tokens in its vocabulary; for char, the largest number.
     val_fraction: float = 0.1  # Share of the text kept for validation.
 
     def check_values(self, prefix: str = "") -> None:
-        """Raises UserError naming a value that is not possible, by the prefix and the name of its field."""
+        """Raises UserError naming an impossible value and its field, with `prefix` before the field's name."""
         model_types = get_args(TokenizerType)
         check(self.model_type in model_types, f"{prefix}model_type", self.model_type, " or ".join(model_types))
         check(self.vocab_size >= 1, f"{prefix}vocab_size", self.vocab_size, "1 or more")
@@ -30,10 +30,10 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class DataConfig(TextConfig):
-    """Where tokens come from and how many make a step. A folder that is not there is prepared from `source`."""
+    """Where tokens come from, and how many make a step. A missing folder is prepared from `source`."""
 
     dir: str = ""  # Folder made by `prepare`.
-    source: tuple[str, ...] = ()  # What to prepare `dir` from when it is not there: files, folders, corpora.
+    source: tuple[str, ...] = ()  # Text to prepare a missing `dir` from: files, folders, corpora.
     batch_size: int = 32  # Sequences in one optimizer step, over all devices and microbatches.
     microbatch_size: int = 0  # Sequences that a device handles at one time; 0: its whole share of the batch.
 
@@ -52,12 +52,11 @@ class OptimizerConfig:
     schedule: ScheduleName = "cosine"  # Shape after the warmup; wsd: constant, then linear decay at the end.
     warmup_steps: int = 100  # Steps over which the learning rate rises linearly from 0.
     final_fraction: float = 0.1  # Learning rate at the last step, as a fraction of the peak.
-    decay_fraction: float = 0.2  # Share of all steps that wsd decays over.
+    decay_fraction: float = 0.2  # Share of all steps over which wsd decays.
     beta1: float = 0.9  # Decay of the first moment.
     beta2: float = 0.95  # Decay of the second moment.
     eps: float = 1e-8  # Added to the root of the second moment.
-    # Decoupled weight decay, times the learning rate; on matrices (adapters too) and embeddings only.
-    weight_decay: float = 0.1
+    weight_decay: float = 0.1  # Decoupled, times the learning rate; on matrices, adapters and embeddings only.
     clip_norm: float = 1.0  # Largest global norm of the gradient; 0: no clipping.
 
     def __post_init__(self) -> None:
@@ -83,13 +82,12 @@ class TrainConfig:
     eval_every: int = 250  # Steps between evaluations on the whole validation set; 0: only after the last step.
     eval_batch_size: int = 0  # Sequences evaluated at one time, over all devices; 0: as many as train at one time.
     checkpoint_every: int = 0  # Steps between checkpoints; 0: after each evaluation.
-    keep_checkpoints: int = 2  # How many of the latest checkpoints to keep, besides the best.
-    # Steps between samples written by the model, for which it has to fit one device; 0: none.
-    sample_every: int = 0
-    sample_prompt: str = ""  # What those samples go on from; empty: the start of a document.
+    keep_checkpoints: int = 2  # Number of latest checkpoints to keep, besides the best.
+    sample_every: int = 0  # Steps between samples, for which the model must fit on one device; 0: no samples.
+    sample_prompt: str = ""  # Text that those samples continue; empty: the start of a document.
     sample_tokens: int = 64  # Length of those samples, in tokens.
     tensorboard: bool = False  # Write TensorBoard event files to the run's folder.
-    wandb_project: str = ""  # Log to this Weights & Biases project; empty: do not.
+    wandb_project: str = ""  # Weights & Biases project to log to; empty: none.
 
     def __post_init__(self) -> None:
         check_types(self, "train")
@@ -102,15 +100,15 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    """Placement on devices: by pmap, each with the whole state; or on a mesh of data x fsdp x context x tensor, if one
-    is set."""
+    """Placement on devices: by pmap, each with the whole state, or on a mesh of data x fsdp x context x tensor, if any
+    of them is set."""
 
-    # Devices of each host to train on; 0: all it has, and on CPU one a core for small models, else one.
+    # Devices to train on, on each host; 0: all, but on CPU one per core for small models and one for larger ones.
     devices: int = 0
-    data: int = 0  # Mesh: parts of the batch, each with the whole state; 0: what the others leave of the devices.
-    fsdp: int = 0  # Mesh: parts of the batch among which the state is divided; 0: 1.
-    context: int = 0  # Mesh: parts of each sequence, and of the state; 0: 1.
-    tensor: int = 0  # Mesh: parts of heads, feed-forward and vocabulary; 0: 1.
+    data: int = 0  # Mesh: parts of the batch, each with the whole state; 0: the devices that the other axes leave.
+    fsdp: int = 0  # Mesh: parts of the batch, over which the state is sharded; 0: 1.
+    context: int = 0  # Mesh: parts of each sequence, over which the state is sharded, too; 0: 1.
+    tensor: int = 0  # Mesh: parts of the heads, the feed-forward layer and the vocabulary; 0: 1.
 
     def __post_init__(self) -> None:
         check_types(self, "parallel")
@@ -125,7 +123,7 @@ class ParallelConfig:
 
     @property
     def uses_mesh(self) -> bool:
-        """Whether a mesh was asked for."""
+        """True when an axis of the mesh is set."""
         return any((self.data, self.fsdp, self.context, self.tensor))
 
     def mesh_shape(self, n_devices: int) -> tuple[int, int, int, int]:
