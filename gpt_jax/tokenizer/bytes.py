@@ -1,4 +1,4 @@
-"""The bytes of UTF-8 as a vocabulary: nothing to train, and nothing is lost."""
+"""The bytes of UTF-8 as a vocabulary: lossless, and without training."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""Conversations as text, by the Jinja templates that models made for chat are published with."""
+"""Conversations as text, by the Jinja templates of published chat models."""
 
 import functools
 import json
@@ -10,10 +10,10 @@ from gpt_jax.errors import UserError
 
 
 def render(template: str, messages: Sequence[Mapping[str, str]], special_tokens: Mapping[str, str]) -> str:
-    """The text of a conversation, up to where the next answer begins.
+    """The text of a conversation, up to the start of the next answer.
 
-    special_tokens: names of tokens by their part, such as bos_token, which templates refer to. Raises UserError when
-    the template refuses the conversation, and when it is no template.
+    special_tokens: names of tokens by the template's variables for them, such as bos_token. Raises UserError when the
+    template is invalid or refuses the conversation.
     """
     try:
         return _compiled(template).render(
@@ -21,13 +21,13 @@ def render(template: str, messages: Sequence[Mapping[str, str]], special_tokens:
         )
     except UserError:
         raise
-    except Exception as e:  # The template is a program of someone else's, which may fail in any way.
+    except Exception as e:  # A template is a program by others, which may fail in any way.
         raise UserError(f"the chat template refuses this conversation: {' '.join(str(e).split())}") from e
 
 
 @functools.lru_cache(maxsize=8)
 def _compiled(template: str) -> Any:
-    """The template in the environment that publishers write for: Jinja's sandbox, with what transformers adds to it."""
+    """The template compiled for the environment publishers expect: Jinja's sandbox, with transformers' additions."""
     try:
         import jinja2
         import jinja2.ext
@@ -37,7 +37,7 @@ def _compiled(template: str) -> Any:
         raise UserError("a chat template needs the package jinja2: pip install 'gpt-jax[interop]'") from None
 
     class Generation(jinja2.ext.Extension):
-        """{% generation %}, which marks what the model wrote for training: shown as it is."""
+        """{% generation %}, which marks the model's text for training; rendered unchanged."""
 
         tags = {"generation"}  # noqa: RUF012
 
@@ -55,7 +55,7 @@ def _compiled(template: str) -> Any:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
     )
-    environment.filters["tojson"] = to_json  # Jinja's own escapes what HTML would misread.
+    environment.filters["tojson"] = to_json  # Jinja's own filter escapes HTML.
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)
     return environment.from_string(template)

@@ -1,4 +1,4 @@
-"""Tokenizers for transformers: a folder from which AutoTokenizer makes one that encodes as ours does."""
+"""Tokenizers for transformers: AutoTokenizer loads the folder written here, and encodes as our tokenizer does."""
 
 from pathlib import Path
 
@@ -16,18 +16,18 @@ from gpt_jax.tokenizer.published import (
 from gpt_jax.tokenizer.sentencepiece import SentencePieceTokenizer
 from gpt_jax.tokenizer.tokenizer import END_OF_TEXT, Tokenizer
 
-# WORD of gpt_jax.tokenizer.sentencepiece, as an alternation that matches nothing empty.
+# WORD of gpt_jax.tokenizer.sentencepiece, as an alternation that never matches the empty string.
 _WORD = r" *[^ \n]+\n*| +\n*|\n+"
 
 
 def export_tokenizer(tokenizer: Tokenizer, folder: Path, context_length: int) -> None:
     """Writes `tokenizer.json`, `tokenizer_config.json` and `special_tokens_map.json` into an existing folder.
 
-    context_length: of the model, in tokens. What transformers makes of them encodes and decodes as `tokenizer` does,
-    but for this: names of special tokens in a text become special, as transformers has it by default. And for
-    SentencePiece: where byte tokens do not add up to characters, all bytes of the run become U+FFFD, one by one; a
-    unigram model may cut a long run of one character in another way that is as probable; with a model of characters,
-    neighbours that are unknown become one <unk>, also where one of them is U+2581.
+    context_length: of the model, in tokens. transformers then encodes and decodes as `tokenizer` does, except that
+    names of special tokens in a text become special tokens, by its default. SentencePiece has three more exceptions: in
+    a run of byte tokens that is not valid UTF-8, every byte becomes U+FFFD; a unigram model may split a long run of one
+    character in another, equally probable way; a model of characters encodes adjacent unknown characters, U+2581
+    included, as one <unk>.
     """
     exported = as_hugging_face(tokenizer)
     exported.save(folder)
@@ -47,11 +47,11 @@ def as_hugging_face(tokenizer: Tokenizer) -> HuggingFaceTokenizer:
 
 
 def _of_bytes(tokenizer: ByteTokenizer) -> HuggingFaceTokenizer:
-    """Byte-level BPE in which nothing is merged."""
+    """Byte-level BPE without merges."""
     from tokenizers import AddedToken, decoders, models, pre_tokenizers
     from tokenizers import Tokenizer as Library
 
-    # The format writes bytes as characters that can be seen: printable ones of Latin-1 stand for themselves.
+    # The format writes bytes as visible characters: printable ones of Latin-1 stand for themselves.
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = iter(range(0x100, 0x200))
     letters = [chr(byte if byte in printable else next(others)) for byte in range(256)]
@@ -63,7 +63,7 @@ def _of_bytes(tokenizer: ByteTokenizer) -> HuggingFaceTokenizer:
 
 
 def _of_sentencepiece(tokenizer: SentencePieceTokenizer) -> HuggingFaceTokenizer:
-    """Pieces with spaces in them, in place of U+2581, so that a real U+2581 is a rare character, spelled in bytes."""
+    """Pieces with spaces in place of U+2581, so that U+2581 in a text is a rare character, spelled in bytes."""
     from tokenizers import AddedToken, Regex, decoders, pre_tokenizers
     from tokenizers import Tokenizer as Library
 

@@ -1,4 +1,4 @@
-"""Tokenizers that are published as a `tokenizer.json`, by the library `tokenizers` that defines the format."""
+"""Tokenizers published as a `tokenizer.json`, run by the library `tokenizers`, which defines the format."""
 
 import functools
 import hashlib
@@ -17,29 +17,29 @@ from gpt_jax.tokenizer.tokenizer import END_OF_TEXT, JSON_FILE, NO_CHAT, save_by
 
 CONFIG_FILE = "tokenizer_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
-# What the special tokens are there for, as tokenizer_config.json and chat templates call it.
+# The purposes of special tokens, as tokenizer_config.json and chat templates name them.
 PARTS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-# Where such a token is special, it ends an answer, also when nothing else says so.
+# Special tokens of these names end an answer, even when no setting says so.
 END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|eot|>")
 
-# Stands between the characters of a special token's name, so that a user who types it does not end a turn.
+# Breaks the names of special tokens in a message, so that a user who types one does not end a turn.
 ZERO_WIDTH_SPACE = "\u200b"
 
 
-WINDOW = 16  # Tokens of a text before, at most, that decide how the next one is decoded.
+WINDOW = 16  # At most this many preceding tokens decide how the next one is decoded.
 
 
 class HuggingFaceTokenizer:
-    """A `tokenizer.json` and what its `tokenizer_config.json` says.
+    """A `tokenizer.json` with the settings of its `tokenizer_config.json`.
 
-    Whether decode(encode(text)) == text is up to the published rules: byte-level BPE keeps every text; Llama's
-    SentencePiece loses a space in front; BERT's WordPiece keeps neither case nor white space.
+    The published rules decide whether decode(encode(text)) == text: byte-level BPE is lossless; Llama's SentencePiece
+    loses a leading space; BERT's WordPiece keeps neither case nor white space.
     """
 
     def __init__(self, definition: bytes, settings: Mapping[str, Any]) -> None:
         """definition: the content of `tokenizer.json`. settings: see `read_settings`.
 
-        Raises ValueError when it is damaged, or has no token that ends a text.
+        Raises ValueError when the definition is damaged, or no token ends a text.
         """
         self._definition = definition
         self._tokenizer = tokenizer = _parsed(definition)
@@ -63,11 +63,11 @@ class HuggingFaceTokenizer:
         if "add_bos_token" in settings:
             self._settings["add_bos_token"] = settings["add_bos_token"]
             self.begin_of_text = ids.get(parts.get("bos_token")) if settings["add_bos_token"] else None
-        of_turns = [self.special_tokens[name] for name in END_OF_TURN if name in self.special_tokens]
-        self.stop_ids = frozenset({self.end_of_text, *stop_ids, *of_turns})
+        turn_ends = [self.special_tokens[name] for name in END_OF_TURN if name in self.special_tokens]
+        self.stop_ids = frozenset({self.end_of_text, *stop_ids, *turn_ends})
         self.chat_template: str | None = settings.get("chat_template")
-        ends = json.dumps([self.begin_of_text, self.end_of_text]).encode()
-        self.fingerprint = hashlib.sha256(definition + ends).hexdigest()
+        boundaries = json.dumps([self.begin_of_text, self.end_of_text]).encode()
+        self.fingerprint = hashlib.sha256(definition + boundaries).hexdigest()
 
     def encode(self, text: str) -> list[int]:
         """See Tokenizer."""
@@ -95,12 +95,12 @@ class HuggingFaceTokenizer:
         return text
 
     def decoder(self, after: Sequence[int] = ()) -> "WindowDecoder":
-        """See Tokenizer. What starts a document is no text that a space could follow."""
-        ends = (self.begin_of_text, self.end_of_text)
-        return WindowDecoder(self, self._byte_tokens, [i for i in after[-WINDOW:] if i not in ends])
+        """See Tokenizer. Tokens that start or end a document are no text that a space could follow."""
+        boundaries = (self.begin_of_text, self.end_of_text)
+        return WindowDecoder(self, self._byte_tokens, [i for i in after[-WINDOW:] if i not in boundaries])
 
     def save(self, folder: Path) -> Path:
-        """See Tokenizer. The folder gets a `tokenizer_config.json`, too."""
+        """See Tokenizer. Also writes `tokenizer_config.json`."""
         save_json(folder / CONFIG_FILE, self.config())
         return save_bytes(folder / JSON_FILE, self._definition)
 
@@ -122,7 +122,7 @@ class HuggingFaceTokenizer:
 
     def _encode(self, text: str) -> list[int]:
         utf8(text)
-        # The method for batches leaves out where each token lies in the text, which takes a third of the time.
+        # The method for batches omits the tokens' offsets in the text, which take a third of the time.
         [encoding] = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
         ids: list[int] = encoding.ids
         return ids
@@ -130,11 +130,11 @@ class HuggingFaceTokenizer:
     def _without_names(self, text: str) -> str:
         longest_first = sorted(self.special_tokens, key=len, reverse=True)
         names = "|".join(map(re.escape, longest_first)) or "(?!)"
-        return re.sub(names, lambda name: name[0][0] + ZERO_WIDTH_SPACE + name[0][1:], text)
+        return re.sub(names, lambda match: match[0][0] + ZERO_WIDTH_SPACE + match[0][1:], text)
 
     @functools.cached_property
     def _byte_tokens(self) -> frozenset[int]:
-        """Ids of the tokens that are one byte each, where the vocabulary spells rare characters in such."""
+        """Ids of the tokens of one byte in which the vocabulary spells rare characters; empty where it has none."""
         if "ByteFallback" not in str(json.loads(self._definition).get("decoder")):
             return frozenset()
         ids = self._tokenizer.get_vocab(with_added_tokens=True)
@@ -142,11 +142,11 @@ class HuggingFaceTokenizer:
 
 
 class WindowDecoder:
-    """The incremental decoder for any rules by which the library joins tokens.
+    """The incremental decoder for any of the library's rules of decoding.
 
-    What a token adds is seen in a window: the text of the last tokens that were shown, with and without it. The rules
-    treat the first token of all in their own way and join the others one by one, so that more is not needed; but a
-    character may take several tokens, and a run of byte tokens is valid, or not, as a whole.
+    The text of a token is the difference that it makes to a window, the text of the tokens shown last. A window is
+    enough because the rules treat only the first token of a text specially and join all others one by one. Tokens are
+    held back while a character is incomplete, and byte tokens to the end of their run, which is valid only as a whole.
     """
 
     def __init__(self, tokenizer: HuggingFaceTokenizer, byte_tokens: frozenset[int], shown: list[int]) -> None:
@@ -157,7 +157,7 @@ class WindowDecoder:
         """See IncrementalDecoder."""
         self._held.append(token)
         text = "" if token in self._byte_tokens else self._new_text()
-        if not text or text.endswith("\ufffd"):  # Perhaps the first bytes of a character.
+        if not text or text.endswith("\ufffd"):  # The character may be incomplete.
             return ""
         self._shown, self._held = self._held, []
         return text
@@ -172,15 +172,15 @@ class WindowDecoder:
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """What a folder of the hub says of its tokenizer besides the vocabulary.
+    """The settings of a tokenizer in a folder from the hub: everything but the vocabulary.
 
-    In the terms of tokenizer_config.json, with tokens by name, the chat template wherever it lies, and as `stop_ids`
-    those that end a generated text. Raises ValueError naming a file that is damaged.
+    The keys are those of tokenizer_config.json, with tokens by name, with the chat template from whichever file has it,
+    and with `stop_ids`, which end a generated text. Raises ValueError naming a damaged file.
     """
     settings = {**read_json(folder / "special_tokens_map.json"), **read_json(folder / CONFIG_FILE)}
     settings |= {part: _name(settings[part]) for part in PARTS if part in settings}
     template = settings.get("chat_template")
-    if isinstance(template, list):  # Several, by name.
+    if isinstance(template, list):  # Several templates, by name.
         named = [t for t in template if isinstance(t, dict) and t.get("name") == "default"]
         template = named[0].get("template") if named else None
     if (folder / TEMPLATE_FILE).is_file():
@@ -197,7 +197,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a file; an empty one where there is no such file. Raises ValueError naming one that is damaged."""
+    """The JSON object in a file, or an empty one if the file is missing. Raises ValueError naming a damaged file."""
     try:
         value = json.loads(path.read_bytes())
     except FileNotFoundError:
@@ -210,7 +210,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def _name(token: Any) -> str | None:
-    """The name of a token that is given as it is, or with its properties."""
+    """The name of a token that is given as a string, or as an object with its properties."""
     name = token.get("content") if isinstance(token, dict) else token
     return name if isinstance(name, str) else None
 
@@ -222,16 +222,16 @@ def _parsed(definition: bytes) -> Any:
         raise UserError(f"{JSON_FILE} needs the package tokenizers: pip install 'gpt-jax[interop]'") from None
     try:
         tokenizer = Tokenizer.from_str(definition.decode())
-    except Exception as e:  # The library raises nothing more definite.
+    except Exception as e:  # The library raises no narrower class.
         raise ValueError(f"the library tokenizers refuses it ({e})") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    tokenizer.encode_special_tokens = True  # Their names in a text are text.
+    tokenizer.encode_special_tokens = True  # Names of special tokens in a text stay text.
     return tokenizer
 
 
 def _mark_special(tokenizer: Any, names: Any) -> None:
-    """Makes tokens special that are not yet, so that text does not yield them."""
+    """Adds names that are no added tokens yet as special tokens, so that text does not yield them."""
     from tokenizers import AddedToken
 
     known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
@@ -239,6 +239,6 @@ def _mark_special(tokenizer: Any, names: Any) -> None:
 
 
 def _begin_of_text(tokenizer: Any) -> int | None:
-    """The token that the rules put in front of a text."""
+    """The id of the token that the rules put before a text, or None."""
     encoding = tokenizer.encode("a")
     return encoding.ids[0] if sum(encoding.special_tokens_mask[:1]) else None

@@ -1,4 +1,4 @@
-"""The one way from a file or folder to a tokenizer, whoever made it."""
+"""Loading a tokenizer of any kind from a file or folder."""
 
 import json
 from pathlib import Path
@@ -10,16 +10,15 @@ from gpt_jax.tokenizer.published import from_sentencepiece, from_vocabulary
 from gpt_jax.tokenizer.sentencepiece import ForeignModelError, SentencePieceTokenizer
 from gpt_jax.tokenizer.tokenizer import BYTE_LEVEL_FILE, JSON_FILE, SENTENCEPIECE_FILE, WORDPIECE_FILE, Tokenizer
 
-# The files that a tokenizer is known by; of several in a folder, the first one counts.
+# Files that identify a tokenizer. The first of them that a folder has counts.
 FILES = (JSON_FILE, SENTENCEPIECE_FILE, BYTE_LEVEL_FILE, WORDPIECE_FILE)
 
 
 def load_tokenizer(path: Path) -> Tokenizer:
     """The tokenizer in a file, or in a folder that holds one of FILES, made here or published elsewhere.
 
-    What is beside the file is read too where it belongs to it, such as `merges.txt` and `tokenizer_config.json`.
-    Raises UserError when there is none, when it is damaged or of a kind that is not known, and when it needs a package
-    that is not installed.
+    Files beside it that belong to it, such as `merges.txt` and `tokenizer_config.json`, are read, too. Raises UserError
+    when it is missing, damaged, of an unknown kind, or needs a package that is not installed.
     """
     if path.is_dir():
         found = [path / name for name in FILES if (path / name).is_file()]
@@ -35,7 +34,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
         raise UserError(f"{e.filename or path} cannot be read ({e.strerror})") from e
     except ValueError as e:
         raise UserError(f"{path} cannot be used as a tokenizer: {e}") from e
-    except (TypeError, LookupError, AttributeError, RecursionError) as e:  # Something of another type somewhere.
+    except (TypeError, LookupError, AttributeError, RecursionError) as e:  # A value of the wrong type.
         raise UserError(
             f"{path} cannot be used as a tokenizer: something in it, or in a file beside it, is of another type than "
             f"it should be ({type(e).__name__}: {e})"
@@ -43,7 +42,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
 
 
 def _load(path: Path, content: bytes) -> Tokenizer:
-    """The tokenizer that the content of a file defines. Raises ValueError where it is damaged or not known."""
+    """The tokenizer that the content of a file defines. Raises ValueError when it is damaged or unknown."""
     if path.name in (BYTE_LEVEL_FILE, WORDPIECE_FILE):
         return from_vocabulary(path)
     if path.suffix == ".json":
@@ -55,11 +54,11 @@ def _load(path: Path, content: bytes) -> Tokenizer:
 
 
 def _from_json(path: Path, content: bytes) -> Tokenizer:
-    """The tokenizer that a JSON object defines: ours by its "type", Hugging Face's by its "model"."""
+    """The tokenizer in a JSON object: ours if it has a "type", Hugging Face's if it has a "model"."""
     definition = json.loads(content)
-    keys = definition if isinstance(definition, dict) else {}
-    if keys.get("type") == "bytes":
-        return ByteTokenizer.from_definition(keys)
-    if "model" in keys:
+    fields = definition if isinstance(definition, dict) else {}
+    if fields.get("type") == "bytes":
+        return ByteTokenizer.from_definition(fields)
+    if "model" in fields:
         return HuggingFaceTokenizer(content, read_settings(path.parent))
     raise ValueError('it is neither a JSON object of "type": "bytes" nor one with a "model", as Hugging Face has')

@@ -1,7 +1,7 @@
-"""Tokenizers as they were published before `tokenizer.json`, and as GGUF files hold them, put into its terms.
+"""Tokenizers in the formats before `tokenizer.json`, and in GGUF files, converted to the terms of `tokenizer.json`.
 
-Three kinds: SentencePiece models of the Llama kind, the byte-level BPE of GPT-2 (`vocab.json` and `merges.txt`) and the
-WordPiece of BERT (`vocab.txt`), which Chinese GPT-2 models use.
+There are three kinds: SentencePiece models such as Llama's, the byte-level BPE of GPT-2 (`vocab.json` and
+`merges.txt`), and the WordPiece of BERT (`vocab.txt`), which Chinese GPT-2 models use.
 """
 
 import json
@@ -14,10 +14,10 @@ from gpt_jax.errors import UserError
 from gpt_jax.tokenizer.hugging_face import PARTS, HuggingFaceTokenizer, read_json, read_settings
 from gpt_jax.tokenizer.tokenizer import BYTE_LEVEL_FILE
 
-# How text is cut before BPE, by the names that GGUF files give to it. Each regular expression is that of the models'
-# own tokenizer.json; GPT-2's is built into the library.
+# How text is split before BPE, by the names in GGUF files. Each regular expression is from the models' own
+# tokenizer.json; GPT-2's is built into the library.
 _GPT2_NAMES = ("gpt-2", "default")
-_SINGLE_DIGITS_NAMES = ("smollm", "starcoder", "refact", "command-r", "codeshell")  # As GPT-2, after cutting at digits.
+_SINGLE_DIGITS_NAMES = ("smollm", "starcoder", "refact", "command-r", "codeshell")  # As GPT-2, with digits split off.
 _LLAMA3 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -36,7 +36,7 @@ _PATTERNS = {
 
 
 class Kind(IntEnum):
-    """What a piece of a vocabulary is, numbered as in SentencePiece and GGUF."""
+    """The kinds of pieces in a vocabulary, numbered as in SentencePiece and GGUF."""
 
     NORMAL = 1
     UNKNOWN = 2
@@ -70,10 +70,10 @@ def from_vocabulary(path: Path) -> HuggingFaceTokenizer:
 
 
 def from_sentencepiece(path: Path) -> HuggingFaceTokenizer:
-    """The tokenizer of a SentencePiece model, with the results of transformers' LlamaTokenizer.
+    """The tokenizer of a SentencePiece model, which encodes as transformers' LlamaTokenizer does.
 
-    That differs from SentencePiece itself in one thing: before a text that begins with a space, it puts no other, so
-    that this space is lost when the tokens are decoded. Raises ValueError when the file is damaged or of a type other
+    LlamaTokenizer differs from SentencePiece in one point: it puts no space before a text that begins with one, so that
+    decoding loses this space. Raises ValueError when the file is damaged or of a type other
     than bpe and unigram.
     """
     model = sentencepiece_proto(path.read_bytes())
@@ -101,7 +101,7 @@ def sentencepiece_proto(content: bytes) -> Any:
     model = sentencepiece_model_pb2.ModelProto()
     try:
         model.ParseFromString(content)
-    except Exception as e:  # Of a class that depends on how protobuf was built.
+    except Exception as e:  # Its class depends on the build of protobuf.
         raise ValueError(f"it is not a SentencePiece model, or damaged ({e})") from None
     return model
 
@@ -112,9 +112,9 @@ def sentencepiece_pieces(model: Any) -> list[Piece]:
 
 
 def gguf_tokenizer(fields: Mapping[str, Any]) -> HuggingFaceTokenizer:
-    """The tokenizer that the metadata of a GGUF file describe; fields: str, int or list by key.
+    """The tokenizer described by the metadata of a GGUF file; fields: str, int or list by key.
 
-    Raises UserError when a key is missing, and when the vocabulary is of a kind that is not supported.
+    Raises UserError when a key is missing, and when the kind of vocabulary is not supported.
     """
     prefix = "tokenizer.ggml."
     own = {key.removeprefix(prefix): value for key, value in fields.items() if key.startswith(prefix)}
@@ -137,7 +137,7 @@ def gguf_tokenizer(fields: Mapping[str, Any]) -> HuggingFaceTokenizer:
         return finished(tokenizer, settings)
     except KeyError as e:
         raise UserError(f"the GGUF file has no {prefix}{e.args[0]}, without which there is no tokenizer") from None
-    except (ValueError, IndexError, TypeError, AttributeError) as e:  # Of another type somewhere.
+    except (ValueError, IndexError, TypeError, AttributeError) as e:  # A value of the wrong type.
         raise UserError(f"the tokenizer in the GGUF file is damaged: {e}") from e
 
 
@@ -153,19 +153,19 @@ _GGUF_IDS = (  # In the order of PARTS.
 
 
 def bpe_model(pieces: Sequence[Piece]) -> Any:
-    """SentencePiece's BPE as the library's.
+    """SentencePiece's BPE as a model of the library.
 
-    SentencePiece joins the neighbours that make up the piece of the highest score, whatever they are; the library wants
-    the pairs that may be joined, best first. Special pieces are never joined from text.
+    SentencePiece merges whichever neighbours form the piece with the highest score; the library needs the pairs that
+    may be merged, best first. Special pieces are never merged from text.
     """
     from tokenizers.models import BPE
 
     ids = {piece.text: i for i, piece in enumerate(pieces)}
-    joined = sorted((p for p in pieces if p.kind == Kind.NORMAL), key=lambda p: -p.score)
-    parts = {piece.text for piece in joined}
+    mergeable = sorted((p for p in pieces if p.kind == Kind.NORMAL), key=lambda p: -p.score)
+    parts = {piece.text for piece in mergeable}
     merges = [
         (piece.text[:cut], piece.text[cut:])
-        for piece in joined
+        for piece in mergeable
         for cut in range(1, len(piece.text))
         if piece.text[:cut] in parts and piece.text[cut:] in parts
     ]
@@ -175,7 +175,7 @@ def bpe_model(pieces: Sequence[Piece]) -> Any:
 
 
 def unigram_model(pieces: Sequence[Piece]) -> Any:
-    """SentencePiece's unigram model as the library's, where no special piece is ever the best reading of a text."""
+    """SentencePiece's unigram model as a model of the library, in which text never becomes a special piece."""
     from tokenizers.models import Unigram
 
     normal = (Kind.NORMAL, Kind.USER_DEFINED)
@@ -194,7 +194,7 @@ def _sentencepiece(pieces: Sequence[Piece], space_before: bool, unigram: bool = 
     tokenizer = Tokenizer(unigram_model(pieces) if unigram else bpe_model(pieces))
     if charsmap:
         tokenizer.normalizer = normalizers.Precompiled(charsmap)
-    # Not "always": a space comes before the text, and not after each special token within it.
+    # Not "always", which would put a space after each special token within the text, too.
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first" if space_before else "never", split=False)
     strip = [decoders.Strip(" ", left=1)] if space_before else []
     tokenizer.decoder = decoders.Sequence(
@@ -205,7 +205,7 @@ def _sentencepiece(pieces: Sequence[Piece], space_before: bool, unigram: bool = 
 
 
 def _byte_level(vocabulary: dict[str, int], merges: Sequence[str], pre: str) -> Any:
-    """Byte-level BPE. pre: how text is cut first, in GGUF's terms. Raises UserError when that is not known."""
+    """Byte-level BPE. pre: GGUF's name for how text is split first. Raises UserError when it is unknown."""
     from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
     from tokenizers.models import BPE
 
@@ -222,23 +222,23 @@ def _byte_level(vocabulary: dict[str, int], merges: Sequence[str], pre: str) -> 
     if pattern == _QWEN2:
         tokenizer.normalizer = normalizers.NFC()
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)
-    before: list[Any] = []
+    splitters: list[Any] = []
     if pattern is not None:
-        before = [pre_tokenizers.Split(Regex(pattern), behavior="isolated")]
+        splitters = [pre_tokenizers.Split(Regex(pattern), behavior="isolated")]
     elif pre in _SINGLE_DIGITS_NAMES:
-        before = [pre_tokenizers.Digits(individual_digits=True)]
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*before, byte_level])
+        splitters = [pre_tokenizers.Digits(individual_digits=True)]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splitters, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
 
 def encodes_as_qwen2(tokenizer: HuggingFaceTokenizer) -> bool:
-    """Whether transformers' Qwen2Tokenizer, which takes vocabulary and merges from a folder and has its own rules for
-    the rest, encodes as `tokenizer` does."""
+    """True when transformers' Qwen2Tokenizer, which reads only vocabulary and merges from a folder and has fixed rules
+    for the rest, encodes as `tokenizer` does."""
     own, qwen2 = tokenizer.rules(), json.loads(_byte_level({}, [], "qwen2").to_str())
     for rules in (own, qwen2):
         for step in (rules["pre_tokenizer"] or {}).get("pretokenizers", []):
-            step.pop("trim_offsets", None)  # Decides where tokens are said to lie, and not which they are.
+            step.pop("trim_offsets", None)  # Changes the offsets of tokens, not the tokens.
     options = [{k: v or None for k, v in r["model"].items() if k not in ("vocab", "merges")} for r in (own, qwen2)]
     return options[0] == options[1] and all(own[part] == qwen2[part] for part in ("normalizer", "pre_tokenizer"))
 
@@ -271,7 +271,7 @@ def _wordpiece(vocabulary: str, settings: Mapping[str, Any]) -> HuggingFaceToken
 
 
 def _add_by_kind(tokenizer: Any, tokens: Sequence[str], kinds: Sequence[int]) -> None:
-    """Makes control and unknown pieces special, and has user-defined ones recognised in text before all else."""
+    """Makes control and unknown pieces special, and lets user-defined ones match in a text before all others."""
     from tokenizers import AddedToken
 
     special, within_text = (Kind.CONTROL, Kind.UNKNOWN), (Kind.USER_DEFINED,)
@@ -285,7 +285,7 @@ def _add_by_kind(tokenizer: Any, tokens: Sequence[str], kinds: Sequence[int]) ->
 
 
 def _add_tokens(tokenizer: Any, settings: Mapping[str, Any], folder: Path) -> None:
-    """Adds what tokenizer_config.json and added_tokens.json list. Raises ValueError where the ids leave gaps."""
+    """Adds the tokens in tokenizer_config.json and added_tokens.json. Raises ValueError when their ids leave gaps."""
     from tokenizers import AddedToken
 
     added: dict[int, Any] = {}
@@ -303,17 +303,17 @@ def _add_tokens(tokenizer: Any, settings: Mapping[str, Any], folder: Path) -> No
 
 
 def finished(tokenizer: Any, settings: Mapping[str, Any]) -> HuggingFaceTokenizer:
-    """Ours, from one of the library's.
+    """Our tokenizer made from one of the library's.
 
-    What begins a text becomes a rule of the definition too, from which other readers take it: transformers does not
-    look at add_bos_token where there is a tokenizer.json.
+    The token that begins a text becomes a rule of the definition, too, for other readers: transformers ignores
+    add_bos_token where there is a tokenizer.json.
     """
     from tokenizers import processors
 
     begin = settings.get("bos_token") if settings.get("add_bos_token") else None
-    number = None if begin is None else tokenizer.token_to_id(begin)
-    if number is not None and tokenizer.post_processor is None:
+    begin_id = None if begin is None else tokenizer.token_to_id(begin)
+    if begin_id is not None and tokenizer.post_processor is None:
         tokenizer.post_processor = processors.TemplateProcessing(
-            single=[begin, "$A"], pair=[begin, "$A", f"{begin}:1", "$B:1"], special_tokens=[(begin, number)]
+            single=[begin, "$A"], pair=[begin, "$A", f"{begin}:1", "$B:1"], special_tokens=[(begin, begin_id)]
         )
     return HuggingFaceTokenizer(tokenizer.to_str().encode(), settings)

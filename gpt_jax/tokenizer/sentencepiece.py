@@ -1,4 +1,4 @@
-"""SentencePiece models that keep text as it is: every space, newline and character comes back."""
+"""Lossless SentencePiece models: decoding gives back every space, newline and character."""
 
 import hashlib
 import logging
@@ -11,21 +11,21 @@ import sentencepiece
 
 from gpt_jax.tokenizer.tokenizer import END_OF_TEXT, SENTENCEPIECE_FILE, ByteDecoder, WithoutChat, save_bytes, utf8
 
-# The units that are tokenised independently: spaces, what follows up to the next space or newline, and newlines. No
-# token of the models trained here crosses from one to the next, so the result is that of the whole text.
+# The units that are tokenised independently: spaces, then characters up to the next space or newline, then newlines. No
+# token of the models trained here crosses from one unit to the next, so the result is that of the whole text.
 WORD = re.compile(r" *[^ \n]*\n*")
 logger = logging.getLogger(__name__)
 
 
 class ForeignModelError(ValueError):
-    """A SentencePiece model that is sound, but not of the kind that `train_sentencepiece` makes."""
+    """A valid SentencePiece model, but not of the kind that `train_sentencepiece` makes."""
 
 
 class SentencePieceTokenizer(WithoutChat):
-    """A SentencePiece model that keeps text as it is, such as `train_sentencepiece` makes.
+    """A lossless SentencePiece model, such as `train_sentencepiece` makes.
 
-    A model without byte fallback (model type char) does not know every character: unknown ones are encoded as the id of
-    <unk>, with a warning the first time, and decoded as U+FFFD.
+    A model without byte fallback (model type char) lacks characters: unknown ones are encoded as the id of <unk>, with
+    a warning the first time, and decoded as U+FFFD.
     """
 
     def __init__(self, model: bytes) -> None:
@@ -34,7 +34,7 @@ class SentencePieceTokenizer(WithoutChat):
             processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         except RuntimeError:
             processor = None
-        if processor is None or not model:  # No bytes at all make a processor without a model.
+        if processor is None or not model:  # No bytes give a processor without a model.
             raise ValueError("it is not a SentencePiece model, or damaged")
         self._processor = processor
         self.model = model
@@ -52,7 +52,7 @@ class SentencePieceTokenizer(WithoutChat):
         if not all(WORD.fullmatch(piece) for piece in plain):
             raise ForeignModelError("it has tokens that go on after a newline, or after a space within")
         self._unknown = int(processor.unk_id())
-        # U+2581 stands for a space in SentencePiece, so that a real one must be spelled in bytes.
+        # U+2581 stands for a space in SentencePiece, so U+2581 itself must be spelled in bytes.
         self._lower_block = [processor.piece_to_id(f"<0x{byte:02X}>") for byte in "▁".encode()]
         self._warned = False
         self._words = WordCache(self._encode_word)
@@ -101,10 +101,10 @@ class SentencePieceTokenizer(WithoutChat):
 
 
 class WordCache(dict[str, bytes]):
-    """Words to their token ids. Text repeats its words, and a look-up takes a fifth of the time of BPE."""
+    """Token ids by word. Text repeats its words, and a look-up takes a fifth of the time of BPE."""
 
     MAX_WORDS = 1 << 18  # About 50 MB.
-    MAX_LENGTH = 32  # Longer ones, such as a line of Chinese, hardly ever come again.
+    MAX_LENGTH = 32  # Characters. Longer words, such as a line of Chinese, rarely repeat.
 
     def __init__(self, encode_word: Callable[[str], bytes]) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Text to token ids and back: the interface that every tokenizer has, and what several of them share."""
+"""Text to token ids and back: the interface of every tokenizer, and code that several of them share."""
 
 import codecs
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from gpt_jax.errors import UserError
 from gpt_jax.files import replacing
 
 END_OF_TEXT = "<|endoftext|>"
-# The end of a document, and the roles of a chat. Text never yields their ids, whatever it looks like.
+# The end of a document, and the roles of a chat. Text never yields their ids, even if it contains their names.
 SPECIAL_TOKENS = (END_OF_TEXT, "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 JSON_FILE = "tokenizer.json"
 SENTENCEPIECE_FILE = "tokenizer.model"
@@ -33,47 +33,47 @@ class Tokenizer(Protocol):
 
     @property
     def begin_of_text(self) -> int | None:
-        """Id of the token that starts every document, such as Llama's <s>; None where there is none."""
+        """Id of the token that starts every document, such as Llama's <s>, or None."""
 
     @property
     def end_of_text(self) -> int:
-        """Id of <|endoftext|>, or what another vocabulary calls it, which follows every document."""
+        """Id of <|endoftext|>, or of its equivalent in another vocabulary, which follows every document."""
 
     @property
     def stop_ids(self) -> frozenset[int]:
-        """Ids that end a text which a model generates: `end_of_text`, and those that end a turn of a chat."""
+        """Ids that end a generated text: `end_of_text`, and those that end a turn of a chat."""
 
     @property
     def chat_template(self) -> str | None:
-        """The Jinja template that writes a conversation as text, as it was published; None where there is none."""
+        """The published Jinja template that renders a conversation as text, or None."""
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 of what defines the encoding, in hexadecimal."""
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`, never a special one, and none added at its start or end.
+        """Token ids of `text`. None is special, and none is added at the start or the end.
 
         Raises UserError for half of a surrogate pair, which is no text.
         """
 
     def encode_array(self, text: str) -> np.ndarray:
-        """As `encode`, in an int32 array: faster where there is much text."""
+        """`encode` as an int32 array, faster for long texts."""
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Token ids of a conversation, up to where the next answer begins.
+        """Token ids of a conversation, up to the start of the next answer.
 
         Each message has a "role" (system, user or assistant) and a "content", in which names of special tokens are
         plain text. Raises UserError when there is no chat template, or when the template refuses the conversation.
         """
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`. Special tokens appear by name; bytes that are no UTF-8 text become U+FFFD."""
+        """The text of `ids`. Special tokens appear by name; invalid UTF-8 becomes U+FFFD."""
 
     def decoder(self, after: Sequence[int] = ()) -> "IncrementalDecoder":
         """A decoder that takes one id at a time, for streaming.
 
-        after: ids of the text that comes before, which may decide whether a space stands between.
+        after: ids of the preceding text, which may decide whether a space stands between.
         """
 
     def save(self, folder: Path) -> Path:
@@ -83,14 +83,14 @@ class Tokenizer(Protocol):
 class IncrementalDecoder(Protocol):
     """Decodes one token at a time.
 
-    What it returns concatenates to `decode` of all ids; where there is text before, to what they add to it.
+    The results concatenate to `decode` of all ids or, after a preceding text, to what the ids add to it.
     """
 
     def push(self, token: int) -> str:
-        """The text that `token` completes: nothing while a character still lacks bytes."""
+        """The text that `token` completes; empty while a character lacks bytes."""
 
     def flush(self) -> str:
-        """What is left at the end: U+FFFD if the last character never came to its end."""
+        """The rest at the end: U+FFFD if the last character is incomplete."""
 
 
 class ByteDecoder:
@@ -125,7 +125,7 @@ def save_bytes(path: Path, content: bytes) -> Path:
 
 
 class WithoutChat:
-    """What the tokenizers made here have in common: nothing starts a document, and there is no chat template."""
+    """Base of the tokenizers made here: no token starts a document, and there is no chat template."""
 
     end_of_text: int
     begin_of_text: int | None = None
