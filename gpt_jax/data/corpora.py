@@ -1,4 +1,4 @@
-"""The built-in corpora: one that every Python carries, and one that every GPT tutorial downloads."""
+"""The built-in corpora: the documentation inside every Python, and tiny Shakespeare, which is downloaded."""
 
 import ast
 import hashlib
@@ -38,11 +38,11 @@ _SKIPPED_FOLDERS = {
 
 @cache
 def python_docs() -> tuple[str, ...]:
-    """The documentation that the running Python carries, not quite 2 MB of English in sorted order; needs no network.
+    """The documentation inside the running Python: almost 2 MB of English in sorted order, without a network.
 
     One document for each topic of the language reference, then one for each module of the standard library: its name,
     its docstring, and the docstrings of its public classes and functions under their signatures. The modules are
-    parsed, never imported. Raises UserError where Python was installed without them.
+    parsed, never imported. Raises UserError when Python was installed without docstrings.
     """
     documents = _topic_documents()
     root = Path(sysconfig.get_path("stdlib"))
@@ -53,11 +53,11 @@ def python_docs() -> tuple[str, ...]:
 
 
 def _topic_documents() -> list[str]:
-    """The topics that `help()` explains, without those that are a section of another: they would be in both splits."""
+    """The topics of `help()`, without those that are a section of another, which could be in both splits."""
     from pydoc_data.topics import topics
 
     texts = [_without_tables(_clean(topics[name])) for name in sorted(topics)]
-    # A section is compared without its title, whose underline depends on the depth it stands at.
+    # Sections are compared without their titles, whose underlines depend on the depth.
     bodies = [re.sub(r"\A.*\n\W+\n", "", text) for text in texts]
     return [
         f"{text}\n"
@@ -67,7 +67,7 @@ def _topic_documents() -> list[str]:
 
 
 def _modules(root: Path) -> list[Path]:
-    """Source files of the public modules under `root`, and of _pydecimal, _pyio..., which document those in C."""
+    """Source files of the public modules under `root`, and of _pydecimal, _pyio..., which document modules in C."""
     found = []
     for folder, subfolders, names in os.walk(root):
         subfolders[:] = [s for s in subfolders if s not in _SKIPPED_FOLDERS and not s.startswith(("_", "config-"))]
@@ -85,7 +85,7 @@ def _module_document(root: Path, path: Path) -> str:
     name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts).removeprefix("_py")
     try:
         tree = ast.parse(path.read_bytes())
-    except (SyntaxError, ValueError):  # Templates of code generators lie among the modules.
+    except (SyntaxError, ValueError):  # Some files are templates of code generators.
         return ""
     sections = list(_sections(tree, name))
     return "\n".join(f"{heading}\n\n{text}\n" for heading, text in sections)
@@ -112,7 +112,7 @@ def _signature(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef, name
 
 
 def _prose(node: ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) -> str:
-    """The docstring of `node` when it reads as English, else nothing."""
+    """The docstring of `node` when it reads as English, else an empty string."""
     text = _clean(ast.get_docstring(node, clean=False) or "")
     words = re.findall(r"[A-Za-z]{2,}", text)
     letters = sum(map(len, words))
@@ -132,7 +132,7 @@ def _without_tables(text: str) -> str:
 def shakespeare() -> Path:
     """Karpathy's tiny Shakespeare (1.1 MB), downloaded to the user's cache folder the first time.
 
-    Raises UserError when it is neither there nor to be had, or is not the file that is expected.
+    Raises UserError when it cannot be downloaded or written, or has an unexpected checksum.
     """
     path = cache_folder() / "tinyshakespeare.txt"
     if path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == SHAKESPEARE_SHA256:

@@ -1,7 +1,7 @@
-"""Files of text to blocks: pieces of documents, small enough that memory does not grow with a file or a document.
+"""Text files in blocks: pieces of documents, so that memory does not grow with the size of a file or a document.
 
-Text is UTF-8, and is passed on byte for byte; only a byte order mark at the start of a file is dropped. Text that is
-not valid UTF-8 is an error, never replaced: a corpus that was converted wrongly should not train a model unnoticed.
+Text is UTF-8 and passed on byte for byte, except for a byte order mark at the start of a file. Invalid UTF-8 is an
+error and never replaced, so that no wrongly converted corpus trains a model unnoticed.
 """
 
 import gzip
@@ -17,8 +17,8 @@ import zstandard
 from gpt_jax.errors import UserError
 
 BLOCK_BYTES = 1 << 20  # Largest block.
-MAX_LINE_BYTES = 64 << 20  # Longest line of JSON Lines: it must be parsed as a whole.
-BINARY_CHECK_BYTES = 8192  # A NUL among the first bytes of a file makes it binary, as git and grep decide it.
+MAX_LINE_BYTES = 64 << 20  # Longest line of JSON Lines, which must be parsed as a whole.
+BINARY_CHECK_BYTES = 8192  # A NUL among the first bytes makes a file binary, as for git and grep.
 
 
 class Block(NamedTuple):
@@ -26,15 +26,15 @@ class Block(NamedTuple):
 
     text: bytes  # Valid UTF-8. The blocks of a document concatenate to it.
     ends_document: bool
-    position: int  # Bytes of the source file read so far, as it lies on the disk.
+    position: int  # Bytes of the source file read so far, before unpacking.
 
 
 def read_blocks(path: Path, text_field: str) -> Iterator[Block]:
     """The documents of a file, one after the other, in blocks of at most BLOCK_BYTES.
 
     `.jsonl` (`.ndjson`) and `.parquet` hold one document a row, in the field `text_field`; any other file is one
-    document. `.gz` and `.zst` after that are unpacked on the way. Rows whose text is empty or null are no documents.
-    Raises UserError naming the file, and the byte, line or row, where it cannot be read as that.
+    document. Files ending in `.gz` or `.zst` are unpacked. Rows whose text is empty or null are no documents.
+    Raises UserError naming the file, and the byte, line or row, that cannot be read.
     """
     try:
         if path.suffix == ".parquet":
@@ -52,7 +52,7 @@ def read_blocks(path: Path, text_field: str) -> Iterator[Block]:
 
 
 def has_text(path: Path) -> bool:
-    """Whether a file, unpacked where it is packed, is neither empty nor binary. Parquet counts as text."""
+    """True when a file, unpacked if it is packed, is neither empty nor binary. Parquet counts as text."""
     if path.suffix == ".parquet":
         return True
     try:
@@ -60,14 +60,14 @@ def has_text(path: Path) -> bool:
             start = file.read(BINARY_CHECK_BYTES)
             return bool(start) and b"\0" not in start
     except (OSError, EOFError, zlib.error, zstandard.ZstdError):
-        return True  # It is named, with the reason, when it is read.
+        return True  # Reading it will raise the error.
 
 
 def cut_before_space(text: bytes, limit: int) -> int:
-    """The largest n <= limit such that text[n:] starts with a space or a newline, where there is one with n > 0.
+    """The largest n <= limit, n > 0, such that text[n:] starts with a space or a newline; len(text) if that is allowed.
 
-    Tokens start with their spaces, so that a text that is cut there is tokenised as the whole would be. Where there is
-    no such place, the cut is made between two characters.
+    Tokens start with their spaces, so a text that is cut there is tokenised as the whole would be. Without such an n,
+    the cut is between two characters.
     """
     if limit >= len(text):
         return len(text)
@@ -79,7 +79,7 @@ def cut_before_space(text: bytes, limit: int) -> int:
 
 
 def cut_document(text: bytes, position: int) -> Iterator[Block]:
-    """A whole document, not empty, in blocks."""
+    """The blocks of a whole document, which must not be empty."""
     start = 0
     while start < len(text):
         end = start + cut_before_space(text[start : start + BLOCK_BYTES + 1], BLOCK_BYTES)
@@ -100,7 +100,7 @@ def _read_text(path: Path, file: io.BufferedIOBase, tell: Callable[[], int]) -> 
     if not rest:
         raise UserError(f"{path} is empty")
     while rest:
-        # One byte more than a block, so that the last block is known to be the last.
+        # One byte more than a block shows whether the block is the last.
         rest += file.read(BLOCK_BYTES + 1 - len(rest))
         text = rest[: cut_before_space(rest, BLOCK_BYTES)]
         try:
@@ -144,7 +144,7 @@ def _read_parquet(path: Path, text_field: str) -> Iterator[Block]:
         raise UserError(f"{path}: reading Parquet needs pyarrow: pip install 'gpt-jax[parquet]'") from None
     size, number = path.stat().st_size, 0
     try:
-        # Read page by page as the rows are asked for, not a row group at once: those can be larger than the memory.
+        # Pages are read as their rows are needed, not whole row groups, which can be larger than the memory.
         with pq.ParquetFile(path, buffer_size=BLOCK_BYTES, pre_buffer=False) as file:
             if text_field not in file.schema_arrow.names:
                 raise UserError(f"{path} has no column {text_field!r}; {_choose_field(file.schema_arrow.names)}")
@@ -173,7 +173,7 @@ def _choose_field(names: list[str]) -> str:
 
 
 def _inner_suffix(path: Path) -> str:
-    """The suffix that tells the format: that before .gz or .zst."""
+    """The suffix of the format, which stands before .gz or .zst."""
     return Path(path.stem).suffix if path.suffix in (".gz", ".zst") else path.suffix
 
 
@@ -186,7 +186,7 @@ def _unpacked(raw: io.BufferedIOBase, suffix: str) -> io.BufferedIOBase:
 
 
 class _ZstdFile(io.RawIOBase):
-    """Unpacks Zstandard frames one after the other. The library's own reader takes a file cut short for a whole one."""
+    """Unpacks Zstandard frames one by one. The library's own reader accepts a truncated file as a whole one."""
 
     def __init__(self, raw: io.BufferedIOBase) -> None:
         self._raw = raw
@@ -198,7 +198,7 @@ class _ZstdFile(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         while not self._text:
-            # 4 KiB at a time: that much can unpack to 30,000 times its size, and does so all at once.
+            # 4 KiB at a time, since input is unpacked at once, to up to 30,000 times its size.
             self._packed = self._packed or self._raw.read(4096)
             if not self._packed:
                 if self._frame is not None:

@@ -1,7 +1,7 @@
-"""Tokenising on all cores: worker processes fed in turn, answers in the order of the text, a bounded number on the way.
+"""Tokenising on all cores: worker processes, results in the order of the texts, and a bounded number in flight.
 
-The workers are plain subprocesses rather than `multiprocessing`, whose children import the caller's main module again
-(and JAX with it), and whose idle children outlive a parent that is killed.
+The workers are plain subprocesses. With `multiprocessing`, children would import the caller's main module again (and
+JAX with it), and idle children would outlive a parent that is killed.
 """
 
 import os
@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class WorkerPool:
-    """Processes that tokenise with the tokenizer in a file; to be used in a `with` block, which ends them."""
+    """Processes that tokenise with the tokenizer in a file. Use it in a `with` block, which ends them."""
 
     def __init__(self, tokenizer_file: Path, n_workers: int) -> None:
         package = str(Path(worker.__file__).parents[2])
@@ -33,7 +33,7 @@ class WorkerPool:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 env={**os.environ, "PYTHONPATH": search_path},
-                start_new_session=True,  # Ctrl-C is the parent's to handle.
+                start_new_session=True,  # The parent handles Ctrl-C.
             )
             for _ in range(n_workers)
         ]
@@ -53,7 +53,7 @@ class WorkerPool:
             process.communicate()
 
     def encode(self, texts: Iterable[tuple[T, bytes]]) -> Iterator[tuple[T, bytes]]:
-        """For each (label, text), in the same order, (label, token ids); see `worker` for what they are.
+        """Yields (label, token ids) for each (label, text), in the same order. See `worker` for the formats.
 
         Raises UserError when a worker dies.
         """

@@ -1,4 +1,4 @@
-"""`prepare`: text to a data folder. Reads everything once to know it, and again to tokenise it on all cores."""
+"""`prepare`: text to a data folder. The text is read twice: to survey it, and to tokenise it on all cores."""
 
 import hashlib
 import signal
@@ -39,8 +39,8 @@ from gpt_jax.tokenizer.load import load_tokenizer
 from gpt_jax.tokenizer.sentencepiece import SentencePieceTokenizer
 from gpt_jax.tokenizer.tokenizer import Tokenizer
 
-SAMPLE_BYTES = 8 << 20  # Text that a tokenizer is trained on, at most: that takes up to 70 times its size in memory.
-TASK_BYTES = 1 << 20  # Text that a worker gets at one time.
+SAMPLE_BYTES = 8 << 20  # Most text that a tokenizer is trained on, which takes up to 70 times its size in memory.
+TASK_BYTES = 1 << 20  # Text that a worker tokenises at one time.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +59,7 @@ class PrepareArgs(TextConfig):
 
 
 def print_summary(folder: Path, meta: Meta) -> None:
-    """What a data folder holds, in four lines."""
+    """Prints a summary of a data folder in four lines."""
     print(folder)
     for name, split in (("training", meta.train), ("validation", meta.val)):
         print(f"  {name:<11}{split.tokens:>15,} tokens{split.documents:>13,} documents{split.bytes / 1e6:>13,.1f} MB")
@@ -68,11 +68,11 @@ def print_summary(folder: Path, meta: Meta) -> None:
 
 
 def prepare(args: PrepareArgs, n_workers: int = 0, tokenizer: Tokenizer | None = None) -> Meta:
-    """Makes the data folder `args.out`, whole or not at all, with so many tokenising processes (0: one a core), and
-    with `tokenizer`, or the one that `args` name.
+    """Makes the data folder `args.out`, whole or not at all.
 
-    The files depend on the text and `args` alone, not on `n_workers`. Raises UserError for what the user can mend, and
-    SystemExit after SIGTERM; after either, as after Ctrl-C, `args.out` is as it was.
+    n_workers: tokenising processes; 0: one per core. The files do not depend on it. tokenizer: None for the one that
+    `args` name. Raises UserError for what the user can fix, and SystemExit after SIGTERM; after either, as after
+    Ctrl-C, `args.out` is unchanged.
     """
     with _exit_on_sigterm():
         try:
@@ -82,7 +82,7 @@ def prepare(args: PrepareArgs, n_workers: int = 0, tokenizer: Tokenizer | None =
             tokenizer = tokenizer or _make_tokenizer(args, survey.sample)
             settings = {
                 **{name: value for name, value in asdict(args).items() if name not in ("out", "force")},
-                "source": list(args.source),  # As it comes back from JSON.
+                "source": list(args.source),  # A list, as JSON gives it back.
                 "split": "by document" if isinstance(survey.split, ByDocument) else "by position",
             }
             with whole_folder(args.out) as folder:
@@ -93,7 +93,7 @@ def prepare(args: PrepareArgs, n_workers: int = 0, tokenizer: Tokenizer | None =
 
 @dataclass(frozen=True)
 class _Survey:
-    """What is known of a corpus after it was read once."""
+    """The results of reading a corpus once."""
 
     fingerprint: str
     split: ByDocument | ByPosition
@@ -116,7 +116,7 @@ class _Fingerprint:
 
 
 def _survey(corpus: Corpus, val_fraction: float) -> _Survey:
-    """Reads the corpus once: finds what cannot be read before anything is written, and decides the split."""
+    """Reads the corpus once, so that errors in it appear before anything is written, and decides the split."""
     fingerprint, sample = _Fingerprint(), TextSample(SAMPLE_BYTES)
     total_bytes = val_bytes = 0
     with _progress_bar("reading", corpus.n_bytes) as bar:
@@ -131,7 +131,7 @@ def _survey(corpus: Corpus, val_fraction: float) -> _Survey:
 
 
 def _make_tokenizer(args: PrepareArgs, sample: TextSample) -> Tokenizer:
-    """The tokenizer that `args` ask for: a ready one, or one trained on `sample`."""
+    """The tokenizer that `args` name: an existing one, or one trained on `sample`."""
     if args.tokenizer == "bytes":
         return ByteTokenizer()
     if args.tokenizer != "sentencepiece":
@@ -196,15 +196,15 @@ def _write(
     return meta
 
 
-def _progress_bar(what: str, n_bytes: int) -> "tqdm[Any]":
+def _progress_bar(label: str, n_bytes: int) -> "tqdm[Any]":
     """A bar that shows MB/s and the time left, on a terminal only."""
-    return tqdm(total=n_bytes, desc=f"{what:<10}", unit="B", unit_scale=True, disable=None)
+    return tqdm(total=n_bytes, desc=f"{label:<10}", unit="B", unit_scale=True, disable=None)
 
 
 @contextmanager
 def _exit_on_sigterm() -> Iterator[None]:
-    """Has SIGTERM unwind the stack, as Ctrl-C does, instead of ending the process at once."""
-    if threading.current_thread() is not threading.main_thread():  # Where handlers cannot be set.
+    """Makes SIGTERM unwind the stack, as Ctrl-C does, instead of ending the process at once."""
+    if threading.current_thread() is not threading.main_thread():  # Handlers can be set in the main thread only.
         yield
         return
     before = signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))

@@ -1,8 +1,8 @@
-"""Token ids on disk: shards of plain integers, and a `meta.json` that says what is in them.
+"""Token ids on disk: shards of plain integers, and a `meta.json` that describes them.
 
-A data folder holds, for the splits `train` and `val`: shards `train-00000-of-00002.bin`... (token ids, uint16 where
-the vocabulary allows it or else uint32, little endian, no header), `train-documents.bin` (where each document starts in
-the split, in tokens, uint64, little endian), and besides `meta.json` and the tokenizer's file. Every document is
+A data folder holds, for each of the splits `train` and `val`, shards `train-00000-of-00002.bin`... (token ids, uint16
+if the vocabulary allows it, else uint32, little endian, no header) and `train-documents.bin` (the first token of each
+document in the split, uint64, little endian), and besides `meta.json` and the tokenizer's file. Every document is
 followed by one <|endoftext|>.
 """
 
@@ -40,9 +40,9 @@ class Shard:
 
 @dataclass(frozen=True)
 class Split:
-    """What `meta.json` says of the training or the validation text."""
+    """The entry of `meta.json` for the training or the validation text."""
 
-    tokens: int  # Those that end documents included.
+    tokens: int  # Including those that end documents.
     documents: int
     bytes: int  # Of the text, in UTF-8.
     shards: tuple[Shard, ...]
@@ -61,11 +61,11 @@ class Meta:
     source_fingerprint: str  # SHA-256 of the text, each document followed by a byte 0xFF.
     train: Split
     val: Split
-    settings: dict[str, Any]  # What `prepare` was asked for.
+    settings: dict[str, Any]  # The arguments of `prepare`.
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The type in which ids of that vocabulary are stored."""
+    """The dtype in which token ids are stored: uint16 for up to 65,536 tokens, else uint32."""
     return np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
 
 
@@ -92,7 +92,7 @@ class SplitWriter:
             self._shard.close()
 
     def write(self, tokens: np.ndarray) -> None:
-        """Appends token ids; those that end a document are recognised by themselves."""
+        """Appends token ids, and records where a document ends, which is after each `end_of_text`."""
         ends = np.flatnonzero(tokens == self._end_of_text) + 1 + self._tokens
         if len(ends):
             self._starts.write(np.concatenate(([self._document_start], ends[:-1])).astype("<u8").tobytes())
@@ -110,7 +110,7 @@ class SplitWriter:
             self._filled[-1] += len(part)
 
     def finish(self, n_bytes: int) -> Split:
-        """Ends writing, and gives the shards their final names. `n_bytes`: of the text written."""
+        """Closes the files, and gives the shards their final names. n_bytes: size of the text in UTF-8."""
         self.__exit__()
         shards = []
         for i, filled in enumerate(self._filled):
@@ -140,19 +140,19 @@ class TokenFiles:
         return self._len
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Tokens `start` to `start + count - 1`, int32 (count,). Raises IndexError where there are none."""
+        """Tokens `start` to `start + count - 1`, int32 (count,). Raises IndexError outside of the split."""
         if not 0 <= start <= start + count <= self._len:
             raise IndexError(f"tokens {start} to {start + count} of {self._len}")
         i = bisect.bisect_right(self._starts, start, hi=len(self._shards)) - 1
-        within = start - self._starts[i]
-        part = self._shards[i][within : within + count].astype(np.int32)
+        offset = start - self._starts[i]
+        part = self._shards[i][offset : offset + count].astype(np.int32)
         if len(part) == count:
             return part
         return np.concatenate((part, self.read(start + len(part), count - len(part))))
 
 
 def _map_file(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
-    """A file as an array (count,) that is read from the disk where it is used."""
+    """A file as a memory-mapped array (count,). Raises UserError when its size is wrong."""
     expected = count * dtype.itemsize
     try:
         size = path.stat().st_size
@@ -175,7 +175,7 @@ class Dataset:
 
 
 def save_meta(folder: Path, meta: Meta) -> None:
-    """Writes `meta.json`: last, because it says that the rest is there."""
+    """Writes `meta.json`, the last file, because it marks a complete folder."""
     save_json(folder / META_FILE, dataclasses.asdict(meta))
 
 
@@ -207,8 +207,8 @@ def load_meta(folder: Path) -> Meta:
 def open_dataset(folder: Path) -> Dataset:
     """Opens the data folder that `prepare` made.
 
-    Raises UserError when it is none, when a file is missing or has another size than it should, and when the tokenizer
-    is not the one that the tokens were made with.
+    Raises UserError when it is no data folder, when a file is missing or of the wrong size, and when the tokenizer is
+    not the one that made the tokens.
     """
     meta = load_meta(folder)
     tokenizer = load_tokenizer(folder / meta.tokenizer_file)

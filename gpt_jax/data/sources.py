@@ -1,4 +1,4 @@
-"""What to read: files, folders, globs and built-in corpora, as the user names them, to a corpus of documents."""
+"""The corpus of documents that a user names by files, folders, globs and built-in corpora."""
 
 import difflib
 import glob
@@ -24,25 +24,25 @@ def _python_docs_blocks() -> Iterator[Block]:
 
 @dataclass(frozen=True)
 class Source:
-    """One file, or a corpus that is made up on the way."""
+    """One file, or a built-in corpus that is generated while it is read."""
 
-    n_bytes: int  # On the disk.
+    n_bytes: int  # Of the file, before unpacking.
     read: Callable[[], Iterator[Block]]
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents in a fixed order, which can be read as often as needed, never whole in memory."""
+    """Documents in a fixed order, which can be read repeatedly and are never whole in memory."""
 
     sources: tuple[Source, ...]
 
     @property
     def n_bytes(self) -> int:
-        """Bytes to read from the disk."""
+        """Bytes to read, before unpacking."""
         return sum(source.n_bytes for source in self.sources)
 
     def blocks(self, progress: Callable[[int], object]) -> Iterator[Block]:
-        """The blocks of all documents. `progress` is told the bytes read since it was last called.
+        """The blocks of all documents. `progress` is called with the bytes read since its last call.
 
         Raises UserError naming the file that cannot be read as text.
         """
@@ -56,12 +56,12 @@ class Corpus:
 
 
 def open_corpus(names: Iterable[str], text_field: str = "text") -> Corpus:
-    """The corpus of what `names` name, in their order: files, folders, globs and built-in corpora.
+    """The corpus of the files, folders, globs and built-in corpora in `names`, in their order.
 
-    A folder stands for the files in it and below in sorted order, without hidden ones; data folders and binary and
-    empty files there are passed over, with a note on stderr, while such a file that is named itself is an error. A file
-    that is named twice is read once. A name that is both a path and a built-in corpus means the path.
-    Raises UserError for a name that is none of these, and for a folder or glob that has no text.
+    A folder stands for all files below it in sorted order, without hidden ones. Data folders and binary and empty files
+    below it are skipped with a note on stderr, but naming such a file itself is an error. A file that is named twice is
+    read once. A path takes precedence over a built-in corpus of the same name.
+    Raises UserError for a name that is none of these, and for a folder or glob without text.
     """
     sources: dict[str, Source] = {}
     for name in names:
@@ -92,7 +92,7 @@ def _files(name: str) -> list[Path]:
     if path.exists():
         raise UserError(f"{path} is not a regular file; text is read twice, so save it to one first")
     if glob.has_magic(name):
-        # Path.glob would take no absolute pattern, and would match hidden files.
+        # Path.glob takes no absolute pattern, and matches hidden files.
         found = [Path(p) for p in sorted(glob.glob(name, recursive=True)) if Path(p).is_file()]  # noqa: PTH207
         if not found:
             raise UserError(f"no file matches {name!r} in {Path.cwd()}")
@@ -102,10 +102,10 @@ def _files(name: str) -> list[Path]:
 
 def _suggestion(path: Path) -> str:
     siblings = [sibling.name for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
-    near = difflib.get_close_matches(path.name, [*siblings, "python-docs", "shakespeare"], n=1)
-    if not near:
+    matches = difflib.get_close_matches(path.name, [*siblings, "python-docs", "shakespeare"], n=1)
+    if not matches:
         return "; the built-in corpora are python-docs and shakespeare"
-    return f"; did you mean {path.parent / near[0] if near[0] in siblings else near[0]}?"
+    return f"; did you mean {path.parent / matches[0] if matches[0] in siblings else matches[0]}?"
 
 
 def _files_below(folder: Path) -> list[Path]:
@@ -113,21 +113,21 @@ def _files_below(folder: Path) -> list[Path]:
         raise e
 
     found: list[Path] = []
-    passed_over: list[Path] = []
+    skipped: list[Path] = []
     prepared: list[Path] = []
-    for where, subfolders, names in os.walk(folder, onerror=refuse):
+    for parent, subfolders, names in os.walk(folder, onerror=refuse):
         if META_FILE in names and any(name.endswith(".bin") for name in names):
-            prepared.append(Path(where))
+            prepared.append(Path(parent))
             subfolders.clear()
             continue
         subfolders[:] = [s for s in subfolders if not s.startswith(".")]
-        for path in (Path(where, name) for name in names if not name.startswith(".")):
+        for path in (Path(parent, name) for name in names if not name.startswith(".")):
             if path.is_file():
-                (found if has_text(path) else passed_over).append(path)
-    for what, paths in (("empty or binary file", passed_over), ("data folder", prepared)):
+                (found if has_text(path) else skipped).append(path)
+    for kind, paths in (("empty or binary file", skipped), ("data folder", prepared)):
         if paths:
             n, example = len(paths), min(paths)
-            print(f"{folder}: passed over {n} {what}{'s' * (n > 1)}, such as {example}", file=sys.stderr)
+            print(f"{folder}: passed over {n} {kind}{'s' * (n > 1)}, such as {example}", file=sys.stderr)
     if not found:
         raise UserError(f"there is no text in the folder {folder}")
     return sorted(found)

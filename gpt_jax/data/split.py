@@ -1,4 +1,4 @@
-"""Which text is for training and which for validation: the same whenever the same corpus is prepared."""
+"""The split into training and validation text, which is the same whenever the same corpus is prepared."""
 
 import hashlib
 from collections.abc import Iterable, Iterator
@@ -12,7 +12,7 @@ from gpt_jax.data.shards import SplitName
 class ByDocument:
     """A document is for validation when the hash of its first block falls into that fraction of all hashes.
 
-    So copies of a document are on the same side, and a document stays where it is when others join the corpus.
+    So copies of a document are in the same split, and a document stays in its split when others join the corpus.
     """
 
     fraction: float
@@ -53,10 +53,10 @@ class ByPosition:
 
 
 def choose_split(fraction: float, total_bytes: int, val_bytes: int) -> ByDocument | ByPosition:
-    """By document, unless that would leave the validation text, now `val_bytes`, far from the fraction asked for.
+    """The split by document, unless its validation text, of `val_bytes`, is far from `fraction`; then by position.
 
-    Far is by more than half of the smaller side. That happens where there is one document, or few, or one that is much
-    longer than the others; then the end of the text is for validation.
+    Far means off by more than half of the smaller side. That happens with one document, with few, or with one that is
+    much longer than the others; then the end of the text is for validation.
     """
     if abs(val_bytes / total_bytes - fraction) <= min(fraction, 1 - fraction) / 2:
         return ByDocument(fraction)

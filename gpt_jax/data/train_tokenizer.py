@@ -1,4 +1,4 @@
-"""Training SentencePiece models that keep text as it is: every space, newline and character comes back."""
+"""Training lossless SentencePiece models: decoding gives back every space, newline and character."""
 
 import io
 import re
@@ -18,9 +18,9 @@ _BORDER = "\x1f"  # Stands between words in the training text: no token may cont
 
 
 class TextSample:
-    """Parts of a long text, spread evenly over it, that stay below a number of bytes whatever its length.
+    """Parts of a long text, spread evenly over it, of at most `max_bytes` for any length of the text.
 
-    Which ones depends on the text alone: all, until they are too many; then every second of them, every fourth...
+    The choice depends on the text alone: all parts while they fit, then every second one, every fourth...
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -62,12 +62,12 @@ def train_sentencepiece(texts: Iterable[str], model_type: TokenizerType, vocab_s
     Raises UserError naming the bound when the texts do not yield that many tokens, or have more characters.
     """
     model = io.BytesIO()
-    # Lists, not generators: SentencePiece tells whatever a generator raises, Ctrl-C included, as a failure of its own.
+    # A list, not a generator: SentencePiece reports whatever a generator raises, Ctrl-C included, as its own failure.
     # While it reads a list, no Python code runs, and a signal is handled as soon as it returns.
     sentences = list(texts)
     options: dict[str, Any]
     if model_type == "char":
-        # Learning drops the newlines that end a sentence, and all tabs.
+        # Training drops the newlines that end a sentence, and all tabs.
         present = {c for c in "\n\r\t" if any(c in text for text in sentences)}
         options = {
             "character_coverage": 1.0,
@@ -98,8 +98,8 @@ def train_sentencepiece(texts: Iterable[str], model_type: TokenizerType, vocab_s
             normalization_rule_name="identity",
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
-            max_sentence_length=1 << 20,  # Longer ones would be left out.
-            num_threads=16,  # Sums depend on it in the last digit, so it must not vary with the machine.
+            max_sentence_length=1 << 20,  # Longer sentences would be left out.
+            num_threads=16,  # The last digit of sums depends on it, so it must not vary with the machine.
             minloglevel=2,
             **options,
         )

@@ -1,8 +1,7 @@
-"""A process that tokenises: text comes in on stdin, token ids go out on stdout.
+"""A process that tokenises text from stdin, and writes token ids to stdout.
 
-Each message is its length (8 bytes, little endian) and then its bytes. Text is UTF-8 in which a byte 0xFE starts a
-document and a byte 0xFF ends it, neither of which UTF-8 contains; the answer is the token ids in the type in which they
-are stored.
+Each message is its length (8 bytes, little endian) followed by its bytes. In texts, which are UTF-8, a byte 0xFE starts
+a document and a byte 0xFF ends it, since UTF-8 contains neither. Token ids have the dtype in which they are stored.
 """
 
 import re
@@ -38,10 +37,10 @@ def receive(pipe: BinaryIO) -> bytes:
 
 
 def encode_documents(tokenizer: Tokenizer, text: bytes) -> np.ndarray:
-    """Token ids of `text`, in the type in which they are stored.
+    """Token ids of `text`, in the dtype in which they are stored.
 
-    START_OF_DOCUMENT becomes `begin_of_text`, if there is one, and END_OF_DOCUMENT `end_of_text`. Where the two are the
-    same token, it stands between documents once, so that each of them ends a document.
+    START_OF_DOCUMENT becomes `begin_of_text`, if there is one, and END_OF_DOCUMENT `end_of_text`. If both are the
+    same token, it is written only at the end of a document.
     """
     begin, end = tokenizer.begin_of_text, tokenizer.end_of_text
     marks = {START_OF_DOCUMENT: [] if begin in (None, end) else [begin], END_OF_DOCUMENT: [end]}
