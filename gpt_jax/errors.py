@@ -1,8 +1,8 @@
-"""The one exception that a user is meant to read."""
+"""The one exception whose message is meant for users."""
 
 
 class UserError(Exception):
-    """Something the user can put right: what was wrong, where, and what to do, in one line.
+    """An error that the user can fix. The message says what was wrong, where, and what to do, in one line.
 
     The command line prints it without a traceback and exits with status 1. Anything else that is raised is a bug.
     """

@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all, and folders that one process at a time may write to."""
+"""Files and folders that are written whole or not at all, and locks that keep a folder to one process."""
 
 import fcntl
 import json
@@ -14,7 +14,7 @@ from gpt_jax.errors import UserError
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, which takes its place at the end, flushed to the disk; removed on errors."""
+    """A temporary path beside `path`, which replaces it at the end, flushed to the disk; removed on errors."""
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         yield temporary
@@ -23,7 +23,7 @@ def replacing(path: Path) -> Iterator[Path]:
         _sync(path.parent)
     except BaseException as e:
         temporary.unlink(missing_ok=True)
-        if isinstance(e, OSError) and e.filename is None:  # As write() fails where the disk is full.
+        if isinstance(e, OSError) and e.filename is None:  # From write(), on a full disk.
             raise OSError(e.errno, e.strerror, str(path)) from e
         raise
 
@@ -35,9 +35,9 @@ def save_json(path: Path, value: Any) -> None:
 
 
 def check_replaceable(folder: Path, marker: str, force: bool) -> None:
-    """Raises UserError unless `folder` may be written: it is not there, is empty, or is one of ours and `force` is set.
+    """Raises UserError unless `folder` may be written: it is missing or empty, or it is ours and `force` is set.
 
-    Ours is a folder that holds a file `marker`; no other is ever replaced, whatever it is.
+    A folder is ours if it holds a file `marker`. Any other is never replaced.
     """
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
@@ -49,17 +49,17 @@ def check_replaceable(folder: Path, marker: str, force: bool) -> None:
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """A new folder for files, which takes the place of `folder` when the block ends, and vanishes when it fails.
+    """A new folder for files, which replaces `folder` when the block ends, and is deleted when the block fails.
 
-    It stands beside its place as `.NAME.partial`, locked. What a killed process left there is cleared first; while
-    another one writes there, UserError. What `folder` held is kept until then, and deleted afterwards.
+    It is `.NAME.partial` beside `folder`, locked, and cleared of the files of a killed process. The old content of
+    `folder` is kept until it is replaced. Raises UserError while another process writes the folder.
     """
     folder = folder.resolve()
     partial = folder.with_name(f".{folder.name}.partial")
     old = folder.with_name(f".{folder.name}.old")
     with locked(partial, f"another process is writing {folder}; wait for it"):
         try:
-            _put_back(old, folder)  # Where a process was killed between the two renames below.
+            _put_back(old, folder)  # A process may have been killed between the two renames below.
             for leftover in partial.iterdir():
                 leftover.unlink()
             yield partial
@@ -79,9 +79,9 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def locked(folder: Path, message: str) -> Iterator[None]:
-    """Keeps `folder`, made if need be, to this process for the block. While another has it, UserError(message).
+    """Locks `folder`, created if need be, for the block. Raises UserError(message) while another process has it.
 
-    The lock binds only those who ask for it, and ends with the process that holds it, however that ends.
+    The lock is advisory, and ends with the process that holds it, however that ends.
     """
     descriptor = _lock(folder, message)
     try:
@@ -91,13 +91,13 @@ def locked(folder: Path, message: str) -> Iterator[None]:
 
 
 def _lock(folder: Path, message: str) -> int:
-    """Makes `folder`, and locks it until the descriptor returned is closed."""
+    """Creates `folder` if need be, and locks it until the returned descriptor is closed."""
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Before it was locked, the folder may have been renamed or deleted by the process that had it.
+            # The process that held the lock before may have renamed or deleted the folder.
             if folder.exists() and os.path.samestat(os.fstat(descriptor), folder.stat()):
                 return descriptor
         except BlockingIOError:
@@ -112,7 +112,7 @@ def _put_back(old: Path, folder: Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Has a file's content, or the names in a folder, written to the disk."""
+    """Flushes a file's content, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,6 +1,6 @@
-"""Several hosts on JAX's distributed runtime: joining them, agreeing, and doing a thing on one of them only.
+"""Several hosts on JAX's distributed runtime: joining them, agreeing, and running code on the first one only.
 
-Every host runs the same program. On one host that did not `join`, nothing here waits or tells.
+Every host runs the same program. On a single host, which did not `join`, nothing here waits or communicates.
 """
 
 import hashlib
@@ -17,20 +17,20 @@ from jax.experimental import multihost_utils
 from gpt_jax.errors import UserError
 
 HEARTBEAT_SECONDS = 30
-"""After this time without a sign of life from a host, the others end; at once, where a collective notices it."""
+"""The other hosts end after this time without a heartbeat from a host, or as soon as a collective notices it."""
 
-LONGEST_MESSAGE = 2000  # Bytes of an error that the other hosts receive.
+LONGEST_MESSAGE = 2000  # Bytes of an error message that the other hosts receive.
 
 
 def join(coordinator: str, n_hosts: int, host_id: int, timeout: int) -> None:
     """Joins the hosts of a run. Call it before any device is used.
 
-    coordinator: HOST:PORT of the first host, or "auto" on TPU pods, Slurm, Kubernetes and Open MPI, which tell who is
-    there. timeout: seconds until it is an error, which ends the process, that some are not.
+    coordinator: HOST:PORT of the first host, or "auto" on TPU pods, Slurm, Kubernetes and Open MPI, which name the
+    hosts. timeout: seconds to wait for all hosts; after that, the process ends with an error.
     """
     address = None if coordinator == "auto" else coordinator
 
-    def give_up() -> None:  # JAX's own end of waiting is the abort of the process, with a trace of its stack.
+    def give_up() -> None:  # JAX's own timeout aborts the process, with a stack trace.
         who = f"host {host_id} of {n_hosts}" if address else "this host"
         print(
             f"error: after {timeout} s, {who} has not met the others at {coordinator}; is the address that of host 0, "
@@ -48,7 +48,7 @@ def join(coordinator: str, n_hosts: int, host_id: int, timeout: int) -> None:
             address,
             n_hosts if address else None,
             host_id if address else None,
-            cluster_detection_method="deactivate" if address else None,  # Slurm's would leave each host one GPU.
+            cluster_detection_method="deactivate" if address else None,  # Detecting Slurm leaves a host one GPU.
             initialization_timeout=timeout + 60,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             local_device_ids=None if address else gpus_of_slurm(),
@@ -61,7 +61,7 @@ def join(coordinator: str, n_hosts: int, host_id: int, timeout: int) -> None:
 
 
 def gpus_of_slurm() -> list[int] | None:
-    """All GPUs of the node, under Slurm with one process a node: JAX would take the first alone."""
+    """All GPUs of the node, under Slurm with one process per node, where JAX would take only the first; else None."""
     one_a_node = re.fullmatch(r"1(\(x\d+\))?", os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
     n = os.environ.get("SLURM_GPUS_ON_NODE", "")
     if not one_a_node or not n.isdecimal() or "JAX_LOCAL_DEVICE_IDS" in os.environ:
@@ -70,23 +70,23 @@ def gpus_of_slurm() -> list[int] | None:
 
 
 def several() -> bool:
-    """Whether more hosts than this one have joined. Without `join`, it does not start the devices to find out."""
+    """True when more hosts than this one have joined. Without `join`, this does not start the devices."""
     return jax.distributed.is_initialized() and jax.process_count() > 1
 
 
 def is_first() -> bool:
-    """Whether this is the host that writes what is written once, and prints what is printed once."""
+    """True on the host that writes and prints for all hosts."""
     return not several() or jax.process_index() == 0
 
 
 def lost(e: BaseException | None) -> bool:
-    """Whether an exception says that another host has gone, so that nothing can be done together any more."""
+    """True when an exception says that another host is gone, so that collectives can no longer succeed."""
     names = ("Gloo", "NCCL", "coordination service", "distributed service")
     return isinstance(e, (RuntimeError, ValueError)) and any(name in str(e) for name in names)
 
 
 def on_first(do: Callable[[], object]) -> None:
-    """Does something on the first host, while the others wait. Where it raises, the others do, too: UserError."""
+    """Calls `do` on the first host, while the others wait. If it raises, the others raise UserError."""
     failure: Exception | None = None
     if is_first():
         try:
@@ -102,7 +102,7 @@ def on_first(do: Callable[[], object]) -> None:
 
 
 def any_of(flag: bool) -> bool:
-    """Whether the flag is set on any host."""
+    """True when the flag is set on any host."""
     return bool(np.any(multihost_utils.process_allgather(np.array(flag)))) if several() else flag
 
 
@@ -115,13 +115,13 @@ def broadcast(message: str) -> str:
 
 
 def check_alike(**facts: str) -> None:
-    """Raises UserError on all hosts, naming the first of the facts that is not the same on each of them."""
+    """Raises UserError on all hosts, naming the first fact that differs between them."""
     if not several():
         return
     digests = np.stack([np.frombuffer(hashlib.sha256(fact.encode()).digest(), np.uint8) for fact in facts.values()])
-    everywhere = np.asarray(multihost_utils.process_allgather(digests))
+    gathered = np.asarray(multihost_utils.process_allgather(digests))
     for i, name in enumerate(facts):
-        different = [host for host, those in enumerate(everywhere) if not np.array_equal(those[i], everywhere[0][i])]
+        different = [host for host, digest in enumerate(gathered) if not np.array_equal(digest[i], gathered[0][i])]
         if different:
             raise UserError(
                 f"host {different[0]} has another {name} than host 0; all hosts must see the same data and run the "

@@ -1,6 +1,6 @@
-"""What must be settled before JAX starts its devices, and what the devices can do at best.
+"""Settings that JAX needs before it starts its devices, the choice of devices, and their peak speed.
 
-`setup` has to run before anything asks for a device: XLA reads its flags, and the CPU is divided, only once.
+`setup` must run before any device is used: XLA reads its flags, and divides the CPU, only once.
 """
 
 import ctypes
@@ -20,14 +20,14 @@ CPU_FLAG = "--xla_cpu_experimental_ynn_fusion_type=-reduce"
 """jaxlib 0.10.2 computes some fused reductions wrongly on CPU, and can crash in them (jax-ml/jax#39103, #40412)."""
 
 SMALL_MODEL_PARAMS = 32_000_000
-"""Up to this size, one CPU device a core is faster than one device with threads inside its operations: 47 to 27 ms a
-step with 0.8 million parameters, 849 to 738 with 10.6 million, but 3240 to 4060 with 124 million, where every device
-repeats the optimizer's pass over parameters that no cache holds."""
+"""Up to this size, one CPU device per core is faster than one device with threads inside its operations: 27 against
+47 ms a step with 0.8 million parameters, 738 against 849 with 10.6 million, but 4060 against 3240 with 124 million,
+where every device repeats the optimizer's pass over parameters that no cache holds."""
 
 
 def choose_cpu_devices(config: Config) -> int:
-    """CPU devices to train on: what `parallel.devices` or the mesh asks for, or else one a core for models of up to 32
-    million parameters (as many as divide the batch), and one for larger ones."""
+    """Number of CPU devices to train on: that of `parallel.devices` or the mesh, or else one per core for models of up
+    to 32 million parameters (as many as divide the batch), and one for larger ones."""
     parallel = config.parallel
     if parallel.devices:
         return parallel.devices
@@ -40,8 +40,8 @@ def choose_cpu_devices(config: Config) -> int:
 
 
 GPU_MEMORY_FRACTION = 0.9
-"""Of a GPU's memory, what JAX takes when it starts, unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise; JAX itself
-would take three quarters."""
+"""Share of a GPU's memory that JAX takes when it starts, unless XLA_PYTHON_CLIENT_MEM_FRACTION is set. JAX's own
+default is three quarters."""
 
 
 _is_set_up = False
@@ -61,9 +61,9 @@ def setup(cpu_devices: int = 1) -> None:
 
 
 def setup_once(cpu_devices: int = 1) -> None:
-    """`setup`, for programs that may have done so already: the devices that there are stay.
+    """`setup` for programs that may have called it already; existing devices stay.
 
-    Warns where JAX was started before it could be set up, and computes on the CPU.
+    Warns when JAX was started before it could be set up, and computes on the CPU.
     """
     if _is_set_up:
         return
@@ -76,7 +76,7 @@ def setup_once(cpu_devices: int = 1) -> None:
 
 
 def keep_freed_memory() -> None:
-    """Lets glibc keep the memory that it is given back, up to 1 GiB, in place of returning it to the kernel.
+    """Lets glibc keep up to 1 GiB of freed memory, instead of returning it to the kernel.
 
     XLA:CPU allocates the buffers of every step anew. Large ones would be mapped, cleared and unmapped each time: with
     4 layers of width 128, 1,536 tokens a step and a vocabulary of 2,048, that was 40 of 95 ms.
@@ -89,10 +89,10 @@ def keep_freed_memory() -> None:
 
 
 def use_compile_cache() -> None:
-    """Keeps compiled programs between runs, under the user's cache folder unless JAX_COMPILATION_CACHE_DIR names one:
-    those that took 0.1 s, or as long as JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS says.
+    """Keeps compiled programs between runs, in JAX_COMPILATION_CACHE_DIR or else in the user's cache folder, if they
+    took JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS to compile, or else 0.1 s.
 
-    The folder is private: whoever can write to it can run code as this user.
+    The folder is private, because anyone who can write to it can run code as this user.
     """
     if not jax.config.values["jax_compilation_cache_dir"]:
         folder = cache_folder() / "xla"
@@ -111,25 +111,25 @@ def local_devices() -> list[jax.Device]:
     """This process's devices. Raises UserError when JAX finds none."""
     try:
         return jax.local_devices()
-    except (RuntimeError, AssertionError) as e:  # A platform that JAX_PLATFORMS asks for and that is not there.
+    except (RuntimeError, AssertionError) as e:  # JAX_PLATFORMS names a platform that is missing.
         asked = os.environ.get("JAX_PLATFORMS")
         why = f"JAX_PLATFORMS={asked} asks for a platform that is not here" if asked else str(e).partition("\n")[0]
         raise UserError(f"JAX finds no device: {why}") from e
 
 
 def choose_devices(config: Config) -> list[jax.Device]:
-    """The devices to train on, of all hosts. Raises UserError when more are asked for than a host has, or, of several
-    hosts, fewer."""
+    """The devices of all hosts to train on. Raises UserError when `parallel.devices` is more than a host has, or, with
+    several hosts, fewer."""
     devices = local_devices()
-    wanted = config.parallel.devices or len(devices)
-    if wanted > len(devices):
-        raise UserError(f"parallel.devices = {wanted}, but this machine has {len(devices)}; 0 takes all of them")
+    count = config.parallel.devices or len(devices)
+    if count > len(devices):
+        raise UserError(f"parallel.devices = {count}, but this machine has {len(devices)}; 0 takes all of them")
     if jax.process_count() == 1:
-        return devices[:wanted]
+        return devices[:count]
     if not jax.distributed.is_initialized():
         raise UserError(f"this is one of {jax.process_count()} hosts; start all of them with --coordinator auto")
-    if wanted < len(devices):
-        raise UserError(f"parallel.devices = {wanted}, but each of several hosts trains on all it has: {len(devices)}")
+    if count < len(devices):
+        raise UserError(f"parallel.devices = {count}, but each of several hosts trains on all it has: {len(devices)}")
     return jax.devices()
 
 
@@ -139,8 +139,8 @@ def platform_name(device: jax.Device) -> str:
 
 
 PEAK_TFLOPS = {
-    # Dense bfloat16 matrix products with float32 accumulation, in TFLOP/s a JAX device, by a pattern for the whole of
-    # JAX's device_kind. TPU v2, v3 and v7 have two JAX devices a chip, the others one.
+    # Dense bfloat16 matrix products with float32 accumulation, in TFLOP/s a JAX device, by a pattern that matches the
+    # whole of JAX's device_kind. TPU v2, v3 and v7 have two JAX devices a chip, the others one.
     # cloud.google.com/tpu/docs/v2, /v3, /v4, /v5e, /v5p, /v6e, /tpu7x
     r"TPU v2": 45 / 2,
     r"TPU v3": 123 / 2,
@@ -170,7 +170,7 @@ PEAK_TFLOPS = {
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Peak FLOP/s of one device in bfloat16; None for a device that the table does not have, or a slice of one."""
+    """Peak FLOP/s of one device in bfloat16; None for a device that the table lacks, and for a MIG slice of one."""
     for pattern, tflops in PEAK_TFLOPS.items():
         if re.fullmatch(pattern, device_kind) and "MIG" not in device_kind:
             return tflops * 1e12
