@@ -1,1 +1,1 @@
-"""Weights and tokenizers of other ecosystems, both ways."""
+"""Published models in the formats of other ecosystems: loading and saving them."""

@@ -1,4 +1,4 @@
-"""Models in GGUF files, the format of llama.cpp, presented as their folders on the hub would be.
+"""Models in GGUF files, the format of llama.cpp, presented like their folders on the hub.
 
 llama.cpp renames the tensors, stores some in another layout, and describes the architecture in metadata of its own
 (convert_hf_to_gguf.py in its repository). All of that is undone here.
@@ -16,7 +16,7 @@ from gpt_jax.errors import UserError
 from gpt_jax.interop.gguf_file import GGUFFile
 from gpt_jax.model.rope import llama3, plain
 
-# The names of llama.cpp's tensors in transformers, without .weight or .bias; {} is the number of the layer.
+# llama.cpp's names of tensors to transformers', without .weight or .bias; {} is the number of the layer.
 _LLAMA_NAMES = {
     "token_embd": "model.embed_tokens",
     "blk.{}.attn_norm": "model.layers.{}.input_layernorm",
@@ -59,11 +59,11 @@ NAMES: Mapping[str, Mapping[str, str]] = {
     "gemma3": _GEMMA3_NAMES,
     "gpt2": _GPT2_NAMES,
 }
-# Matrices that GPT-2's implementation in transformers has with the inputs first, and llama.cpp with the outputs first.
+# Matrices that have the inputs first in transformers' GPT-2, and the outputs first in llama.cpp.
 TRANSPOSED_IN_GPT2 = ("attn_qkv", "attn_output", "ffn_up", "ffn_down")
-# Llama 3's scaling of rotary positions: by how much to divide each frequency. It belongs to the configuration.
+# Llama 3's scaling of rotary positions: the divisor of each frequency. It belongs to the configuration.
 ROPE_FACTORS = "rope_freqs.weight"
-# The settings of each way to stretch rotary positions, of those that a file may have.
+# The settings of each supported scaling of rotary positions.
 ROPE_SCALING = {
     "linear": ("factor",),
     "yarn": ("factor", "original_context_length", "yarn_beta_fast", "yarn_beta_slow"),
@@ -74,61 +74,61 @@ class GGUFWeights:
     """The tensors of a GGUF file under transformers' names and in its layout, and the metadata as a config.json."""
 
     def __init__(self, path: Path) -> None:
-        """Reads the header. Raises UserError when the file is damaged, or its model or numbers are not supported."""
+        """Reads the header. Raises UserError when the file is damaged, or its model or types are not supported."""
         self.where = str(path)
         self._file = GGUFFile(path)
         self.fields = self._file.fields
         metadata = _Metadata(self._file)
         self._architecture = metadata.architecture
         self.config = _gpt2_config(metadata) if self._architecture == "gpt2" else _llama_config(metadata)
-        theirs = [name for name in self._file.shapes if name != ROPE_FACTORS]
-        self._theirs = {self._name(name): name for name in theirs}
+        gguf_names = [name for name in self._file.shapes if name != ROPE_FACTORS]
+        self._gguf_names = {self._name(name): name for name in gguf_names}
         self.shapes = {
-            name: self._file.shapes[theirs][::-1] if self._is_transposed(theirs) else self._file.shapes[theirs]
-            for name, theirs in self._theirs.items()
+            name: self._file.shapes[gguf_name][::-1] if self._is_transposed(gguf_name) else self._file.shapes[gguf_name]
+            for name, gguf_name in self._gguf_names.items()
         }
 
     def read(self, name: str, out: np.ndarray | None = None) -> np.ndarray:
         """See Weights."""
-        theirs = self._theirs[name]
+        gguf_name = self._gguf_names[name]
         if out is None:
             out = np.empty(self.shapes[name], np.float32)
         assert out.shape == self.shapes[name]
-        self._file.fill(theirs, self._in_file_order(theirs, out))
-        if self._architecture == "gemma3" and _parts(theirs)[1].endswith("norm"):
-            out -= 1  # llama.cpp stores the scale, and Gemma its difference from 1.
+        self._file.fill(gguf_name, self._in_file_order(gguf_name, out))
+        if self._architecture == "gemma3" and _parts(gguf_name)[1].endswith("norm"):
+            out -= 1  # llama.cpp stores the scale, Gemma the scale minus 1.
         return out
 
-    def _name(self, theirs: str) -> str:
-        """The name in transformers. A tensor that no model of the architecture has keeps its own, to be refused."""
-        layer, kind, suffix = _parts(theirs)
+    def _name(self, gguf_name: str) -> str:
+        """The name in transformers. An unknown tensor keeps its own name, and is refused later."""
+        layer, kind, suffix = _parts(gguf_name)
         pattern = NAMES[self._architecture].get(f"blk.{{}}.{kind}" if layer else kind)
-        return f"{pattern.format(layer)}.{suffix}" if pattern else theirs
+        return f"{pattern.format(layer)}.{suffix}" if pattern else gguf_name
 
-    def _is_transposed(self, theirs: str) -> bool:
-        _, kind, suffix = _parts(theirs)
+    def _is_transposed(self, gguf_name: str) -> bool:
+        _, kind, suffix = _parts(gguf_name)
         return self._architecture == "gpt2" and kind in TRANSPOSED_IN_GPT2 and suffix == "weight"
 
-    def _in_file_order(self, theirs: str, out: np.ndarray) -> np.ndarray:
-        """A view of a tensor, laid out as in transformers, that has its numbers in the order of the file."""
-        if self._is_transposed(theirs):
+    def _in_file_order(self, gguf_name: str, out: np.ndarray) -> np.ndarray:
+        """A view of `out`, which is laid out as in transformers, with its elements in the order of the file."""
+        if self._is_transposed(gguf_name):
             return out.T
-        heads = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}.get(_parts(theirs)[1])
+        heads = {"attn_q": "num_attention_heads", "attn_k": "num_key_value_heads"}.get(_parts(gguf_name)[1])
         if self._architecture == "llama" and heads:
-            # llama.cpp rotates neighbours, transformers dimensions that are half a head apart: within each head, the
-            # rows of the two halves take turns in the file.
+            # llama.cpp rotates neighbouring dimensions, transformers those that are half a head apart: the file
+            # interleaves the rows of the two halves of each head.
             return out.reshape(self.config[heads], 2, -1, *out.shape[1:]).swapaxes(1, 2)
         return out
 
 
-def _parts(theirs: str) -> tuple[str, str, str]:
-    """Layer, kind and suffix: 3, attn_q and weight of blk.3.attn_q.weight. Empty where a name is made otherwise."""
-    match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", theirs)
+def _parts(gguf_name: str) -> tuple[str, str, str]:
+    """Layer, kind and suffix: 3, attn_q and weight of blk.3.attn_q.weight. Empty for names of another form."""
+    match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|bias)", gguf_name)
     return (match[1] or "", match[2], match[3]) if match else ("", "", "")
 
 
 class _Metadata:
-    """What a file says about its model. Raises UserError naming the key where something is missing or impossible."""
+    """The metadata of a model. Raises UserError naming a key that is missing or has an impossible value."""
 
     def __init__(self, file: GGUFFile) -> None:
         self.file = file
@@ -144,7 +144,7 @@ class _Metadata:
         return UserError(f"{self.file.path} {why}")
 
     def get(self, key: str) -> Any:
-        """The value of a key of the architecture, or None. What is told for each layer must be the same for all."""
+        """The value of a key of the architecture, or None. A list of equal values, one per layer, counts as one."""
         value = self.file.fields.get(f"{self.architecture}.{key}")
         if isinstance(value, list) and value and value.count(value[0]) == len(value):
             return value[0]
@@ -154,7 +154,7 @@ class _Metadata:
         return int(self._value(key, int, default))
 
     def number(self, key: str, default: float | None = None) -> float:
-        """The one with the fewest digits that is stored so: 1e-05, and not 9.999999747378752e-06."""
+        """The shortest decimal of the stored float32: 1e-05, and not 9.999999747378752e-06."""
         return float(str(np.float32(self._value(key, int | float, default))))
 
     def _value(self, key: str, kind: Any, default: Any) -> Any:
@@ -178,9 +178,9 @@ class _Metadata:
 
 
 def _special_ids(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The tokens before, after and around texts, as far as the file has them."""
+    """The ids of the tokens that begin, end and pad texts, as far as the file has them."""
     names = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "pad_token_id": "padding_token_id"}
-    ids = {name: fields.get(f"tokenizer.ggml.{theirs}") for name, theirs in names.items()}
+    ids = {name: fields.get(f"tokenizer.ggml.{metadata_key}") for name, metadata_key in names.items()}
     return {name: token for name, token in ids.items() if isinstance(token, int)}
 
 
@@ -201,7 +201,7 @@ def _gpt2_config(metadata: _Metadata) -> dict[str, Any]:
 
 
 def _llama_config(metadata: _Metadata) -> dict[str, Any]:
-    """A config.json for Llama and what derives from it."""
+    """A config.json for Llama and the architectures derived from it."""
     d_model, n_head = metadata.integer("embedding_length"), metadata.integer("attention.head_count")
     head_dim = metadata.integer("attention.key_length", d_model // n_head)
     theta = metadata.number("rope.freq_base", 10_000.0)
@@ -236,8 +236,8 @@ def _llama_config(metadata: _Metadata) -> dict[str, Any]:
 
 
 def _gemma3_settings(metadata: _Metadata, config: Mapping[str, Any], window: int) -> dict[str, Any]:
-    """What Gemma 3 has besides."""
-    # The queries of the 27B model, which llama.cpp knows by its layers, have another scale than those of all others.
+    """The additional settings of Gemma 3."""
+    # The 27B model, which llama.cpp recognises by its number of layers, has another scale of queries.
     is_27b = config["num_hidden_layers"] == 62
     scalar = config["hidden_size"] // config["num_attention_heads"] if is_27b else config["head_dim"]
     settings = {
@@ -255,7 +255,7 @@ def _gemma3_settings(metadata: _Metadata, config: Mapping[str, Any], window: int
 
 
 def _rope_scaling(metadata: _Metadata, theta: float, head_dim: int) -> dict[str, Any] | None:
-    """How rotary positions are stretched, or None."""
+    """The scaling of rotary positions, or None."""
     if metadata.has(ROPE_FACTORS):
         return _llama3_scaling(metadata, theta, head_dim)
     if metadata.number("rope.scale_linear", 1.0) != 1:
@@ -268,8 +268,8 @@ def _rope_scaling(metadata: _Metadata, theta: float, head_dim: int) -> dict[str,
     names = ROPE_SCALING.get(kind)
     if names is None:
         raise metadata.refused(f"has rotary positions of type {kind!r}; supported are none, {', '.join(ROPE_SCALING)}")
-    if strange := [key for key, value in given.items() if key not in names and value not in (0, 1)]:
-        raise metadata.refused(f"has settings of rotary positions that are not supported: {', '.join(strange)}")
+    if unsupported := [key for key, value in given.items() if key not in names and value not in (0, 1)]:
+        raise metadata.refused(f"has settings of rotary positions that are not supported: {', '.join(unsupported)}")
     scaling: dict[str, Any] = {"rope_type": kind, "factor": metadata.number("rope.scaling.factor")}
     if "original_context_length" in given:
         scaling["original_max_position_embeddings"] = metadata.integer("rope.scaling.original_context_length")
@@ -280,7 +280,7 @@ def _rope_scaling(metadata: _Metadata, theta: float, head_dim: int) -> dict[str,
 
 
 def _llama3_scaling(metadata: _Metadata, theta: float, head_dim: int) -> dict[str, Any] | None:
-    """The scaling of which the file has only the results, one a frequency."""
+    """The settings of Llama 3's scaling, of which the file has only the results, one per frequency."""
     factors = np.empty(metadata.file.shapes[ROPE_FACTORS], np.float32)
     metadata.file.fill(ROPE_FACTORS, factors)
     if (factors == 1).all():

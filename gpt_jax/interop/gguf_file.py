@@ -1,7 +1,7 @@
-"""GGUF files: metadata, and tensors that are dequantised while they are read.
+"""GGUF files: metadata, and tensors, which are dequantised while they are read.
 
 The header is read here and not by the package gguf, whose reader maps the file and makes an object of every token: 5
-seconds and 170 MB for a vocabulary of 49,152, against a tenth of a second. The package knows the types of numbers.
+seconds and 170 MB for a vocabulary of 49,152, against a tenth of a second. The package dequantises the tensors.
 Format: docs/gguf.md in the repository of ggml.
 """
 
@@ -16,7 +16,7 @@ import numpy as np
 from gpt_jax.errors import UserError
 from gpt_jax.interop.weights import check_no_pointer, cut_short, few, fill, unreadable
 
-# The scalar types of metadata by their numbers: codes of struct, and of NumPy. 8 is a string, 9 an array.
+# The scalar types of metadata by number, as codes of both struct and NumPy. 8 is a string, 9 an array.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 
@@ -33,7 +33,7 @@ class GGUFFile:
     """The metadata (`fields`) and the tensors of a GGUF file, under llama.cpp's names and in its layout."""
 
     def __init__(self, path: Path) -> None:
-        """Reads the header. Raises UserError when the file is damaged, or has numbers of a type that is not known."""
+        """Reads the header. Raises UserError when the file is damaged, or has tensors of an unknown type."""
         self.path = path
         try:
             with path.open("rb") as file:
@@ -64,19 +64,19 @@ class GGUFFile:
         self.shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
 
     def fill(self, name: str, out: np.ndarray) -> None:
-        """Fills `out`, float32 and any view in whose order the file has the numbers. Raises UserError; see `fill`."""
+        """Fills `out`, a float32 view with the elements in the order of the file. Raises UserError; see `fill`."""
         from gguf import GGMLQuantizationType
         from gguf.quants import dequantize
 
         tensor = self._tensors[name]
         kind = GGMLQuantizationType(tensor.type)
-        with np.errstate(all="ignore"):  # Not-a-number in the scale of a block is for others to find.
-            # As one row: what there is goes through each NumPy call at once, in half the time of row after row.
+        with np.errstate(all="ignore"):  # A NaN in the scale of a block is no error here.
+            # As one row: each NumPy call handles all blocks at once, in half the time of row after row.
             fill(out, self.path, tensor.start, tensor.n_bytes, lambda source: dequantize(source[None], kind))
 
 
 class _Reader:
-    """Reads one value of the header after the other. Raises UserError where there is none."""
+    """Reads the values of the header one by one. Raises UserError when the file ends before."""
 
     def __init__(self, file: BinaryIO, path: Path) -> None:
         self._file = file
@@ -87,7 +87,7 @@ class _Reader:
         return UserError(f"{self._path} is damaged or no GGUF file: {why}; download it again")
 
     def counts(self) -> tuple[int, int]:
-        """Of tensors and of fields, from the beginning of the file."""
+        """The numbers of tensors and of fields, from the beginning of the file."""
         head = self._file.read(8)
         check_no_pointer(self._path, head)
         if head[:4] != b"GGUF":
@@ -119,10 +119,10 @@ class _Reader:
         raise self.damaged(f"its metadata has a value of type {kind}")
 
     def tensor(self) -> tuple[str, tuple[int, ...], int, int]:
-        """Name, shape, type, and first byte after the header."""
+        """Name, shape, type, and offset from the end of the header, of a tensor."""
         name = self.string()
         n_dims = self.scalar("I")
-        if n_dims > 4:  # As ggml has it.
+        if n_dims > 4:  # The limit of ggml.
             raise self.damaged(f"tensor {name} has {n_dims} dimensions")
         shape = tuple(self.scalar("Q") for _ in range(n_dims))
         return name, shape[::-1], self.scalar("I"), self.scalar("Q")
@@ -134,7 +134,7 @@ class _Reader:
 
 
 def _block_sizes(path: Path, kinds: dict[str, int]) -> dict[int, tuple[int, int]]:
-    """Numbers and bytes of a block of each type of `kinds` (by tensor); UserError if one cannot be dequantised."""
+    """Elements and bytes of a block, by type. kinds: type by tensor. Raises UserError if one cannot be dequantised."""
     try:
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
         from gguf.quants import dequantize

@@ -1,4 +1,4 @@
-"""Models by name: a folder or file that is there, or else a repository on the Hugging Face hub."""
+"""Models by name: an existing folder or file, or else a repository on the Hugging Face hub."""
 
 import logging
 import re
@@ -8,18 +8,18 @@ from pathlib import Path
 
 from gpt_jax.errors import UserError
 
-# Weights in one format, configuration, tokenizer and chat template; not those in folders, made for other programs.
-WANTED = ["model*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
-UNWANTED = ["*/*"]
+# Weights in one format, configuration, tokenizer and chat template; no subfolders, which are for other programs.
+ALLOW_PATTERNS = ["model*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
+IGNORE_PATTERNS = ["*/*"]
 TIMEOUT = 10.0  # Seconds for the hub's first answer.
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def find_model(name: str) -> Path:
-    """The folder or .gguf file called `name`; or what the hub has by that name, downloaded, if it was not before.
+    """The folder or .gguf file called `name`, or else the hub's repository of that name, downloaded if need be.
 
-    Raises UserError when there is neither, or the hub cannot be reached or does not let us in.
+    Raises UserError when there is neither, or the hub cannot be reached or denies access.
     """
     path = Path(name).expanduser()
     if path.exists():
@@ -42,12 +42,12 @@ def _download(name: str) -> Path:
             "pip install 'gpt-jax[interop]'"
         ) from None
     hub = constants.ENDPOINT
-    download = partial(snapshot_download, name, allow_patterns=WANTED, ignore_patterns=UNWANTED)
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # Its warnings of a retry come by the dozen.
+    download = partial(snapshot_download, name, allow_patterns=ALLOW_PATTERNS, ignore_patterns=IGNORE_PATTERNS)
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # It warns of a retry a dozen times.
     try:
         try:
-            HfApi().repo_info(name, revision="main", timeout=TIMEOUT)  # Asked again below, where there is no limit.
-        except Exception:  # Then what was downloaded before has to do.
+            HfApi().repo_info(name, revision="main", timeout=TIMEOUT)  # The download asks the same, without a limit.
+        except Exception:  # An earlier download has to do.
             with suppress(errors.LocalEntryNotFoundError):
                 return Path(download(local_files_only=True))
             raise
@@ -56,13 +56,13 @@ def _download(name: str) -> Path:
         why = f"{name} is open only to those who accept its terms at {hub}/{name}; then set HF_TOKEN"
     except (errors.RepositoryNotFoundError, errors.HFValidationError):
         why = f"there is no folder {name}, and no such model at {hub} (a private one needs HF_TOKEN)"
-    except Exception as e:  # The library below, and so its errors, is another in each version of huggingface_hub.
+    except Exception as e:  # The HTTP library, and so its errors, depends on the version of huggingface_hub.
         why = f"there is no folder {name}, and it cannot be downloaded from {hub} ({_reason(e)})"
     raise UserError(why)
 
 
 def _reason(error: BaseException) -> str:
-    """The first line of what began it all."""
+    """The first line of the original cause."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = str(error).strip().splitlines()

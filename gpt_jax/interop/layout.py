@@ -1,7 +1,7 @@
-"""How a family lays out its tensors: for a leaf of our parameter tree, the tensors that it is made of, both ways.
+"""How a family lays out its tensors: conversion between a leaf of our parameter tree and the tensors that make it up.
 
-`write` works on arrays of NumPy and of JAX, and so also gives the shapes that are expected in a file, without a number
-being read. Where a leaf belongs to a layer, names have the layer's number at `{i}`, and the arrays are one layer's.
+`write` works on arrays of NumPy and of JAX, so under jax.eval_shape it also gives the shapes expected in a file. If a
+leaf belongs to a layer, names have the layer's number at `{i}`, and the arrays are one layer's.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ Read = Callable[..., np.ndarray]
 
 
 class Layout(Protocol):
-    """What connects one leaf with one tensor or more."""
+    """The connection between one leaf and one tensor or more."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -32,7 +32,7 @@ class Layout(Protocol):
 
 @dataclass(frozen=True)
 class Same:
-    """The tensor as it is."""
+    """A tensor that equals the leaf."""
 
     name: str
 
@@ -52,7 +52,7 @@ class Same:
 
 @dataclass(frozen=True)
 class Positions(Same):
-    """One row a position; of more than the context has, the first."""
+    """One row per position. Rows beyond the context are left out."""
 
     def fill(self, out: np.ndarray, read: Read, config: ModelConfig) -> None:
         """See Layout."""
@@ -61,7 +61,7 @@ class Positions(Same):
 
 @dataclass(frozen=True)
 class Embedding(Same):
-    """One row a token; our rows beyond the vocabulary are padding, and 0."""
+    """One row per token. Our rows beyond the vocabulary are padding, and 0."""
 
     def fill(self, out: np.ndarray, read: Read, config: ModelConfig) -> None:
         """See Layout."""
@@ -88,7 +88,7 @@ class Transposed(Same):
 
 @dataclass(frozen=True)
 class OffsetByOne(Same):
-    """A scale that is stored as its difference from 1, as Gemma's are."""
+    """A scale that is stored minus 1, as Gemma's are."""
 
     def fill(self, out: np.ndarray, read: Read, config: ModelConfig) -> None:
         """See Layout."""
@@ -101,7 +101,7 @@ class OffsetByOne(Same):
 
 @dataclass(frozen=True)
 class Qkv:
-    """Kernels or biases of queries, keys and values, each of a torch.nn.Linear of its own, outputs first."""
+    """Kernels or biases of queries, keys and values, each from its own torch.nn.Linear, outputs first."""
 
     q: str
     k: str

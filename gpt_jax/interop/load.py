@@ -1,4 +1,4 @@
-"""A published model as one of ours: its configuration, and its parameters, read tensor by tensor."""
+"""Loading a published model as one of ours: its configuration, and its parameters, read tensor by tensor."""
 
 import dataclasses
 import re
@@ -20,8 +20,8 @@ from gpt_jax.interop.weights import few
 from gpt_jax.model.gpt import GPT, Params, init_params
 from gpt_jax.tokenizer.tokenizer import Tokenizer
 
-PADDED_TO = 128  # Rows of the embedding become a multiple of it, for which matrix units are made.
-ALIGNMENT = 64  # Bytes. Arrays that begin at a multiple of it are used by XLA:CPU as they are, and not copied.
+PADDED_TO = 128  # Embedding rows are padded to a multiple of this, which suits matrix units.
+ALIGNMENT = 64  # Bytes. XLA:CPU uses arrays that begin at a multiple of it without copying them.
 
 
 def open_named(name: str) -> ModelFiles:
@@ -30,8 +30,8 @@ def open_named(name: str) -> ModelFiles:
 
 
 def named_tokenizer(name: str) -> Tokenizer | None:
-    """The tokenizer of a .gguf file, or of a model on the hub; None where `name` is a file or folder to load one from,
-    or says which to make.
+    """The tokenizer of a .gguf file, or of a model on the hub. None if `name` is another file or folder, or a kind of
+    tokenizer to make.
 
     Raises UserError when there is no such model.
     """
@@ -41,12 +41,12 @@ def named_tokenizer(name: str) -> Tokenizer | None:
 
 
 def their_config(files: ModelFiles) -> ModelConfig:
-    """The configuration of a published model, with its own context. Raises UserError for one that is not supported."""
+    """The configuration of a published model, with its own context. Raises UserError when it is not supported."""
     return family_of(files.config, files.where).to_config(files.config, files.where)
 
 
 def check_architecture(config: ModelConfig, theirs: ModelConfig, where: str) -> None:
-    """Raises UserError naming what differs, unless `config` is of the published architecture, but for the context."""
+    """Raises UserError naming what differs, unless `config` has the published architecture. The context may differ."""
     ours = dataclasses.replace(config, context_length=theirs.context_length)
     published = dataclasses.asdict(theirs.architecture())
     different = [
@@ -68,12 +68,11 @@ def check_tokenizer(tokenizer: Tokenizer, config: ModelConfig, where: str) -> No
 
 
 def load_params(files: ModelFiles, config: ModelConfig, shardings: Callable[[Params], Any]) -> Params:
-    """The parameters of a published model, float32, without any adapters that `config` has, placed by what `shardings`
-    makes of their shapes: a sharding each.
+    """The parameters of a published model, float32, without the adapters of `config`.
 
-    Tensors are read one by one into the leaf that they are a part of: on the host, there is never more than one leaf
-    besides what is placed already. Raises UserError, before anything is allocated, when the tensors are not those that
-    the model's config.json asks for.
+    shardings: gives a sharding for each leaf of a tree of shapes, by which the parameters are placed. Tensors are read
+    one by one into their leaf, so the host holds at most one leaf besides those that are placed already. Raises
+    UserError, before anything is allocated, when the tensors do not fit the model's config.json.
     """
     family, theirs = family_of(files.config, files.where), their_config(files)
     file_names = check_tensors(files, family, theirs)
@@ -98,9 +97,9 @@ def load_params(files: ModelFiles, config: ModelConfig, shardings: Callable[[Par
 
 
 def param_shapes(config: ModelConfig) -> Params:
-    """The shapes of a model's parameters, found with one layer: a file may ask for any number of them."""
-    one = dataclasses.replace(config, n_layer=1, dtype="float32")  # Any dtype will do: parameters are float32.
-    shapes = jax.eval_shape(lambda: init_params(GPT(one), jax.random.key(0)))
+    """The shapes of a model's parameters, found with one layer, because a file may ask for any number of them."""
+    one_layer = dataclasses.replace(config, n_layer=1, dtype="float32")  # Any dtype will do: parameters are float32.
+    shapes = jax.eval_shape(lambda: init_params(GPT(one_layer), jax.random.key(0)))
     layers = jax.tree.map(lambda x: jax.ShapeDtypeStruct((config.n_layer, *x.shape[1:]), x.dtype), shapes["layers"])
     return {**shapes, "layers": layers}
 
@@ -111,7 +110,7 @@ def leaf_name(path: tuple[Any, ...]) -> str:
 
 
 def parts(leaf: Any, name: str, family: Family) -> Iterator[tuple[Any, Layout, int]]:
-    """What has a layout in a leaf: itself, or each layer's part of it, with the layer's number."""
+    """The parts of a leaf that have a layout: each layer's part with the layer's number, or the leaf itself with 0."""
     layout = family.tensors[name]
     if name.startswith("layers/"):
         yield from ((leaf[i], layout, i) for i in range(len(leaf)))
@@ -134,24 +133,24 @@ def tensor_shapes(family: Family, config: ModelConfig) -> dict[str, tuple[int, .
 
 
 def check_tensors(files: ModelFiles, family: Family, config: ModelConfig) -> dict[str, str]:
-    """The name in the files of each tensor of the model.
+    """The names that the tensors of the model have in the files, by their names in the family.
 
-    Raises UserError naming all tensors that are missing, not known, or of another shape than config.json asks for.
+    Raises UserError naming tensors that are missing, unknown, or of another shape than config.json asks for.
     """
-    expected, there = tensor_shapes(family, config), files.weights.shapes
-    short = {name: name.removeprefix(family.prefix) for name in expected}  # As the files of OpenAI's GPT-2 have them.
-    names = {name: name if name in there or short[name] not in there else short[name] for name in expected}
+    expected, found = tensor_shapes(family, config), files.weights.shapes
+    short = {name: name.removeprefix(family.prefix) for name in expected}  # As in the files of OpenAI's GPT-2.
+    names = {name: name if name in found or short[name] not in found else short[name] for name in expected}
     ignored = re.compile("|".join([*family.not_weights, *(["lm_head.weight"] if config.tied_head else [])]) or r"(?!)")
     problems = {
-        "missing": [name for name in names.values() if name not in there],
-        "not known": [name for name in there if name not in names.values() and not ignored.fullmatch(name)],
+        "missing": [name for name in names.values() if name not in found],
+        "not known": [name for name in found if name not in names.values() and not ignored.fullmatch(name)],
         "of another shape": [
-            f"{names[name]} {there[names[name]]}, not {shape}"
+            f"{names[name]} {found[names[name]]}, not {shape}"
             for name, shape in expected.items()
-            if there.get(names[name], shape) != shape
+            if found.get(names[name], shape) != shape
         ],
     }
-    listing = "; ".join(f"{what}: {few(which)}" for what, which in problems.items() if which)
+    listing = "; ".join(f"{problem}: {few(listed)}" for problem, listed in problems.items() if listed)
     if listing:
         raise UserError(f"the tensors in {files.where} do not fit its configuration: {listing}")
     return names
@@ -163,7 +162,7 @@ def check_files(files: ModelFiles) -> None:
 
 
 def aligned(shape: tuple[int, ...]) -> np.ndarray:
-    """An empty float32 array that begins where XLA:CPU needs no copy of it."""
+    """An uninitialised float32 array, aligned so that XLA:CPU uses it without a copy."""
     n_bytes = 4 * int(np.prod(shape))
     memory = np.empty(n_bytes + ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % ALIGNMENT

@@ -1,4 +1,4 @@
-"""A published model as it lies on the disk: a folder from the hub, or a GGUF file, behind one interface."""
+"""The files of a published model, a folder from the hub or a GGUF file, behind one interface."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,9 +26,9 @@ class ModelFiles:
 
 
 def open_model(path: Path) -> ModelFiles:
-    """The model in a folder, or in a .gguf file; of the weights, only names and shapes are read.
+    """The model in a folder, or in a .gguf file. Only names and shapes of the weights are read.
 
-    Raises UserError naming the file, and the tensor or field, that is missing, damaged or of a kind that is not known.
+    Raises UserError naming the file, and the tensor or field, that is missing, damaged or of an unknown kind.
     """
     if path.suffix == ".safetensors":
         raise UserError(f"{path} is only the weights of a model; name the folder that it is in, with its {CONFIG_FILE}")

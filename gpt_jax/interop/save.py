@@ -1,4 +1,4 @@
-"""A model of ours as one of a published family: its tensors and settings as transformers has them."""
+"""Saving a model of ours as one of a published family, with the tensors and settings of transformers."""
 
 import dataclasses
 from pathlib import Path
@@ -20,9 +20,9 @@ MAX_SHARD_BYTES = 5_000_000_000  # As transformers has it.
 
 
 def in_a_family(config: ModelConfig, params: Params) -> tuple[ModelConfig, Params, Family]:
-    """The family whose models compute what this one does; with biases of 0, where it asks for some that are not there.
+    """The model as one of a family that computes the same, and the family. Biases that the family requires become 0.
 
-    Raises UserError when there is none.
+    Raises UserError when there is no such family.
     """
     family = family_for(config)
     if family is None and not config.bias:
@@ -39,16 +39,16 @@ def in_a_family(config: ModelConfig, params: Params) -> tuple[ModelConfig, Param
 
 
 def filled_up(params: Any, shapes: Any) -> Any:
-    """`params` with zeros for what there is in `shapes` only."""
+    """`params` with zeros for the leaves that only `shapes` has."""
     if not isinstance(shapes, dict):
         return np.zeros(shapes.shape, shapes.dtype) if params is None else params
     return {name: filled_up((params or {}).get(name), shape) for name, shape in shapes.items()}
 
 
 def write_model(folder: Path, family: Family, config: ModelConfig, params: Params, dtype: StoredDType) -> None:
-    """Writes the tensors, one after the other."""
+    """Writes the tensors one by one."""
     leaves = {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
-    places: dict[str, tuple[str, int, int]] = {}  # Of each tensor: its leaf, its layer, its number in the layout.
+    places: dict[str, tuple[str, int, int]] = {}  # By tensor: leaf, layer, number in the layout.
     for leaf in leaves:
         layout = family.tensors[leaf]
         for i in range(config.n_layer if leaf.startswith("layers/") else 1):
@@ -64,7 +64,7 @@ def write_model(folder: Path, family: Family, config: ModelConfig, params: Param
 
 
 def model_settings(family: Family, config: ModelConfig, tokenizer: Tokenizer, dtype: StoredDType) -> dict[str, Any]:
-    """The config.json."""
+    """The content of config.json."""
     settings = family.to_settings(config) | generation_settings(tokenizer)
     if family.model_type == "gpt2":
         settings |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), config.dropout)
@@ -72,7 +72,7 @@ def model_settings(family: Family, config: ModelConfig, tokenizer: Tokenizer, dt
 
 
 def generation_settings(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The generation_config.json: where a text begins and ends."""
+    """The content of generation_config.json: the tokens that begin, end and pad a text."""
     stops = sorted(tokenizer.stop_ids)
     begin = tokenizer.begin_of_text
     return {

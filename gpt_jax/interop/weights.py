@@ -1,7 +1,7 @@
 """The tensors of published models, read from and written to safetensors files about a megabyte at a time.
 
 Such a file is the length of its header in 8 bytes, the header (JSON: type, shape and place of each tensor) and the
-tensors' bytes without gaps; so the tensors pass through a small buffer, and no other copy of them is ever in memory.
+tensors' bytes without gaps. Tensors pass through a small buffer, so that memory never holds another copy of them.
 Format: the README of the safetensors library, section "Format".
 """
 
@@ -27,11 +27,11 @@ FLOAT_DTYPES: Mapping[str, np.dtype] = {
     "F16": np.dtype("<f2"),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-# Those of buffers, such as a causal mask: files may have them, and no parameter is one.
+# The types of buffers, such as a causal mask, which files may have beside the parameters.
 WHOLE_NUMBER_DTYPES = {"BOOL": 1, "U8": 1, "I8": 1, "U16": 2, "I16": 2, "U32": 4, "I32": 4, "U64": 8, "I64": 8}
 WRITTEN_DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
-MAX_HEADER_BYTES = 100_000_000  # As the safetensors library has it.
+MAX_HEADER_BYTES = 100_000_000  # The limit of the safetensors library.
 # Numbers that are read, converted or written at one time: a megabyte of float32, which stays in a core's cache.
 SLICE_ELEMENTS = 1 << 18
 
@@ -45,7 +45,7 @@ class Weights(Protocol):
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """The shape of every tensor there is, by name."""
+        """The shape of every tensor, by name."""
 
     def read(self, name: str, out: np.ndarray | None = None) -> np.ndarray:
         """One tensor as float32, read into `out` (of its shape, with any strides) where that is given.
@@ -55,10 +55,10 @@ class Weights(Protocol):
 
 
 class SafetensorsWeights:
-    """The tensors of a folder: `model.safetensors`, or shards with an index, or the one *.safetensors that is there."""
+    """The tensors of a folder: `model.safetensors`, or shards with an index, or a single *.safetensors."""
 
     def __init__(self, folder: Path) -> None:
-        """Reads the headers. Raises UserError when a file is missing or damaged, or has numbers of another type."""
+        """Reads the headers. Raises UserError when a file is missing, damaged, or of an unsupported type."""
         self.where = str(folder)
         self._tensors: dict[str, _Tensor] = {}
         paths, index = _files(folder)
@@ -99,8 +99,8 @@ def write_safetensors(
 ) -> None:
     """Writes tensors as save_pretrained in transformers does: one file, or shards with an index.
 
-    shapes: by name, in the order of the files. read: called for one tensor after the other, when it is written; float32
-    of that shape. Numbers are rounded to nearest even. Raises UserError when one is too large for float16.
+    shapes: by name, in the order of the files. read: gives a tensor, float32 of that shape, and is called when the
+    tensor is written. Numbers are rounded to nearest even. Raises UserError when one is too large for float16.
     """
     n_bytes = {name: prod(shape) * FLOAT_DTYPES[WRITTEN_DTYPES[dtype]].itemsize for name, shape in shapes.items()}
     shards: list[list[str]] = [[]]
@@ -123,8 +123,8 @@ def write_safetensors(
 def fill(out: np.ndarray, path: Path, start: int, n_bytes: int, decode: Callable[[np.ndarray], np.ndarray]) -> None:
     """Fills `out` from `n_bytes` of a file, from byte `start` on, in slices of the first axis.
 
-    out: float32, with any strides, in whose order the file has the numbers. decode: bytes (uint8) to the numbers that
-    they stand for. Raises UserError when the file cannot be read, or ends before.
+    out: float32, with any strides; the file has its elements in this order. decode: turns bytes (uint8) into numbers.
+    Raises UserError when the file cannot be read or is too short.
     """
     if not out.size:
         return
@@ -146,7 +146,7 @@ def fill(out: np.ndarray, path: Path, start: int, n_bytes: int, decode: Callable
 
 
 def few(names: Iterable[str], most: int = 20) -> str:
-    """The names for a message of one line: all, or the first ones and the number of the others."""
+    """The names, joined for a message of one line: all, or the first `most` and the number of the others."""
     names = list(names)
     rest = len(names) - most
     return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
@@ -171,12 +171,12 @@ def cut_short(path: Path) -> UserError:
 
 
 def unreadable(path: Path, error: OSError) -> UserError:
-    """The error of a file or folder that the system does not let us read."""
+    """The error of a file or folder that cannot be read."""
     return UserError(f"{path} cannot be read ({error.strerror})")
 
 
 def check_no_pointer(path: Path, head: bytes) -> None:
-    """Raises UserError when `head`, the first 8 bytes, shows the text that stands for a file kept in Git LFS."""
+    """Raises UserError when `head`, the first 8 bytes, is from a pointer to a file in Git LFS."""
     if head == b"version ":
         raise UserError(f"{path} only points to a file in Git LFS; fetch that with git lfs pull")
 
@@ -191,14 +191,14 @@ class _Tensor:
 
 
 def _rows(array: np.ndarray) -> np.ndarray:
-    """A view of at least two axes: what has fewer is one row."""
+    """A view with at least two axes; a scalar or vector becomes one row."""
     while array.ndim < 2:
         array = array[None]
     return array
 
 
 def _files(folder: Path) -> tuple[list[Path], dict[str, str]]:
-    """The safetensors files of a folder, and which one has which tensor, as far as an index says."""
+    """The safetensors files of a folder, and the file of each tensor, if there is an index."""
     try:
         names = sorted(path.name for path in folder.iterdir())
     except OSError as e:
@@ -253,10 +253,10 @@ def _read_header(path: Path) -> dict[str, _Tensor]:
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise UserError(f"{damaged}: its header is no table of tensors in JSON; download it again") from None
     itemsizes = WHOLE_NUMBER_DTYPES | {dtype: numbers.itemsize for dtype, numbers in FLOAT_DTYPES.items()}
-    if strange := [f"{name} ({t.dtype})" for name, t in tensors.items() if t.dtype not in itemsizes]:
+    if unsupported := [f"{name} ({t.dtype})" for name, t in tensors.items() if t.dtype not in itemsizes]:
         raise UserError(
-            f"{path} has tensors of types that are not supported: {few(strange)}; take the model in float32, float16 "
-            "or bfloat16"
+            f"{path} has tensors of types that are not supported: {few(unsupported)}; take the model in float32, "
+            "float16 or bfloat16"
         )
     end = 8 + header_bytes
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].n_bytes)):
@@ -282,7 +282,7 @@ def _write(path: Path, shapes: Mapping[str, tuple[int, ...]], read: Callable[[st
         start, end = end, end + prod(shape) * numbers.itemsize
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
     encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    encoded += b" " * (-len(encoded) % 8)  # So that the numbers are aligned for those who map the file to memory.
+    encoded += b" " * (-len(encoded) % 8)  # Aligns the numbers for programs that map the file to memory.
     with replacing(path) as temporary, temporary.open("wb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         for name, shape in shapes.items():

@@ -12,7 +12,7 @@ FAMILIES = {
 
 
 def family_of(settings: Settings, where: str) -> Family:
-    """The family that a config.json names. Raises UserError when it is none of these."""
+    """The family that a config.json names. Raises UserError when it names none of FAMILIES."""
     name = settings.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
         raise UserError(f"{where}: models of type {name!r} are not supported; supported are {', '.join(FAMILIES)}")
@@ -20,5 +20,5 @@ def family_of(settings: Settings, where: str) -> Family:
 
 
 def family_for(config: ModelConfig) -> Family | None:
-    """The first family that has a model which computes what this one does; None when no family does."""
+    """The first family with a model that computes the same as this one, or None."""
     return next((family for family in FAMILIES.values() if family.can_express(config)), None)

@@ -1,4 +1,4 @@
-"""What a family of models is: names of settings, values that all its models share, and the layout of its tensors."""
+"""A family of models: the names of settings, the values that all its models share, the layout of its tensors."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
@@ -25,29 +25,29 @@ ACTIVATIONS = {
 
 @dataclass(frozen=True)
 class Family:
-    """One family. Where a setting is missing in a config.json, transformers' default holds, so that is here too."""
+    """One family. Its defaults are those of transformers, for settings that a config.json lacks."""
 
     model_type: str  # Its name in config.json.
     architecture: str  # Its class in transformers.
-    activation: tuple[str, str]  # The setting that is our activation, and its default.
-    settings: Mapping[str, tuple[str, Any]]  # Their setting: ours, and their default.
-    shared: Mapping[str, Any]  # Our settings, the same for all models of the family.
-    tensors: Mapping[str, Layout]  # Our leaf, "layers/" for those of each layer: theirs.
-    prefix: str  # What names in files begin with, and some files leave out.
-    rope_theta: float = 10_000.0  # Default of theirs.
-    rope_local_theta: float = 0.0  # The same for layers with a sliding window; 0: they rotate as the others.
-    only: Mapping[str, Any] = field(default_factory=dict)  # Settings that must have this value, if they are there.
-    not_weights: tuple[str, ...] = ()  # Patterns of tensors in older files that are constants.
-    read_more: Callable[[Settings], Settings] = lambda theirs: {}  # Ours, where one of theirs is not one of ours.
-    write_more: Callable[[ModelConfig], Settings] = lambda config: {}  # And back.
+    activation: tuple[str, str]  # The setting for our activation, and its default.
+    settings: Mapping[str, tuple[str, Any]]  # By the family's setting: ours, and the family's default.
+    shared: Mapping[str, Any]  # Our settings that are the same for all models of the family.
+    tensors: Mapping[str, Layout]  # Layouts by our leaf; those of each layer begin with "layers/".
+    prefix: str  # Prefix of the names in files, which some files leave out.
+    rope_theta: float = 10_000.0  # The family's default.
+    rope_local_theta: float = 0.0  # The default in sliding-window layers; 0: they rotate as the others.
+    only: Mapping[str, Any] = field(default_factory=dict)  # Settings that must have this value if they are present.
+    not_weights: tuple[str, ...] = ()  # Patterns of names in older files that are constants.
+    read_more: Callable[[Settings], Settings] = lambda theirs: {}  # Our settings that are not one of theirs each.
+    write_more: Callable[[ModelConfig], Settings] = lambda config: {}  # Inverse of it.
 
     def to_config(self, settings: Settings, where: str) -> ModelConfig:
-        """Our configuration of a model. Raises UserError naming what this project does not have."""
+        """Our configuration of a model. Raises UserError naming a setting that is not supported."""
         try:
             return self._to_config(settings)
         except UserError as e:
             raise UserError(f"{where}: {e}") from e
-        except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as e:  # Of another type somewhere.
+        except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as e:  # A value of the wrong type.
             raise UserError(
                 f"{where} has a configuration that is no {self.model_type}'s ({type(e).__name__}: {e})"
             ) from e
@@ -76,19 +76,19 @@ class Family:
         return ModelConfig(**values)
 
     def to_settings(self, config: ModelConfig) -> Settings:
-        """The config.json of a model, as far as the architecture goes: what `to_config` reads."""
+        """The settings of config.json that decide the architecture, as `to_config` reads them."""
         config = config.architecture()
         theirs = {name: getattr(config, ours) for name, (ours, _) in self.settings.items()}
-        names = (self.activation[1], *ACTIVATIONS)  # A family's own name for it first: some programs know no other.
+        names = (self.activation[1], *ACTIVATIONS)  # The family's own name first: some programs know no other.
         theirs[self.activation[0]] = next(name for name in names if ACTIVATIONS[name] == config.activation)
         if config.positions == "rotary":
             theirs |= write_rope(config, self.rope_local_theta > 0)
         return {"model_type": self.model_type, "architectures": [self.architecture]} | theirs | self.write_more(config)
 
     def can_express(self, config: ModelConfig) -> bool:
-        """Whether a model of this family computes what one of ours does."""
+        """True when a model of this family computes the same as ours."""
         try:
-            back = self.to_config(self.to_settings(config), "")
+            read_back = self.to_config(self.to_settings(config), "")
         except UserError:
             return False
-        return back.architecture() == config.architecture()
+        return read_back.architecture() == config.architecture()

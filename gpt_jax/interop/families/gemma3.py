@@ -1,4 +1,4 @@
-"""Gemma 3, text: five layers with a sliding window to one without, norms after each half of a block too, GeGLU."""
+"""Gemma 3 for text: five sliding-window layers to one full layer, norms also after each half of a block, GeGLU."""
 
 from dataclasses import replace
 
@@ -10,7 +10,7 @@ from gpt_jax.interop.layout import OffsetByOne
 
 
 def read_more(settings: Settings) -> Settings:
-    """Every sixth layer sees all, or those that `layer_types` names; and queries have a scale of their own."""
+    """The full layers, which are every sixth or those in `layer_types`, and the scale of queries."""
     period, n_layer = settings.get("sliding_window_pattern", 6), settings.get("num_hidden_layers", 26)
     default = ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(n_layer)]
     window = from_layer_types(settings.get("layer_types") or default, settings.get("sliding_window", 4096))
@@ -18,7 +18,7 @@ def read_more(settings: Settings) -> Settings:
 
 
 def write_more(config: ModelConfig) -> Settings:
-    """See `read_more`."""
+    """The inverse of `read_more`."""
     scalar = round(config.query_scale**-2, 6)
     return {
         "sliding_window": config.window or None,

@@ -6,13 +6,13 @@ from gpt_jax.interop.layout import Embedding, Qkv, Same, Transposed
 
 
 def read_biases(settings: Settings) -> Settings:
-    """Few models have them."""
+    """The linear layers with biases; most models have none."""
     attention = ("qkv", "out") if settings.get("attention_bias") else ()
     return {"biases": attention + (("mlp",) if settings.get("mlp_bias") else ())}
 
 
 def write_biases(config: ModelConfig) -> Settings:
-    """See `read_biases`."""
+    """The inverse of `read_biases`."""
     return {"attention_bias": config.has_bias("out"), "mlp_bias": config.has_bias("mlp")}
 
 

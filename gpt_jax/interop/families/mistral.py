@@ -8,12 +8,12 @@ from gpt_jax.interop.families.family import Settings
 
 
 def read_window(settings: Settings) -> Settings:
-    """A window for all layers, or null."""
+    """The window of all layers; null means none."""
     return {"window": settings.get("sliding_window", 4096) or 0}
 
 
 def write_window(config: ModelConfig) -> Settings:
-    """See `read_window`."""
+    """The inverse of `read_window`."""
     return {"sliding_window": config.window or None}
 
 

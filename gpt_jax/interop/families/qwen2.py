@@ -9,7 +9,7 @@ from gpt_jax.interop.families.windows import from_layer_types, to_layer_types
 
 
 def read_window(settings: Settings) -> Settings:
-    """A window for the layers from `max_window_layers` on, or for those in `layer_types`."""
+    """The window of the layers from `max_window_layers` on, or of those in `layer_types`."""
     window = settings.get("sliding_window", 4096) if settings.get("use_sliding_window") else 0
     if not window:
         return {}
@@ -19,7 +19,7 @@ def read_window(settings: Settings) -> Settings:
 
 
 def write_window(config: ModelConfig) -> Settings:
-    """See `read_window`."""
+    """The inverse of `read_window`."""
     return {
         "use_sliding_window": bool(config.window),
         "sliding_window": config.window or None,

@@ -1,4 +1,4 @@
-"""Qwen3: Qwen2 with norms of the query and key heads in the place of biases."""
+"""Qwen3: Qwen2 with norms of the query and key heads in place of biases."""
 
 from dataclasses import replace
 

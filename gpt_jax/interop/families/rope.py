@@ -1,4 +1,4 @@
-"""Rotary positions in a config.json: the form of transformers 5 (rope_parameters) and the one before (rope_scaling)."""
+"""Rotary positions in a config.json: the form of transformers 5 (rope_parameters) and the older one (rope_scaling)."""
 
 import math
 from typing import Any
@@ -18,7 +18,7 @@ ONLY = {"partial_rotary_factor": 1.0, "truncate": True}
 
 
 def read_rope(settings: dict[str, Any], context: int, default_theta: float, default_local_theta: float) -> RopeConfig:
-    """Our rotary settings of a model with this context. A local theta of 0: its sliding layers rotate as the others.
+    """Our rotary settings of a model with this context. default_local_theta: 0 if sliding layers rotate as the others.
 
     Raises UserError for a scaling that is not known.
     """
@@ -29,10 +29,10 @@ def read_rope(settings: dict[str, Any], context: int, default_theta: float, defa
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in TYPES:
         raise UserError(f"rotary positions of type {kind!r} are not supported; there are {', '.join(TYPES)}")
-    for name, only in ONLY.items():
+    for name, allowed in ONLY.items():
         value = rope.get(name, settings.get(name))
-        if value not in (only, None):
-            raise UserError(f"{name} = {value!r} is not supported for rotary positions; only {only!r} is")
+        if value not in (allowed, None):
+            raise UserError(f"{name} = {value!r} is not supported for rotary positions; only {allowed!r} is")
     if local.get("rope_type", "default") != "default":
         raise UserError("rotary positions of sliding layers that are scaled are not supported")
     numbers = {name: float(rope[name]) for name in NUMBERS.get(kind, ()) if rope.get(name) is not None}
@@ -45,8 +45,8 @@ def read_rope(settings: dict[str, Any], context: int, default_theta: float, defa
         numbers["factor"] = context / original
     scales = [float(rope.get(name) or 0) for name in ("mscale", "mscale_all_dim")]
     if kind == "yarn" and "attention_factor" not in numbers and all(scales):
-        of, by = (1 + 0.1 * scale * math.log(max(numbers["factor"], 1)) for scale in scales)
-        numbers["attention_factor"] = of / by
+        numerator, denominator = (1 + 0.1 * scale * math.log(max(numbers["factor"], 1)) for scale in scales)
+        numbers["attention_factor"] = numerator / denominator
     local_theta = local.get("rope_theta") or settings.get("rope_local_base_freq") or default_local_theta
     return RopeConfig(
         theta=float(rope.get("rope_theta") or settings.get("rope_theta") or default_theta),
@@ -60,7 +60,7 @@ def read_rope(settings: dict[str, Any], context: int, default_theta: float, defa
 def write_rope(config: ModelConfig, has_local_theta: bool) -> dict[str, Any]:
     """The settings that `read_rope` reads, in both forms, of a model whose defaults are spelled out.
 
-    Dynamic scaling is a larger theta by then: in transformers, it would begin at the longer context only.
+    Dynamic scaling is spelled out as a larger theta: in transformers, it would begin only at the longer context.
     """
     rope = config.rope
     kind = next(theirs for theirs, ours in TYPES.items() if ours == rope.scaling)

@@ -1,4 +1,4 @@
-"""Which layers of a published model slide, from and to its config.json."""
+"""The sliding-window layers of a published model, from and to its config.json."""
 
 from gpt_jax.config import ModelConfig
 from gpt_jax.interop.families.family import Settings
@@ -7,7 +7,7 @@ LAYER_TYPES = {"sliding_attention": "s", "full_attention": "f"}
 
 
 def shortest_period(pattern: str) -> str:
-    """The shortest string that `pattern` is the beginning of a repetition of."""
+    """The shortest string whose repetition begins with `pattern`."""
     return next(
         pattern[:n] for n in range(1, len(pattern) + 1) if (pattern[:n] * len(pattern))[: len(pattern)] == pattern
     )
@@ -20,5 +20,5 @@ def from_layer_types(types: list[str], window: int) -> Settings:
 
 
 def to_layer_types(config: ModelConfig) -> list[str]:
-    """The name of each layer's attention."""
+    """The type of each layer's attention, as config.json names it."""
     return ["sliding_attention" if sliding else "full_attention" for sliding in config.sliding]
