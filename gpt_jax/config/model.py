@@ -130,7 +130,7 @@ class ModelConfig:
     dtype: DTypeName = "auto"  # Compute type; auto: bfloat16 on accelerators, float32 on CPU. Parameters are float32.
     attention: AttentionName = "auto"  # Attention backend; auto: cudnn on GPU, splash on TPU, block_causal on CPU.
     unroll: bool = True  # Unroll the layers (faster steps) or scan over them (compile time independent of depth).
-    remat: RematName = "none"  # What the backward pass recomputes: nothing, whole blocks, or all but matrix products.
+    remat: RematName = "none"  # Recomputed in the backward pass: nothing, whole blocks, or all but matrix products.
     loss_chunk: int = 8192  # Tokens whose logits are in memory at one time during training.
 
     def __post_init__(self) -> None:
