@@ -194,15 +194,14 @@ def causal_by_cudnn(
     """cuDNN's kernel, which skips the future and what is before a window. Segments are a mask that it adds to the
     scores, (B, 1, T, T) in memory."""
     T, mask_B1TT = q_BTHK.shape[1], None
+    if T % 2:  # JAX refuses odd lengths in the backward pass. No query sees the key that is added.
+
+        def even(x: jax.Array) -> jax.Array:
+            return jnp.pad(x, ((0, 0), (0, 1), *[(0, 0)] * (x.ndim - 2)))
+
+        arrays = q_BTHK, k_BTGK, v_BTGK, segments_BT, segments_BS
+        q_BTHK, k_BTGK, v_BTGK, segments_BT, segments_BS = jax.tree.map(even, arrays)
     if segments_BT is not None and segments_BS is not None:
-        if T % 2:  # With a mask, its backward pass takes even lengths only. No query sees the key that is added.
-
-            def even(x: jax.Array) -> jax.Array:
-                return jnp.pad(x, ((0, 0), (0, 1), *[(0, 0)] * (x.ndim - 2)))
-
-            q_BTHK, k_BTGK, v_BTGK, segments_BT, segments_BS = map(
-                even, (q_BTHK, k_BTGK, v_BTGK, segments_BT, segments_BS)
-            )
         mask_B1TT = (segments_BT[:, :, None] == segments_BS[:, None])[:, None]
     return jax.nn.dot_product_attention(
         q_BTHK,
