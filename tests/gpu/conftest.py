@@ -1,0 +1,44 @@
+"""What is asked of NVIDIA GPUs, and above all of cuDNN's attention.
+
+A test that takes `device` runs on the GPU. Where there is none, it runs on CPU, in bfloat16 all the same, with JAX's
+own formula in the place of cuDNN's kernel, called with the same arguments: everything but the kernel is tested
+everywhere.
+"""
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import pytest
+
+from gpt_jax.runtime import platform_name
+
+# The commands that a test starts share the GPU with the tests. JAX reads this when it starts.
+os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+
+
+@pytest.fixture(params=["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[jax.Device]:
+    """The GPU, or the CPU as what stands in for one."""
+    device, asked = jax.devices()[0], request.param
+    platform = platform_name(device)
+    if asked != platform:
+        pytest.skip(f"needs an NVIDIA GPU, and JAX has: {platform}" if asked == "gpu" else f"runs on the {platform}")
+    if platform == "cpu":
+        real = jax.nn.dot_product_attention
+
+        def by_formula(*args: Any, implementation: str, **options: Any) -> Any:
+            assert implementation == "cudnn"
+            return real(*args, implementation="xla", **options)
+
+        monkeypatch.setattr(jax.nn, "dot_product_attention", by_formula)
+    with jax.default_device(device):
+        yield device
+
+
+@pytest.fixture
+def cudnn_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets programs that call cuDNN be traced and lowered, where there is no GPU to run them."""
+    if platform_name(jax.devices()[0]) != "gpu":
+        monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91200)
