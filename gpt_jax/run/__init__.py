@@ -1,1 +1,1 @@
-"""A run on the disk: its folder, its records, its checkpoints, and the way back from there to a model."""
+"""A run on the disk: its folder, its records, its checkpoints, and loading a model from it."""

@@ -1,8 +1,8 @@
 """Checkpoints: parameters, optimizer state and a JSON of facts, each an item of its own, written by orbax.
 
-Saving is asynchronous and atomic. Restoring goes into abstract targets, so another number of devices can read what
-one wrote. orbax notices files that are missing or cut short, but not a changed byte inside an array: checksums of all
-arrays, kept with the facts, do.
+Saving is asynchronous and atomic. A checkpoint is restored into abstract targets, so any number of devices can read it.
+orbax notices missing and truncated files, but no changed byte inside an array. The checksums of all arrays, which are
+saved with the facts, show that.
 """
 
 import hashlib
@@ -22,18 +22,18 @@ import orbax.checkpoint as ocp
 from gpt_jax import hosts
 from gpt_jax.errors import UserError
 
-# orbax logs what it does as warnings, and what goes wrong with a traceback for each thread; it also raises it.
+# orbax logs its progress as warnings, and each error, which it also raises, with a traceback for each thread.
 logging.getLogger("absl").setLevel(logging.CRITICAL)
-logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # Reports the tasks that a failed save of orbax abandons.
+logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # It reports the tasks that orbax abandons after a failed save.
 
 
 CHUNK_BYTES = 8 * 2**20
-"""What arrays are cut into when they are written. A chunk is read whole: of one that is an array, as a device writes
-it, each of the devices that an array is restored to, divided, would have to read all."""
+"""Size of the chunks in which arrays are written. A chunk is always read whole: if each array were one chunk, every
+device that restores a shard of an array would have to read all of it."""
 
 READ_AT_ONCE_GB = 1
-"""Gigabytes of arrays that are read at the same time, and so held once more by the host than they are to be; and as
-many more as the largest array has, which may be one chunk."""
+"""Gigabytes of arrays that are read at the same time. The host holds them in addition to the restored arrays. The size
+of the largest array is added to it, since that may be one chunk."""
 
 
 class DamagedCheckpointError(UserError):
@@ -42,24 +42,24 @@ class DamagedCheckpointError(UserError):
 
 @jax.jit
 def checksum(x: jax.Array) -> jax.Array:
-    """A uint32 of an array of 32-bit numbers: the sum of a hash of each element's bits and place.
+    """The uint32 checksum of an array of 32-bit numbers: the sum of a hash of each element's bits and index.
 
     Integer sums are exact in any order, so the sharding does not matter. The hash is MurmurHash3's 32-bit finaliser,
-    a bijection, so that no change of one element goes unseen, and other changes once in four billion times.
+    a bijection: a change of one element is always detected, other changes are missed once in four billion times.
     """
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-    # The place of each element, dimension by dimension: to flatten an array that is divided would gather it.
+    # The flat index of each element, by dimension: flattening an array that is sharded would gather it.
     strides = [math.prod(x.shape[i + 1 :]) & 0xFFFFFFFF for i in range(x.ndim)]
-    places = sum((jax.lax.broadcasted_iota(jnp.uint32, x.shape, i) * jnp.uint32(s) for i, s in enumerate(strides)))
-    h = bits + jnp.uint32(places) * jnp.uint32(0x9E3779B9)
+    indices = sum((jax.lax.broadcasted_iota(jnp.uint32, x.shape, i) * jnp.uint32(s) for i, s in enumerate(strides)))
+    h = bits + jnp.uint32(indices) * jnp.uint32(0x9E3779B9)
     h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
     h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
     return jnp.sum(h ^ (h >> 16), dtype=jnp.uint32)
 
 
 def named_checksums(tree: Any) -> dict[str, int]:
-    """The checksum of each leaf by its path, such as "layers/mlp/up/kernel". One leaf after the other: XLA:CPU keeps
-    the hashes of all that one program sums, as many bytes as the leaves."""
+    """The checksum of each leaf by its path, such as "layers/mlp/up/kernel". Each leaf is a program of its own: in one
+    program for all, XLA:CPU would keep all hashes at once, as many bytes as the leaves."""
     return {name: int(checksum(leaf)) for name, leaf in zip(leaf_shapes(tree), jax.tree.leaves(tree), strict=True)}
 
 
@@ -77,15 +77,15 @@ def leaf_shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 
 
 def in_chunks(tree: Any) -> ocp.args.StandardSave:
-    """What tells orbax to write a tree of arrays in chunks."""
+    """The arguments with which orbax writes a tree of arrays in chunks."""
     return ocp.args.StandardSave(tree, jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree))
 
 
 def ignore_abandoned_io(unraisable: Any) -> None:
-    """An `unraisablehook` that keeps quiet about orbax's own loose ends.
+    """An `unraisablehook` that ignores the errors of tasks that orbax abandoned.
 
-    Where one array fails to be read or written, orbax abandons the others: threads and coroutines that nobody waits
-    for, and whose tracebacks would follow the one exception that tells what went wrong.
+    When one array cannot be read or written, orbax abandons the threads and coroutines of the others. Their tracebacks
+    would follow the one exception that says what went wrong.
     """
     of_orbax = "orbax" in getattr(getattr(unraisable.object, "cr_code", None), "co_filename", "")
     loop_is_gone = isinstance(unraisable.exc_value, RuntimeError) and "loop is closed" in str(unraisable.exc_value)
@@ -95,7 +95,7 @@ def ignore_abandoned_io(unraisable: Any) -> None:
 
 class Checkpoints:
     """The checkpoints of one run, in `folder`/STEP/{params,opt_state,meta}. A context manager: leaving it waits for the
-    last save. Keeps the `keep` latest and the one with the lowest validation loss."""
+    last save. The `keep` latest checkpoints and the one with the lowest validation loss are kept."""
 
     def __init__(self, folder: Path, keep: int = 2, read_only: bool = False) -> None:
         self.folder = folder
@@ -126,14 +126,14 @@ class Checkpoints:
 
     def __exit__(self, exception_type: type | None, exception: BaseException | None, *traceback: object) -> None:
         if hosts.lost(exception):
-            return  # Its part of a save would be waited for.
+            return  # Closing would wait for the lost host's part of a save.
         failure = self.attempt(self.manager.close)
         failed_before = exception_type is not None and issubclass(exception_type, Exception)
-        if failure and not failed_before:  # Never in place of what went wrong first.
+        if failure and not failed_before:  # It must not replace the first error.
             raise failure
 
     def attempt(self, saving: Callable[[], object]) -> UserError | None:
-        """Does a part of saving; returns what to tell the user when that fails."""
+        """Runs a part of saving. Returns the error for the user when it fails, else None."""
         try:
             saving()
         except Exception as e:
@@ -154,7 +154,7 @@ class Checkpoints:
         return min(evaluated, key=lambda s: self.manager.metrics(s)["val_loss"], default=None)
 
     def save(self, step: int, params: Any, opt_state: Any, meta: dict[str, Any], val_loss: float | None) -> None:
-        """Starts saving; returns when the arrays are copied. Raises UserError when this or the last save failed."""
+        """Starts a save, and returns once the arrays are copied. Raises UserError when this or the last save failed."""
         facts = {**meta, "checksums": {"params": named_checksums(params), "opt_state": named_checksums(opt_state)}}
         items = ocp.args.Composite(
             params=in_chunks(params), opt_state=in_chunks(opt_state), meta=ocp.args.JsonSave(facts)
@@ -165,14 +165,14 @@ class Checkpoints:
             raise failure
 
     def set_aside(self, step: int) -> None:
-        """Moves a checkpoint that could not be read to damaged/ beside the checkpoints, where another can take its
-        place. It is not removed: what cannot be read today, on a bad network file system say, may be whole."""
+        """Moves a checkpoint that could not be read to damaged/, beside the checkpoints, so that its step can be saved
+        again. It is not deleted, since it may be whole: reading may have failed on a bad network file system."""
         aside = self.folder.with_name("damaged") / f"{step}-{time.strftime('%Y%m%d-%H%M%S')}"
         aside.parent.mkdir(exist_ok=True)
         (self.folder / str(step)).rename(aside)
 
     def reload(self) -> None:
-        """Looks anew at what is there, when a checkpoint was set aside."""
+        """Reads the list of checkpoints again, after one was set aside."""
         self.manager.reload()
 
     def meta(self, step: int) -> dict[str, Any]:
@@ -183,7 +183,7 @@ class Checkpoints:
         return facts
 
     def restore(self, step: int, item: str, target: Any) -> Any:
-        """The item "params" or "opt_state" of a step, as the abstract `target` wants it placed.
+        """The item "params" or "opt_state" of a step, with the shardings of the abstract `target`.
 
         Raises UserError naming the first leaf whose shape differs from the target's, and DamagedCheckpointError
         naming the item or leaf that is not as it was saved.
@@ -191,18 +191,18 @@ class Checkpoints:
         where = f"{self.folder / str(step)}"
         expected = self.meta(step)["checksums"][item]
         metadata = self.restore_metadata(step, item)
-        saved, wanted = leaf_shapes(metadata), leaf_shapes(target)
-        for name in sorted(saved.keys() | wanted.keys()):
-            if saved.get(name) != wanted.get(name):
+        saved, target_shapes = leaf_shapes(metadata), leaf_shapes(target)
+        for name in sorted(saved.keys() | target_shapes.keys()):
+            if saved.get(name) != target_shapes.get(name):
                 raise UserError(
                     f"checkpoint {where} does not fit the configuration: {item}/{name} has shape "
-                    f"{saved.get(name, 'none')} in the checkpoint and {wanted.get(name, 'none')} in the model"
+                    f"{saved.get(name, 'none')} in the checkpoint and {target_shapes.get(name, 'none')} in the model"
                 )
         largest = max((math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(target)), default=0)
         handler = ocp.StandardCheckpointHandler(restore_concurrent_gb=READ_AT_ONCE_GB + largest // 10**9)
         tree = self.restore_item(step, item, handler, ocp.args.StandardRestore(target))
-        for name, found in named_checksums(tree).items():
-            if found != expected.get(name):
+        for name, actual in named_checksums(tree).items():
+            if actual != expected.get(name):
                 raise DamagedCheckpointError(f"checkpoint {where} is damaged: {item}/{name} is not as it was saved")
         return tree
 
@@ -211,13 +211,13 @@ class Checkpoints:
         return self.read(step, item, lambda: self.manager.item_metadata(step)[item].tree)
 
     def restore_item(self, step: int, item: str, handler: Any, args: Any) -> Any:
-        """One item as orbax reads it, or DamagedCheckpointError. By its handler: the manager would have a host that can
-        read its part wait for one that cannot."""
+        """One item, read by its orbax handler. Raises DamagedCheckpointError. With orbax's manager, a host that can
+        read its part would wait for one that cannot."""
         folder = self.manager.directory / str(step) / item
         return self.read(step, item, lambda: handler.restore(folder, args=args))
 
     def read(self, step: int, item: str, reading: Callable[[], Any]) -> Any:
-        """What `reading` an item gives. Raises DamagedCheckpointError on all hosts when one of them cannot read it."""
+        """The result of `reading` an item. Raises DamagedCheckpointError on all hosts when one of them cannot read."""
         value, failure = None, None
         try:
             value = reading()
@@ -236,11 +236,11 @@ class Checkpoints:
 
 
 def latest_step(folder: Path) -> int:
-    """The last step that has a complete checkpoint in `folder`, found without starting the devices, as orbax does.
+    """The last step that has a complete checkpoint in `folder`, found without orbax, which would start the devices.
 
     Raises UserError when there is none.
     """
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []  # Unfinished ones have other names.
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []  # Others are unfinished.
     steps = [int(name) for name in names if name.isdecimal()]
     if not steps:
         raise UserError(f"{folder} has no checkpoint yet; train for longer")
@@ -256,13 +256,13 @@ def choose_step(checkpoints: Checkpoints, name: str) -> int:
         best = checkpoints.best_step()
         return latest if best is None else best
     if not name.isdecimal() or int(name) not in steps:
-        there = ", ".join(map(str, steps))
-        raise UserError(f"there is no checkpoint {name} in {checkpoints.folder}; there are latest, best, {there}")
+        known = ", ".join(map(str, steps))
+        raise UserError(f"there is no checkpoint {name} in {checkpoints.folder}; there are latest, best, {known}")
     return int(name)
 
 
 def first_line(e: BaseException) -> str:
-    """The type and the beginning of the message of an exception of a library, in one line."""
+    """The type and the start of the message of a library's exception, in one line."""
     lines = str(e).splitlines() or [""]
     text = lines[0] if len(lines[0]) <= 160 else lines[0][:160] + "..."
     return f"{type(e).__name__}: {text}" if text else type(e).__name__

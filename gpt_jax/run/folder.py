@@ -1,13 +1,13 @@
-"""What lies in a run's folder, under which names; and who may write there.
+"""The layout of a run's folder, and the lock that keeps other processes from writing to it.
 
     config.json      the configuration, every field spelled out
     tokenizer.*      the tokenizer's files
     metrics.jsonl    one JSON object a logged step
     loss.png         the loss curve
-    checkpoints/     STEP/{params,opt_state,meta}; what could not be read is moved to damaged/ beside it
+    checkpoints/     STEP/{params,opt_state,meta}; checkpoints that cannot be read are moved to damaged/ beside it
     profile/         a profiler trace, with --profile
     tensorboard/     event files, with train.tensorboard
-    wandb_id         which run of Weights & Biases this is, with train.wandb_project
+    wandb_id         the id of the run at Weights & Biases, with train.wandb_project
 
 `sample.py` needs the first two and a checkpoint.
 """
@@ -29,7 +29,7 @@ from gpt_jax.tokenizer.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The folder of one run, which may not be there yet."""
+    """The folder of one run, which may not exist yet."""
 
     path: Path
 
@@ -38,12 +38,12 @@ class RunFolder:
 
     @property
     def config_file(self) -> Path:
-        """The configuration, whose presence makes a folder a run."""
+        """The configuration. A folder is a run if it has this file."""
         return self.path / "config.json"
 
     @property
     def metrics_file(self) -> Path:
-        """The records of the steps that were logged."""
+        """The records of the logged steps."""
         return self.path / "metrics.jsonl"
 
     @property
@@ -68,23 +68,23 @@ class RunFolder:
 
     @property
     def wandb_id(self) -> Path:
-        """The file with the identity of this run at Weights & Biases."""
+        """The file with the id of this run at Weights & Biases."""
         return self.path / "wandb_id"
 
     def load_config(self) -> Config:
-        """The configuration that was saved. Raises UserError when the folder is no run, or the file is damaged."""
+        """The saved configuration. Raises UserError when the folder is not a run, or the file is damaged."""
         return load_saved_config(self.config_file)
 
     def load_tokenizer(self) -> Tokenizer:
-        """The tokenizer that was saved. Raises UserError when it is missing or damaged."""
+        """The saved tokenizer. Raises UserError when it is missing or damaged."""
         return load_tokenizer(self.path)
 
     def records(self) -> list[dict[str, Any]]:
-        """The records that were written, none where there are none yet."""
+        """The records written so far."""
         return read_records(self.metrics_file)
 
     def check_usable(self, resume: bool) -> None:
-        """Raises UserError when the folder holds a run that would be lost, or none that could be resumed."""
+        """Raises UserError when a new run would overwrite the one in the folder, or there is no run to resume."""
         exists = self.config_file.exists()
         if exists and not resume:
             raise UserError(f"{self} holds a run already; go on with it by --resume, or choose another --out-dir")
@@ -93,9 +93,9 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keeps the folder to this process, made if need be. Of several hosts, the first one locks it.
+        """Makes the folder if need be, and locks it for this process. With several hosts, the first one locks it.
 
-        Raises UserError, on all hosts, while another process has it.
+        Raises UserError on all hosts when another process holds the lock.
         """
         with ExitStack() as stack:
             message = f"another process is training in {self}"
@@ -103,7 +103,7 @@ class RunFolder:
             yield
 
     def write(self, config: Config, tokenizer: Tokenizer) -> None:
-        """Writes what `sample` needs besides a checkpoint: the tokenizer and the configuration."""
+        """Writes the tokenizer and the configuration, which `sample` needs besides a checkpoint."""
         try:
             tokenizer.save(self.path)
             save_json(self.config_file, config_to_dict(config))
@@ -112,7 +112,7 @@ class RunFolder:
 
 
 def newest_run(folder: Path = Path("runs")) -> RunFolder:
-    """The run below `folder` that was written to last. Raises UserError when there is none."""
+    """The run in `folder` whose metrics were written last. Raises UserError when there is none."""
     runs = [run for run in map(RunFolder, folder.glob("*")) if run.metrics_file.exists()]
     if not runs:
         raise UserError(f"there is no run in {folder.absolute()}; train one with train.py, or name one with --run")

@@ -1,7 +1,7 @@
-"""One way from a name, of a run's folder or of a published model, to the model, its parameters and its tokenizer.
+"""Loads a model, its parameters and its tokenizer by name: the folder of a run, or a published model.
 
-Whoever samples, evaluates or exports asks for all of it on one device; who trains from it, for the parameters where
-they are to lie.
+Sampling, evaluation and export load all three, on one device. Training that starts from the model loads the parameters
+in its own placement.
 """
 
 import dataclasses
@@ -25,12 +25,12 @@ from gpt_jax.run.folder import RunFolder, newest_run
 from gpt_jax.runtime import local_devices, platform_name
 from gpt_jax.tokenizer.tokenizer import Tokenizer
 
-KEPT = (*HOW_IT_RUNS, "context_length")
-"""Fields of ModelConfig that a model to start from does not decide."""
+KEPT_FIELDS = (*HOW_IT_RUNS, "context_length")
+"""Fields of ModelConfig that keep their configured values when training starts from another model."""
 
 
 class Source(Protocol):
-    """A model on the disk, of which nothing large has been read yet."""
+    """A model on the disk. Its parameters are read by `load_params` only."""
 
     @property
     def where(self) -> str:
@@ -38,34 +38,34 @@ class Source(Protocol):
 
     @property
     def config(self) -> ModelConfig:
-        """Its configuration, with its own context, and without adapters, which are folded into the matrices."""
+        """Its configuration, with its own context, and without adapters, since they are folded into the matrices."""
 
     @property
     def pinned(self) -> str:
-        """A name that means the same model from any folder, and later."""
+        """A name that stands for the same model in any working folder and at any later time."""
 
     def tokenizer(self) -> Tokenizer:
-        """Its tokenizer. Raises UserError when it is missing, damaged, or has ids that the model does not know."""
+        """Its tokenizer. Raises UserError when it is missing or damaged, or has ids that the model does not have."""
 
     def vocab_multiple(self, asked: int) -> int:
-        """What the rows of the embedding are filled up to a multiple of, where `asked` is configured; 1 asks nothing.
+        """The multiple to which embedding rows are padded. asked: the configured multiple, 1 for any.
 
-        Raises UserError when the parameters cannot be loaded so.
+        Raises UserError when the parameters cannot be loaded with the configured multiple.
         """
 
     def check(self) -> None:
-        """Raises UserError unless the parameters are there, with the shapes that the configuration asks for."""
+        """Raises UserError when parameters are missing, or have other shapes than the configuration asks for."""
 
     def load_params(self, config: ModelConfig, placement: Placement) -> Params:
-        """The parameters, float32, in the place of a state's: those of `config`, which is of the same architecture and
-        may have a shorter context, without its adapters. Raises UserError."""
+        """The parameters for `config` without its adapters, float32, placed like those of a training state. `config`
+        has the architecture of the source, and may have a shorter context. Raises UserError."""
 
 
 @dataclass(frozen=True)
 class PublishedSource:
     """A published model."""
 
-    name: str  # As it was named: the folder, the file, or the repository on the hub.
+    name: str  # As the user gave it: a folder, a file, or a repository on the hub.
     files: ModelFiles
 
     @property
@@ -105,7 +105,7 @@ class PublishedSource:
 
 @dataclass(frozen=True)
 class RunSource:
-    """A checkpoint of a run. Only loading its parameters starts the devices, which may not be set up before that."""
+    """A checkpoint of a run. Only `load_params` uses devices, so they can be set up after all else has been read."""
 
     folder: RunFolder
     saved: Config  # The run's configuration.
@@ -118,13 +118,13 @@ class RunSource:
 
     @property
     def pinned(self) -> str:
-        """See Source: the folder of a checkpoint, since the run may go on and have others."""
+        """See Source. The folder of one checkpoint, since the run may go on and write newer ones."""
         step = self.checkpoint if self.checkpoint.isdecimal() else str(latest_step(self.folder.checkpoints))
         return str((self.folder.checkpoints / step).absolute())
 
     @property
     def config(self) -> ModelConfig:
-        """See Source. Whatever attention it was trained with, there may be another here."""
+        """See Source. The attention is chosen anew, since the one used in training may not run on this machine."""
         return dataclasses.replace(self.saved.model, attention="auto", lora=LoraConfig())
 
     def tokenizer(self) -> Tokenizer:
@@ -138,7 +138,7 @@ class RunSource:
         return own
 
     def check(self) -> None:
-        """See Source. Checkpoints say what is wrong with them when they are read."""
+        """See Source. Checkpoints are checked when they are read."""
 
     def load_params(self, config: ModelConfig, placement: Placement) -> Params:
         """See Source."""
@@ -163,8 +163,8 @@ class RunSource:
         return params
 
     def load_base(self, placement: Placement, fingerprint: str | None) -> Params:
-        """The parameters that the run's adapters stand beside. Raises UserError when they are no longer where they
-        were, or are others."""
+        """The parameters that the run's adapters were trained on. Raises UserError when they are missing or have
+        changed."""
         name = self.saved.init_from
         try:
             base = open_source(name).load_params(self.config, placement)
@@ -176,10 +176,10 @@ class RunSource:
 
 
 def open_source(name: str, checkpoint: str = "latest") -> Source:
-    """The run in a folder, or the published model of that name: a folder, a .gguf file, or a name on the hub.
+    """The model in a run's or model's folder, in RUN/checkpoints/STEP or in a .gguf file, or with a name on the hub.
 
-    name: also a checkpoint in a run, as RUN/checkpoints/STEP. checkpoint: of a run, "latest", "best" (the lowest
-    validation loss) or a step. Raises UserError when there is none of it, or a part is missing or damaged.
+    checkpoint: of a run, "latest", "best" (the lowest validation loss) or a step. Raises UserError when there is no
+    such model, or a part is missing or damaged.
     """
     path = Path(name).expanduser()
     if path.parent.name == "checkpoints" and path.name.isdecimal():
@@ -189,12 +189,12 @@ def open_source(name: str, checkpoint: str = "latest") -> Source:
 
 
 def open_run(folder: RunFolder, checkpoint: str = "latest") -> RunSource:
-    """The run in a folder, by one of its checkpoints. Raises UserError when it is no run."""
+    """A checkpoint of the run in a folder. Raises UserError when the folder is not a run."""
     return RunSource(folder, folder.load_config(), checkpoint)
 
 
 def choose_source(run: str, model: str, checkpoint: str = "latest") -> Source:
-    """The model of the options --run and --model, of which one is empty; with neither, that of the newest run.
+    """The model that --run or --model names, of which at most one is given; by default, that of the newest run.
 
     Raises UserError as `open_source` does.
     """
@@ -202,7 +202,7 @@ def choose_source(run: str, model: str, checkpoint: str = "latest") -> Source:
 
 
 class LoadedModel(NamedTuple):
-    """A model that is ready to be used, its parameters on one device."""
+    """A model that is ready for use, with its parameters on one device."""
 
     model: GPT
     params: Params
@@ -223,8 +223,8 @@ def load_model(source: Source, context_length: int = 0) -> LoadedModel:
 
 
 def with_context(config: ModelConfig, context_length: int, where: str) -> ModelConfig:
-    """The configuration for texts of so many tokens. Raises UserError when the model in `where` has not learned so many
-    positions."""
+    """The configuration with a context of that many tokens. Raises UserError when the model in `where` has learned
+    fewer positions."""
     check(context_length >= 1, "context_length", context_length, "1 or more")
     if context_length == config.context_length:
         return config
@@ -236,13 +236,13 @@ def with_context(config: ModelConfig, context_length: int, where: str) -> ModelC
 
 
 def adopt(source: Source, config: ModelConfig, asks_context: bool = True) -> ModelConfig:
-    """`config` with the architecture of a model to start from; how it is run and trained, and its context, stay.
+    """`config` with the architecture of `source`. The fields of how the model is run, and the context, are kept.
 
-    asks_context: whether somebody asked for that context; if not, it is no longer than the model's own. Raises
-    UserError when the model is of a family or has a setting that is not supported, or has learned fewer positions.
+    asks_context: True when the user asked for that context; otherwise it is capped at the model's own. Raises UserError
+    when the family or a setting of the model is not supported, or the model has learned fewer positions.
     """
-    theirs = source.config
-    T = config.context_length if asks_context else min(config.context_length, theirs.context_length)
+    source_config = source.config
+    T = config.context_length if asks_context else min(config.context_length, source_config.context_length)
     kept: dict[str, Any] = {name: getattr(config, name) for name in HOW_IT_RUNS}
     kept["vocab_multiple"] = source.vocab_multiple(config.vocab_multiple)
-    return dataclasses.replace(with_context(theirs, T, source.where), **kept)
+    return dataclasses.replace(with_context(source_config, T, source.where), **kept)

@@ -10,12 +10,12 @@ from gpt_jax.files import replacing
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl, up to the first line that is not whole; none where there is no file."""
+    """The records of a metrics.jsonl, up to the first incomplete line; an empty list when there is no file."""
     records: list[dict[str, Any]] = []
     for line in path.read_bytes().splitlines() if path.exists() else []:
         try:
             record = json.loads(line)
-        except ValueError:  # Also where it is not UTF-8.
+        except ValueError:  # Also for bytes that are not UTF-8.
             break
         if not isinstance(record, dict) or not isinstance(record.get("step"), int):
             break
@@ -24,10 +24,10 @@ def read_records(path: Path) -> list[dict[str, Any]]:
 
 
 class RecordWriter:
-    """The records of a run that goes on from step `start`, with those that were there: in memory, and in the file.
+    """The records of a run that goes on from step `start`, old and new, in memory and in the file.
 
-    Later records, of a run that was killed after its last checkpoint, are dropped, since they will be made again. Of
-    several hosts, one `writes`, and the file of the others goes nowhere.
+    Records after `start`, which a run wrote after its last checkpoint and before it was killed, are dropped, since
+    they will be made again. A host with writes=False keeps records in memory only.
     """
 
     def __init__(self, path: Path, start: int, writes: bool = True) -> None:
@@ -48,7 +48,7 @@ class RecordWriter:
             raise UserError(f"{self.path} cannot be written: {e.strerror}") from e
 
     def sync(self) -> None:
-        """Brings the records to the disk."""
+        """Forces the records to the disk."""
         if self.writes:
             os.fsync(self.file.fileno())
 

@@ -1,8 +1,8 @@
-"""From a `Config`, and what its user asked for by name, to what training needs: data, tokenizer, architecture.
+"""Completes a `Config` with the architecture of the model to start from and a vocabulary size, and prepares its data.
 
 `given` holds the full names of the fields that the user gave a value, such as "model.n_layer" or "data.vocab_size".
-Whether a field was given cannot be seen from its value, which may be the default: what was given has to hold, and what
-was not may follow from the model to start from, or from the data that are there.
+The value of a field does not show that it was given, since it may be the default. Given values must hold; the other
+fields may follow from the model to start from, or from data that exist already.
 """
 
 import dataclasses
@@ -17,22 +17,22 @@ from gpt_jax.data.shards import Dataset, open_dataset
 from gpt_jax.errors import UserError
 from gpt_jax.interop.load import named_tokenizer
 from gpt_jax.run.folder import RunFolder
-from gpt_jax.run.load import KEPT, adopt, open_source
+from gpt_jax.run.load import KEPT_FIELDS, adopt, open_source
 from gpt_jax.tokenizer.tokenizer import Tokenizer
 
 
 class Setup(NamedTuple):
-    """What is to be trained, with every field settled, and on what."""
+    """A complete configuration, and the data to train on."""
 
     config: Config
     data: Dataset
 
 
 def set_up(config: Config, given: Set[str] = frozenset(), resume: bool = False) -> Setup:
-    """The configuration with the architecture of the model in `init_from` and a vocabulary size, and the data, prepared
-    if need be. No device is used.
+    """The configuration, with the architecture of the model in `init_from` and a vocabulary size, and the data, which
+    are prepared if they are missing. No device is used.
 
-    Raises UserError when the model or the data are not there, or are not what was asked for.
+    Raises UserError when the model or the data are missing, or differ from what the user asked for.
     """
     tokenizer = None
     if config.init_from and resume:
@@ -46,19 +46,19 @@ def set_up(config: Config, given: Set[str] = frozenset(), resume: bool = False) 
 def start_from(config: Config, given: Set[str] = frozenset()) -> tuple[Config, Tokenizer]:
     """The configuration with the architecture of the model in `init_from`, and that model's tokenizer.
 
-    Raises UserError when the model is not supported, its files are not what it says that they are, or another
-    architecture was asked for.
+    Raises UserError when the model is not supported, its files do not fit its configuration, or the user asked for
+    another architecture.
     """
     for name in sorted(given):
         section, _, field = name.partition(".")
-        if section == "model" and field.partition(".")[0] not in KEPT:
+        if section == "model" and field.partition(".")[0] not in KEPT_FIELDS:
             raise UserError(f"{name} cannot be given with init_from: the model there decides it")
     source = open_source(config.init_from)
     is_default = config.model.context_length == ModelConfig().context_length
     model = adopt(source, config.model, asks_context=not is_default or "model.context_length" in given)
-    theirs = source.config.context_length
-    if model.context_length < theirs:
-        print(f"the context of {theirs:,} tokens is shortened to model.context_length = {model.context_length:,}")
+    own_context = source.config.context_length
+    if model.context_length < own_context:
+        print(f"the context of {own_context:,} tokens is shortened to model.context_length = {model.context_length:,}")
     tokenizer = source.tokenizer()
     source.check()
     return dataclasses.replace(config, model=model, init_from=source.pinned), tokenizer
@@ -67,10 +67,10 @@ def start_from(config: Config, given: Set[str] = frozenset()) -> tuple[Config, T
 def open_or_prepare(
     config: DataConfig, given: Set[str] = frozenset(), tokenizer: Tokenizer | None = None, model: str = ""
 ) -> Dataset:
-    """The data folder, made from `data.source` if it is not there; with `tokenizer`, that of `model`, if there is one.
+    """The data folder, prepared from `data.source` if it is missing; with `tokenizer`, that of `model`, if given.
 
-    Raises UserError when another preparation was asked for than that of the folder that is there, or it was made with
-    another tokenizer.
+    Raises UserError when the folder was prepared with other settings than the given ones, or with another tokenizer
+    than `tokenizer`.
     """
     check(bool(config.dir), "data.dir", config.dir, "a folder made by gpt-jax prepare")
     folder = Path(config.dir)
@@ -105,7 +105,7 @@ def open_or_prepare(
 
 
 def changed_fields(config: Any, prefix: str = "") -> set[str]:
-    """The full names of the fields that differ from their defaults: what was surely given."""
+    """The full names of the fields that differ from their defaults, and so must have been given."""
     default, names = type(config)(), set()
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
