@@ -1,7 +1,7 @@
 """Setup, optimizer, step, state, evaluation, metrics, and the loop that joins them.
 
-The package is called, too: `gpt_jax.train(config)` trains. It has to be the module itself, since Python gives a package
-the attribute `train` for its sub-package, whatever stood there before.
+The package is callable: `gpt_jax.train(config)` trains. The module itself has to be, since importing a sub-package sets
+the attribute `train` of the package, whatever it was before.
 """
 
 import sys
@@ -17,9 +17,9 @@ class _CallablePackage(ModuleType):
         """Trains, and returns the run's folder.
 
         config: a `Config` with an out_dir, or the path of a configuration file. Fields that differ from their defaults
-        count as asked for. resume: go on with the run in out_dir. Data are prepared from data.source where they are
-        not there. Raises UserError for what the user can mend, and `train.loop.Interrupted` after SIGINT or SIGTERM,
-        when the state is saved.
+        count as given by the user. resume: go on with the run in out_dir. Missing data are prepared from data.source.
+        Raises UserError for errors that the user can fix, and `train.loop.Interrupted` after SIGINT or SIGTERM, when
+        the state has been saved.
         """
         from gpt_jax import runtime
         from gpt_jax.config import Config, load_config
@@ -32,7 +32,7 @@ class _CallablePackage(ModuleType):
             config = load_config(Path(config))
         if not config.out_dir:
             raise UserError("out_dir is empty: name the run's folder, such as Config(out_dir='runs/mine', ...)")
-        RunFolder(Path(config.out_dir)).check_usable(resume)  # Before minutes go to preparing data.
+        RunFolder(Path(config.out_dir)).check_usable(resume)  # Before data are prepared, which may take minutes.
         config, data = set_up(config, changed_fields(config), resume)
         runtime.setup_once(runtime.choose_cpu_devices(config))
         train(config, data, resume)

@@ -1,4 +1,4 @@
-"""The loss on the whole validation set, as training goes on."""
+"""The loss on the whole validation set during training."""
 
 from collections.abc import Callable
 
@@ -18,9 +18,9 @@ from gpt_jax.train.step import make_eval_step
 def make_evaluate(
     model: GPT, placement: Placement, data: Dataset, config: Config
 ) -> Callable[[Params], dict[str, float]]:
-    """A function of the parameters: loss in nats a token and bits a byte of text, over the whole validation set.
+    """A function of the parameters that returns the loss on the whole validation set, in nats a token and bits a byte.
 
-    Raises UserError when that is less than two tokens, or the batch does not divide over the devices.
+    Raises UserError when the set has less than two tokens, or the batch does not divide over the devices.
     """
     if len(data.val) < 2:
         raise UserError(

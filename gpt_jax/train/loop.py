@@ -32,7 +32,7 @@ from gpt_jax.train.stop import stop_signals
 
 
 class Interrupted(BaseException):
-    """The run was asked to stop, saved its state and did. Like KeyboardInterrupt, it is no error."""
+    """The run has saved its state and stopped, as a signal asked it to. Not an error, like KeyboardInterrupt."""
 
     def __init__(self, signum: int) -> None:
         super().__init__(signal.Signals(signum).name)
@@ -42,15 +42,15 @@ class Interrupted(BaseException):
 def train(config: Config, data: Dataset, resume: bool = False, profile: bool = False) -> None:
     """Trains the model that `config` describes on `data`, in the folder `config.out_dir`.
 
-    The runtime is set up already, and the configuration has a vocabulary size. Of several hosts, which all call this,
-    the first one writes what is written once.
+    The runtime must be set up, and the configuration must have a vocabulary size. With several hosts, all of them call
+    this; each writes its shards of the checkpoints, and the first one writes all other files.
 
-    Raises UserError for what the user can mend, and Interrupted after SIGINT or SIGTERM, when the state is saved.
+    Raises UserError for errors that the user can fix, and Interrupted after SIGINT or SIGTERM, with the state saved.
     """
     run, seed = RunFolder(Path(config.out_dir)), config.train.seed
     placement = choose_placement(config.parallel, config.model, runtime.choose_devices(config))
     n_micro = placement.microbatches(config.data.batch_size, config.data.microbatch_size)
-    rows = placement.rows(config.data.batch_size, n_micro)  # This host's.
+    rows = placement.rows(config.data.batch_size, n_micro)  # Those that this host loads.
     batches = TrainBatches(data.train, config.model.context_length, config.data.batch_size, seed)
 
     model = GPT(resolve(config.model, runtime.platform_name(placement.devices[0]), placement.context))
@@ -70,7 +70,7 @@ def train(config: Config, data: Dataset, resume: bool = False, profile: bool = F
     }
     shards = json.dumps([meta["data"], len(data.train), len(data.val), data.meta.settings])
     hosts.check_alike(data=shards, tokenizer=meta["tokenizer"], configuration=json.dumps(meta["config"]))
-    encode_prompt(config.train.sample_prompt, data.tokenizer, config.model.context_length)  # Fails now, or never.
+    encode_prompt(config.train.sample_prompt, data.tokenizer, config.model.context_length)  # Raises now, not later.
 
     with (
         run.locked(),
@@ -83,7 +83,7 @@ def train(config: Config, data: Dataset, resume: bool = False, profile: bool = F
         state = restore(checkpoints, model, optimizer, placement, meta, pretrained) if resume else None
         if state is None:
             state = first_state(model, optimizer, seed, placement, pretrained)
-        del pretrained  # The state has it by now, and lets its memory be used for another.
+        del pretrained  # The state holds these arrays, and the first step donates them.
         hosts.on_first(lambda: run.write(config, data.tokenizer))
         steps = range(int(state.step), config.train.steps)
 
@@ -104,7 +104,7 @@ def train(config: Config, data: Dataset, resume: bool = False, profile: bool = F
                 evaluates, samples, saves = events(config, step)
                 if not (evaluates or samples or saves or stopping):
                     continue
-                recorder.settle()  # Raises when the loss is not finite: no such state is to be saved.
+                recorder.settle()  # Raises when the loss is not finite, so that no such state is saved.
                 with recorder.off_the_clock():
                     if evaluates:
                         recorder.add_evaluation(**evaluate(state.all_params()))
@@ -112,7 +112,7 @@ def train(config: Config, data: Dataset, resume: bool = False, profile: bool = F
                         recorder.sync()
                         params, opt_state = placement.to_checkpoint((state.params, state.opt_state))
                         checkpoints.save(step, params, opt_state, meta, recorder.val_loss(step))
-                        del params, opt_state  # The next step gives their memory away.
+                        del params, opt_state  # The next step donates their memory.
                         recorder.plot()
                     if samples:
                         recorder.say(write_sample(model, placement, state.all_params(), data, config))
@@ -124,7 +124,7 @@ def train(config: Config, data: Dataset, resume: bool = False, profile: bool = F
 
 
 def events(config: Config, step: int) -> tuple[bool, bool, bool]:
-    """Whether to evaluate, to sample and to save after `step` steps."""
+    """Three flags: evaluate, sample and save after `step` steps."""
 
     def every(interval: int) -> bool:
         return interval > 0 and step % interval == 0
@@ -138,7 +138,7 @@ def events(config: Config, step: int) -> tuple[bool, bool, bool]:
 def describe_run(
     config: Config, data: Dataset, model: GPT, placement: Placement, n_micro: int, peak: float | None
 ) -> None:
-    """Prints what is about to be trained, on what, and how speed is counted."""
+    """Prints a table before training: data, model, compute type, devices, and the formula of MFU."""
     c, n, device = model.config, placement.n_devices, placement.devices[0]
     rows = {
         "data": f"{config.data.dir}: {len(data.train):,} training and {len(data.val):,} validation tokens",
@@ -162,7 +162,7 @@ def describe_run(
 
 
 def write_sample(model: GPT, placement: Placement, params: Params, data: Dataset, config: Config) -> str:
-    """What the model writes after the configured prompt, as text between two rules; on the first host alone."""
+    """The model's continuation of the configured prompt, between two rules; empty on all hosts but the first."""
     on_one_device = placement.on_one_device(params)
     if not hosts.is_first():
         return ""
@@ -172,7 +172,7 @@ def write_sample(model: GPT, placement: Placement, params: Params, data: Dataset
 
 
 def conclude(run: RunFolder, recorder: Recorder) -> None:
-    """Prints how the run came out, and what to do next."""
+    """Prints the validation loss, where the run is, and how to sample from it."""
     evaluated = [record for record in recorder.records if "val_loss" in record]
     if evaluated:
         best = min(evaluated, key=lambda record: record["val_loss"])

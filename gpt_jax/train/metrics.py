@@ -1,4 +1,4 @@
-"""What a run reports: the progress bar, metrics.jsonl, TensorBoard, Weights & Biases, the loss curve."""
+"""The reports of a run: progress bar, metrics.jsonl, TensorBoard, Weights & Biases, loss curve."""
 
 import importlib.util
 import math
@@ -24,7 +24,7 @@ from gpt_jax.train.trackers import open_trackers
 class Recorder:
     """Takes the metrics of every step and reports them. A context manager; leaving it closes the files.
 
-    Metrics are read one step late: by then the device has the next step to work on, and does not wait for the host.
+    Metrics are read one step late, when the device has the next step to work on and does not wait for the host.
     `start` is the step that the run goes on from.
     """
 
@@ -33,15 +33,15 @@ class Recorder:
     ) -> None:
         self.run, self.config, self.peak_flops, self.writes = run, config, peak_flops, writes
         self.tokens_per_step = config.data.batch_size * config.model.context_length
-        self.written = RecordWriter(run.metrics_file, start, writes)
+        self.record_writer = RecordWriter(run.metrics_file, start, writes)
         self.trackers = open_trackers(run, config, start) if writes else []
 
         self.pending: tuple[int, StepMetrics] | None = None  # Not yet read.
         self.record: dict[str, Any] | None = None  # Read, not yet written.
-        self.compile_seconds: float | None = None  # Time of the first step, that of compilation mostly.
+        self.compile_seconds: float | None = None  # Time of the first step, mostly compilation.
         self.elapsed, self.timed_steps, self.clock = 0.0, 0, time.perf_counter()
         self.shown: dict[str, str] = {}
-        # Where the output is not a terminal, there is no bar (disable=None), and lines are printed in its place.
+        # When the output is not a terminal, there is no bar (disable=None), and lines are printed instead.
         self.bar = tqdm(
             total=config.train.steps, initial=start, unit="step", disable=None, dynamic_ncols=True, smoothing=0.1
         )
@@ -49,7 +49,7 @@ class Recorder:
     @property
     def records(self) -> list[dict[str, Any]]:
         """All records of the run so far."""
-        return self.written.records
+        return self.record_writer.records
 
     def __enter__(self) -> "Recorder":
         return self
@@ -60,7 +60,7 @@ class Recorder:
                 self.flush()
         finally:
             self.bar.close()
-            self.written.close()
+            self.record_writer.close()
             for tracker in self.trackers:
                 tracker.close()
 
@@ -70,7 +70,7 @@ class Recorder:
         sys.stdout.flush()
 
     def submit(self, step: int, metrics: StepMetrics) -> None:
-        """Takes the metrics of a step that was dispatched, and reports those of the step before."""
+        """Takes the metrics of a dispatched step, and reports those of the step before."""
         self.flush()
         self.pending = (step, metrics)
         if self.compile_seconds is None:
@@ -100,7 +100,7 @@ class Recorder:
         self.bar.update(step - self.bar.n)
 
     def add_evaluation(self, val_loss: float, val_bits_per_byte: float) -> None:
-        """Adds an evaluation to the record of the step that was settled. Raises UserError when it is not finite."""
+        """Adds an evaluation to the record of the settled step. Raises UserError when the loss is not finite."""
         assert self.record is not None
         check_finite(self.record["step"], validation_loss=val_loss)
         self.record |= {"val_loss": val_loss, "val_bits_per_byte": val_bits_per_byte}
@@ -122,14 +122,14 @@ class Recorder:
             self.write(record)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Adds the speed since the last record and writes it everywhere."""
+        """Adds the speed since the last record, and writes the record to metrics.jsonl and all trackers."""
         seconds = self.elapsed / self.timed_steps if self.timed_steps else None
         rate = self.tokens_per_step / seconds if seconds else None
         flops = flops_per_token(self.config.model)
         mfu = rate * flops / self.peak_flops if rate and self.peak_flops else None
         record |= {"tokens_per_second": rate, "step_ms": seconds and seconds * 1e3, "mfu": mfu}
         self.elapsed, self.timed_steps = 0.0, 0
-        self.written.append(record)
+        self.record_writer.append(record)
         scalars = {name: value for name, value in record.items() if name != "step" and value is not None}
         for tracker in self.trackers:
             tracker.log(record["step"], scalars)
@@ -142,13 +142,13 @@ class Recorder:
             self.say(describe(record, self.config.train.steps))
 
     def sync(self) -> None:
-        """Brings the records to the disk: a checkpoint must not outlive those that lead up to it."""
+        """Forces the records to the disk, since a checkpoint must not survive a crash that loses earlier records."""
         self.flush()
-        self.written.sync()
+        self.record_writer.sync()
 
     @contextmanager
     def off_the_clock(self) -> Iterator[None]:
-        """Keeps the time spent inside out of the step times."""
+        """Excludes the time spent inside from the step times."""
         begin = time.perf_counter()
         try:
             yield
@@ -162,7 +162,7 @@ class Recorder:
 
 
 def check_finite(step: int, **values: float) -> None:
-    """Raises UserError naming the step unless all values are finite."""
+    """Raises UserError naming the step when a value is not finite."""
     for name, value in values.items():
         if not math.isfinite(value):
             raise UserError(

@@ -1,4 +1,4 @@
-"""AdamW as GPTs are trained with it: a schedule, clipping by global norm, decay on matrices and embeddings only."""
+"""AdamW with a learning rate schedule, clipping by global norm, and decay on matrices and embeddings only."""
 
 from typing import Any
 
@@ -8,15 +8,15 @@ import optax
 from gpt_jax.config import OptimizerConfig
 
 DECAYED = ("kernel", "lora_a", "lora_b", "tokens_VD", "positions_TD", "head_VD")
-"""Names of the parameters that weight decay applies to. By name and not by number of dimensions, because stacking the
+"""Names of the parameters with weight decay. The number of dimensions does not tell them apart, since stacking the
 layers makes the biases and norm scales of all layers look like matrices."""
 
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
     """Learning rate at each step: linear warmup from 0, then the configured shape down to `final_fraction` of the peak.
 
-    The rate of step s, counted from 0, is reached at s + 1: the first step moves the parameters, and the last one has
-    the final rate. Shapes: cosine (Loshchilov and Hutter 2017), linear, wsd (Hu et al. 2024), constant.
+    Step s, counted from 0, has the rate of s + 1, so that the first step moves the parameters and the last one has the
+    final rate. Shapes: cosine (Loshchilov and Hutter 2017), linear, wsd (Hu et al. 2024), constant.
     """
     peak, final, warmup = config.learning_rate, config.learning_rate * config.final_fraction, config.warmup_steps
     after_warmup = max(1, steps - warmup)
@@ -36,7 +36,7 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
 
 
 def is_decayed(params: Any) -> Any:
-    """True for each parameter that weight decay applies to, in the tree of `params`."""
+    """A tree like `params` that is True for each parameter with weight decay."""
     return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in DECAYED, params)
 
 

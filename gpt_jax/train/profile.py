@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-SKIPPED, TRACED = 10, 5  # Steps before the trace, so that it shows a steady state; steps in it.
+SKIPPED, TRACED = 10, 5  # Steps before the trace, so that it shows the steady state; steps in the trace.
 
 
 class Trace:
@@ -23,7 +23,7 @@ class Trace:
         return self
 
     def after(self, step: int, state: Any) -> None:
-        """To be called when `step` steps have been dispatched, with the state that the last one returns."""
+        """Starts or stops the trace. Call it after `step` steps have been dispatched, with the state of the last."""
         if self.folder is None:
             return
         if step == self.first:
@@ -35,7 +35,7 @@ class Trace:
             self.stop()
 
     def stop(self) -> None:
-        """Ends a trace that is running."""
+        """Ends the trace if it is running."""
         if self.running:
             self.running = False
             jax.profiler.stop_trace()

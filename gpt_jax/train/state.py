@@ -1,4 +1,4 @@
-"""The state that training begins with: a first one, or that of a checkpoint, if it fits the run."""
+"""The state that training starts from: a first one, or that of a checkpoint that fits the run."""
 
 import dataclasses
 import functools
@@ -27,7 +27,7 @@ def first_state(
     placement: Placement,
     pretrained: Params | None,
 ) -> TrainState:
-    """The state before the first step: random, or pretrained parameters, or random adapters beside these."""
+    """The state before the first step: random parameters, pretrained ones, or these with random adapters."""
     if pretrained is None or model.config.lora.rank:
         state = placement.make(lambda: init_state(model, optimizer, seed))
         return state._replace(frozen=pretrained or {})
@@ -43,12 +43,12 @@ def restore(
     meta: dict[str, Any],
     pretrained: Params | None,
 ) -> TrainState | None:
-    """The state of the newest whole checkpoint, on this run's devices; None when there is no checkpoint yet.
+    """The state of the newest undamaged checkpoint, on this run's devices; None when there is no checkpoint yet.
 
-    pretrained: the parameters that are not in the checkpoint, where adapters are trained.
+    pretrained: the parameters that adapters are trained on, which are not in the checkpoint.
 
-    Damaged ones are named and passed over. Raises UserError when one does not fit the configuration or the tokenizer,
-    or all are damaged.
+    Damaged checkpoints are reported and skipped. Raises UserError when one does not fit the configuration or the
+    tokenizer, or all are damaged.
     """
     target = placement.abstract(jax.eval_shape(lambda: init_state(model, optimizer, seed=0)))
     damaged = []
@@ -74,8 +74,8 @@ def restore(
 
 
 def load_pretrained_params(config: Config, model: GPT, placement: Placement, resumes: bool) -> Params | None:
-    """The parameters of the model in `config.init_from`, on this run's devices; None where none are needed: where there
-    is no such model, or a checkpoint has all parameters."""
+    """The parameters of the model in `config.init_from`, on this run's devices; None when there is no such model, or a
+    checkpoint has all parameters."""
     if not config.init_from or (resumes and not model.config.lora.rank):
         return None
     return open_source(config.init_from).load_params(model.config, placement)
@@ -85,8 +85,8 @@ DECIDE_THE_DATA_ORDER = ("data.batch_size", "train.seed")
 
 
 def check_fits(where: Path, saved: dict[str, Any], meta: dict[str, Any]) -> None:
-    """Raises UserError naming what differs between a checkpoint's facts and this run's, if it must not; prints the
-    rest of what differs."""
+    """Raises UserError when the facts of a checkpoint and of this run differ in what must be equal, naming it. Prints
+    the other differences."""
     for name in ("tokenizer", "data"):
         if saved[name] != meta[name]:
             raise UserError(f"checkpoint {where} was trained with another {name} than that of the data folder")

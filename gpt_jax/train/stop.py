@@ -1,4 +1,4 @@
-"""How a run is asked to stop: by a signal, on one host or on any of several."""
+"""Requests to stop a run, by a signal to any of its hosts."""
 
 import os
 import signal
@@ -13,15 +13,15 @@ from gpt_jax import hosts
 
 
 class StopRequest:
-    """The signal that asked the run to stop; 0 until one does."""
+    """The signal that asked the run to stop; 0 before there is one."""
 
     signum = 0
 
     def after(self, step: int) -> int:
-        """The signal to stop for when `step` steps are done, the same on all hosts; 0 to go on.
+        """The signal that ends the run after `step` steps, the same on all hosts; 0 to go on.
 
-        With several hosts, a signal to one is known to all by the distributed runtime, which also finds the step that
-        all of them have yet to reach.
+        With several hosts, the distributed runtime passes a signal on to all of them, and finds a step to stop after
+        that none of them has passed.
         """
         if hosts.several() and not self.signum and multihost_utils.reached_preemption_sync_point(step):
             self.signum = signal.SIGTERM
@@ -32,7 +32,7 @@ class StopRequest:
 def stop_signals() -> Iterator[StopRequest]:
     """Turns the first SIGINT or SIGTERM into a request to stop after the current step; a second one stops at once.
 
-    With several hosts, that is so of SIGINT; SIGTERM is the distributed runtime's, which knows how to tell the others.
+    With several hosts, SIGINT becomes a SIGTERM, which the distributed runtime handles and passes on to all hosts.
     """
     request = StopRequest()
     caught = (signal.SIGINT,) if hosts.several() else (signal.SIGINT, signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""Where else a run's records go: TensorBoard and Weights & Biases, each an extra that the configuration asks for."""
+"""Copies of a run's records in TensorBoard and Weights & Biases, optional packages that the configuration asks for."""
 
 import secrets
 from typing import Protocol
@@ -9,7 +9,7 @@ from gpt_jax.run.folder import RunFolder
 
 
 class Tracker(Protocol):
-    """Takes the numbers of logged steps."""
+    """A destination of the numbers of logged steps."""
 
     def log(self, step: int, scalars: dict[str, float]) -> None:
         """Takes the numbers of one step, by name."""
@@ -19,7 +19,7 @@ class Tracker(Protocol):
 
 
 class TensorBoard:
-    """Event files in the run's folder; points after step `start` that a killed run left are hidden."""
+    """Event files in the run's folder. Points after step `start`, left by a run that was killed, are hidden."""
 
     def __init__(self, run: RunFolder, start: int) -> None:
         try:
@@ -39,7 +39,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A Weights & Biases run of the same name as the folder, continued when the run is."""
+    """A Weights & Biases run with the folder's name, which goes on when the run is resumed."""
 
     def __init__(self, run: RunFolder, config: Config) -> None:
         try:
