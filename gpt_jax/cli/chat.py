@@ -23,15 +23,15 @@ def chat(
     ask: Callable[[], str],
     say: Callable[[str], None],
 ) -> None:
-    """Answers what `ask` returns until it raises EOFError, or KeyboardInterrupt twice; text for the user goes to `say`.
+    """Answers messages from `ask` until it raises EOFError, or KeyboardInterrupt twice. `say` shows text to the user.
 
-    A KeyboardInterrupt during an answer ends the answer: what was said of it stays in the conversation. When the
-    conversation no longer fits into the context beside an answer, its oldest turns are forgotten; the system prompt is
-    kept. Raises UserError when the tokenizer has no chat template, or when it does not take the system prompt.
+    A KeyboardInterrupt during an answer ends the answer, and its text so far stays in the conversation. When the
+    conversation leaves no room for an answer in the context, its oldest turns are forgotten; the system prompt is
+    kept. Raises UserError when the tokenizer has no chat template, or the template does not accept the system prompt.
     """
     check_chat(tokenizer, system)
     history: list[Message] = []
-    interrupted = False  # Outside of an answer, just now: it may have been meant for one that had just ended.
+    interrupted = False  # By one Ctrl-C at the prompt, which may have been meant for an answer that had just ended.
     while True:
         try:
             text = ask().strip()

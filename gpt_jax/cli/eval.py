@@ -20,23 +20,23 @@ if TYPE_CHECKING:
     from gpt_jax.run.load import Source
 
 MOST_CONTEXT = 2048
-"""Tokens of a window, at most, that nobody asked for: some models were made for a hundred thousand, in which a machine
-without an accelerator would spend hours."""
+"""Default limit on the tokens of a published model's window: some models have a context of a hundred thousand, which
+would take hours without an accelerator."""
 
 
 @dataclass(frozen=True)
 class EvalArgs(ModelArgs):
-    """Tell how well a GPT predicts a text: loss, perplexity, bits per byte. Every token is scored exactly once. Of a
-    published model, windows have no more than 2048 tokens, unless --context-length asks for more."""
+    """Tell how well a GPT predicts a text: loss, perplexity, bits per byte. Every token is scored exactly once. The
+    windows of a published model have at most 2048 tokens, unless --context-length asks for more."""
 
     data: str = ""  # Folder made by prepare; empty: the one that the run was trained on.
-    split: SplitName = "val"  # Of that folder: val or train. It is read as one stream of tokens.
-    text: tuple[str, ...] = ()  # In its place: files, folders, globs or corpora. Each document is read on its own.
+    split: SplitName = "val"  # Split of that folder: val or train, read as one stream of tokens.
+    text: tuple[str, ...] = ()  # Instead of --data: files, folders, globs or corpora, each document scored on its own.
     text_field: str = "text"  # Field or column of JSON Lines and Parquet that holds the text.
-    # Tokens from the start of a window to that of the next; None: context_length. With fewer, each token after the
-    # first window is predicted from context_length - stride tokens or more, and more is computed.
+    # Tokens from the start of one window to the start of the next; None: context_length. With a smaller stride, each
+    # token after the first window is predicted from at least context_length - stride tokens, which takes longer.
     stride: int | None = None
-    batch_size: int = 8  # Windows that a device reads at one time.
+    batch_size: int = 8  # Windows that a device scores at the same time.
     json: Switch = False  # Print one JSON object.
 
     def __post_init__(self) -> None:
@@ -55,18 +55,18 @@ def command(argv: Sequence[str]) -> int:
 
 
 def evaluate(args: EvalArgs) -> None:
-    """Evaluates as `args` say, and prints the numbers. Raises UserError for what the user can mend."""
+    """Evaluates as `args` say, and prints the numbers. Raises UserError for errors that the user can fix."""
     from gpt_jax import runtime
     from gpt_jax.evaluate.loss import evaluate_blocks, evaluate_split
     from gpt_jax.evaluate.score import Scorer
     from gpt_jax.run.load import load_model
 
     source = args.source()
-    text_name, text = open_text(args, source)  # What is not there is told before a model is loaded.
-    theirs = source.config.context_length
-    T = args.context_length or (min(theirs, MOST_CONTEXT) if args.model else theirs)
-    if not args.context_length and theirs > T:
-        print(f"windows of {T:,} tokens, of the model's {theirs:,}; --context-length takes more", file=sys.stderr)
+    text_name, text = open_text(args, source)  # Raises before the model is loaded.
+    own_context = source.config.context_length
+    T = args.context_length or (min(own_context, MOST_CONTEXT) if args.model else own_context)
+    if not args.context_length and own_context > T:
+        print(f"windows of {T:,} tokens, of the model's {own_context:,}; --context-length takes more", file=sys.stderr)
     stride = T if args.stride is None else args.stride
     check(1 <= stride <= T, "stride", stride, f"between 1 and context_length = {T}")
     runtime.setup()
@@ -88,7 +88,7 @@ def evaluate(args: EvalArgs) -> None:
 
 
 def open_text(args: EvalArgs, source: "Source") -> tuple[str, Corpus | Dataset]:
-    """What to evaluate on, and its name. Raises UserError when it is not there."""
+    """The name of the text or data folder to evaluate on, and its contents. Raises UserError when it is missing."""
     if args.text:
         return ", ".join(args.text), open_corpus(args.text, args.text_field)
     from gpt_jax.run.load import RunSource
@@ -98,7 +98,7 @@ def open_text(args: EvalArgs, source: "Source") -> tuple[str, Corpus | Dataset]:
 
 
 def check_tokenizer(text_name: str, data: Dataset, tokenizer: Tokenizer) -> None:
-    """Raises UserError when a data folder's tokens are not the model's."""
+    """Raises UserError when a data folder was prepared with another tokenizer than the model's."""
     if data.tokenizer.fingerprint != tokenizer.fingerprint:
         raise UserError(
             f"{text_name}: these tokens were made by another tokenizer than the model's; "
@@ -107,7 +107,7 @@ def check_tokenizer(text_name: str, data: Dataset, tokenizer: Tokenizer) -> None
 
 
 def report(tally: "Tally") -> dict[str, float]:
-    """The numbers of an evaluation by name; those of characters only where they are known."""
+    """The numbers of an evaluation by name; those of characters only when they were counted."""
     numbers = {"loss": tally.loss, "perplexity": tally.perplexity, "bits_per_byte": tally.bits / tally.bytes}
     counts = {"tokens": tally.tokens, "documents": tally.documents, "bytes": tally.bytes}
     if tally.characters is None:
@@ -117,7 +117,7 @@ def report(tally: "Tally") -> dict[str, float]:
 
 
 def table(model: str, text: str, windows: str, numbers: dict[str, float]) -> dict[str, str]:
-    """The report for a reader."""
+    """The report as a table of names and texts."""
     counts = ", ".join(f"{numbers[name]:,} {name}" for name in ("documents", "bytes", "tokens"))
     rows = {
         "model": model,

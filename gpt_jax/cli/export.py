@@ -13,8 +13,8 @@ class ExportArgs(RunArgs):
     """Write the model of a run, adapters merged, as a folder that transformers loads."""
 
     out: str = ""  # The folder to write, whole or not at all.
-    dtype: StoredDType = "float32"  # What the numbers are rounded to.
-    force: Switch = False  # Replace an exported model that is in the folder.
+    dtype: StoredDType = "float32"  # Type that the parameters are rounded to.
+    force: Switch = False  # Replace an exported model that is already in the folder.
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,7 +1,7 @@
-"""From the words on a command line to an exit status.
+"""Runs the command that a command line names, and returns its exit status.
 
-What the user can mend is told in one line on standard error: exit status 2 for the arguments themselves, 1 for what
-they lead to, 128 + the signal's number after a signal.
+Errors that the user can fix are printed as one line on standard error. The exit status is 2 for wrong arguments, 1 for
+other errors, and 128 + the signal's number after a signal.
 """
 
 import difflib
@@ -21,7 +21,7 @@ from gpt_jax.errors import UserError
 from gpt_jax.system import restart_with_huge_pages
 
 EXTRAS = {"tokenizers": "interop", "jinja2": "interop", "gguf": "interop", "google": "interop", "lm_eval": "lm-eval"}
-"""Packages that not everybody needs, and the extra that has them. `google` is protobuf."""
+"""Optional packages, and the extra that installs each. `google` is protobuf."""
 
 USAGE = """usage: gpt-jax COMMAND [OPTIONS]
 
@@ -35,7 +35,7 @@ USAGE = """usage: gpt-jax COMMAND [OPTIONS]
 gpt-jax COMMAND --help tells the options of each."""
 
 COMMANDS = ("prepare", "train", "sample", "eval", "export", "plan")
-"""Each a module of this package, which is imported when it is called for."""
+"""Each one is a module of this package, which is imported when the command runs."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     command = argv[0] if argv else "--help"
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # A terminal that cannot show a character must not end the text.
+        sys.stdout.reconfigure(errors="replace")  # A character that the terminal lacks must not raise.
     try:
         if command in ("-h", "--help"):
             print(USAGE)
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 128 + signal.SIGINT
-    except BrokenPipeError:  # The reader, such as head, has seen enough.
+    except BrokenPipeError:  # The reader, such as head, has closed the pipe.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except Exception as e:
@@ -69,14 +69,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def user_message(e: Exception) -> str | None:
-    """What to tell the user of an exception, in one line; None where it is a bug, which needs its traceback."""
+    """The message of an exception for the user, in one line; None for a bug, which needs its traceback."""
     if isinstance(e, UserError):
-        return " ".join(str(e).split("\n"))  # Libraries, whose words it may hold, write more than one line.
+        return " ".join(str(e).split("\n"))  # It may quote a library's message of several lines.
     if isinstance(e, ModuleNotFoundError) and (package := (e.name or "").split(".")[0]) in EXTRAS:
         return f"this needs the package {package}, which is not installed: pip install 'gpt-jax[{EXTRAS[package]}]'"
-    if isinstance(e, OSError) and e.errno is not None:  # A disk that is full or read-only, wherever it was met.
+    if isinstance(e, OSError) and e.errno is not None:  # Such as a full or read-only disk, at any point.
         return f"{e.filename}: {e.strerror}" if e.filename else os.strerror(e.errno)
-    from gpt_jax import hosts  # Not before: it brings JAX, for which the messages above need not wait.
+    from gpt_jax import hosts  # Here, since it imports JAX, which the cases above do not need.
 
     if hosts.lost(e):
         return "another host has gone, see what it said; start all of them again, with --resume if there is a run"
@@ -88,23 +88,23 @@ def user_message(e: Exception) -> str | None:
 def interrupt(signum: int, frame: FrameType | None) -> None:
     """A handler of SIGINT that raises KeyboardInterrupt, but not where it would be lost.
 
-    What is raised in a callback of the garbage collector, such as JAX has, is printed and forgotten: from there, the
-    signal is sent again a little later.
+    Python prints and drops exceptions that are raised in callbacks of its garbage collector, of which JAX has one.
+    There, the handler sends the signal again a little later.
     """
-    if frame is not None and any(frame.f_code is getattr(found, "__code__", None) for found in gc.callbacks):
+    if frame is not None and any(frame.f_code is getattr(callback, "__code__", None) for callback in gc.callbacks):
         threading.Timer(0.01, os.kill, (os.getpid(), signum)).start()
     else:
         raise KeyboardInterrupt
 
 
 def run(argv: Sequence[str] | None = None) -> None:
-    """`main` as a process of its own.
+    """Runs `main` as the whole of a process.
 
-    A failure ends the process at once: after a failed save, the interpreter's own way out lets the abandoned threads
-    and coroutines of the checkpoint library print their tracebacks below the one line that matters.
+    A failure ends the process at once: after a failed save, a normal exit of the interpreter would let abandoned
+    threads and coroutines of the checkpoint library print their tracebacks below the one line that matters.
     """
     argv = sys.argv[1:] if argv is None else argv
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # And is not ignored, as of a background job.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # Background jobs ignore SIGINT.
         signal.signal(signal.SIGINT, interrupt)
     if argv and argv[0] == "train":
         restart_with_huge_pages()
@@ -115,7 +115,7 @@ def run(argv: Sequence[str] | None = None) -> None:
         if hosts is None or not hosts.several():
             raise
         traceback.print_exc()
-        status = 1  # And at once: on its way out, JAX would wait for the other hosts, which wait for this one.
+        status = 1  # With os._exit below: in a normal exit, JAX would wait for the other hosts, which wait for this.
     sys.stdout.flush()
     sys.stderr.flush()
     if status:

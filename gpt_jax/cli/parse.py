@@ -1,4 +1,4 @@
-"""Arguments to objects: what the commands share of reading flags, and of naming a model."""
+"""Parsing of arguments into objects, and the arguments that name a model, for all commands."""
 
 import contextlib
 import io
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 Args = TypeVar("Args")
 
 Switch = Annotated[bool, tyro.conf.FlagCreatePairsOff]
-"""A flag that is only ever switched on; the configuration's have both forms, --model.bias and --model.no-bias."""
+"""A flag that can only be switched on. Flags of the configuration have two forms, --model.bias and --model.no-bias."""
 
 
 class UsageError(UserError):
-    """Arguments that no command could be built from."""
+    """Arguments that a command cannot be built from."""
 
 
 def parse(args_type: type[Args], argv: Sequence[str], command: str, default: Args | None = None) -> Args:
@@ -43,7 +43,7 @@ def parse(args_type: type[Args], argv: Sequence[str], command: str, default: Arg
 def in_one_line(box: str) -> str:
     """The message in an error box that tyro draws, and the first flag that it suggests.
 
-    The message is the first section of the box; where lines cannot be drawn, the second, below a title.
+    The message is the first section of the box, or the second, below a title, when tyro cannot draw lines.
     """
     lines = [line.strip("│ ") for line in box.splitlines() if not line.startswith(("╭", "╰"))]
     sections = re.split(r"^[─-]{5,}$", "\n".join(lines), flags=re.MULTILINE)
@@ -53,14 +53,14 @@ def in_one_line(box: str) -> str:
 
 
 def default_config_path() -> Path:
-    """quickstart.py: of the working folder's configs/, of the checkout that this package is in, or of the package."""
+    """The path of quickstart.py: in configs/ of the working folder, of this package's checkout, or of the package."""
     package = Path(__file__).parent
     places = [folder / "configs" / "quickstart.py" for folder in (Path(), package.parent, package)]
     return next((path for path in places if path.exists()), places[0])
 
 
 def flag_value(argv: Sequence[str], flag: str) -> str | None:
-    """The value last given to a flag, before the arguments as a whole can be parsed; None when it is not there."""
+    """The last value of a flag in arguments that have not been parsed; None when the flag is missing."""
     value = None
     for argument, following in itertools.zip_longest(argv, argv[1:]):
         name, equals, rest = argument.partition("=")
@@ -70,7 +70,7 @@ def flag_value(argv: Sequence[str], flag: str) -> str | None:
 
 
 def given_fields(argv: Sequence[str]) -> set[str]:
-    """The full names of the configuration's fields that flags set, such as "model.n_layer" by --model.n-layer=2."""
+    """The full names of the configuration's fields that flags set, such as "model.n_layer" for --model.n-layer=2."""
     flags = (a.partition("=")[0].removeprefix("--").replace("-", "_") for a in argv if a.startswith("--"))
     sections = (flag.rpartition(".") for flag in flags)
     return {f"{section}{dot}{name.removeprefix('no_')}" for section, dot, name in sections}
@@ -78,11 +78,11 @@ def given_fields(argv: Sequence[str]) -> set[str]:
 
 @dataclass(frozen=True)
 class RunArgs:
-    """Which model: that of a run."""
+    """Arguments that name the model of a run."""
 
     run: str = ""  # Folder of the run; empty: the newest under runs/.
     checkpoint: str = "latest"  # Of a run: latest, best (lowest validation loss), or a step.
-    # Longest text in tokens; 0: the model's own. Longer than that: where positions are rotary.
+    # Longest text in tokens; 0: the model's own. A longer context is possible with rotary positions.
     context_length: int = 0
 
     def __post_init__(self) -> None:
@@ -91,9 +91,9 @@ class RunArgs:
 
 @dataclass(frozen=True)
 class ModelArgs(RunArgs):
-    """Which model: that of a run, or a published one."""
+    """Arguments that name the model of a run, or a published model."""
 
-    model: str = ""  # In place of a run: a folder with a published model, a .gguf file, or a name on the hub.
+    model: str = ""  # Instead of a run: a folder with a published model, a .gguf file, or a name on the hub.
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -101,7 +101,7 @@ class ModelArgs(RunArgs):
             raise UserError("--model names a model, and --run or --checkpoint another one; use one of them")
 
     def source(self) -> "Source":
-        """The model that they name. Raises UserError when it is not there."""
-        from gpt_jax.run.load import choose_source  # Not before: it brings JAX.
+        """The model that the arguments name. Raises UserError when it is missing."""
+        from gpt_jax.run.load import choose_source  # Here, since it imports JAX.
 
         return choose_source(self.run, self.model, self.checkpoint)

@@ -1,4 +1,4 @@
-"""`gpt-jax plan`: what a training takes on devices that are not here, as a table."""
+"""`gpt-jax plan`: the memory and time of a training run on devices that are not here, as a table."""
 
 import dataclasses
 import os
@@ -17,11 +17,11 @@ from gpt_jax.data.shards import open_dataset
 
 @dataclasses.dataclass(frozen=True)
 class PlanArgs:
-    """Tell what a training takes on devices that are not here: memory, what travels, and what bounds its time. The
+    """Tell what a training run needs on devices that are not here: memory, collectives, and what bounds its time. The
     first argument may be a configuration file; configs/quickstart.py is the default."""
 
     target: str = "v5e-4"  # The devices: a TPU slice such as v5e-16, v5p-32, v6e-8, or GPUs such as h100x8.
-    tries: int = 4  # Other ways to run it (microbatches, rematerialisation) to compile, for a recommendation; 0: none.
+    tries: int = 4  # Variants (microbatches, rematerialisation) to compile for a recommendation; 0: none.
     config: Annotated[Config, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Config)
 
     def __post_init__(self) -> None:
@@ -29,7 +29,7 @@ class PlanArgs:
 
 
 def command(argv: Sequence[str]) -> int:
-    """Tells what a training takes on devices that are not here. Status 1 when it does not fit them."""
+    """Tells what a training run needs on devices that are not here. Returns 1 when it does not fit."""
     words = list(argv)
     path = Path(words.pop(0)) if words and not words[0].startswith("-") else default_config_path()
     args = parse(PlanArgs, words, "plan", PlanArgs(config=load_config(path)))
@@ -41,10 +41,10 @@ def command(argv: Sequence[str]) -> int:
         config = with_vocabulary(config, tokenizer.vocab_size)
     elif not config.model.vocab_size and Path(config.data.dir, "meta.json").exists():
         config = with_vocabulary(config, open_dataset(Path(config.data.dir)).tokenizer.vocab_size)
-    elif not config.model.vocab_size:  # Not prepared yet: as many tokens as will be asked for.
+    elif not config.model.vocab_size:  # The data are not prepared yet: the size to ask for.
         config = with_vocabulary(config, config.data.vocab_size)
 
-    # libtpu would ask a cloud machine's metadata server what it is.
+    # Without these, libtpu would ask the metadata server of a cloud machine for its TPU.
     os.environ.update(TPU_SKIP_MDS_QUERY="1", TPU_WORKER_HOSTNAMES="localhost", TPU_ACCELERATOR_TYPE="v5litepod-4")
     import jax
 
@@ -54,7 +54,7 @@ def command(argv: Sequence[str]) -> int:
     from gpt_jax.plan.targets import parse_target
 
     jax.config.update("jax_platforms", "cpu")
-    # The cache cannot give back programs for devices that are not here, and warns that it cannot.
+    # The cache cannot load programs for devices that are not here, and would warn about it.
     jax.config.update("jax_enable_compilation_cache", False)
     target = parse_target(args.target)
     runtime.setup(1 if can_compile(target) else target.n_devices)

@@ -13,7 +13,7 @@ def command(argv: Sequence[str]) -> int:
     args = parse(PrepareArgs, argv, "prepare")
     tokenizer = None
     if args.tokenizer not in ("sentencepiece", "bytes"):
-        from gpt_jax.interop.load import named_tokenizer  # It brings JAX, which is not needed but for models.
+        from gpt_jax.interop.load import named_tokenizer  # It imports JAX, which only models need.
 
         tokenizer = named_tokenizer(args.tokenizer)
     print_summary(args.out, prepare(args, tokenizer=tokenizer))

@@ -19,9 +19,9 @@ from gpt_jax.sample.settings import Filters, Settings
 
 @dataclass(frozen=True)
 class SampleArgs(ModelArgs):
-    """Let a trained GPT go on from prompts. The same arguments and seed give the same text."""
+    """Let a trained GPT continue prompts. The same arguments and seed give the same text."""
 
-    prompt: tuple[str, ...] = ()  # Texts to go on from, all in one batch; none: the start of a document.
+    prompt: tuple[str, ...] = ()  # Texts to continue, all in one batch; none: the start of a document.
     prompt_file: str = ""  # File whose whole text is the prompt.
     num_samples: int = 1  # Texts for each prompt.
     settings: Annotated[Settings, tyro.conf.arg(name="")] = field(
@@ -29,7 +29,7 @@ class SampleArgs(ModelArgs):
     )
     json: Switch = False  # Print one JSON object a text: tokens, their log-probabilities, why it ended.
     chat: Switch = False  # Talk with the model, which must have a chat template; each line of input is a message.
-    system: str = ""  # With --chat: what to tell the model first, such as how to behave.
+    system: str = ""  # With --chat: the system prompt, which may say how to behave.
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -43,7 +43,7 @@ class SampleArgs(ModelArgs):
 
 
 def command(argv: Sequence[str]) -> int:
-    """Loads a run and prints what its model writes, as it writes it."""
+    """Loads a model and prints its text, as it is generated."""
     args = parse(SampleArgs, argv, "sample")
 
     from gpt_jax import runtime
@@ -54,7 +54,7 @@ def command(argv: Sequence[str]) -> int:
     prompts = [read_prompt(Path(args.prompt_file))] if args.prompt_file else list(args.prompt) or [""]
     runtime.setup()
     model, params, tokenizer = load_model(args.source(), args.context_length)
-    params = prepare_params(params, model.config, donate=True)  # Once for all answers, and the only copy.
+    params = prepare_params(params, model.config, donate=True)  # Once for all answers; the first copy is freed.
 
     if args.chat:
         from gpt_jax.cli.chat import HELP, chat
@@ -66,7 +66,7 @@ def command(argv: Sequence[str]) -> int:
 
     streams = len(prompts) * args.num_samples == 1 and not args.json
     if streams:
-        encode_prompt(prompts[0], tokenizer, model.config.context_length)  # What is refused is not printed first.
+        encode_prompt(prompts[0], tokenizer, model.config.context_length)  # Raises before the prompt is printed.
         print(prompts[0], end="", flush=True)
     results = generate(
         model,

@@ -17,12 +17,12 @@ from gpt_jax.config import Config, check, load_config, load_saved_config
 class TrainArgs:
     """Train a GPT. The first argument may be a configuration file; configs/quickstart.py is the default."""
 
-    resume: Switch = False  # Go on with the run in --out-dir, with the configuration saved there and these flags.
+    resume: Switch = False  # Go on with the run in --out-dir, with its saved configuration and these flags.
     profile: Switch = False  # Write a JAX profiler trace of a few steps to the run's folder.
-    # Several hosts: HOST:PORT of the first one, or auto on TPU pods, Slurm, Kubernetes, Open MPI; empty: only this one.
+    # HOST:PORT of the first of several hosts, or auto on TPU pods, Slurm, Kubernetes, Open MPI; empty: one host only.
     coordinator: str = ""
-    n_hosts: int = 0  # With HOST:PORT: how many hosts there are.
-    host_id: int = 0  # With HOST:PORT: which of them this is, from 0.
+    n_hosts: int = 0  # With HOST:PORT: number of hosts.
+    host_id: int = 0  # With HOST:PORT: number of this host, from 0.
     join_timeout: int = 300  # Seconds to wait for the other hosts.
     config: Annotated[Config, tyro.conf.arg(name="")] = dataclasses.field(default_factory=Config)
 
@@ -55,7 +55,7 @@ def command(argv: Sequence[str]) -> int:
             sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
     hosts.on_first(
         lambda: RunFolder(Path(config.out_dir)).check_usable(args.resume)
-    )  # Before minutes go to preparing data.
+    )  # Before data are prepared, which may take minutes.
     config, data = set_up(config, given_fields(argv), args.resume)
     if not args.coordinator:
         runtime.setup(runtime.choose_cpu_devices(config))
@@ -70,8 +70,8 @@ def command(argv: Sequence[str]) -> int:
 def train_arguments(argv: list[str]) -> tuple[Config, TrainArgs]:
     """The configuration with its out_dir, and the other arguments.
 
-    The flags change the configuration of a file, which may be the first argument or follow --resume or --profile; or
-    with --resume, the one that was saved with the run.
+    The flags override the configuration of a file, which may be the first argument or follow --resume or --profile.
+    With --resume, they override the configuration saved in the run.
     """
     positional = [
         i for i, a in enumerate(argv) if not a.startswith("-") and argv[i - 1 : i] in ([], ["--resume"], ["--profile"])
