@@ -12,7 +12,7 @@ Message = dict[str, str]
 
 
 def check_chat(tokenizer: Tokenizer, system: str | None) -> None:
-    """Raises UserError when no conversation with that system prompt can be written."""
+    """Raises UserError when there is no chat template, or it does not accept the system prompt."""
     if tokenizer.chat_template is None:
         raise UserError(NO_CHAT)
     tokenizer.encode_chat(conversation(system, [message("user", "Hello")]))
@@ -27,10 +27,10 @@ def answer(
     history: list[Message],
     say: Callable[[str], None],
 ) -> list[Message]:
-    """Says the answer to the last message of `history`, as it comes. Returns the history with it.
+    """Streams the answer to the last message of `history` to `say`. Returns the history with the answer.
 
-    What was forgotten for want of room is not in there, nor is a message to which nothing was said before a
-    KeyboardInterrupt. Raises UserError when the last message alone does not fit.
+    The returned history lacks the turns that did not fit, and the last message when a KeyboardInterrupt came before
+    any text of its answer. Raises UserError when the last message alone does not fit.
     """
     pieces: list[str] = []
 
@@ -54,8 +54,8 @@ def fit(
 ) -> tuple[list[Message], list[int]]:
     """The last turns of `history` that leave room for an answer, and their tokens.
 
-    The room is max_new_tokens, but never more than half of the context. Raises UserError when the last message alone is
-    longer than what is left.
+    The answer's room is max_new_tokens, but at most half of the context. Raises UserError when the last message alone
+    does not fit into the rest.
     """
     allowed = context_length - min(max_new_tokens, context_length // 2)
     while True:
@@ -76,5 +76,5 @@ def conversation(system: str | None, history: list[Message]) -> list[Message]:
 
 
 def message(role: str, content: str) -> Message:
-    """One message, in the terms of chat templates."""
+    """One message in the format of chat templates."""
     return {"role": role, "content": content}

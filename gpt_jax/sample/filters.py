@@ -1,6 +1,6 @@
-"""What happens to logits before a token is drawn from them: pure functions of logits (B, V), in float32.
+"""Filters of logits, and the draw of a token from them: pure functions of logits (B, V), in float32.
 
-Each sets the logits of the tokens that it excludes to -inf, and leaves one token at least.
+Each filter sets the logits of the tokens that it excludes to -inf, and keeps at least one token.
 """
 
 import math
@@ -12,7 +12,7 @@ from gpt_jax.sample.settings import Filters
 
 
 def apply(filters: Filters, logits_BV: jax.Array, seen_BV: jax.Array | None) -> jax.Array:
-    """The logits to draw from. Every filter sees what the one before left. seen_BV: bool, tokens that were seen."""
+    """The logits to draw from. Each filter gets the result of the one before. seen_BV: bool, tokens seen before."""
     if seen_BV is not None:
         logits_BV = penalise_repetition(logits_BV, seen_BV, filters.repetition_penalty)
     if filters.temperature == 0:
@@ -34,19 +34,19 @@ def penalise_repetition(logits_BV: jax.Array, seen_BV: jax.Array, penalty: float
 
 
 def keep_top_k(logits_BV: jax.Array, k: int) -> jax.Array:
-    """Keeps the k most probable tokens (Fan et al. 2018), and those that tie with the last of them."""
+    """Keeps the k most probable tokens (Fan et al. 2018), and all that tie with the last of them."""
     return jnp.where(logits_BV < kth_largest(logits_BV, min(k, logits_BV.shape[1])), -jnp.inf, logits_BV)
 
 
 def kth_largest(logits_BV: jax.Array, k: int) -> jax.Array:
     """The k-th largest logit of each row, (B, 1); k <= V.
 
-    It is the same among all logits and among those of the k blocks that have the largest maxima: each of these has a
-    logit no smaller than any outside of them. So two short `top_k` do, where XLA:CPU sorts the whole row for one long
-    one (V 50257, k 50: 13 to 0.2 ms a row).
+    The k blocks with the largest maxima have the same k-th largest logit as the row, since each of these maxima is no
+    smaller than any logit outside of these blocks. So two short `top_k` replace one long one, for which XLA:CPU sorts
+    the whole row (V 50257, k 50: 13 to 0.2 ms a row).
     """
     V = logits_BV.shape[1]
-    block = math.isqrt(V // k)  # There are about as many blocks, then, as logits in k of them.
+    block = math.isqrt(V // k)  # Then there are about as many blocks as logits in k blocks.
     blocks_BNC = in_blocks(logits_BV, block)
     best_BK = jax.lax.top_k(jnp.max(blocks_BNC, axis=-1), k)[1]
     candidates_BKC = jnp.take_along_axis(blocks_BNC, best_BK[:, :, None], axis=1)
@@ -54,7 +54,7 @@ def kth_largest(logits_BV: jax.Array, k: int) -> jax.Array:
 
 
 def draw(key: jax.Array, logits_V: jax.Array) -> jax.Array:
-    """A token from softmax(logits): first a block of tokens, then one of the block.
+    """A token drawn from softmax(logits): first a block of tokens, then one token of that block.
 
     The distribution is that of `jax.random.categorical`, with 2 sqrt(V) random numbers in place of V (V 50257 on CPU:
     5.9 to 0.2 ms a row).
@@ -66,7 +66,7 @@ def draw(key: jax.Array, logits_V: jax.Array) -> jax.Array:
 
 
 def in_blocks(logits_BV: jax.Array, size: int) -> jax.Array:
-    """The logits of each row in blocks of `size`, (B, blocks, size), the last one filled up with -inf."""
+    """The logits of each row in blocks of `size`, (B, blocks, size), the last one padded with -inf."""
     padded_BV = jnp.pad(logits_BV, ((0, 0), (0, -logits_BV.shape[1] % size)), constant_values=-jnp.inf)
     return padded_BV.reshape(logits_BV.shape[0], -1, size)
 
@@ -75,7 +75,7 @@ def keep_top_p(logits_BV: jax.Array, p: float) -> jax.Array:
     """Keeps the fewest tokens, most probable first, whose probabilities add up to p or more (Holtzman et al. 2020)."""
     sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
     probabilities_BV = jax.nn.softmax(sorted_BV, axis=-1)
-    before_BV = jnp.cumsum(probabilities_BV, axis=-1) - probabilities_BV  # Of all the more probable tokens.
+    before_BV = jnp.cumsum(probabilities_BV, axis=-1) - probabilities_BV  # The sum over all more probable tokens.
     least_B = jnp.min(jnp.where(before_BV < p, sorted_BV, jnp.inf), axis=-1)
     return jnp.where(logits_BV < least_B[:, None], -jnp.inf, logits_BV)
 

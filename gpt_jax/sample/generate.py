@@ -16,9 +16,9 @@ from gpt_jax.tokenizer.tokenizer import Tokenizer
 
 @dataclass
 class Result:
-    """What was generated from one prompt.
+    """The text generated from one prompt, and its tokens.
 
-    logprobs are those of the tokens under the model, in nats, before temperature and filters. finish_reason tells why
+    logprobs are those of the tokens under the model, in nats, before temperature and filters. finish_reason says why
     the text ended: "length", "end_of_text" (any of the tokenizer's stop_ids) or "stop".
     """
 
@@ -30,28 +30,28 @@ class Result:
 
 
 class Row:
-    """One sequence while it is generated: takes tokens, gives text as soon as it is certain."""
+    """One sequence during generation. Takes tokens, and returns text as soon as it is certain."""
 
     def __init__(self, prompt_tokens: list[int], tokenizer: Tokenizer, settings: Settings) -> None:
         self.result = Result(prompt_tokens)
         self.settings, self.stop_ids = settings, tokenizer.stop_ids
         self.decoder = tokenizer.decoder(after=prompt_tokens)
-        self.held = ""  # Decoded, but perhaps the beginning of a stop string.
+        self.held = ""  # Decoded text that may be the start of a stop string.
         self.window_start = 0  # The first token that the model still sees.
 
     @property
     def tokens(self) -> list[int]:
-        """Prompt and answer."""
+        """The tokens of the prompt and the answer."""
         return self.result.prompt_tokens + self.result.tokens
 
     def window(self, context_length: int) -> list[int]:
-        """The tokens for the model to read; once they are more than it can, the last half context of them."""
+        """The tokens for the model to read. When they exceed the context, the window restarts with its last half."""
         if len(self.tokens) - self.window_start > context_length:
             self.window_start = len(self.tokens) - max(1, context_length // 2)
         return self.tokens[self.window_start :]
 
     def add(self, token: int, logprob: float) -> str:
-        """Takes the next token and returns the text that is certain by now. Nothing happens once the row has ended."""
+        """Takes the next token and returns the text that is now certain. Does nothing once the row has ended."""
         result = self.result
         if result.finish_reason:
             return ""
@@ -70,13 +70,13 @@ class Row:
         return self.release(certain)
 
     def release(self, n: int) -> str:
-        """Moves the first n characters that are held to the result."""
+        """Moves the first n held characters to the result."""
         text, self.held = self.held[:n], self.held[n:]
         self.result.text += text
         return text
 
     def finish(self, reason: str, flush: bool = True) -> str:
-        """Ends the row, and releases all that is held."""
+        """Ends the row, and releases all held text."""
         self.result.finish_reason = reason
         if flush:
             self.held += self.decoder.flush()
@@ -84,7 +84,7 @@ class Row:
 
 
 def longest_overlap(text: str, stops: Sequence[str]) -> int:
-    """Length of the longest end of `text` that is the beginning of a stop string."""
+    """Length of the longest suffix of `text` that is a prefix of a stop string."""
     lengths = range(min(len(text), max(map(len, stops), default=0)), 0, -1)
     return next((n for n in lengths if any(stop.startswith(text[-n:]) for stop in stops)), 0)
 
@@ -98,13 +98,13 @@ def generate(
     num_samples: int = 1,
     on_text: Callable[[int, str], None] | None = None,
 ) -> list[Result]:
-    """Goes on from each prompt `num_samples` times: prompt 0's samples first, then prompt 1's, and so on.
+    """Continues each prompt `num_samples` times: prompt 0's samples first, then prompt 1's, and so on.
 
     `on_text(row, text)` is called as text becomes certain; it never gets a part of a character. A row's result depends
     on its prompt, the settings and its number among the prompt's samples, not on the rest of the batch.
 
-    An empty prompt stands for the start of a document. Texts may grow longer than the model's context: each time it is
-    full, the model goes on from the last half of it. Raises UserError when a prompt alone does not fit.
+    An empty prompt stands for the start of a document. Texts may grow longer than the model's context: each time the
+    context is full, the model goes on from its last half. Raises UserError when a prompt alone does not fit.
     """
     prompt_tokens = [encode_prompt(prompt, tokenizer, model.config.context_length) for prompt in prompts]
     return generate_tokens(model, params, tokenizer, prompt_tokens, settings, num_samples, on_text)
@@ -119,7 +119,7 @@ def generate_tokens(
     num_samples: int = 1,
     on_text: Callable[[int, str], None] | None = None,
 ) -> list[Result]:
-    """As `generate`, from token ids: one or more a prompt, and no more than the context has room for."""
+    """Like `generate`, from token ids: at least one in each prompt, and no more than fit into the context."""
     rows = [Row(list(prompt), tokenizer, settings) for prompt in prompts for _ in range(num_samples)]
     keys_B = row_keys(rows, settings.seed, num_samples)
     for tokens_B, logprobs_B in token_stream(model, params, tokenizer.vocab_size, rows, keys_B, settings):
@@ -131,7 +131,7 @@ def generate_tokens(
 
 
 def encode_prompt(prompt: str, tokenizer: Tokenizer, context_length: int) -> list[int]:
-    """The tokens to go on from: those of the prompt, after `begin_of_text` where there is one.
+    """The tokens of a prompt, after `begin_of_text` if the tokenizer has one; `end_of_text` if these are none.
 
     Raises UserError when they do not fit into the context.
     """
@@ -157,13 +157,13 @@ def token_stream(
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The next token of each row and its log-probability, int32 and float32 (B,), until all rows have ended.
 
-    Reads the rows, which the caller extends in the meantime, when the context is full and must be filled anew.
+    The caller adds the tokens to the rows, which are read again when the context is full and must be refilled.
     """
     decoder = decoder_for(model, settings.filters, n_tokens)
     params = prepare_params(params, model.config)
     drawn = 0
     while not all(row.result.finish_reason for row in rows):
-        # A row that has ended takes part with one token: its length must not fill the context of the others.
+        # A row that has ended takes part with one token, so that its length does not fill the context of the others.
         windows = [
             row.tokens[-1:] if row.result.finish_reason else row.window(model.config.context_length) for row in rows
         ]
@@ -189,7 +189,7 @@ def token_stream(
 
 
 def seen_tokens(model: GPT, rows: list[Row], settings: Settings) -> np.ndarray | None:
-    """Which tokens each row has seen, bool (B, V), for the repetition penalty; None without one."""
+    """The tokens that each row has seen, bool (B, V), for the repetition penalty; None without a penalty."""
     if settings.filters.repetition_penalty == 1:
         return None
     seen_BV = np.zeros((len(rows), model.config.embedding_rows), bool)

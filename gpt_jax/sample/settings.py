@@ -1,4 +1,4 @@
-"""What may be asked of generation, without JAX, since the fields of these classes are flags of `sample`."""
+"""Settings of generation. JAX is not imported, since the fields of these classes are flags of `sample`."""
 
 from dataclasses import dataclass, field
 from typing import Annotated
@@ -10,13 +10,13 @@ from gpt_jax.config import check
 
 @dataclass(frozen=True)
 class Filters:
-    """How the next token is chosen. Part of the compiled program: other values are another program."""
+    """How the next token is chosen. The values are part of the compiled program: others compile another one."""
 
     temperature: float = 0.8  # Divides the logits; 0: always the most probable token.
     top_k: int = 0  # Draw from the k most probable tokens only; 0: from all.
     top_p: float = 1.0  # Draw from the fewest tokens whose probabilities add up to p.
     min_p: float = 0.0  # Draw from tokens at least this many times as probable as the most probable one.
-    repetition_penalty: float = 1.0  # Makes tokens that were seen before less probable; 1: does not.
+    repetition_penalty: float = 1.0  # Makes tokens that were seen before less probable; 1: no penalty.
 
     def __post_init__(self) -> None:
         check(self.temperature >= 0, "temperature", self.temperature, "0 (greedy) or more")
