@@ -7,7 +7,7 @@ from gpt_jax.errors import UserError
 
 
 def main() -> int:
-    """Returns the exit status. What the user can mend is told in one line."""
+    """Returns the exit status. Errors that the user can fix are printed as one line."""
     runtime.setup()
     try:
         from gpt_jax.evaluate.harness import command_line

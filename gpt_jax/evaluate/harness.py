@@ -2,7 +2,7 @@
 
     python -m gpt_jax.evaluate run --model gpt_jax --model_args run=runs/quickstart --tasks lambada_openai
 
-is lm_eval's own command line, where `--model_args` takes run=, checkpoint=, model= and context_length= as the options
+is lm_eval's own command line. Its `--model_args` takes run=, checkpoint=, model= and context_length=, like the options
 of `gpt-jax eval`. Texts become tokens and windows as in lm_eval's own `hf` model, so that results can be compared.
 """
 
@@ -37,18 +37,18 @@ except ImportError:
     raise UserError("the tasks of lm_eval need the package lm_eval: pip install 'gpt-jax[lm-eval]'") from None
 
 MAX_GEN_TOKS = 256
-"""Tokens to generate at most where a task does not say, as in lm_eval's `hf` model."""
+"""Limit on generated tokens in tasks that set none, as in lm_eval's `hf` model."""
 
 FILTERS = ("top_k", "top_p", "min_p", "repetition_penalty")
-"""Arguments of generation that are Filters' too."""
+"""Arguments of generation that are fields of Filters, too."""
 
 
 @register_model("gpt_jax")
 class HarnessModel(TemplateLM):
-    """A model, its parameters and its tokenizer, as lm_eval asks for them.
+    """A model, its parameters and its tokenizer, with the interface that lm_eval asks for.
 
-    Parameters are on one device, which generates; all of `devices`, or else that one, score `batch_size` windows at
-    one time.
+    The parameters are on one device, which generates text. Each of `devices`, by default that one alone, scores
+    `batch_size` windows at the same time.
     """
 
     def __init__(
@@ -66,14 +66,14 @@ class HarnessModel(TemplateLM):
 
     @classmethod
     def from_names(cls, run: str, checkpoint: str, model: str, context_length: int, batch_size: int) -> Self:
-        """The model that `gpt-jax eval` takes for these arguments, on all devices of this machine."""
+        """The model that `gpt-jax eval` loads for these arguments, on all devices of this machine."""
         return cls(*load_model(choose_source(run, model, checkpoint), context_length), batch_size, local_devices())
 
     @classmethod
     def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> Self:
-        """The same from lm_eval's `--model_args`; its `--batch_size` and `--device` come in additional_config.
+        """Like from_names, from lm_eval's `--model_args`; its `--batch_size` and `--device` are in additional_config.
 
-        JAX chooses the device. Raises UserError naming an argument that is unknown.
+        JAX chooses the device. Raises UserError naming an unknown argument.
         """
         batch_size = str((additional_config or {}).get("batch_size", "auto"))
         given = {"batch_size": int(batch_size)} if batch_size.isdecimal() else {}
@@ -89,12 +89,12 @@ class HarnessModel(TemplateLM):
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> Self:
-        """As create_from_arg_obj, from "name=value,name=value"."""
+        """Like create_from_arg_obj, from "name=value,name=value"."""
         return cls.create_from_arg_obj(simple_parse_args_string(arg_string), additional_config)
 
     @property
     def max_length(self) -> int:
-        """Tokens that the model sees at one time."""
+        """Number of tokens that the model sees at once."""
         return self.context_length
 
     @property
@@ -104,22 +104,22 @@ class HarnessModel(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """The token that the first one of a text is predicted from."""
+        """The token from which the first token of a text is predicted."""
         begin = self.tokenizer.begin_of_text
         return self.tokenizer.end_of_text if begin is None else begin
 
     @property
     def tokenizer_name(self) -> str:
-        """What tells this tokenizer from others in lm_eval's caches."""
+        """The name of this tokenizer in lm_eval's caches."""
         return self.tokenizer.fingerprint
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """Raises UserError: tasks are asked as plain text."""
+        """Raises UserError, since tasks are asked as plain text."""
         raise UserError("gpt_jax answers the tasks of lm_eval as plain text; leave out --apply_chat_template")
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """The tokens of a text, after the one that starts every document, if the tokenizer has one and it is not
-        refused."""
+        """The tokens of a text, after the token that starts every document, if the tokenizer has one and
+        add_special_tokens is not False."""
         begin = self.tokenizer.begin_of_text
         start = [] if begin is None or add_special_tokens is False else [begin]
         return start + self.tokenizer.encode(string)
@@ -127,18 +127,18 @@ class HarnessModel(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str] | None, list[int], list[int]]], disable_tqdm: bool = False
     ) -> list[tuple[float, bool]]:
-        """(log-probability, whether greedy decoding would give it) of each continuation after its context, both in
-        tokens. A context that is too long loses its beginning."""
+        """The log-probability of each continuation after its context, both in tokens, and True when greedy decoding
+        would give the continuation. A context that is too long loses its beginning."""
         T = self.context_length
-        found = []
+        pending = []
         for _, context, continuation in requests:
             if len(continuation) > T:
                 raise UserError(f"a continuation has {len(continuation)} tokens, and the model's context_length is {T}")
             tokens = np.array((context + continuation)[-(T + 1) :], np.int32)
-            found.append(Window(tokens, len(tokens) - 1 - len(continuation)))
+            pending.append(Window(tokens, len(tokens) - 1 - len(continuation)))
         answers = [(0.0, False)] * len(requests)
         with tqdm(total=len(requests), desc="loglikelihood", disable=disable_tqdm) as bar:
-            for score in self.scorer(found):
+            for score in self.scorer(pending):
                 answers[score.number] = answer = (-score.nats, score.greedy)
                 if requests[score.number][0] is not None:
                     self.cache_hook.add_partial("loglikelihood", requests[score.number][0], answer)
@@ -146,29 +146,29 @@ class HarnessModel(TemplateLM):
         return answers
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """The log-probability of each whole text, each of its tokens predicted exactly once.
+        """The log-probability of each whole text, with each of its tokens predicted exactly once.
 
-        As in lm_eval's `hf`, a token that the tokenizer puts before every text is predicted, too, from itself.
+        As in lm_eval's `hf`, the token that the tokenizer puts before every text is predicted, too, from itself.
         """
-        owners, found = [], []
+        owners, pending = [], []
         for number, request in enumerate(requests):
             tokens = np.array([self.prefix_token_id, *self.tok_encode(request.args[0])], np.int32)
             for window in rolling_windows(tokens, self.context_length):
                 owners.append(number)
-                found.append(window)
+                pending.append(window)
         sums = [0.0] * len(requests)
-        for score in tqdm(self.scorer(found), total=len(found), desc="loglikelihood_rolling", disable=disable_tqdm):
+        for score in tqdm(self.scorer(pending), total=len(pending), desc="loglikelihood_rolling", disable=disable_tqdm):
             sums[owners[score.number]] -= score.nats
         for request, total in zip(requests, sums, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
         return sums
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """What the model writes after each context, up to a stop string; greedily, unless `do_sample` is set.
+        """The text generated after each context, up to a stop string; greedy unless `do_sample` is set.
 
-        A request that comes again is another sample. Raises UserError naming an argument of generation that is unknown.
+        A repeated request gets another sample. Raises UserError naming an unknown argument of generation.
         """
-        groups: dict[tuple[str, int], list[int]] = collections.defaultdict(list)  # What can be generated in one batch.
+        groups: dict[tuple[str, int], list[int]] = collections.defaultdict(list)  # Requests that can share a batch.
         seen: collections.Counter[str] = collections.Counter()
         for number, request in enumerate(requests):
             groups[json.dumps(request.args[1], sort_keys=True), seen[json.dumps(request.args)]].append(number)
@@ -179,7 +179,7 @@ class HarnessModel(TemplateLM):
             for (arguments, sample), numbers in groups.items():
                 settings = generation_settings(json.loads(arguments), seed=sample)
                 T, n = self.context_length, settings.max_new_tokens
-                room = T - n if n < T else T // 2  # Where the answer alone fills the context, that slides.
+                room = T - n if n < T else T // 2  # If the answer alone fills the context, that slides.
                 prompts = {i: self.tok_encode(requests[i].args[0])[-room:] or [self.prefix_token_id] for i in numbers}
                 by_length = sorted(numbers, key=lambda i: len(prompts[i]))
                 for first in range(0, len(by_length), self.batch_size):
@@ -195,7 +195,7 @@ class HarnessModel(TemplateLM):
 
 
 def rolling_windows(tokens: np.ndarray, context_length: int) -> Iterator[Window]:
-    """Windows that do not overlap, but for the last one: it reaches back until it is full, as lm_eval's own do."""
+    """Windows that do not overlap, except the last one, which reaches back until it is full, as in lm_eval."""
     for window in windows([tokens], context_length, context_length):
         reaching_back = tokens[-(context_length + 1) :]
         whole = len(window.tokens) == context_length + 1
@@ -203,19 +203,19 @@ def rolling_windows(tokens: np.ndarray, context_length: int) -> Iterator[Window]
 
 
 def generation_settings(arguments: dict[str, Any], seed: int) -> Settings:
-    """How to generate, from a task's generation_kwargs. Raises UserError naming one that is unknown."""
-    wanted = dict(normalize_gen_kwargs(arguments, MAX_GEN_TOKS))
-    stop = tuple(string for string in wanted.pop("until") if string)
-    max_new_tokens = wanted.pop("max_gen_toks")
-    sampled = wanted.pop("do_sample")
-    temperature = float(wanted.pop("temperature", 1.0)) if sampled else 0.0
-    wanted.pop("temperature", None)
-    filters = {name: wanted.pop(name) for name in FILTERS if name in wanted}
-    if wanted:
-        raise UserError(f"the task asks for {', '.join(wanted)} in generation, which gpt_jax does not have")
+    """The settings in a task's generation_kwargs. Raises UserError naming an unknown one."""
+    options = dict(normalize_gen_kwargs(arguments, MAX_GEN_TOKS))
+    stop = tuple(string for string in options.pop("until") if string)
+    max_new_tokens = options.pop("max_gen_toks")
+    sampled = options.pop("do_sample")
+    temperature = float(options.pop("temperature", 1.0)) if sampled else 0.0
+    options.pop("temperature", None)
+    filters = {name: options.pop(name) for name in FILTERS if name in options}
+    if options:
+        raise UserError(f"the task asks for {', '.join(options)} in generation, which gpt_jax does not have")
     return Settings(max_new_tokens, seed, stop, Filters(temperature, **filters))
 
 
 def command_line() -> None:
-    """lm_eval's own, which knows the model gpt_jax once this module is imported."""
+    """Runs lm_eval's command line, which knows the model gpt_jax once this module is imported."""
     cli_evaluate()

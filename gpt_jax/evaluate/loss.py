@@ -1,4 +1,4 @@
-"""The loss of a model on a split of a data folder, or on text as it is, with every token scored exactly once."""
+"""The loss of a model on a split of a data folder, or on text, with every token scored exactly once."""
 
 import math
 from collections.abc import Iterable, Iterator
@@ -14,17 +14,17 @@ from gpt_jax.evaluate.score import Scorer
 from gpt_jax.evaluate.windows import Window, windows
 from gpt_jax.tokenizer.tokenizer import Tokenizer
 
-PIECE_TOKENS = 1 << 20  # Of a data folder, read at one time.
+PIECE_TOKENS = 1 << 20  # Tokens of a data folder that are read at the same time.
 PIECE_BYTES = 4 << 20  # Documents up to about this size are tokenised as a whole, longer ones in pieces.
 
 
 @dataclass
 class Tally:
-    """What was read and scored of a text."""
+    """The counts and the score of a text."""
 
     documents: int = 0
     bytes: int = 0  # Of the text, in UTF-8.
-    characters: int | None = None  # Of the text; None where only its tokens are at hand.
+    characters: int | None = None  # Of the text; None when only its tokens are known.
     nats: float = 0.0  # -log of the probability of all scored tokens.
     tokens: int = 0  # Tokens that were scored.
     unscored: int = 0  # Tokens that had nothing before them to be predicted from.
@@ -37,12 +37,12 @@ class Tally:
     @property
     def perplexity(self) -> float:
         """e to the loss."""
-        return math.exp(min(self.loss, 700))  # Beyond that, it is no float.
+        return math.exp(min(self.loss, 700))  # The exponential of more overflows.
 
     @property
     def bits(self) -> float:
-        """Bits that tell the whole text. A token that was not scored counts as the others do on average, which is how
-        training's evaluations count."""
+        """Bits of the whole text. A token that was not scored counts as much as the others on average, as in the
+        evaluations of training."""
         return self.loss * (self.tokens + self.unscored) / math.log(2)
 
 
@@ -65,22 +65,22 @@ def evaluate_split(scorer: Scorer, split: TokenFiles, context_length: int, strid
 def evaluate_blocks(
     scorer: Scorer, blocks: Iterable[Block], tokenizer: Tokenizer, context_length: int, stride: int
 ) -> Tally:
-    """The loss over documents in blocks of text, each on its own: every token of their text is scored, the first one as
-    what follows the token that starts a text.
+    """The loss over documents in blocks of text, each on its own. Every token of their text is scored; the first one is
+    predicted from the token that starts a text.
 
     Raises UserError when there is no text, naming a file that cannot be read, and as `add_up` does.
     """
     tally = Tally(characters=0)
     documents = tokenised(blocks, tokenizer, tally)
-    found = (window for document in documents for window in windows(document, context_length, stride))
-    add_up(scorer, found, tally, None)
+    to_score = (window for document in documents for window in windows(document, context_length, stride))
+    add_up(scorer, to_score, tally, None)
     return tally
 
 
 def tokenised(blocks: Iterable[Block], tokenizer: Tokenizer, tally: Tally) -> Iterator[Iterator[np.ndarray]]:
-    """For each document, its tokens in pieces, int32, after the one that starts a text. What is read is tallied.
+    """For each document, its tokens in pieces, int32, after the token that starts a text. Counts them in `tally`.
 
-    Each document has to be read to its end before the next one is asked for.
+    Each document must be read to its end before the next one.
     """
     start = tokenizer.end_of_text if tokenizer.begin_of_text is None else tokenizer.begin_of_text
     parts = text_parts(blocks)
@@ -101,7 +101,7 @@ def tokenised(blocks: Iterable[Block], tokenizer: Tokenizer, tally: Tally) -> It
 
 
 def text_parts(blocks: Iterable[Block]) -> Iterator[tuple[str, bool]]:
-    """The text of documents in parts of about PIECE_BYTES at most, and whether each ends its document."""
+    """The text of documents in parts of about PIECE_BYTES at most, each with True if it ends its document."""
     text = bytearray()
     for block in blocks:
         text += block.text
@@ -110,16 +110,16 @@ def text_parts(blocks: Iterable[Block]) -> Iterator[tuple[str, bool]]:
             text.clear()
 
 
-def add_up(scorer: Scorer, found: Iterator[Window], tally: Tally, n_tokens: int | None) -> None:
-    """Scores the windows that are found into the tally, with a progress bar on a terminal. n_tokens: how many tokens
-    there are to score, where that is known.
+def add_up(scorer: Scorer, to_score: Iterator[Window], tally: Tally, n_tokens: int | None) -> None:
+    """Adds the scores of windows to the tally, with a progress bar on a terminal. n_tokens: the number of tokens to
+    score, if it is known.
 
     Raises UserError when there are none, or when the loss is not finite.
     """
     with tqdm(total=n_tokens, desc="evaluating", unit=" tokens", unit_scale=True, disable=None) as bar:
 
         def counted() -> Iterator[Window]:
-            for window in found:
+            for window in to_score:
                 tally.tokens += window.n_scored
                 bar.update(window.n_scored)
                 yield window

@@ -1,1 +1,1 @@
-"""Runs as folders for other software: tensors, settings, tokenizer, and a card that tells how they were made."""
+"""Exports of runs as folders for other software: tensors, settings, tokenizer, and a card on how they were made."""

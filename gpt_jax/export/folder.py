@@ -1,4 +1,4 @@
-"""A run as a folder that transformers loads."""
+"""Export of a run as a folder that transformers loads."""
 
 from pathlib import Path
 
@@ -23,11 +23,11 @@ def export(
     context_length: int = 0,
     force: bool = False,
 ) -> tuple[Family, int]:
-    """Writes the model of a run, adapters merged, to a folder that transformers loads. Returns the family of models
-    that it is one of, and its number of parameters.
+    """Writes the model of a run, adapters merged, to a folder that transformers loads. Returns the model's family and
+    its number of parameters.
 
     The arguments are those of the command. Raises UserError when the run cannot be read, no family of models computes
-    what its model does, or the folder is there already.
+    what its model does, or the folder exists already.
     """
     config = run.load_config()
     if (out / "checkpoints").exists() or (config.init_from and out.resolve() == Path(config.init_from).resolve()):

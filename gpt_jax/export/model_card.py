@@ -1,4 +1,4 @@
-"""The model card of an export: what it is, how it was trained, how it came out, from the run's own files."""
+"""The model card of an export: architecture, training and results, from the files of the run."""
 
 import json
 from pathlib import Path
@@ -8,15 +8,14 @@ from gpt_jax.config import Config, ModelConfig
 
 
 def model_card(name: str, config: Config, records: list[dict[str, Any]], exported: ModelConfig) -> str:
-    """A README.md for the hub: a header that it reads, then text. Figures that the run does not have are left out.
+    """A README.md for the hub: a header for the hub, then text. Figures that the run does not have are left out.
 
-    records: those of the run's metrics up to the checkpoint that is exported, as a model with the configuration
-    `exported`.
+    records: the run's metrics up to the exported checkpoint. exported: the configuration of the exported model.
     """
     m, d, o, t = config.model, config.data, config.optimizer, config.train
     last = records[-1] if records else {}
     evaluated = [record for record in records if "val_loss" in record]
-    source = ", ".join(Path(name).name for name in d.source or (d.dir,))  # Not where it lay on somebody's machine.
+    source = ", ".join(Path(name).name for name in d.source or (d.dir,))  # Without the folders of this machine.
     method = "trained from random weights"
     if config.init_from:
         targets = ", ".join(m.lora.targets)
