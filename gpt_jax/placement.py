@@ -1,10 +1,10 @@
 """How the pure steps run on devices: plain jit on one, pmap over several, or jit over a mesh that divides the state.
 
-With pmap's `in_axes=(None, 0)` and `out_axes=None` every device holds the whole state, and what comes back looks like
-an ordinary array: checkpoints, logs and sampling need not know how many devices there are. On a mesh they need not know
-either, since its arrays are whole to whoever asks, wherever their parts are.
+With pmap's `in_axes=(None, 0)` and `out_axes=None` every device holds the whole state, and the results look like
+ordinary arrays: checkpoints, logs and sampling need not know how many devices there are. On a mesh they need not know
+either, since sharded arrays look whole, wherever their shards are.
 
-There may be several hosts, each with some of the devices; each loads the rows of the batch that its devices need.
+With several hosts, each has some of the devices, and loads the rows of the batch that its devices need.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ AXIS = "data"
 
 
 def choose_placement(config: ParallelConfig, model: ModelConfig, devices: Sequence[jax.Device]) -> "Placement":
-    """The placement that `config` asks for. Raises UserError when the model or the devices do not divide so."""
+    """The placement that `config` asks for. Raises UserError when the model or the devices cannot be divided so."""
     return MeshPlacement(devices, config, model) if config.uses_mesh else Placement(devices)
 
 
@@ -35,9 +35,9 @@ class Placement:
 
     def __init__(self, devices: Sequence[jax.Device]) -> None:
         self.devices = list(devices)
-        self.here = [i for i, device in enumerate(self.devices) if device.process_index == jax.process_index()]
+        self.local_indices = [i for i, device in enumerate(self.devices) if device.process_index == jax.process_index()]
         self.mesh = Mesh(np.array(self.devices), (AXIS,))
-        self.mesh_here = Mesh(np.array([self.devices[i] for i in self.here]), (AXIS,))
+        self.local_mesh = Mesh(np.array([self.devices[i] for i in self.local_indices]), (AXIS,))
 
     @property
     def n_devices(self) -> int:
@@ -56,41 +56,41 @@ class Placement:
 
     @property
     def part_of_each(self) -> str:
-        """What a device has of its sequences, for whoever reads how many those are."""
+        """The part of each of its sequences that a device has, for messages; empty for all of it."""
         return f" (1/{self.context} of each)" if self.context > 1 else ""
 
     @property
     def axis_name(self) -> str | None:
-        """The mapped axis that the steps sum over; None where there is none."""
+        """The mapped axis that the steps sum over; None when there is none."""
         return AXIS if self.n_devices > 1 else None
 
     @property
     def must_wait(self) -> bool:
-        """Whether each step must be waited for: several CPU devices can deadlock when steps with sums queue up."""
+        """True when each step must be waited for: several CPU devices can deadlock when steps with sums queue up."""
         return self.n_devices > 1 and platform_name(self.devices[0]) == "cpu"
 
     def __str__(self) -> str:
         return "pmap" if self.n_devices > 1 else "jit"
 
     def state_shardings(self, tree: Any) -> Any:
-        """How a state, or a part of it, lies on the devices: here whole, on every device of this host."""
+        """The shardings of a state, or of a part of it: whole, on every device of this host."""
         sharding: jax.sharding.Sharding = SingleDeviceSharding(self.devices[0])
         if self.n_devices > 1:
-            sharding = NamedSharding(self.mesh_here, PartitionSpec())
+            sharding = NamedSharding(self.local_mesh, PartitionSpec())
         return jax.tree.map(lambda _: sharding, tree)
 
     def make(self, make: Callable[..., Any], *args: Any) -> Any:
-        """What `make(*args)` returns, a part of a state, made where it is to lie: no device has more than its part."""
+        """The result of `make(*args)`, a part of a state, made in its place: no device has more than its shards."""
         return jax.jit(make, out_shardings=self.state_shardings(jax.eval_shape(make, *args)))(*args)
 
     def checkpoint_shardings(self, tree: Any) -> Any:
-        """How the arrays lie that checkpoints are made of, and restored to: those of all hosts."""
+        """The shardings of the arrays that checkpoints are saved from and restored to, over all hosts."""
         if self.n_devices == 1:
             return self.state_shardings(tree)
         return jax.tree.map(lambda _: NamedSharding(self.mesh, PartitionSpec()), tree)
 
     def to_checkpoint(self, tree: Any) -> Any:
-        """A state's arrays as those that checkpoints are made of; nothing is copied."""
+        """A state's arrays as global arrays, which checkpoints are saved from. Nothing is copied."""
         if jax.process_count() == 1:
             return tree
         return multihost_utils.host_local_array_to_global_array(tree, self.mesh, PartitionSpec())
@@ -102,11 +102,11 @@ class Placement:
         return multihost_utils.global_array_to_host_local_array(tree, self.mesh, PartitionSpec())
 
     def abstract(self, tree: Any) -> Any:
-        """Shapes, dtypes and sharding of a tree that is to be restored to these devices."""
+        """Shapes, dtypes and shardings of a tree that is to be restored to these devices."""
         return with_shardings(tree, self.checkpoint_shardings(tree))
 
     def on_one_device(self, tree: Any) -> Any:
-        """The whole of a state's arrays, on one device of this host. All hosts have to ask for it together."""
+        """A state's arrays, whole, on one device of this host. All hosts must call this together."""
         return jax.tree.map(lambda x: x.addressable_data(0), tree)
 
     def microbatches(self, batch_size: int, microbatch_size: int) -> int:
@@ -129,24 +129,24 @@ class Placement:
 
     @property
     def shares_label(self) -> str:
-        """What the shares of a batch are called in messages."""
+        """The name of the shares of a batch in messages."""
         return "devices"
 
     def rows(self, batch_size: int, n_micro: int = 1) -> np.ndarray:
-        """Which rows of the global batch this host has to load for `split`, in that order."""
+        """Indices of the rows of the global batch that this host loads for `split`, in that order."""
         share = batch_size // self.n_devices
-        return np.concatenate([np.arange(i * share, (i + 1) * share) for i in self.here])
+        return np.concatenate([np.arange(i * share, (i + 1) * share) for i in self.local_indices])
 
     def split(self, batch: Any, n_micro: int | None = None) -> Any:
-        """This host's rows of a batch, a tree of arrays, on its devices: each gets an equal share of them, in order,
-        (B, ...); with a number A of microbatches (A, B, ...)."""
+        """Puts this host's rows of a batch, a tree of arrays, on its devices. Each gets an equal share of them, in
+        order, (B, ...), or (A, B, ...) with A microbatches."""
 
         def share(rows: np.ndarray) -> jax.Array:
             shape = (-1, *rows.shape[1:]) if n_micro is None else (n_micro, -1, *rows.shape[1:])
             if self.n_devices == 1:
                 return jax.device_put(rows.reshape(shape), self.devices[0])
-            local = rows.reshape(len(self.here), *shape)
-            return jax.device_put(local, NamedSharding(self.mesh_here, PartitionSpec(AXIS)))
+            local = rows.reshape(len(self.local_indices), *shape)
+            return jax.device_put(local, NamedSharding(self.local_mesh, PartitionSpec(AXIS)))
 
         return jax.tree.map(share, batch)
 
@@ -161,7 +161,7 @@ class Placement:
             in_axes=(None, 0),
             out_axes=None,
             donate_argnums=donated,
-            devices=self.devices if jax.process_count() == 1 else None,  # With several hosts, pmap takes all it finds.
+            devices=self.devices if jax.process_count() == 1 else None,  # With several hosts, pmap takes all devices.
         )
 
 
@@ -169,7 +169,7 @@ class MeshPlacement(Placement):
     """The devices of a run in a mesh of data x fsdp x context x tensor, which divides batches and the state: see
     model/sharding.
 
-    Raises UserError when the mesh has not as many places as there are devices, or the model does not divide over it.
+    Raises UserError when the mesh has another number of devices, or the model does not divide over it.
     """
 
     def __init__(self, devices: Sequence[jax.Device], config: ParallelConfig, model: ModelConfig) -> None:
@@ -178,13 +178,13 @@ class MeshPlacement(Placement):
         why = sharding.indivisible(model, *shape[1:])
         if why:
             raise UserError(why)
-        here = len(self.here) or len(self.devices)
-        alike = shape[2] * shape[3]  # Devices with the same sequences.
-        if here % alike and alike % here:
+        per_host = len(self.local_indices) or len(self.devices)
+        alike = shape[2] * shape[3]  # Number of devices with the same sequences.
+        if per_host % alike and alike % per_host:
             raise UserError(
-                f"parallel.context x tensor = {alike} and the {here} devices of a host: one must divide the other"
+                f"parallel.context x tensor = {alike} and the {per_host} devices of a host: one must divide the other"
             )
-        self.mesh = Mesh(in_place(self.devices, shape), sharding.MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
+        self.mesh = Mesh(mesh_array(self.devices, shape), sharding.MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
 
     @property
     def n_shares(self) -> int:
@@ -198,7 +198,7 @@ class MeshPlacement(Placement):
 
     @property
     def axis_name(self) -> str | None:
-        """See Placement. XLA adds what has to be summed."""
+        """See Placement. XLA inserts the sums."""
         return None
 
     def __str__(self) -> str:
@@ -206,7 +206,7 @@ class MeshPlacement(Placement):
         return "mesh " + " x ".join(f"{name} {n}" for name, n in shape if n > 1 or name != "context")
 
     def state_shardings(self, tree: Any) -> Any:
-        """See Placement: here divided over fsdp, context and tensor."""
+        """See Placement. Here, divided over fsdp, context and tensor."""
         return sharding.state_shardings(self.mesh, tree)
 
     def checkpoint_shardings(self, tree: Any) -> Any:
@@ -222,13 +222,13 @@ class MeshPlacement(Placement):
         return tree
 
     def on_one_device(self, tree: Any) -> Any:
-        """See Placement. Arrays are gathered one by one, so that only that device has more than one of them whole."""
+        """See Placement. Arrays are gathered one by one, so that only that device holds more than one whole array."""
         gather = jax.jit(lambda x: x, out_shardings=NamedSharding(self.mesh, PartitionSpec()))
-        device = self.devices[self.here[0]]
+        device = self.devices[self.local_indices[0]]
         return jax.tree.map(lambda x: jax.device_put(np.asarray(gather(x).addressable_data(0)), device), tree)
 
     def batch_sharding(self, n_micro: int | None) -> NamedSharding:
-        """How a batch lies on the devices: (B, ...), or (A, B, ...) with microbatches."""
+        """The sharding of a batch: (B, ...), or (A, B, ...) with microbatches."""
         dims = (sharding.BATCH_AXES,) if n_micro is None else (None, sharding.BATCH_AXES)
         return NamedSharding(self.mesh, PartitionSpec(*dims))
 
@@ -252,20 +252,20 @@ class MeshPlacement(Placement):
         """See Placement."""
 
         def step_to_storage(*args: Any) -> Any:
-            return sharding.to_storage(step(*args))  # The state comes back as it was given.
+            return sharding.to_storage(step(*args))  # The state keeps its shardings.
 
         return OnMesh(jax.jit(step_to_storage, donate_argnums=(0,) if donate else ()), self.mesh)
 
 
-def in_place(devices: Sequence[jax.Device], shape: tuple[int, ...]) -> np.ndarray:
-    """The devices as a mesh of that shape, those of the last axes the nearest to each other.
+def mesh_array(devices: Sequence[jax.Device], shape: tuple[int, ...]) -> np.ndarray:
+    """The devices in a mesh of that shape, in which the last axes have the devices nearest to each other.
 
-    TPUs of one slice lie in a torus, which JAX knows how to lay a mesh into. Otherwise, several slices or hosts with
-    GPUs, they are taken host by host: what the last axes exchange stays within a host, as far as it holds them.
+    TPUs of one slice form a torus, into which JAX can lay a mesh. Several slices, and hosts with GPUs, are taken host
+    by host, so that the last axes communicate within a host as far as it has enough devices.
     """
     slices = {getattr(device, "slice_index", 0) for device in devices}
     if platform_name(devices[0]) == "tpu" and len(slices) == 1:
-        with contextlib.suppress(NotImplementedError):  # There are shapes for which it has no way.
+        with contextlib.suppress(NotImplementedError):  # It cannot lay out every shape.
             return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     ordered = sorted(devices, key=lambda d: (getattr(d, "slice_index", None) or 0, d.process_index, d.id))
     return np.array(ordered).reshape(shape)
@@ -289,5 +289,5 @@ class OnMesh:
 
 
 def with_shardings(tree: Any, shardings: Any) -> Any:
-    """Shapes and dtypes of a tree, with a sharding each."""
+    """Shapes and dtypes of a tree, each with its sharding."""
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)

@@ -1,1 +1,1 @@
-"""Whether a configuration compiles for a slice of devices that is not here, fits its memory, and what will bound it."""
+"""Plans of a training run on devices that are not here: whether it compiles and fits, and what bounds its time."""

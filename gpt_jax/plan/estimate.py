@@ -1,7 +1,7 @@
-"""What a training step takes by formula: activations, memory traffic, what travels, and what bounds its time.
+"""What a training step needs by formula: activations, memory traffic, collectives, and the bounds of its time.
 
-For targets that cannot be compiled for, and to choose what is worth compiling. Activations are counted, not guessed:
-they are the shapes that JAX's reverse mode keeps of the model's own forward pass.
+The formulas serve targets without a compiler, and choose what is worth compiling. Activations are counted, not
+guessed: they are the arrays that JAX's reverse mode keeps from the model's own forward pass.
 """
 
 import dataclasses
@@ -40,18 +40,18 @@ class Sizes:
 
     @property
     def state(self) -> float:
-        """Bytes of all that stays from step to step."""
+        """Bytes of everything that is kept from step to step."""
         return self.params + self.frozen + self.optimizer
 
 
 def recomputed(config: ModelConfig) -> float:
-    """What the policy of a model computes a second time, as a share of the FLOPs of a step: the forward products of the
-    layers, which are a third of all products, or half of them where matrices have no gradients."""
+    """The FLOPs that rematerialisation repeats, as a share of those of a step: the forward products of the layers,
+    which are a third of all products, or half of them when matrices have no gradients."""
     return (1 / 2 if config.lora.rank else 1 / 3) if config.remat == "full" else 0.0
 
 
 def sizes_of(model: GPT, config: Config, placement: Placement) -> Sizes:
-    """The layout that a placement makes of a configuration. Raises UserError when the batch does not divide."""
+    """The layout of a configuration in a placement. Raises UserError when the batch does not divide."""
     state = abstract_state(model, config)
     A = placement.microbatches(config.data.batch_size, config.data.microbatch_size)
     return Sizes(
@@ -68,10 +68,10 @@ def sizes_of(model: GPT, config: Config, placement: Placement) -> Sizes:
 
 @cache
 def activations(config: ModelConfig, tensor: int = 1) -> float:
-    """Bytes that the backward pass of one sequence needs of its forward pass, on one of `tensor` devices that divide
-    heads and feed-forward layers: those of a model with so many fewer of them, and all of the residual stream.
+    """Bytes that the forward pass of one sequence keeps for its backward pass, on one of `tensor` devices that divide
+    heads and feed-forward layers: those of a model with 1/tensor of both, and the whole residual stream.
 
-    The fused attentions keep the same arrays, so Splash, which can be traced anywhere, stands for all of them.
+    All fused attentions keep the same arrays, so Splash, which can be traced on any machine, stands for all of them.
     """
     c = config
     fused: AttentionName = "block_causal" if c.context_length % SPLASH_BLOCKS[-1] or c.dropout else "splash"
@@ -97,12 +97,12 @@ def activations(config: ModelConfig, tensor: int = 1) -> float:
         shapes = jax.tree.leaves(jax.eval_shape(backward, trained, frozen))
         return sum(math.prod(x.shape) * x.dtype.itemsize for x in shapes)
 
-    return float(kept(2) - kept(1))  # What does not grow with the batch are the parameters.
+    return float(kept(2) - kept(1))  # Without the parameters, which do not grow with the batch.
 
 
 def attended(config: ModelConfig, sizes: Sizes) -> float:
-    """Bytes that one layer's attention takes where sequences are divided: all keys and values and their gradients, and,
-    of a block of queries, scores, weights and their gradients."""
+    """Bytes that one layer's attention needs when sequences are divided: all keys and values with their gradients, and
+    the scores and weights of a block of queries with their gradients."""
     c, block_causal = config, config.attention == "block_causal"
     keys = 2 * sizes.sequences * c.context_length * c.kv_heads * c.head_dim * (4 if block_causal else ITEM[c.dtype])
     scores = 4 * 4 * sizes.sequences * c.n_head * QUERY_BLOCK * c.context_length if block_causal else 0
@@ -110,7 +110,7 @@ def attended(config: ModelConfig, sizes: Sizes) -> float:
 
 
 def temporaries(config: ModelConfig, sizes: Sizes) -> float:
-    """Bytes beside the state: gradients, activations, logits and their gradient, and what is gathered."""
+    """Bytes besides the state: gradients, activations, logits and their gradient, and gathered arrays."""
     c, item = config, ITEM[config.dtype]
     tokens = min(c.loss_chunk, sizes.sequences * c.context_length // sizes.context)
     gathered = 2 * item * (c.n_params - c.embedding_rows * c.d_model) / c.n_layer / sizes.tensor
@@ -125,30 +125,30 @@ def temporaries(config: ModelConfig, sizes: Sizes) -> float:
 
 
 def traffic(config: ModelConfig, sizes: Sizes, n_devices: int) -> dict[str, Traffic]:
-    """Collectives of a step, as model/sharding.py asks for them; one a layer for all of its matrices."""
+    """The collectives of a step that model/sharding.py asks for, one a layer for all of its matrices."""
     c, item, A = config, ITEM[config.dtype], sizes.n_micro
     whole = c.n_params / sizes.tensor  # Parameters of a tensor shard.
-    found: dict[str, Traffic] = {}
-    n_parts = sizes.fsdp * sizes.context  # Of what is gathered.
+    collectives: dict[str, Traffic] = {}
+    n_parts = sizes.fsdp * sizes.context  # Shards of a gathered array.
     if n_parts > 1:
-        found["all-gather"] = Traffic(2 * A * c.n_layer, 2 * A * whole * item)
-        found["reduce-scatter"] = Traffic(A * c.n_layer, A * whole * item)
-    if sizes.context > 1:  # Keys and values, once more for the backward pass, and their gradients.
-        one = 2 * sizes.sequences * c.context_length * c.kv_heads * c.head_dim / sizes.tensor * item
-        found["all-gather"] += Traffic(4 * A * c.n_layer, 2 * A * c.n_layer * one)
-        found["reduce-scatter"] += Traffic(2 * A * c.n_layer, A * c.n_layer * one)
+        collectives["all-gather"] = Traffic(2 * A * c.n_layer, 2 * A * whole * item)
+        collectives["reduce-scatter"] = Traffic(A * c.n_layer, A * whole * item)
+    if sizes.context > 1:  # Keys and values, again for the backward pass, and their gradients.
+        array_bytes = 2 * sizes.sequences * c.context_length * c.kv_heads * c.head_dim / sizes.tensor * item
+        collectives["all-gather"] += Traffic(4 * A * c.n_layer, 2 * A * c.n_layer * array_bytes)
+        collectives["reduce-scatter"] += Traffic(2 * A * c.n_layer, A * c.n_layer * array_bytes)
     if n_devices // sizes.tensor > n_parts:
-        found["all-reduce"] = Traffic(A, A * 4 * whole / n_parts)
+        collectives["all-reduce"] = Traffic(A, A * 4 * whole / n_parts)
     if sizes.tensor > 1:
-        one = sizes.sequences * c.context_length / sizes.context * c.d_model * item
-        n = A * c.n_layer * (5 if c.remat == "full" else 4)  # All but the last of the forward pass's come again.
-        found["all-reduce"] = found.get("all-reduce", Traffic()) + Traffic(n, n * one)
-    return found
+        array_bytes = sizes.sequences * c.context_length / sizes.context * c.d_model * item
+        n = A * c.n_layer * (5 if c.remat == "full" else 4)  # Recomputation repeats the forward ones but the last.
+        collectives["all-reduce"] = collectives.get("all-reduce", Traffic()) + Traffic(n, n * array_bytes)
+    return collectives
 
 
 def most_keys_scored(config: ModelConfig, context: int) -> float:
-    """Keys that the queries of the busiest device are multiplied with, on the average, in all layers together: those of
-    the last part of a sequence by Splash, and by what masks the future, all."""
+    """Keys that a query of the busiest device is multiplied with on average, summed over layers. With Splash, that
+    device has the last part of a sequence; attentions that mask the future multiply with all keys."""
     T = config.context_length
     if context == 1:
         return keys_seen(config)
@@ -159,7 +159,7 @@ def most_keys_scored(config: ModelConfig, context: int) -> float:
 
 @dataclass(frozen=True)
 class Bounds:
-    """Seconds that a step takes at least for each of three reasons, and the FLOPs and bytes of memory of a device."""
+    """Lower bounds of a step's seconds by compute, memory and network, and the FLOPs and memory bytes of a device."""
 
     compute: float
     memory: float
@@ -174,12 +174,12 @@ class Bounds:
 
     @property
     def name(self) -> str:
-        """What bounds the step."""
+        """The name of the largest bound, which bounds the step."""
         return max(("compute", "memory", "network"), key=lambda name: getattr(self, name))
 
     @property
     def seconds(self) -> float:
-        """The least time of a step, if all else is hidden behind what bounds it."""
+        """The least time of a step, when the other two are hidden behind the largest bound."""
         return max(self.compute, self.memory, self.network)
 
 
@@ -187,18 +187,18 @@ def bounds(config: Config, model: ModelConfig, sizes: Sizes, target: Target, mov
     """The roofline of a step (Williams, Waterman and Patterson 2009), with a third roof for the network.
 
     Memory traffic: parameters read for the forward and the backward pass of each microbatch, in the compute type;
-    activations written and read, three times all of them; what is trained and its optimizer's state read and written
-    once, gradients twice. An all-reduce sends what it adds up twice, a reduce-scatter and an all-gather once. Where
-    sequences are divided, the step is as long as that of the device with the most attention to compute.
+    activations written and read, three times all of them; trained parameters and optimizer state read and written
+    once, gradients twice. An all-reduce sends its array twice, a reduce-scatter and an all-gather once. When sequences
+    are divided, a step takes as long as on the device with the most attention to compute.
     """
     A, item = sizes.n_micro, ITEM[model.dtype]
     tokens = config.data.batch_size * model.context_length / target.n_devices
-    again = recomputed(model)
+    recomputed_share = recomputed(model)
     uneven = 12 * model.n_head * model.head_dim * (most_keys_scored(model, sizes.context) - keys_seen(model))
-    flops = tokens * (flops_per_token(model) + uneven) * (1 + again)
+    flops = tokens * (flops_per_token(model) + uneven) * (1 + recomputed_share)
     used = model.n_params / sizes.tensor * item
     kept = activations(dataclasses.replace(model, remat="none"), sizes.tensor) * sizes.sequences / sizes.context
-    memory = A * (3 * used + 3 * kept * (1 + again)) + 6 * sizes.params + 2 * sizes.optimizer
+    memory = A * (3 * used + 3 * kept * (1 + recomputed_share)) + 6 * sizes.params + 2 * sizes.optimizer
     sent = sum(t.bytes * (2 if kind == "all-reduce" else 1) for kind, t in moved.items())
     return Bounds(
         flops / target.chip.peak,

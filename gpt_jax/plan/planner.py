@@ -1,4 +1,4 @@
-"""Ways to run a configuration on a slice of devices, what each takes, and which to recommend."""
+"""Variants of a configuration on a slice of devices, what each needs, and which one to recommend."""
 
 import dataclasses
 import importlib.util
@@ -24,7 +24,7 @@ POLICIES: tuple[RematName, ...] = ("none", "dots", "full")
 
 @dataclass(frozen=True)
 class Plan:
-    """One way to run a configuration on a target, and what it takes."""
+    """What a configuration needs on a target, and what bounds the time of its step."""
 
     config: Config
     sizes: Sizes
@@ -39,7 +39,7 @@ class Plan:
 
 
 class Planner:
-    """Plans configurations for one target: by its compiler where there is one, else by formula."""
+    """Plans configurations for one target: by its compiler if there is one, else by formula."""
 
     def __init__(self, config: Config, target: Target, compiles: bool) -> None:
         self.target, self.compiles = target, compiles
@@ -53,7 +53,7 @@ class Planner:
         return GPT(dataclasses.replace(self.model_config, remat=config.model.remat))
 
     def by_formula(self, config: Config) -> Plan:
-        """What the formulas say."""
+        """The plan by formula."""
         model = self.model(config)
         sizes = estimate.sizes_of(model, config, self.placement)
         temporaries = estimate.temporaries(model.config, sizes)
@@ -63,7 +63,7 @@ class Planner:
         return Plan(config, sizes, program, self.bounds(config, sizes, program), compiled=False)
 
     def by_compiler(self, config: Config) -> Plan:
-        """What the compiler says."""
+        """The plan by the target's compiler."""
         model = self.model(config)
         sizes = estimate.sizes_of(model, config, self.placement)
         program = compile_step(model, config, self.placement, sizes.state)
@@ -77,12 +77,12 @@ class Planner:
         return estimate.bounds(config, self.model(config).config, sizes, self.target, program.traffic)
 
     def plan(self, config: Config) -> Plan:
-        """By the compiler, if there is one."""
+        """The plan by the compiler if there is one, else by formula."""
         return self.by_compiler(config) if self.compiles else self.by_formula(config)
 
-    def others(self, config: Config) -> list[Plan]:
-        """The same training with other microbatches and policies of rematerialisation, by formula: the fastest first,
-        and of those that are as fast, within a percent, what computes less anew and works on more at one time."""
+    def variants(self, config: Config) -> list[Plan]:
+        """Plans by formula of the same training with each microbatch size and rematerialisation policy, fastest first.
+        Those within a percent of each other are in the order of less recomputation, then of larger microbatches."""
         share = config.data.batch_size // self.placement.n_shares
         plans = [
             self.by_formula(
@@ -105,19 +105,19 @@ class Planner:
         return sorted(plans, key=order)
 
     def recommend(self, first: Plan, tries: int, say: Callable[[str], object]) -> Plan | None:
-        """The fastest way that fits, of `first` and some `tries` others; None when none does.
+        """The fastest plan that fits, of `first` and at most `tries` compiled variants; None when none fits.
 
-        Where the compiler finds that more memory is needed than the formulas say, they are corrected for what follows.
+        When the compiler finds that more memory is needed than the formulas say, later estimates are scaled up.
         """
         correction = 1.0
-        for guess in self.others(first.config):
+        for guess in self.variants(first.config):
             worth_it = guess.bounds.seconds < 0.99 * first.bounds.seconds
             if not first.program.lacking and not worth_it:
                 return first
             if guess.sizes.state + guess.program.temporaries * correction > self.target.usable_memory:
                 continue
             if flags(guess.config) == flags(first.config):
-                continue  # It does not fit, or it would have been returned.
+                continue  # `first` does not fit, or it would have been returned.
             if self.compiles and tries == 0:
                 break
             if self.compiles:
@@ -130,8 +130,8 @@ class Planner:
 
 
 def stand_ins(target: Target) -> list[jax.Device]:
-    """Devices of this machine in the place of the target's, for shapes alone. Raises UserError when there are too few:
-    JAX divides the CPU into as many as were asked for before it started."""
+    """Devices of this machine in place of the target's, for shapes only. Raises UserError when there are too few: the
+    number of CPU devices is set before JAX starts."""
     devices = local_devices()
     if len(devices) < target.n_devices:
         raise UserError(f"{target.name} has {target.n_devices} devices, and this process only {len(devices)}")
@@ -139,10 +139,10 @@ def stand_ins(target: Target) -> list[jax.Device]:
 
 
 def can_compile(target: Target) -> bool:
-    """Whether there is a compiler for the target here."""
+    """True when this machine has a compiler for the target."""
     return target.is_tpu and importlib.util.find_spec("libtpu") is not None
 
 
 def flags(config: Config) -> str:
-    """What `recommend` varies, as the flags that ask for it."""
+    """The flags of the fields that `recommend` varies."""
     return f"--data.microbatch-size {config.data.microbatch_size} --model.remat {config.model.remat}"

@@ -1,4 +1,4 @@
-"""A training step compiled ahead of time, and what its program tells: memory, and what travels between the devices."""
+"""A training step compiled ahead of time, and what its program needs: memory and collectives."""
 
 import math
 import re
@@ -25,7 +25,7 @@ BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "
 
 @dataclass(frozen=True)
 class Traffic:
-    """Collectives of one kind in a step: how many, and the bytes of their arrays on one device."""
+    """Collectives of one kind in a step: their number, and the bytes of their arrays on one device."""
 
     count: float = 0
     bytes: float = 0
@@ -36,7 +36,7 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Program:
-    """What one step takes, in bytes on one device. `lacking` is 0 where it fits; `text` is empty where it does not."""
+    """What one step needs, in bytes on one device. `lacking` is 0 when it fits; `text` is empty when it does not."""
 
     temporaries: float
     lacking: float = 0
@@ -45,7 +45,7 @@ class Program:
 
 
 def abstract_state(model: GPT, config: Config) -> TrainState:
-    """Shapes of the state of a run; of one that trains adapters, with the parameters that they stand beside."""
+    """Shapes of the state of a run; when it trains adapters, with the frozen parameters."""
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     state = jax.eval_shape(lambda: init_state(model, optimizer, config.train.seed))
     if not model.config.lora.rank:
@@ -55,9 +55,9 @@ def abstract_state(model: GPT, config: Config) -> TrainState:
 
 
 def compile_step(model: GPT, config: Config, placement: Placement, state_bytes: float = 0) -> Program:
-    """Compiles the train step for the devices of `placement`, which need not be there.
+    """Compiles the train step for the devices of `placement`, which this machine need not have.
 
-    state_bytes: what the state takes on one device, to tell what is lacking where it does not fit. Raises UserError
+    state_bytes: bytes of the state on one device, to tell what is lacking when the step does not fit. Raises UserError
     when the batch does not divide over the devices.
     """
     optimizer = make_optimizer(config.optimizer, config.train.steps)
@@ -85,9 +85,9 @@ def compile_step(model: GPT, config: Config, placement: Placement, state_bytes: 
 
 
 def out_of_memory(e: Exception, state_bytes: float) -> Program:
-    """What the compiler says of a program that does not fit; other errors of its are raised as UserError.
+    """The sizes in the compiler's error on a program that does not fit. Raises UserError for its other errors.
 
-    It counts the temporaries alone, where those are too many already, or else everything.
+    The error has the size of the temporaries alone when they are too large already, or else of everything.
     """
     size = r"([\d.]+)([KMGT]?)"
     everything = re.search(rf"Used {size} of {size} hbm", str(e))
@@ -101,17 +101,17 @@ def out_of_memory(e: Exception, state_bytes: float) -> Program:
 
 
 def collectives(text: str) -> dict[str, Traffic]:
-    """What a program exchanges in one run of it, by kind, from its text: loops count as often as they turn.
+    """The collectives in one run of a program, by kind, from its text. Those in loops count once for each iteration.
 
-    TPUs' compiler writes an all-reduce of which each device keeps a part only, a reduce-scatter, as a fusion of such a
-    name; and a collective that runs beside products as several fusions, its start, its parts and its end, which all
-    have its channel.
+    The TPU compiler writes a reduce-scatter, an all-reduce of which each device keeps a part only, as a fusion of such
+    a name. It writes a collective that overlaps with products as several fusions (start, parts, end), which all have
+    its channel.
     """
     computations = split_computations(text)
     total: dict[str, Traffic] = {}
 
     def visit(name: str, times: float, fused: set[tuple[str, str]] | None = None) -> None:
-        """Counts what a computation exchanges. fused: what fusions beside this one have been counted with."""
+        """Adds the collectives of a computation. fused: kinds and channels counted in fusions beside this one."""
         in_fusions: set[tuple[str, str]] = set() if fused is None else fused
         for line in computations.get(name, []):
             kind = next((k for k in KINDS if re.search(rf" {k}(-start)?\(", line)), None)
@@ -128,8 +128,8 @@ def collectives(text: str) -> dict[str, Traffic]:
             if loop:
                 visit(loop[2], times * trip_count(computations.get(loop[1], [])))
             else:
-                for how, called in re.findall(r"(calls|to_apply|true_computation|false_computation)=%?([\w.-]+)", line):
-                    visit(called, times, in_fusions if how == "calls" else None)
+                for key, called in re.findall(r"(calls|to_apply|true_computation|false_computation)=%?([\w.-]+)", line):
+                    visit(called, times, in_fusions if key == "calls" else None)
 
     visit("ENTRY", 1)
     return {kind: total[kind] for kind in KINDS if kind in total}
@@ -149,18 +149,18 @@ def split_computations(text: str) -> dict[str, list[str]]:
 
 
 def trip_count(condition: list[str]) -> int:
-    """How often a loop over 0, 1, 2, ... turns, from what its condition compares with."""
+    """Number of iterations of a loop over 0, 1, 2, ..., from the constant that its condition compares with."""
     limits = [int(n) for line in condition for n in re.findall(r"s32\[\]\S* constant\((\d+)\)", line)]
     return max(limits, default=1)
 
 
 def largest_array(line: str) -> float:
-    """The bytes of a collective's arrays: of what it takes or of what it gives, whichever is more."""
+    """The bytes of a collective's arrays: of its operands or of its results, whichever is more."""
     result = line.split(" = ", 1)[-1]
     kind = next(k for k in KINDS if f" {k}" in result)
     shapes = re.findall(r"\b(\w+)\[([\d,]*)\]", result[: result.index(f" {kind}")])
     sizes = [BYTES.get(dtype, 4) * math.prod(int(n) for n in dims.split(",") if n) for dtype, dims in shapes]
-    if f" {kind}-start(" in result:  # Its result holds what it takes, too.
+    if f" {kind}-start(" in result:  # Its result holds the operands, too.
         return float(max(sizes, default=0))
     return float(np.sum(sizes))
 

@@ -1,4 +1,4 @@
-"""A plan for a reader: what it takes, and how that is known."""
+"""A plan as text: what it needs, and how that is known."""
 
 from gpt_jax.model.flops import FLOPS_FORMULA, flops_per_token
 from gpt_jax.plan.planner import Plan, Planner

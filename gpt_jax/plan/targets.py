@@ -1,4 +1,4 @@
-"""The machines that can be planned for, by the names under which they are rented: v5e-16, v5p-32, h100x8."""
+"""The targets of plans, by the names under which they are rented: v5e-16, v5p-32, h100x8."""
 
 import re
 from dataclasses import dataclass
@@ -19,8 +19,8 @@ class Chip:
     memory: float
     memory_bandwidth: float
     network_bandwidth: float  # To its neighbours, as published: all links of a chip together, one direction of NVLink.
-    between_hosts: float = 0  # Of a GPU, to those of other hosts: the usual network card, one a GPU.
-    names_cores: bool = False  # Whether the number in a slice's name counts cores, of which a chip has two.
+    between_hosts: float = 0  # From a GPU to those of other hosts: the usual network card, one a GPU.
+    names_cores: bool = False  # True when the number in a slice's name counts cores, of which a chip has two.
     dimensions: int = 0  # Of the torus; 0: a GPU.
 
     @property
@@ -59,22 +59,22 @@ class Target:
 
     @property
     def is_tpu(self) -> bool:
-        """Whether programs for it can be compiled without it."""
+        """True for TPUs: programs for them can be compiled on a machine without them."""
         return self.topology != ""
 
     @property
     def usable_memory(self) -> float:
-        """Bytes of a device that a program may have: what JAX is told to take of a GPU, and nearly all of a TPU."""
+        """Bytes of a device that a program may use: the fraction of a GPU that JAX takes, and nearly all of a TPU."""
         return self.chip.memory * (0.95 if self.is_tpu else GPU_MEMORY_FRACTION)
 
     @property
     def network_bandwidth(self) -> float:
-        """Bytes a second to the other devices: of several hosts with GPUs, as slow as between them."""
+        """Bytes a second to the other devices; for GPUs of several hosts, to those of other hosts."""
         several = not self.is_tpu and self.n_devices > GPUS_A_HOST
         return self.chip.between_hosts if several else self.chip.network_bandwidth
 
     def devices(self) -> list[Any]:
-        """Descriptions of the target's devices that JAX compiles for, by libtpu.
+        """Descriptions of the target's devices, for which JAX compiles with libtpu.
 
         Raises UserError when libtpu is not installed, or does not know such a slice.
         """
@@ -84,7 +84,7 @@ class Target:
         more = {"chips_per_host_bounds": [1, 1, 1]} if self.n_devices == 1 else {}
         try:
             return list(topologies.get_topology_desc(f"{generation}:{self.topology}", "tpu", **more).devices)
-        except Exception as e:  # Of many kinds; without libtpu a RuntimeError that says so.
+        except Exception as e:  # Of many types; without libtpu, a RuntimeError that says so.
             if "lockfile" in str(e):
                 raise UserError(
                     "another process is using libtpu, which serves one at a time; wait for it, or remove "
@@ -94,7 +94,7 @@ class Target:
 
 
 def parse_target(name: str) -> Target:
-    """The target of that name. Raises UserError naming those that there are."""
+    """The target of that name. Raises UserError naming the known targets when there is none."""
     name = name.strip().lower()
     match = re.fullmatch(r"(v\d+\w?)-(\d+)|(\w\d+)x(\d+)", name)
     generation, number = (match[1] or match[3], int(match[2] or match[4])) if match else ("", 0)
@@ -108,7 +108,7 @@ def parse_target(name: str) -> Target:
         return Target(name, chip, number)
     sizes = {n * (1 + chip.names_cores): n for n in (TORUS_2D if chip.dimensions == 2 else TORUS_3D)}
     if number not in sizes:
-        there = ", ".join(f"{generation}-{n}" for n in sizes)
-        raise UserError(f"there is no slice {name!r} among those known here; there are {there}")
+        known = ", ".join(f"{generation}-{n}" for n in sizes)
+        raise UserError(f"there is no slice {name!r} among those known here; there are {known}")
     n_devices = sizes[number]
     return Target(name, chip, n_devices, (TORUS_2D if chip.dimensions == 2 else TORUS_3D)[n_devices])

@@ -17,7 +17,7 @@ from gpt_jax.data.batch import Batch
 from gpt_jax.errors import UserError
 from gpt_jax.model.gpt import GPT, forward, init_params
 from gpt_jax.model.kernels import causal_attention, causal_by_mask, causal_by_splash
-from gpt_jax.placement import MeshPlacement, Placement, choose_placement, in_place
+from gpt_jax.placement import MeshPlacement, Placement, choose_placement, mesh_array
 from gpt_jax.run.checkpoint import Checkpoints, checksum
 from gpt_jax.train.objectives.next_token import next_token
 from gpt_jax.train.optimizer import learning_rate_schedule, make_optimizer
@@ -256,7 +256,7 @@ def test_devices_of_several_hosts_or_slices_are_taken_in_order() -> None:
         platform: str = "cuda"
 
     devices = [Device(id=i, process_index=i // 4, slice_index=i // 4) for i in range(8)]
-    mesh = in_place(devices[::-1], (2, 2, 1, 2))
+    mesh = mesh_array(devices[::-1], (2, 2, 1, 2))
     assert [[d.process_index for d in group.ravel()] for group in mesh] == [[0] * 4, [1] * 4]
     assert [d.id for d in mesh.ravel()] == list(range(8))
 
