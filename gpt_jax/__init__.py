@@ -29,7 +29,7 @@ def load(name: "str | Path", checkpoint: str = "latest", context_length: int = 0
 
     name: the folder of a run, or of a published model; a .gguf file; or a name on the hub. checkpoint: of a run,
     "latest", "best" (the lowest validation loss) or a step. context_length: in tokens; 0: the model's own. Raises
-    `gpt_jax.errors.UserError`, in one line, for what the user can mend.
+    `gpt_jax.errors.UserError`, with a message of one line, for errors that the user can fix.
     """
     from gpt_jax.api import load_named
 
@@ -37,7 +37,7 @@ def load(name: "str | Path", checkpoint: str = "latest", context_length: int = 0
 
 
 def __getattr__(name: str) -> Any:
-    """What is imported when it is asked for, since it takes JAX, or time. `train` is the sub-package, called."""
+    """Imports on first use what needs JAX or takes time. `train` is the sub-package, which can be called."""
     if name == "Config":
         from gpt_jax.config import Config
 

@@ -1,4 +1,4 @@
-"""A model as programs use it: what `gpt_jax.load` returns. The commands do the same from the terminal."""
+"""The model that `gpt_jax.load` returns, for programs. The commands do the same from the terminal."""
 
 import dataclasses
 import functools
@@ -26,9 +26,9 @@ from gpt_jax.tokenizer.tokenizer import Tokenizer
 
 
 class Model:
-    """A model on this machine's first device, with its tokenizer: it goes on from texts, answers, and scores.
+    """A model on this machine's first device, with its tokenizer. It continues texts, answers messages, and scores.
 
-    model, params and tokenizer are what the functions of `gpt_jax.model` and `gpt_jax.sample` take.
+    The functions of `gpt_jax.model` and `gpt_jax.sample` take its attributes model, params and tokenizer.
     """
 
     def __init__(self, loaded: LoadedModel) -> None:
@@ -38,7 +38,7 @@ class Model:
 
     @property
     def config(self) -> ModelConfig:
-        """The architecture, and how it runs here."""
+        """The architecture, and how it runs on this machine."""
         return self.model.config
 
     @functools.cached_property
@@ -51,11 +51,11 @@ class Model:
     def generate(self, prompts: Sequence[str], **settings: Any) -> list[Result]: ...
 
     def generate(self, prompts: str | Sequence[str], **settings: Any) -> Result | list[Result]:
-        """What the model writes after a prompt, or after each of several: text, tokens and their log-probabilities.
+        """The continuation of a prompt, or of each of several: text, tokens and their log-probabilities.
 
-        settings: the fields of `sample.generate.Settings` and `sample.decode.Filters`: max_new_tokens, seed, stop;
-        temperature, top_k, top_p, min_p, repetition_penalty. Raises UserError for a value that is not possible, and for
-        a prompt that is longer than the context.
+        settings: the fields of `Settings` and `Filters` in `sample.settings`: max_new_tokens, seed, stop; temperature,
+        top_k, top_p, min_p, repetition_penalty. Raises UserError for an impossible value, and for a prompt that is
+        longer than the context.
         """
         texts = [prompts] if isinstance(prompts, str) else prompts
         results = generate(self.model, self._decoding_params, self.tokenizer, texts, settings_of(settings))
@@ -65,7 +65,7 @@ class Model:
         """The answer to the last message of a conversation, or to one question.
 
         messages: each has a "role" (system, user, assistant) and a "content". settings: as in `generate`. Raises
-        UserError where the tokenizer has no chat template, or the conversation leaves no room for an answer.
+        UserError when the tokenizer has no chat template, or the conversation leaves no room for an answer.
         """
         history = [message("user", messages)] if isinstance(messages, str) else [dict(m) for m in messages]
         system = history.pop(0)["content"] if history and history[0]["role"] == "system" else None
@@ -75,9 +75,9 @@ class Model:
         return result.text.strip()
 
     def score(self, texts: str | Sequence[str], stride: int = 0) -> Tally:
-        """How well the model predicts a text, or several, each on its own: loss in nats a token, perplexity, bits.
+        """The loss on a text, or on several, each on its own: nats a token, perplexity, bits.
 
-        stride: tokens from one window to the next where a text is longer than the context; 0: the context's length.
+        stride: tokens from one window to the next when a text is longer than the context; 0: the context's length.
         Raises UserError when there is no text.
         """
         T = self.config.context_length
@@ -88,19 +88,19 @@ class Model:
     def logits(self, text: str | Sequence[int]) -> np.ndarray:
         """The logits after each token of a text, or of token ids: float32 (T, V), V the tokenizer's vocabulary.
 
-        Raises UserError when they are more than the context has room for.
+        Raises UserError when there are no tokens, or more than the context has room for.
         """
         T = self.config.context_length
         tokens = encode_prompt(text, self.tokenizer, T) if isinstance(text, str) else list(text)
         if not 0 < len(tokens) <= T:
             raise UserError(f"there are {len(tokens)} tokens, and the model reads 1 to {T} at one time")
-        plain = GPT(dataclasses.replace(self.config, attention="xla"))  # Takes any length.
+        plain = GPT(dataclasses.replace(self.config, attention="xla"))  # "xla" takes any length.
         hidden_BTD = jax.jit(forward, static_argnums=0)(plain, self.params, np.array([tokens], np.int32))
         return np.asarray(logits_NV(plain, self.params, hidden_BTD[0]))[:, : self.tokenizer.vocab_size]
 
 
 def settings_of(given: Mapping[str, Any]) -> Settings:
-    """Settings, and the filters in them, from one set of names. Raises UserError naming one that there is not."""
+    """Settings and their filters, from the fields of both. Raises UserError naming an unknown field."""
     filters = {name: value for name, value in given.items() if name in Filters.__dataclass_fields__}
     others = {name: value for name, value in given.items() if name not in filters}
     known = Settings.__dataclass_fields__.keys() - {"filters"}
