@@ -1,6 +1,6 @@
 """GPT-2 124M on half a million tokens a step, for 19,073 steps: 10 billion tokens.
 
-The data folder is to be made first, of text for which 10 billion tokens are not too many, such as FineWeb's:
+Prepare the data folder first, from a text that is large enough for 10 billion tokens, such as FineWeb:
 gpt-jax prepare SOURCE --out data/web --vocab-size 50257 --val-fraction 0.001
 """
 

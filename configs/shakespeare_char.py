@@ -1,4 +1,4 @@
-"""nanoGPT's baby GPT: tiny Shakespeare by characters. Its README has a best validation loss of 1.47."""
+"""nanoGPT's baby GPT: tiny Shakespeare by characters. Its README reports a best validation loss of 1.47."""
 
 from gpt_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, TrainConfig
 

@@ -1,6 +1,6 @@
 """nanoGPT's CPU recipe: tiny Shakespeare by characters, a minute on two cores, validation loss 1.80.
 
-The learning rate alone is not nanoGPT's: with its 1e-3, both nanoGPT's model in PyTorch and this one end at 1.90 on the
+Only the learning rate differs from nanoGPT's: with its 1e-3, nanoGPT's model in PyTorch and this one end at 1.90 on the
 whole validation set (the 1.88 of its README is an estimate from twenty batches).
 """
 

@@ -4,9 +4,9 @@ ray job submit --working-dir . --runtime-env-json '{"env_vars": {"RAY_JOB_STOP_W
     -- python launch/ray_train.py
 
 It assumes that all nodes see /shared, with the prepared data, and have the project's dependencies (`pip install
-".[cuda12]"`) and Ray. `ray job stop ID` lets all nodes save a checkpoint and end; without that variable it would leave
-them three seconds. The same command goes on with the run; a node that died takes it back to the last checkpoint.
-TPU slices have recipes of their own: there, the hosts' order is not ours to choose.
+".[cuda12]"`) and Ray. `ray job stop ID` lets all nodes save a checkpoint and end; without that variable it would give
+them three seconds. The same command goes on with the run, from the last checkpoint if a node has died.
+TPU slices have recipes of their own, since the order of their hosts cannot be chosen.
 """
 
 import signal
@@ -21,7 +21,7 @@ RUN = "/shared/runs/gpt2"  # EDIT
 TRAIN = ["configs/gpt2_124m.py", "--data.dir", "/shared/data/web", "--out-dir", RUN, "--parallel.fsdp", "8"]  # EDIT
 
 
-@ray.remote(max_concurrency=2)  # So that stop() is heard while train() waits.
+@ray.remote(max_concurrency=2)  # So that stop() runs while train() waits.
 class Host:
     def address(self) -> str:
         return ray.util.get_node_ip_address()
@@ -35,7 +35,7 @@ class Host:
 
 
 def start_host(node: dict) -> "ray.actor.ActorHandle":
-    """A host that has all GPUs of its node; Ray hides those that are not asked for."""
+    """A host with all GPUs of its node. Ray hides GPUs that are not asked for."""
     strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
     return Host.options(num_gpus=node["Resources"].get("GPU", 0), scheduling_strategy=strategy).remote()
 

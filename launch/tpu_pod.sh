@@ -7,9 +7,9 @@
 #   launch/tpu_pod.sh stop       lets all hosts save a checkpoint and end
 #   launch/tpu_pod.sh delete     gives the slice back
 #
-# It assumes an NFS server (such as Filestore) in the slice's network, whose export every host mounts as /shared: the
-# prepared data lie in it, and the run goes there. JAX finds the hosts through the slice's metadata.
-# After a preemption: delete, create, install, train. A host that is given no time to save goes back to the last
+# It assumes an NFS server (such as Filestore) in the slice's network. Every host mounts its export as /shared, which
+# has the prepared data and gets the run. JAX finds the hosts through the slice's metadata.
+# After a preemption: delete, create, install, train. If a host had no time to save, the run goes back to the last
 # checkpoint, so --train.checkpoint-every decides how much is lost.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -29,7 +29,7 @@ case "${1:-}" in
         code=$(mktemp -d)
         git archive --format=tar.gz --output="$code/gpt_jax.tar.gz" HEAD
         gcloud compute tpus tpu-vm scp "$code/gpt_jax.tar.gz" "$name:" "${place[@]}" --worker=all
-        # uv brings a Python of its own: the hosts' is 3.10, which is too old.
+        # uv brings its own Python, since the hosts' 3.10 is too old.
         on_each_host "
             set -e
             sudo apt-get install -y nfs-common
@@ -42,7 +42,7 @@ case "${1:-}" in
             python3 -m uv pip install --python gpt_jax/.venv/bin/python './gpt_jax[tpu]'"
         ;;
     train)
-        # All hosts look before any of them writes, since training begins when all have joined.
+        # Training begins when all hosts have joined, so all of them test for the file before one writes it.
         on_each_host "
             cd gpt_jax
             resume=()
