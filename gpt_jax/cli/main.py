@@ -30,7 +30,7 @@ USAGE = """usage: gpt-jax COMMAND [OPTIONS]
   sample    let a trained GPT write
   eval      tell how well a GPT predicts a text
   export    write a run as a folder that transformers loads
-  plan      tell whether a training fits a slice of TPUs or GPUs that is not here, and what bounds it
+  plan      tell whether a training run fits TPUs or GPUs that are not here, and what bounds its time
 
 gpt-jax COMMAND --help tells the options of each."""
 

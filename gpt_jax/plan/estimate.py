@@ -1,4 +1,4 @@
-"""What a training step needs by formula: activations, memory traffic, collectives, and the bounds of its time.
+"""Formulas for a training step: activations, memory traffic, collectives, and the bounds of its time.
 
 The formulas serve targets without a compiler, and choose what is worth compiling. Activations are counted, not
 guessed: they are the arrays that JAX's reverse mode keeps from the model's own forward pass.
@@ -27,7 +27,7 @@ ITEM = {"float32": 4, "bfloat16": 2}
 
 @dataclass(frozen=True)
 class Sizes:
-    """How a step is laid out: bytes on one device, sequences in a device's microbatch, number of microbatches."""
+    """The layout of a step: bytes on one device, sequences in a device's microbatch, number of microbatches."""
 
     params: float
     frozen: float  # Parameters that are not trained.

@@ -24,7 +24,7 @@ POLICIES: tuple[RematName, ...] = ("none", "dots", "full")
 
 @dataclass(frozen=True)
 class Plan:
-    """What a configuration needs on a target, and what bounds the time of its step."""
+    """A configuration on a target: its memory, its collectives, and the bounds of its time."""
 
     config: Config
     sizes: Sizes

@@ -36,7 +36,7 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Program:
-    """What one step needs, in bytes on one device. `lacking` is 0 when it fits; `text` is empty when it does not."""
+    """The needs of one step, in bytes on one device. `lacking` is 0 when it fits; `text` is empty when it does not."""
 
     temporaries: float
     lacking: float = 0

@@ -13,7 +13,7 @@ GPUS_A_HOST = 8
 
 @dataclass(frozen=True)
 class Chip:
-    """What one device can do: memory in bytes, bandwidths in bytes a second."""
+    """A kind of device: memory in bytes, bandwidths in bytes a second."""
 
     kind: str  # JAX's device_kind, which has a peak in runtime.PEAK_TFLOPS.
     memory: float

@@ -124,7 +124,7 @@ class RunSource:
 
     @property
     def config(self) -> ModelConfig:
-        """See Source. The attention is chosen anew, since the one used in training may not run on this machine."""
+        """See Source. The attention is chosen again, since the one used in training may not run on this machine."""
         return dataclasses.replace(self.saved.model, attention="auto", lora=LoraConfig())
 
     def tokenizer(self) -> Tokenizer:

@@ -28,7 +28,7 @@ class Filters:
 
 @dataclass(frozen=True)
 class Settings:
-    """What to generate from each prompt."""
+    """The settings of the text to generate from each prompt."""
 
     max_new_tokens: int = 200  # Tokens to generate at most.
     seed: int = 0  # The same seed gives the same text.
