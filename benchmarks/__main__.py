@@ -1,9 +1,11 @@
 """The same GPT in PyTorch and in JAX on this machine: python -m benchmarks [PART ...]
 
-Parts, each runnable alone: train, decode, on a GPU largest, learn, variants, scale (all of them without a name, the
-most telling first), and report, which writes the README's tables and the plots from what was measured. What has been
-measured already, with the same versions and flags, is not measured again, so an interrupted run continues. A row that
-cannot be measured is told of, and the others go on; the exit status is 1 then.
+Parts that compare, each runnable alone: train, decode, on a GPU largest, learn, variants, scale (all of them without a
+name, the most telling first), and report, which writes the documents' tables and the plots from what was measured. What
+has been measured already, with the same versions and flags, is not measured again, so an interrupted run continues. A
+row that cannot be measured is reported, and the others go on; the exit status is 1 then.
+
+Parts that measure gpt_jax by itself, only by name and always anew: startup, prepare, placement.
 """
 
 import argparse
@@ -13,35 +15,42 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from benchmarks import decode, learn, machine, report, results, scale, train, worker
+from benchmarks import alone, decode, learn, machine, report, results, scale, train, worker
 from gpt_jax.errors import UserError
+from gpt_jax.files import save_json
 
-README = Path(__file__).parent.parent / "README.md"
+PARTS: dict[str, Callable[[results.Results, results.Row, argparse.Namespace], None]] = {
+    "train": lambda measured, here, args: train.run(measured, here, args.rounds, tuple(args.preset)),
+    "decode": lambda measured, here, args: decode.run(measured, here, args.rounds, tuple(args.batch)),
+    "largest": lambda measured, here, args: train.run_largest(measured, here, args.rounds),
+    "learn": lambda measured, here, args: learn.run(measured, here, args.rounds, path=args.text),
+    "variants": lambda measured, here, args: train.run_variants(measured, here, args.rounds, tuple(args.preset)),
+    "scale": lambda measured, here, args: scale.run(measured, here, args.rounds),
+}
+ALONE: dict[str, Callable[[argparse.Namespace], results.Row]] = {
+    "startup": lambda args: alone.startup(args.rounds, args.text),
+    "prepare": lambda args: alone.prepare(args.gib),
+    "placement": lambda args: train.placement(args.rounds),
+}
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs the parts; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument(
-        "parts", nargs="*", metavar="PART", help="train, decode, largest, learn, variants, scale, report"
-    )
+    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join((*PARTS, "report", *ALONE)))
     parser.add_argument("--rounds", type=int, default=3, help="rounds of each contestant (default: 3)")
     parser.add_argument("--preset", nargs="+", default=[], help="of train and variants: these presets only")
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 64], help="of decode: sequences at a time")
     parser.add_argument("--again", action="store_true", help="measure anew what has been measured already")
-    parser.add_argument(
-        "--minutes",
-        type=float,
-        default=0,
-        help="begin nothing after this time, keep the whole rounds until then, and end within two minutes "
-        "(default: no limit)",
-    )
+    limit = "begin nothing after this time, keep the whole rounds until then, and end within two minutes"
+    parser.add_argument("--minutes", type=float, default=0, help=f"{limit} (default: no limit)")
     parser.add_argument("--text", type=Path, help="of learn: the text (default: tiny Shakespeare, which is downloaded)")
+    parser.add_argument("--gib", type=float, default=1.0, help="of prepare: size of the text in GiB (default: 1)")
     parser.add_argument("--out", type=Path, default=results.FOLDER, help="folder of the results")
     args = parser.parse_args(argv)
     try:
         failed = run(args)
-    except UserError as e:
+    except (UserError, worker.FailedError) as e:
         print(f"error: {e}", file=sys.stderr)
         return 1
     except OSError as e:
@@ -61,40 +70,33 @@ def run(args: argparse.Namespace) -> list[str]:
 
     Raises UserError for what was asked for and is not there.
     """
-    chosen = args.parts or list(PARTS) + ["report"]
-    unknown = [part for part in chosen if part not in (*PARTS, "report")]
+    chosen = args.parts or [*PARTS, "report"]
+    unknown = [part for part in chosen if part not in (*PARTS, "report", *ALONE)]
     if unknown:
-        raise UserError(f"there is no part {unknown[0]}; there are {', '.join(PARTS)}, report")
+        raise UserError(f"there is no part {unknown[0]}; there are {', '.join((*PARTS, 'report', *ALONE))}")
     if args.rounds < 1:
         raise UserError(f"--rounds {args.rounds} must be 1 or more")
     if args.text and not args.text.is_file():
         raise UserError(f"--text {args.text}: there is no such file")
+    if args.minutes:
+        worker.deadline = time.monotonic() + 60 * args.minutes
     failed: list[str] = []
-    measured = [part for part in PARTS if part in chosen]
-    if measured:
-        if args.minutes:
-            worker.deadline = time.monotonic() + 60 * args.minutes
+    if compared := [part for part in PARTS if part in chosen]:
         here = machine.describe()
-        measurements = results.Results(args.out / machine.file_name(here), here, args.again)
-        failed = measurements.failed
+        measured = results.Results(args.out / machine.file_name(here), here, args.again)
+        failed = measured.failed
         print(f"{here['name']}: {', '.join(f'{name} {version}' for name, version in here['versions'].items())}")
-        for part in measured:
+        for part in compared:
             print(f"== {part}", flush=True)
-            PARTS[part](measurements, here, args)
+            PARTS[part](measured, here, args)
+    for part in (part for part in ALONE if part in chosen):
+        found = ALONE[part](args)
+        args.out.mkdir(parents=True, exist_ok=True)
+        save_json(args.out / f"{part}.json", found)
     if "report" in chosen:
-        # Results elsewhere are not those that the README's tables are written from.
-        report.report(args.out, README if args.out.resolve() == results.FOLDER.resolve() else None)
+        # Results elsewhere are not those that the documents' tables are written from.
+        report.report(args.out, report.DOCUMENTS if args.out.resolve() == results.FOLDER.resolve() else ())
     return failed
-
-
-PARTS: dict[str, Callable[[results.Results, results.Row, argparse.Namespace], None]] = {
-    "train": lambda measured, here, args: train.run(measured, here, args.rounds, tuple(args.preset)),
-    "decode": lambda measured, here, args: decode.run(measured, here, args.rounds, tuple(args.batch)),
-    "largest": lambda measured, here, args: train.run_largest(measured, here, args.rounds),
-    "learn": lambda measured, here, args: learn.run(measured, here, args.rounds, path=args.text),
-    "variants": lambda measured, here, args: train.run_variants(measured, here, args.rounds, tuple(args.preset)),
-    "scale": lambda measured, here, args: scale.run(measured, here, args.rounds),
-}
 
 
 if __name__ == "__main__":

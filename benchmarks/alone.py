@@ -1,74 +1,140 @@
-"""The tables of what is measured by itself, and has a file of results of its own."""
+"""Commands of gpt_jax by themselves, run as a user starts them: python -m benchmarks startup, and prepare."""
 
-from collections.abc import Callable
+import json
+import platform
+import random
+import re
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
 
-from benchmarks.markdown import table, with_range
-from benchmarks.results import Row, spread
-
-
-def startup(measured: Row) -> str:
-    """What `benchmarks.startup` measured."""
-    kinds = (("cold", "empty compile cache"), ("warm", "warm compile cache"))
-    lines = [[what, f"{with_range(spread(measured['seconds'][kind]))} s"] for kind, what in kinds]
-    return table(["from starting `train.py` to the end of the first step (`python -m benchmarks.startup`)", ""], lines)
-
-
-def prepare(measured: Row) -> str:
-    """What `benchmarks.prepare` measured."""
-    found, alone, on = (measured[name] for name in ("prepare", "sentencepiece_alone_on_one_core", "machine"))
-    rate = f"{found['mb_per_second']:.1f} MB/s, {found['tokens_per_second'] / 1e6:.1f} million tokens/s"
-    lines = [
-        ["time", f"{found['seconds']:.0f} s: {rate}"],
-        ["cores busy, reading twice included", f"{found['cores_busy']:.2f} of {on['cores']}"],
-        ["memory at most, all processes", f"{found['peak_mib_all_processes']:.0f} MiB"],
-        ["SentencePiece alone on one core", f"{alone['tokens_per_second'] / 1e6:.1f} million tokens/s"],
-    ]
-    return table([f"`prepare` of {found['text_bytes'] / 2**30:.1f} GiB of text (`{measured['command']}`)", ""], lines)
+from benchmarks.machine import cpu_name
+from benchmarks.measure import run_command, seconds_of
+from benchmarks.results import Row
+from benchmarks.worker import FailedError
+from gpt_jax.system import available_cores
 
 
-def placement(measured: Row) -> str:
-    """What `benchmarks.placement` measured."""
-    one = [(name, measured[name]) for name in ("nano", "baby")]
-    lines = [
-        [
-            f"{name}, one device: a step by jit, and on a mesh of one",
-            f"{with_range(row['step_ms']['jit'])} and {with_range(row['step_ms']['mesh'])} ms: "
-            f"{with_range(row['second_over_first'])} times as long",
-        ]
-        for name, row in one
-    ]
-    call = measured["tiny"]["call_ms"]
-    lines.append(
-        [
-            "two devices: the call of a step by pmap, and on a mesh",
-            f"{with_range(call['pmap'])} and {with_range(call['mesh'])} ms",
-        ]
-    )
-    return table(["what a placement costs (`python -m benchmarks.placement`)", ""], lines)
+def startup(rounds: int, text: Path | None) -> Row:
+    """Seconds from starting train.py with configs/shakespeare_char_cpu.py to the end of its first step: cold, with an
+    empty compile cache, and warm, with the one that the cold start filled. Raises FailedError.
+
+    text: in place of tiny Shakespeare.
+    """
+    seconds: dict[str, list[float]] = {"cold": [], "warm": []}
+    with tempfile.TemporaryDirectory() as name:
+        data = Path(name) / "data"
+        run_command("-m", "gpt_jax", "prepare", str(text or "shakespeare"), "--out", str(data), "--model-type", "char")
+        for turn in range(rounds):
+            cache = {"JAX_COMPILATION_CACHE_DIR": str(Path(name) / f"cache-{turn}")}
+            for kind, values in seconds.items():
+                out = Path(name) / f"{kind}-{turn}"
+                arguments = ("train.py", "configs/shakespeare_char_cpu.py", f"--data.dir={data}", f"--out-dir={out}")
+                values.append(run_command(*arguments, environment=cache, until="first step:").lines[-1][0])
+                print(f"round {turn + 1}: {kind} {values[-1]:.1f} s", flush=True)
+    return {"seconds": seconds, "medians": {kind: statistics.median(values) for kind, values in seconds.items()}}
 
 
-def restore(measured: Row) -> str:
-    """What `benchmarks.restore` measured."""
-    lines = []
-    for row in measured["rows"]:
-        if row["freed_memory_is_kept"]:
-            lines.append([f"{row['written_by']} to {row['restored_to']}"])
-        lines[-1].append(with_range(row["times_the_state"]))
-    command = "`python -m benchmarks.restore`"
-    return table(
-        [
-            f"memory to restore GPT-2 124M, times its state ({command})",
-            "as in training",
-            "if all that is freed goes back",
-        ],
-        lines,
-    )
+def prepare(gib: float) -> Row:
+    """How fast `prepare` of so much text is, and how much memory it takes, against SentencePiece alone."""
+    with tempfile.TemporaryDirectory() as folder:
+        corpus, out = Path(folder, "corpus.jsonl"), Path(folder, "out")
+        write_corpus(corpus, int(gib * 2**30))
+        prepared = run_prepare(corpus, out)
+        alone = run_sentencepiece(corpus, out / "tokenizer.model")
+    for name, row in (("prepare", prepared), ("SentencePiece alone, encoding", alone)):
+        print(f"{name}: {row['mb_per_second']:.1f} MB/s, {row['tokens_per_second']:,.0f} tokens/s", flush=True)
+    return {
+        "command": f"python -m benchmarks prepare --gib {gib:g}",
+        "machine": {"cpu": cpu_name(), "cores": available_cores(), "python": platform.python_version()},
+        "prepare": prepared,
+        "sentencepiece_alone_on_one_core": alone,
+        "times_as_fast": prepared["tokens_per_second"] / alone["tokens_per_second"],
+    }
 
 
-ALONE: dict[str, Callable[[Row], str]] = {
-    "startup": startup,
-    "prepare": prepare,
-    "placement": placement,
-    "restore": restore,
-}
-"""The files that hold one measurement, and what writes it."""
+def write_corpus(path: Path, n_bytes: int) -> None:
+    """JSON Lines of `n_bytes` or a little more: the built-in python-docs over and over, each time with one word in
+    twenty replaced by one that was never seen.
+
+    Otherwise the cache of words would know all of it. That share is an assumption; text that brings fewer new words is
+    tokenised faster, text that brings more is tokenised slower.
+    """
+    from gpt_jax.data.corpora import python_docs
+
+    rng, letters = random.Random(0), str.maketrans("0123456789abcdef", "etaoinshrdlucmfw")
+    documents = [document.split(" ") for document in python_docs()]
+    with path.open("w", encoding="utf-8") as f:
+        while f.tell() < n_bytes:
+            for document in documents:
+                words = document.copy()
+                for i in rng.choices(range(len(words)), k=len(words) // 20):
+                    words[i] = f"{rng.getrandbits(40):x}".translate(letters)
+                f.write(json.dumps({"text": " ".join(words)}) + "\n")
+
+
+def run_prepare(corpus: Path, out: Path) -> dict[str, float]:
+    """Runs `prepare` as a process; every 0.1 s the memory of it and of its workers is added up."""
+    from gpt_jax.data.shards import load_meta
+
+    before, begin = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    process = subprocess.Popen([sys.executable, "-m", "gpt_jax", "prepare", str(corpus), "--out", str(out)])
+    peak_of_all = peak_of_largest = 0
+    while process.poll() is None:
+        sizes = memory_of_tree(process.pid)
+        peak_of_all, peak_of_largest = max(peak_of_all, sum(sizes)), max([peak_of_largest, *sizes])
+        time.sleep(0.1)
+    seconds = time.perf_counter() - begin
+    if process.returncode:
+        raise FailedError(f"prepare ended with status {process.returncode}")
+    after, meta = resource.getrusage(resource.RUSAGE_CHILDREN), load_meta(out)
+    cpu_seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return {
+        **rates(seconds, meta.train.bytes + meta.val.bytes, meta.train.tokens + meta.val.tokens),
+        "cores_busy": cpu_seconds / seconds,
+        "peak_mib_all_processes": peak_of_all / 2**20,
+        "peak_mib_largest_process": peak_of_largest / 2**20,
+    }
+
+
+def run_sentencepiece(corpus: Path, model: Path, most_bytes: int = 64 << 20) -> dict[str, float]:
+    """SentencePiece itself on one core, document after document, of the first 64 MiB; only encoding is timed."""
+    import sentencepiece
+
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    documents: list[str] = []
+    n_bytes = 0
+    with corpus.open(encoding="utf-8") as f:
+        while n_bytes < most_bytes and (line := f.readline()):
+            documents.append(json.loads(line)["text"])
+            n_bytes += len(documents[-1].encode())
+    counts: list[int] = []
+    seconds = seconds_of(lambda: counts.extend(len(processor.encode(document)) for document in documents))
+    return rates(seconds, n_bytes, sum(counts))
+
+
+def rates(seconds: float, text_bytes: int, tokens: int) -> dict[str, float]:
+    """What was tokenised in that time, and how fast."""
+    per_second = {"mb_per_second": text_bytes / 1e6 / seconds, "tokens_per_second": tokens / seconds}
+    return {"seconds": seconds, "text_bytes": text_bytes, "tokens": tokens, **per_second}
+
+
+def memory_of_tree(root: int) -> list[int]:
+    """Resident bytes of a process and of all below it. Pages that they share are counted in each."""
+    parents: dict[int, int] = {}
+    resident: dict[int, int] = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            facts = dict(re.findall(r"^(PPid|VmRSS):\s+(\d+)", (process / "status").read_text(), re.MULTILINE))
+        except OSError:  # It has just ended.
+            continue
+        parents[int(process.name)] = int(facts["PPid"])
+        resident[int(process.name)] = 1024 * int(facts.get("VmRSS", 0))
+    tree = {root}
+    while found := {pid for pid, parent in parents.items() if parent in tree and pid not in tree}:
+        tree |= found
+    return [resident[pid] for pid in tree if pid in resident]

@@ -24,13 +24,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from benchmarks.results import Results, Row, ratios, spread
-from benchmarks.worker import FailedError, Worker, take_turns
+from benchmarks.contest import OURS, TRANSFORMERS, Contest
+from benchmarks.measure import ratios, spread
+from benchmarks.results import Results, Row
+from benchmarks.worker import Worker
 from gpt_jax.config import ModelConfig
 from gpt_jax.errors import UserError
 from gpt_jax.model.presets import GPT2
 
-OURS, NO_CACHE, MEMORY = "gpt_jax", "pytorch, no cache", "memory"
+CACHE, NO_CACHE, MEMORY = "pytorch, cache", "pytorch, no cache", "memory"
 MODES = {"greedy": 0, "top_50": 50}
 PROMPT, LONG_PROMPT = 16, 512
 NEW = 128
@@ -79,22 +81,17 @@ def run(
         results.measure(case.name, line, compare, model, machine["platform"], case, rounds)
 
 
-def contestants(model: ModelConfig, platform: str, path: str) -> dict[str, Worker]:
-    """The contestants, ours first, and what measures the memory. The weights are those that ours writes to `path`."""
+def enter(contest: Contest, model: ModelConfig, platform: str, path: str, without_cache: bool) -> None:
+    """gpt_jax enters a contest, then the others, whose weights are those that it writes to `path`, and what measures
+    the memory. Raises FailedError."""
     spec: Row = {"model": dataclasses.asdict(model)}
-    workers = {OURS: Worker("benchmarks.decode_ours:Decoding", **spec)}
+    contest.add(OURS, "benchmarks.ours:Decoding", **spec).ask("write_parameters", path=path)
     if platform != "tpu":
         theirs = {**spec, "parameters": path}
-        workers["transformers"] = Worker("benchmarks.decode_theirs:HuggingFaceDecoding", **theirs)
-        workers["pytorch, cache"] = Worker("benchmarks.decode_theirs:Decoding", **theirs)
-        workers[NO_CACHE] = Worker("benchmarks.decode_theirs:Decoding", **theirs, cached=False)
-        workers[MEMORY] = Worker("benchmarks.machine:TorchProbe")
-    return workers
-
-
-def prompts(vocab_size: int, batch: int, length: int) -> np.ndarray:
-    """Random prompts, int32 (B, T); the same for all contestants."""
-    return np.random.default_rng(0).integers(0, vocab_size, (batch, length), dtype=np.int32)
+        contest.add(TRANSFORMERS, "benchmarks.theirs:HuggingFaceDecoding", **theirs)
+        contest.add(CACHE, "benchmarks.theirs:Decoding", **theirs)
+        if without_cache:
+            contest.add(NO_CACHE, "benchmarks.theirs:Decoding", **theirs, cached=False)
 
 
 def weight_bytes(model: ModelConfig) -> int:
@@ -109,29 +106,24 @@ def compare(model: ModelConfig, platform: str, case: Case, rounds: int) -> Row:
     Raises UserError when the contestants do not compute the same, FailedError when ours fails, and OutOfTimeError.
     """
     slow = platform == "cpu"
-    failed: dict[str, str] = {}
-    with tempfile.TemporaryDirectory() as name:
-        parameters = str(Path(name) / "parameters.npz")
-        workers = contestants(model, platform, parameters)
-        try:
-            if slow and (case.batch > 1 or case.prompt != PROMPT) and NO_CACHE in workers:
-                workers.pop(NO_CACHE).close()
-            workers[OURS].ask("write_parameters", path=parameters)
-            once(workers, failed, "ready")
-            differences = check_parity(model.dtype, case, workers, failed)
-            greedy_only = (NO_CACHE,) if slow else ()
-            time_turns(case, 1, workers, failed, greedy_only, "warm-up")
-            peaks = once(workers, failed, "peak_bytes")
-            held = once(workers, failed, "memory", **case._asdict())
-            turns = time_turns(case, rounds, workers, failed, greedy_only, "round")
-        finally:
-            for worker in workers.values():
-                worker.close()
+    greedy_only = (NO_CACHE,) if slow else ()
+    with tempfile.TemporaryDirectory() as folder, Contest() as contest:
+        path = str(Path(folder) / "parameters.npz")
+        enter(contest, model, platform, path, without_cache=not slow or case.name == "decode/1")
+        contest.once("ready")
+        question = {"batch": case.batch, "prompt": case.prompt, "new": PARITY_TOKENS}
+        differences = check_parity(model.dtype, contest.once("greedy", **question))
+        time_turns(contest, case, 1, greedy_only, "warm-up")
+        peaks = contest.once("peak_bytes")
+        held = contest.once("memory", **case._asdict())
+        if platform != "tpu":
+            contest.add(MEMORY, "benchmarks.machine:TorchProbe")
+        turns = time_turns(contest, case, rounds, greedy_only, "round")
     bandwidth = spread(turns.pop(MEMORY)) if MEMORY in turns else None
     notes = ["the cache of gpt_jax has a power of two of places for tokens, the others' as many as there are tokens"]
     if NO_CACHE in turns and slow:
         notes.append(f"{NO_CACHE}: greedy and one sequence only, because on CPU it takes long")
-    row = {
+    return {
         "preset": "gpt2",
         "dtype": model.dtype,
         **case._asdict(),
@@ -140,54 +132,34 @@ def compare(model: ModelConfig, platform: str, case: Case, rounds: int) -> Row:
         "bandwidth": bandwidth,
         "weight_bytes": weight_bytes(model),
         "notes": notes,
-        "failed": failed,
+        "failed": contest.failed,
         "modes": {mode: figures(mode, turns, case) for mode in MODES},
         "peak_bytes": {name: peak for name, peak in peaks.items() if name in turns},
         "memory": {name: kinds for name, kinds in held.items() if name in turns},
     }
-    show_table(case, row)
-    return row
 
 
-def once(workers: dict[str, Worker], failed: dict[str, str], method: str, **arguments: Any) -> dict[str, Any]:
-    """The answer of each contestant to one question. Raises FailedError when ours fails."""
-    asked = {name: worker for name, worker in workers.items() if name != MEMORY}
-    answers = take_turns(asked, 1, lambda worker: worker.ask(method, **arguments), lambda *_: None, failed)
-    for name in failed:
-        workers.pop(name, None)
-    raise_for_ours(failed)
-    return {name: values[0] for name, values in answers.items()}
-
-
-def raise_for_ours(failed: dict[str, str]) -> None:
-    """Raises FailedError when ours is among those that failed."""
-    if OURS in failed:
-        raise FailedError(f"gpt_jax failed: {failed[OURS]}")
-
-
-def check_parity(dtype: str, case: Case, workers: dict[str, Worker], failed: dict[str, str]) -> Row:
+def check_parity(dtype: str, answers: dict[str, Row]) -> Row:
     """Compares the greedy tokens of all with ours, and their log-probabilities; what was found, by contestant.
 
     In float32 the tokens must be the same. In bfloat16, where logits tie, sequences may part: log-probabilities count
     up to and including the token at which they do, and two tokens that tie have the same one. Raises UserError.
     """
-    answers = once(workers, failed, "greedy", batch=case.batch, prompt=case.prompt, new=PARITY_TOKENS)
-    ours = answers.pop(OURS)
-    found = {}
+    tolerance, found = TOLERANCES[dtype], {}
     for name, theirs in answers.items():
-        found[name] = differences = difference(ours, theirs)
-        tolerance = TOLERANCES[dtype]
+        if name == OURS:
+            continue
+        found[name] = differences = difference(answers[OURS], theirs)
+        said = (
+            f"{differences['same_tokens']:.1%} of the tokens are the same, and log-probabilities differ by "
+            f"{differences['logprobs']:.1e}"
+        )
         if (dtype == "float32" and differences["same_tokens"] < 1) or not differences["logprobs"] <= tolerance:
             raise UserError(
-                f"gpt_jax and {name} do not compute the same, so they are not timed: "
-                f"{differences['same_tokens']:.1%} of the tokens are the same, and log-probabilities differ by "
-                f"{differences['logprobs']:.1e}, where {tolerance:.0e} is allowed in {dtype}"
+                f"gpt_jax and {name} do not compute the same, so they are not timed: {said}, where {tolerance:.0e} is "
+                f"allowed in {dtype}"
             )
-        print(
-            f"  {name}: {differences['same_tokens']:.1%} of {PARITY_TOKENS} tokens are gpt_jax's, log-probabilities "
-            f"{differences['logprobs']:.1e} apart",
-            flush=True,
-        )
+        print(f"  {name}: {said}", flush=True)
     return found
 
 
@@ -202,20 +174,15 @@ def difference(ours: Row, theirs: Row) -> dict[str, float]:
 
 
 def time_turns(
-    case: Case,
-    rounds: int,
-    workers: dict[str, Worker],
-    failed: dict[str, str],
-    greedy_only: tuple[str, ...],
-    what: str,
+    contest: Contest, case: Case, rounds: int, greedy_only: tuple[str, ...], what: str
 ) -> dict[str, list[Any]]:
     """What each contestant's rounds came to, Turns, and those of the memory, bytes a second.
 
-    Raises FailedError when ours fails. what: what a round is called when it is shown.
+    what: what a round is called when it is shown. Raises as `Contest.turns`.
     """
 
     def ask(worker: Worker) -> Any:
-        name = next(name for name in workers if workers[name] is worker)
+        name = next(name for name in contest.workers if contest.workers[name] is worker)
         if name == MEMORY:
             return worker.ask("bandwidth")
         return {
@@ -235,9 +202,7 @@ def time_turns(
             found = ", ".join(f"{mode} {rate:.1f} tokens/s" for mode, rate in rates.items())
         print(f"  {what} {turn + 1}: {name:18} {found}", flush=True)
 
-    turns = take_turns(workers, rounds, ask, show, failed)
-    raise_for_ours(failed)
-    return turns
+    return contest.turns(rounds, ask, show)
 
 
 def figures(mode: str, turns: dict[str, list[Turn]], case: Case) -> Row:
@@ -255,16 +220,3 @@ def figures(mode: str, turns: dict[str, list[Turn]], case: Case) -> Row:
     }
     times_as_fast = {name: ratios(seconds, whole[OURS]) for name, seconds in whole.items() if name != OURS}
     return {"contestants": by_name, "times_as_fast": times_as_fast}
-
-
-def show_table(case: Case, row: Row) -> None:
-    """Prints a row's medians."""
-    for mode, found in row["modes"].items():
-        for name, values in found["contestants"].items():
-            line = (
-                f"  {mode:6} {name:18} {values['first_token_ms']['median']:8.1f} ms to the first token "
-                f"{values['tokens_per_second']['median']:9.1f} tokens/s"
-            )
-            if name in found["times_as_fast"]:
-                line += f"  gpt_jax: {found['times_as_fast'][name]['median']:.2f} times as fast"
-            print(line, flush=True)

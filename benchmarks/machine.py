@@ -4,12 +4,13 @@ import functools
 import os
 import platform
 import re
-from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from benchmarks.worker import ENVIRONMENT, FailedError, Worker, seconds_of
+from benchmarks.measure import best_of_ten
+from benchmarks.worker import ENVIRONMENT, FailedError, Worker
 from gpt_jax.errors import UserError
 from gpt_jax.system import available_cores
 
@@ -70,12 +71,7 @@ class TorchProbe:
 
         device, synchronize = torch_device()
         array = torch.ones(2**30 if device == "cuda" else 2**27, device=device)
-
-        def read() -> None:
-            array.sum()
-            synchronize()
-
-        return best_of_ten(read, array.nbytes)
+        return best_of_ten(lambda: (array.sum(), synchronize()), array.nbytes)
 
     def matmul(self) -> float:
         """FLOP/s of a float32 matrix product: the best of ten."""
@@ -83,18 +79,7 @@ class TorchProbe:
 
         device, synchronize = torch_device()
         a = torch.ones((MATMUL, MATMUL), device=device)
-
-        def multiply() -> None:
-            a @ a
-            synchronize()
-
-        return best_of_ten(multiply, 2 * MATMUL**3)
-
-
-def best_of_ten(work: Callable[[], object], amount: float) -> float:
-    """`amount` over the seconds of a call, the shortest of ten, after one to warm up."""
-    work()
-    return amount / min(seconds_of(work) for _ in range(10))
+        return best_of_ten(lambda: (a @ a, synchronize()), 2 * MATMUL**3)
 
 
 def torch_device() -> tuple[str, Any]:
@@ -128,13 +113,12 @@ def describe() -> dict[str, Any]:
             "GPU (extra cuda12 or cuda13), or hide it with CUDA_VISIBLE_DEVICES="
         )
     flags = {"XLA_FLAGS": devices.pop("xla_flags"), **ENVIRONMENT}
-    cpu = cpu_name()
-    name = cpu if devices["platform"] == "cpu" else devices["device"]
-    count = available_cores() if devices["platform"] == "cpu" else devices["devices"]
-    unit = "core" if devices["platform"] == "cpu" else "device"
+    name, count, unit = devices["device"], devices["devices"], "device"
+    if devices["platform"] == "cpu":
+        name, count, unit = cpu_name(), available_cores(), "core"
     return {
         "name": f"{name}, {count} {unit}{'s' if count > 1 else ''}",
-        "cpu": cpu,
+        "cpu": cpu_name(),
         "cores": available_cores(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         **devices,
@@ -146,11 +130,7 @@ def describe() -> dict[str, Any]:
 
 def installed(package: str) -> bool:
     """Whether a package is there."""
-    try:
-        version(package)
-    except PackageNotFoundError:
-        return False
-    return True
+    return find_spec(package) is not None
 
 
 def cpu_name() -> str:

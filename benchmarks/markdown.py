@@ -1,18 +1,30 @@
-"""Measurements as Markdown: tables, lists, and numbers with their units."""
+"""Measurements as Markdown: tables of columns that are declared, lists, and numbers with their units."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from benchmarks.results import Row
 
 NOTHING = "–"  # noqa: RUF001
 
 
-def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+class Column(NamedTuple):
+    """A column of a table: its title, and what stands in it on a line."""
+
+    title: str
+    cell: Callable[[Any], str]
+
+
+def table(columns: Sequence[Column], lines: Iterable[Any]) -> str:
     """Markdown; empty where there are no lines."""
-    if not lines:
-        return ""
-    rows = [head, ["---"] * len(head), *([cell.replace("|", "\\|") for cell in line] for line in lines)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    cells = [[column.cell(line).replace("|", "\\|") for column in columns] for line in lines]
+    rows = [[column.title for column in columns], ["---"] * len(columns), *cells]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) if cells else ""
+
+
+def facts(title: str, lines: Mapping[str, str]) -> str:
+    """A table of named facts."""
+    return table([Column(title, lambda line: line[0]), Column("", lambda line: line[1])], lines.items())
 
 
 def bullets(lines: Iterable[str]) -> str:

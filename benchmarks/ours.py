@@ -1,7 +1,11 @@
-"""gpt_jax as a contestant in training."""
+"""gpt_jax as a contestant: the one module of the benchmarks that runs it by its parts.
 
-from collections.abc import Callable
-from pathlib import Path
+What learning does not need is imported where it is used: the time of imports is a part of what is measured there.
+"""
+
+import functools
+import time
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -9,17 +13,23 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks.presets import OPTIMIZER, from_spec, random_tokens
-from benchmarks.worker import peak_memory, resident_memory, seconds_of
+from benchmarks import contestants
+from benchmarks.contestants import Arrays, prompts, read_arrays, write_arrays
+from benchmarks.measure import forget_peak, peak_memory, resident_memory
+from benchmarks.presets import from_spec, random_tokens
+from benchmarks.recipe import Windows
 from gpt_jax import runtime
-from gpt_jax.config import Config, DataConfig, ParallelConfig
+from gpt_jax.config import Config, DataConfig, ParallelConfig, config_from_dict
 from gpt_jax.data.batch import Batch
+from gpt_jax.data.loader import Prefetch
 from gpt_jax.model.backend import resolve
-from gpt_jax.model.gpt import GPT
-from gpt_jax.placement import Placement
+from gpt_jax.model.gpt import GPT, init_params
+from gpt_jax.placement import choose_placement
+from gpt_jax.sample.decode import CHUNK, Decoder, bucket, decoder_for, prepare_params
+from gpt_jax.sample.settings import Filters
 from gpt_jax.train.objectives.next_token import next_token
 from gpt_jax.train.optimizer import learning_rate_schedule, make_optimizer
-from gpt_jax.train.step import TrainState, init_state, make_train_step
+from gpt_jax.train.step import TrainState, init_state, make_eval_step, make_train_step
 
 
 class Kept(NamedTuple):
@@ -40,40 +50,46 @@ def keep_gradients() -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
-class Training:
-    """Trains a preset, placed as `train.py` would place it unless told otherwise."""
+class Training(contestants.Training):
+    """Trains a preset, placed as `train.py` would place it unless the arguments ask for something else."""
 
-    def __init__(self, preset: dict[str, Any], devices: int = 0) -> None:
-        """preset: a Preset's spec; devices: parallel.devices."""
-        self.preset = from_spec(preset)
-        config = Config(
-            model=self.preset.model,
-            data=DataConfig(batch_size=self.preset.batch_size),
-            parallel=ParallelConfig(devices=devices),
-        )
+    def __init__(
+        self, preset: dict[str, Any], parallel: dict[str, int] | None = None, parameters: str | None = None
+    ) -> None:
+        """preset: a Preset's spec; parallel: fields of ParallelConfig; parameters: a file of those to start from."""
+        self.preset, self.parallel, self.parameters = from_spec(preset), ParallelConfig(**(parallel or {})), parameters
+        model, data = self.preset.model, DataConfig(batch_size=self.preset.batch_size)
+        config = Config(model=model, data=data, parallel=self.parallel)
         runtime.setup(runtime.choose_cpu_devices(config))
-        self.placement = Placement(runtime.choose_devices(config))
-        self.model = GPT(resolve(self.preset.model, runtime.platform_name(self.placement.devices[0])))
+        self.placement = choose_placement(self.parallel, model, runtime.choose_devices(config))
+        self.model = GPT(resolve(model, runtime.platform_name(self.placement.devices[0]), self.placement.context))
         self.libraries = resident_memory()
-        self.train_step, self.make_state = self.build(make_optimizer(OPTIMIZER, 1))
+        self.optimizer = make_optimizer(self.preset.optimizer, self.preset.schedule_steps)
+        self.train_step, self.make_state = self.build(self.optimizer)
         self.start()
 
     def build(self, optimizer: optax.GradientTransformation) -> tuple[Callable[..., Any], Callable[[], TrainState]]:
         """The jitted train step with an optimizer, and what makes its initial state."""
-        placement, schedule = self.placement, learning_rate_schedule(OPTIMIZER, 1)
-        step = make_train_step(next_token, self.model, optimizer, schedule, 0, placement.axis_name)
-        step_fn = placement.jit(step, donate=True)
-        return step_fn, lambda: placement.make(lambda: init_state(self.model, optimizer, 0))
+        schedule = learning_rate_schedule(self.preset.optimizer, self.preset.schedule_steps)
+        step = make_train_step(next_token, self.model, optimizer, schedule, 0, self.placement.axis_name)
+        step_fn = self.placement.jit(step, donate=True)
+        return step_fn, lambda: self.placement.make(lambda: init_state(self.model, optimizer, 0))
 
     def start(self) -> None:
-        """Starts anew, with the initial parameters."""
-        self.state: TrainState = self.make_state()
+        self.state: TrainState
+        if self.parameters is None:
+            self.state = self.make_state()
+        else:
+            initial = tree_of(read_arrays(self.parameters))
+            params = jax.device_put(initial, self.placement.state_shardings(initial))
+            self.state = TrainState(jnp.int32(0), params, jax.jit(self.optimizer.init)(params), {})
 
     def how(self) -> dict[str, Any]:
         """What "auto" came to."""
         c = self.model.config
         return {
             "devices": self.placement.n_devices,
+            "mesh": self.parallel.uses_mesh,
             "attention": c.attention,
             "unroll": c.unroll,
             "dtype": c.dtype,
@@ -82,49 +98,148 @@ class Training:
 
     def write_parameters(self, path: str) -> None:
         """Writes the parameters, by path: the initial ones, before any step."""
-        write_tree(path, self.state.params)
+        write_arrays(path, arrays_of(self.state.params))
 
-    def write_gradients(self, path: str, batch: int) -> None:
-        """Writes the gradients of the initial parameters on a batch."""
+    def gradients(self, tokens: Batch) -> Arrays:
         step, make_state = self.build(keep_gradients())
-        state, _ = step(make_state(), self.tokens(batch))
-        write_tree(path, state.opt_state.gradients)
+        state, _ = step(make_state(), tokens)
+        return arrays_of(state.opt_state.gradients)
 
-    def tokens(self, batch: int) -> Batch:
-        """A batch on the devices."""
-        return self.placement.split(Batch(random_tokens(self.preset, batch)), 1)
+    def put(self, tokens: np.ndarray) -> Batch:
+        batch: Batch = self.placement.split(Batch(tokens), 1)
+        return batch
 
-    def step(self, batch: int) -> Any:
-        """An optimizer step on a batch; returns the loss, on its way."""
-        self.state, metrics = self.train_step(self.state, self.tokens(batch))
+    def train(self, tokens: Batch) -> Any:
+        self.state, metrics = self.train_step(self.state, tokens)
         if self.placement.must_wait:
-            jax.block_until_ready(self.state)
+            self.wait()
         return metrics.loss
 
-    def losses(self, batch: int, count: int) -> list[float]:
-        """The losses of so many steps on one and the same batch, which is learned by heart."""
-        return [float(self.step(batch)) for _ in range(count)]
+    def wait(self) -> None:
+        jax.block_until_ready(self.state)
 
-    def seconds(self, first: int, count: int) -> float:
-        """Seconds a step of so many, from the first one's tokens on the host to the last one's state on the device."""
+    def batches(self, windows: Windows, steps: int) -> Iterator[Batch]:
+        with Prefetch(lambda step: self.put(windows.train(step)), range(steps)) as prefetched:
+            yield from prefetched
 
-        def steps() -> None:
-            for batch in range(first, first + count):
-                self.step(batch)
-            jax.block_until_ready(self.state)
+    @functools.cached_property
+    def eval_step(self) -> Callable[..., Any]:
+        """The jitted evaluation step."""
+        return self.placement.jit(make_eval_step(next_token, self.model, self.placement.axis_name), donate=False)
 
-        return seconds_of(steps) / count
+    def mean_loss(self, batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> float:
+        sums = []
+        for tokens, mask_BT in batches:
+            sums.append(self.eval_step(self.state.params, self.placement.split(Batch(tokens, mask_BT)))[:2])
+            if self.placement.must_wait:
+                jax.block_until_ready(sums[-1])
+        loss, count = np.asarray(jax.device_get(sums), np.float64).sum(axis=0)
+        return float(loss / count)
+
+    def step_and_call_ms(self, count: int) -> tuple[float, float]:
+        """Milliseconds of a step on a batch that is on the devices already, and of its call alone, until it returns:
+        medians of so many steps, each of which is waited for."""
+        tokens, called, done = self.put(random_tokens(self.preset, 0)), [], []
+        for _ in range(count):
+            begin = time.perf_counter()
+            self.state, _ = self.train_step(self.state, tokens)
+            called.append(time.perf_counter() - begin)
+            self.wait()
+            done.append(time.perf_counter() - begin)
+        return 1e3 * float(np.median(done)), 1e3 * float(np.median(called))
 
     def peak_bytes(self) -> int:
-        """Most memory that was in use so far."""
-        stats = self.placement.devices[0].memory_stats()
-        return int(stats["peak_bytes_in_use"]) if stats else peak_memory()
+        return peak_bytes(self.placement.devices[0])
 
-    def memory(self) -> dict[str, int]:
-        """Bytes, by kind: the process with its libraries and devices, before there was any array; the state, on all
-        devices; and the temporaries of a step, by the account that XLA gives. To be called after a step."""
-        temporaries = temporary_bytes(self.train_step, self.state, self.tokens(0)) * self.placement.n_devices
-        return {"libraries": self.libraries, "state": bytes_of(self.state), "temporaries": temporaries}
+    def state_and_temporaries(self, **_: int) -> dict[str, int]:
+        temporaries = (
+            temporary_bytes(self.train_step, self.state, self.put(random_tokens(self.preset, 0)))
+            * self.placement.n_devices
+        )
+        return {"state": bytes_of(self.state), "temporaries": temporaries}
+
+
+class Decoding(contestants.Decoding):
+    """Answers prompts as `gpt_jax.sample.generate` does: the prompt in one call, then a call for every CHUNK tokens."""
+
+    def __init__(self, model: dict[str, Any]) -> None:
+        """model: a ModelConfig's fields. The weights are held in its dtype, and random.
+
+        They are made and laid out on the host: the peak of a GPU's memory cannot be counted anew, and is then that of
+        the answers alone.
+        """
+        runtime.setup()
+        self.device = runtime.local_devices()[0]
+        self.libraries = resident_memory()
+        config = config_from_dict({"model": model}, "a benchmark").model
+        self.model = GPT(resolve(config, runtime.platform_name(self.device)))
+        dtype = self.model.config.dtype
+        make = jax.jit(lambda: jax.tree.map(lambda x: x.astype(dtype), init_params(self.model, jax.random.key(0))))
+        self.host = jax.local_devices(backend="cpu")[0]
+        with jax.default_device(self.host):
+            self.params = make()
+
+    def write_parameters(self, path: str) -> None:
+        """Writes the weights, float32, by path. To be called before `ready`, which lays them out anew."""
+        write_arrays(path, {name: x.astype(np.float32) for name, x in arrays_of(self.params).items()})
+
+    def ready(self) -> None:
+        """Lays out the weights for decoding. What was needed for that and is not needed any more is given back."""
+        with jax.default_device(self.host):
+            self.params = prepare_params(self.params, self.model.config)
+        self.params = jax.block_until_ready(jax.device_put(self.params, self.device))
+        forget_peak()
+
+    def decoder(self, top_k: int) -> Decoder:
+        """Greedy, or draws from the top_k."""
+        filters = Filters(temperature=1.0 if top_k else 0.0, top_k=top_k)
+        return decoder_for(self.model, filters, self.model.config.vocab_size)
+
+    def inputs(self, batch: int, prompt: int, new: int) -> tuple[tuple[Any, ...], int]:
+        """The arguments of `prefill`, and the length of the cache."""
+        c = self.model.config
+        cache_length = bucket(prompt + new, c.context_length)
+        tokens_BT = np.zeros((batch, bucket(prompt, cache_length)), np.int32)
+        tokens_BT[:, :prompt] = prompts(c.vocab_size, batch, prompt)
+        length_B, keys_B = np.full(batch, prompt, np.int32), jax.random.split(jax.random.key(0), batch)
+        return (self.params, tokens_BT, length_B, 0, keys_B, None), cache_length
+
+    def decode(self, batch: int, prompt: int, new: int, top_k: int) -> tuple[np.ndarray, np.ndarray]:
+        """New tokens, int32 (B, new), and their log-probabilities, float32 (B, new), on the host."""
+        decoder = self.decoder(top_k)
+        inputs, cache_length = self.inputs(batch, prompt, new)
+        state, logprobs_B = decoder.prefill(*inputs, cache_length=cache_length)
+        tokens, logprobs = [np.asarray(state.last_B)], [np.asarray(logprobs_B)]
+        while len(tokens) < new:
+            n = min(CHUNK, new - len(tokens))
+            state, tokens_NB, logprobs_NB = decoder.decode(self.params, state, n)
+            tokens.extend(np.asarray(tokens_NB)[:n])
+            logprobs.extend(np.asarray(logprobs_NB)[:n])
+        return np.stack(tokens, axis=1), np.stack(logprobs, axis=1)
+
+    def answer(self, batch: int, prompt: int, new: int, top_k: int) -> np.ndarray:
+        return self.decode(batch, prompt, new, top_k)[0]
+
+    def logprobs(self, batch: int, prompt: int, new: int) -> np.ndarray:
+        return self.decode(batch, prompt, new, 0)[1]
+
+    def peak_bytes(self) -> int:
+        return peak_bytes(self.device)
+
+    def state_and_temporaries(self, **case: int) -> dict[str, int]:
+        """The temporaries are those of the program that needs the most."""
+        decoder = self.decoder(top_k=0)
+        inputs, cache_length = self.inputs(**case)
+        state, _ = decoder.prefill(*inputs, cache_length=cache_length)
+        prefill = temporary_bytes(decoder.prefill, *inputs, cache_length=cache_length)
+        temporaries = max(prefill, temporary_bytes(decoder.decode, self.params, state, 1))
+        return {"state": bytes_of((self.params, state.cache)), "temporaries": temporaries}
+
+
+def peak_bytes(device: jax.Device) -> int:
+    """Most memory that was in use so far: a GPU's, or the process's."""
+    stats = device.memory_stats()
+    return int(stats["peak_bytes_in_use"]) if stats else peak_memory()
 
 
 def temporary_bytes(step: Any, *arguments: Any, **static: Any) -> int:
@@ -137,9 +252,19 @@ def bytes_of(tree: Any) -> int:
     return sum(shard.data.nbytes for x in jax.tree.leaves(tree) for shard in x.addressable_shards)
 
 
-def write_tree(path: str, tree: Any) -> None:
-    """Writes a tree's arrays to an .npz file, by path."""
+def arrays_of(tree: Any) -> Arrays:
+    """A tree's arrays on the host, by path."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    arrays = {jax.tree_util.keystr(at, simple=True, separator="/"): np.asarray(x) for at, x in leaves}
-    with Path(path).open("wb") as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]
+    return {jax.tree_util.keystr(at, simple=True, separator="/"): np.asarray(x) for at, x in leaves}
+
+
+def tree_of(arrays: Arrays) -> dict[str, Any]:
+    """The tree of arrays that are named by their paths."""
+    tree: dict[str, Any] = {}
+    for path, array in arrays.items():
+        *parts, name = path.split("/")
+        branch = tree
+        for part in parts:
+            branch = branch.setdefault(part, {})
+        branch[name] = array
+    return tree

@@ -63,7 +63,7 @@ def distance(ours: np.ndarray, theirs: np.ndarray) -> float:
 
 
 def check(differences: dict[str, float], dtype: str, what: str) -> None:
-    """Raises UserError when a difference is larger than it may be; `what` tells what was compared."""
+    """Raises UserError when a difference is larger than it may be; `what` says what was compared."""
     for name, difference in differences.items():
         tolerance = TOLERANCES[dtype][name]
         if not difference <= tolerance:

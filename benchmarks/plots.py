@@ -1,23 +1,26 @@
 """The plots of a machine's results. Colours are Okabe and Ito's, which colour-blind readers tell apart."""
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmarks.results import Row
+from benchmarks.tables import SIZED, scaled
 from gpt_jax.errors import UserError
 from gpt_jax.files import replacing
 
 STYLES: Mapping[str, Row] = {
     "gpt_jax": {"color": "#0072B2", "marker": "o", "label": "gpt_jax"},
-    "pytorch": {"color": "#D55E00", "marker": "s", "linestyle": "--", "label": "PyTorch, eager"},
     "pytorch, eager": {"color": "#D55E00", "marker": "s", "linestyle": "--", "label": "PyTorch, eager"},
     "pytorch, compiled": {"color": "#CC79A7", "marker": "^", "linestyle": "-.", "label": "PyTorch, compiled"},
     "gpt_jax, own recipe": {"color": "#009E73", "marker": "D", "linestyle": ":", "label": "gpt_jax, own recipe"},
-    "scan": {"color": "#009E73", "marker": "D", "label": "gpt_jax, layers scanned"},
-    "unroll": {"color": "#0072B2", "marker": "o", "linestyle": "--", "label": "gpt_jax, layers unrolled"},
+    "layers scanned": {"color": "#009E73", "marker": "D", "label": "gpt_jax, layers scanned"},
+    "layers unrolled": {"color": "#0072B2", "marker": "o", "linestyle": "--", "label": "gpt_jax, layers unrolled"},
 }
+
+KEYS, GAP = ("median", "min", "max"), {"median": float("nan")}
 
 PANELS = {
     "context": "context (tokens)",
@@ -66,14 +69,12 @@ def scaling(rows: Mapping[str, Row], title: str) -> Any:
         if row is None:
             axes.text(0.5, 0.5, "not measured yet", ha="center", transform=axes.transAxes)
             continue
-        xs = [point["x"] for point in row["points"]]
-        for name in ("scan", "unroll") if axis == "compile" else ("gpt_jax", "pytorch"):
-            spreads = [spread_of(point.get(name)) for point in row["points"]]
-            medians, lows, highs = zip(*spreads, strict=True)
-            if not all(map(math.isnan, medians)):
-                below = [median - low for median, low in zip(medians, lows, strict=True)]
-                above = [high - median for median, high in zip(medians, highs, strict=True)]
-                axes.errorbar(xs, medians, yerr=[below, above], capsize=3, **STYLES[name])
+        xs, lines = [point["x"] for point in row["points"]], scaled(axis, row)
+        for name in SIZED.values():
+            spreads = [line.contestants[name]["time"] if name in line.contestants else GAP for line in lines]
+            median, low, high = (np.array([found.get(key, found["median"]) for found in spreads]) for key in KEYS)
+            if not np.isnan(median).all():
+                axes.errorbar(xs, median, yerr=[median - low, high - median], capsize=3, **STYLES[name])
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_xticks(xs, [str(x) for x in xs])
@@ -106,15 +107,6 @@ def save(drawn: Any, path: Path) -> Path:
     with replacing(path) as temporary:
         drawn.savefig(temporary, format="png", dpi=120, metadata={"Software": None})
     return path
-
-
-def spread_of(value: Row | float | None) -> tuple[float, float, float]:
-    """Median, least and most of what was measured at a point; not a number where there is a gap."""
-    if value is None:
-        return (float("nan"),) * 3
-    if isinstance(value, dict):
-        return value["median"], value["min"], value["max"]
-    return (value,) * 3
 
 
 def plain(value: float, _: object = None) -> str:

@@ -15,18 +15,35 @@ OPTIMIZER = OptimizerConfig(learning_rate=1e-4, warmup_steps=0, schedule="consta
 
 @dataclass(frozen=True)
 class Preset:
-    """A model and batch to train, and how many steps make a round of a few seconds."""
+    """A model and batch to train, and how many steps make a round of a few seconds; None: half a second of them."""
 
     name: str
     model: ModelConfig
     batch_size: int
-    steps: int
+    steps: int | None
     hugging_face: bool = False  # Whether Hugging Face's GPT-2, which always has biases, is a contestant.
+    optimizer: OptimizerConfig = OPTIMIZER
+    schedule_steps: int = 1  # Of the learning rate.
 
     @property
     def tokens_per_step(self) -> int:
         """Tokens of a batch."""
         return self.batch_size * self.model.context_length
+
+    @property
+    def flops_per_token(self) -> float:
+        """FLOPs a token of a training step, as gpt_jax counts them."""
+        from gpt_jax.model.flops import flops_per_token
+
+        return flops_per_token(self.model)
+
+    def describe(self) -> str:
+        """The preset in a line."""
+        c = self.model
+        return (
+            f"{c.n_layer} layers, {c.n_head} heads, width {c.d_model}, context {c.context_length}, "
+            f"batch {self.batch_size}, {c.n_params / 1e6:.1f} million parameters, {c.dtype}"
+        )
 
     def spec(self) -> dict[str, Any]:
         """As JSON can hold it, for `from_spec`."""
@@ -35,21 +52,18 @@ class Preset:
 
 def from_spec(spec: dict[str, Any]) -> Preset:
     """The preset that `spec` was made of."""
-    model = config_from_dict({"model": spec["model"]}, "a preset").model
-    return Preset(**{**spec, "model": model})
+    config = config_from_dict({name: spec[name] for name in ("model", "optimizer")}, "a preset")
+    return Preset(**{**spec, "model": config.model, "optimizer": config.optimizer})
 
 
 def small(n_layer: int, n_head: int, d_model: int, context_length: int, dtype: str) -> ModelConfig:
     """One of nanoGPT's character models: 65 tokens, no biases."""
-    return ModelConfig(
-        vocab_size=65,
-        context_length=context_length,
-        n_layer=n_layer,
-        n_head=n_head,
-        d_model=d_model,
-        bias=False,
-        dtype=dtype,  # type: ignore[arg-type]
-    )
+    sizes = {"n_layer": n_layer, "n_head": n_head, "d_model": d_model, "context_length": context_length}
+    return ModelConfig(vocab_size=65, bias=False, dtype=dtype, **sizes)  # type: ignore[arg-type]
+
+
+TINY = Preset("tiny", small(4, 2, 16, 8, "float32"), 2, 200)
+"""So small that there is little to a step but its call."""
 
 
 def presets(platform: str) -> dict[str, Preset]:

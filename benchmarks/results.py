@@ -1,9 +1,8 @@
 """What was measured: one JSON file a machine, written after every row, so that an interrupted run continues."""
 
 import json
-import statistics
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +12,6 @@ from gpt_jax.files import save_json
 
 FOLDER = Path(__file__).parent / "results"
 Row = dict[str, Any]
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median and extremes."""
-    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
-
-
-def ratios(theirs: Sequence[float], ours: Sequence[float]) -> dict[str, float]:
-    """Median and extremes of theirs over ours, round by round: how many times as fast, where the values are times."""
-    return spread([a / b for a, b in zip(theirs, ours, strict=True)])
 
 
 class Results:
@@ -40,9 +29,9 @@ class Results:
         self.failed: list[str] = []
 
     def measure(self, name: str, line: str, make: Callable[..., Row], *arguments: Any) -> None:
-        """Keeps the row that `make(*arguments)` measures, unless it is there; `line` tells what it is.
+        """Keeps the row that `make(*arguments)` measures, unless it is there; `line` says what it is.
 
-        What keeps it from being measured is told in one line, the name goes into `failed`, and the caller goes on.
+        What keeps it from being measured is printed in one line, the name goes into `failed`, and the caller goes on.
         """
         if not self.missing(name):
             return
@@ -93,15 +82,16 @@ class Results:
 
 
 def commit() -> str:
-    """The commit that is checked out, with a + where files differ from it, other than what is measured and the README;
-    empty outside of a repository."""
+    """The commit that is checked out, with a + where files differ from it, other than what is measured and where
+    its tables stand; empty outside of a repository."""
 
     def git(*words: str) -> str:
         command = ["git", "-C", str(FOLDER.parent.parent), *words]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        differs = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results", ":!README.md")
+        written = (":!benchmarks/results", ":!README.md", ":!docs/speed.md")
+        differs = git("status", "--porcelain", "--untracked-files=no", "--", ".", *written)
         return git("rev-parse", "--short", "HEAD") + ("+" if differs else "")
     except (OSError, subprocess.CalledProcessError):
         return ""

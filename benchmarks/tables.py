@@ -1,351 +1,347 @@
-"""The tables of the rows of a machine: what `python -m benchmarks` measures side by side."""
+"""The tables of what was measured: each declares its columns, and what is to be said below it."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
-from benchmarks.markdown import NOTHING, bullets, flops, memory, number, percent, seconds, table, with_range
+from benchmarks import markdown as md
+from benchmarks.contest import OURS, PYTORCH, TRANSFORMERS
+from benchmarks.markdown import NOTHING, Column, bullets, facts, number, table, with_range
+from benchmarks.measure import spread
 from benchmarks.results import Row
 
 Rows = dict[str, Row]
+Choice = Callable[[Iterable[float]], float]
 
-OURS, TRANSFORMERS = "gpt_jax", "transformers"
-PYTORCH = ("pytorch, eager", "pytorch, compiled")
+CACHES = ("pytorch, cache", "pytorch, no cache")
+
+
+class Line(NamedTuple):
+    """A line of a table: its name, the same in words, the row of results that it is from, what the contestants came to,
+    how many times as fast as each of the others ours is, and the contestant where each has a line of its own."""
+
+    name: str
+    words: str
+    row: Row
+    contestants: Mapping[str, Row]
+    ratios: Mapping[str, Row]
+    who: str = OURS
+
+    @property
+    def it(self) -> Row:
+        """What the line's contestant came to."""
+        return self.contestants.get(self.who, {})
+
+    @property
+    def rival(self) -> str:
+        """The contestant over which ours wins the least, or loses the most; empty where there is none."""
+        return min(self.ratios, key=lambda name: self.ratios[name]["median"], default="")
+
+    @property
+    def ratio(self) -> Row | None:
+        """How many times as fast as the rival ours is."""
+        return self.ratios.get(self.rival)
+
+    @property
+    def faster(self) -> str:
+        """Who is faster, ours or the rival: who was so in all rounds, or else neither."""
+        if self.ratio is None:
+            return NOTHING
+        if self.ratio["min"] > 1:
+            return OURS
+        return f"**{proper(self.rival)}**" if self.ratio["max"] < 1 else "neither, within the spread"
+
+    def best(self, who: str, figure: str, choose: Choice = min) -> str:
+        """A contestant's figure, in bold where it is the best (choose: min or max); one that failed says so."""
+        medians = {name: found[figure]["median"] for name, found in self.contestants.items() if found.get(figure)}
+        if who not in medians:
+            return "failed" if who in self.row["failed"] else NOTHING
+        text = with_range(self.contestants[who][figure])
+        return f"**{text}**" if len(medians) > 1 and medians[who] == choose(medians.values()) else text
+
+
+def of_each(names: Iterable[str], title: str, cell: Callable[[str, Line], str]) -> list[Column]:
+    """A column for each contestant, whose name stands in the title, and in `cell` before the line."""
+    return [Column(title.format(proper(name)), partial(cell, name)) for name in names]
+
+
+FASTER = Column("faster", lambda line: line.faster)
+
+
+def trained(name: str, row: Row) -> list[Line]:
+    """A preset, with the ratio over the better of PyTorch's."""
+    ratio = row.get("times_as_fast")
+    words = f"train {name}, {row['dtype']}"
+    return [Line(name, words, row, row["contestants"], {ratio["over"]: ratio} if ratio else {})]
+
+
+def decoded(_: str, row: Row) -> list[Line]:
+    """A line for each way to choose tokens."""
+    lines = []
+    for mode, found in row["modes"].items():
+        name = f"{case_of(row)}, {mode.replace('top_', 'top-k ')}"
+        words = f"decode GPT-2, {row['dtype']}, {name}"
+        lines.append(Line(name, words, row, found["contestants"], found["times_as_fast"]))
+    return lines
+
+
+def learned(name: str, row: Row) -> list[Line]:
+    """A recipe."""
+    return [Line(name, f"learn {name}, {until(row)}", row, row["contestants"], row["times_as_fast"])]
+
+
+SIZED = {OURS: OURS, "pytorch": PYTORCH[0], "scan": "layers scanned", "unroll": "layers unrolled"}
+"""The contestants of scaling, by their names in the points."""
+
+
+def scaled(axis: str, row: Row) -> list[Line]:
+    """A line for each size."""
+    lines = []
+    for point in row["points"]:
+        x = point["x"]
+        times = {who: point[name] for name, who in SIZED.items() if name in point}
+        figures = {who: {"time": time if isinstance(time, dict) else {"median": time}} for who, time in times.items()}
+        failed = [who for name, who in SIZED.items() if f"{name} at {x}" in row["failed"]]
+        ratio = {}
+        if OURS in times and PYTORCH[0] in times:
+            ratio = {PYTORCH[0]: {"median": times[PYTORCH[0]]["median"] / times[OURS]["median"]}}
+        lines.append(Line(f"{x:,}", f"{axis} {x:,}", {"failed": failed}, figures, ratio))
+    return lines
+
+
+LINES: dict[str, Callable[[str, Row], list[Line]]] = {
+    "train": trained,
+    "variants": trained,
+    "decode": decoded,
+    "learn": learned,
+    "scale": scaled,
+}
+"""How a row of a part is read."""
+
+
+def of_part(rows: Rows, part: str) -> list[Line]:
+    """The lines of a part. Those of decoding are sorted: the short prompts first, by batch."""
+    found = [(name.partition("/")[2], row) for name, row in rows.items() if name.startswith(f"{part}/")]
+    if part == "decode":
+        found.sort(key=lambda item: (item[1]["prompt"], item[1]["batch"]))
+    return [line for name, row in found for line in LINES[part](name, row)]
+
+
+def contests(rows: Rows) -> list[Line]:
+    """What was compared in training, decoding and learning."""
+    return [line for part in ("train", "decode", "learn") for line in of_part(rows, part) if line.ratios]
+
+
+SUMMARY = {
+    "nano": ("training nano, 0.8 million parameters: ms a step", "step_ms"),
+    "baby": ("training baby, 10.7 million parameters: ms a step", "step_ms"),
+    "gpt2": ("training GPT-2 124M: ms a step", "step_ms"),
+    "baby-bfloat16": ("training baby in bfloat16: ms a step", "step_ms"),
+    "batch 1, greedy": ("decoding with GPT-2 124M, one sequence: tokens/s", "tokens_per_second"),
+    "shakespeare-char": ("learning tiny Shakespeare to a loss of 1.88: s", "seconds"),
+}
+"""The contests that stand for all, by the names of their lines: what they are in words, and the figure."""
 
 
 def summary(_: Row, rows: Rows) -> list[str]:
-    """The ratio of every row of training, decoding and learning, over the fastest of the others, with the winner; and
-    where PyTorch is the faster in scaling."""
-    found: list[tuple[str, str, Row]] = []
-    for preset, row in of_part(rows, "train"):
-        if "times_as_fast" in row:
-            found.append((f"train {preset}, {row['dtype']}", row["times_as_fast"]["over"], row["times_as_fast"]))
-    for row in decoding(rows):
-        for mode, of_mode in row["modes"].items():
-            ratios = of_mode["times_as_fast"]
-            if ratios:
-                fastest = min(ratios, key=lambda other: ratios[other]["median"])
-                what = f"decode GPT-2, {row['dtype']}, {case_of(row)}, {named(mode)}"
-                found.append((what, fastest, ratios[fastest]))
-    for name, row in of_part(rows, "learn"):
-        ratios = {other: row["times_as_fast"][other] for other in PYTORCH if other in row["times_as_fast"]}
-        if ratios:
-            fastest = min(ratios, key=lambda other: ratios[other]["median"])
-            found.append((f"learn {name}, {until(row)}", fastest, ratios[fastest]))
-    return [
-        table(
-            ["gpt_jax", "against the fastest", "times as fast", "faster"],
-            [[what, proper(other), with_range(ratio), faster(ratio, other)] for what, other, ratio in found],
-        ),
-        bullets(lost_points(rows)),
+    """Some of the contests, with the figures of both sides."""
+
+    def median(line: Line, who: str) -> str:
+        found = line.contestants[who][SUMMARY[line.name][1]]
+        return number(found["median"]) if found else "not reached"
+
+    columns = [
+        Column("", lambda line: SUMMARY[line.name][0]),
+        Column("gpt_jax", lambda line: median(line, OURS)),
+        Column("best of PyTorch and transformers", lambda line: f"{median(line, line.rival)}, {proper(line.rival)}"),
+        Column("times as fast", lambda line: with_range(line.ratio)),
+        FASTER,
     ]
+    return [table(columns, [line for line in contests(rows) if line.name in SUMMARY])]
 
 
-def lost_points(rows: Rows) -> list[str]:
-    """Where ours is not the faster in scaling, by the medians."""
-    lost, n_points = [], 0
-    for axis, row in of_part(rows, "scale"):
-        for point in row["points"]:
-            if "pytorch" in point and OURS in point:
-                n_points += 1
-                ratio = point["pytorch"]["median"] / point[OURS]["median"]
-                if ratio < 1:
-                    lost.append(f"{axis} {point['x']:,} ({number(ratio)} times as fast)")
-    if not n_points:
-        return []
-    if not lost:
-        return [f"step time against context, batch and depth: gpt_jax is the faster at all {n_points} sizes"]
-    return [
-        f"step time against context, batch and depth: **PyTorch, eager, is the faster** at {len(lost)} of {n_points} "
-        f"sizes: {', '.join(lost)}"
+def ratios(_: Row, rows: Rows) -> list[str]:
+    """The ratio of every contest, over the fastest of the others; and where PyTorch is the faster in scaling."""
+    columns = [
+        Column("gpt_jax", lambda line: line.words),
+        Column("against the fastest", lambda line: proper(line.rival)),
+        Column("times as fast", lambda line: with_range(line.ratio)),
+        FASTER,
     ]
+    points = [line for line in of_part(rows, "scale") if line.ratio]
+    said = f"gpt_jax is the faster at all {len(points)} sizes"
+    if lost := [(line.words, line.ratio["median"]) for line in points if line.ratio["median"] < 1]:  # type: ignore[index]
+        where = ", ".join(f"{words} ({number(ratio)} times as fast)" for words, ratio in lost)
+        said = f"**PyTorch, eager, is the faster** at {len(lost)} of {len(points)} sizes: {where}"
+    scaling = [f"step time against context, batch and depth: {said}"] if points else []
+    return [table(columns, contests(rows)), bullets(scaling)]
 
 
 def train(machine: Row, rows: Rows) -> list[str]:
-    """Training steps: speed, then memory and compile time, then what is to be said of them."""
-    presets = of_part(rows, "train")
-    names = present(presets, (OURS, *PYTORCH, TRANSFORMERS))
-    speed, costs, remarks = [], [], []
-    for preset, row in presets:
-        contestants = row["contestants"]
-        ratio = row.get("times_as_fast")
-        ours = contestants.get(OURS, {})
-        speed.append(
-            [
-                f"{preset} ({size(row)})",
-                *best(names, {name: contestants[name]["step_ms"] for name in contestants}, row, min),
-                with_range(ratio) if ratio else NOTHING,
-                faster(ratio, ratio["over"]) if ratio else NOTHING,
-            ]
-        )
-        theirs = {name: contestants[name]["peak_bytes"] for name in PYTORCH if name in contestants}
-        peaks = {**theirs, **({OURS: ours["peak_bytes"]} if ours else {})}
-        remarks += more_memory(
-            machine, preset, peaks, {name: found.get("memory") for name, found in contestants.items()}
-        )
-        costs.append(
-            [
-                preset,
-                with_range(ours.get("tokens_per_second")),
-                with_range(ours.get("mfu"), percent),
-                marked(peaks, OURS),
-                memory(min(theirs.values(), default=None)),
-                seconds(ours.get("compile_seconds")),
-                seconds(contestants.get(PYTORCH[1], {}).get("compile_seconds")),
-            ]
-        )
-    if not presets:
-        return []
-    return [
-        table(["preset", *(f"{proper(name)}, ms a step" for name in names), "times as fast", "faster"], speed),
-        table(
-            [
-                "preset",
-                "gpt_jax, tokens/s",
-                "MFU",
-                "peak memory",
-                "PyTorch's, the less",
-                "compiling",
-                "PyTorch's",
-            ],
-            costs,
-        ),
-        bullets(
-            [
-                "a preset is layers/heads/width, context, batch, type; times as fast: than the better PyTorch",
-                *peak_flops(presets),
-                "compiling is what a first step takes longer than the others; that of gpt_jax's initial parameters is "
-                "apart, and not counted",
-                measure_of_memory(machine),
-                *remarks,
-                *notes(presets),
-            ]
-        ),
+    """Training steps: speed, then memory and compile time."""
+    lines = of_part(rows, "train")
+    names = present(lines, (OURS, *PYTORCH, TRANSFORMERS))
+    speed = [
+        Column("preset", lambda line: f"{line.name} ({size(line.row)})"),
+        *of_each(names, "{}, ms a step", lambda name, line: line.best(name, "step_ms")),
+        Column("times as fast", lambda line: with_range(line.ratio)),
+        FASTER,
     ]
+    costs = [
+        Column("preset", lambda line: line.name),
+        Column("gpt_jax, tokens/s", lambda line: with_range(line.it.get("tokens_per_second"))),
+        Column("MFU", lambda line: with_range(line.it.get("mfu"), md.percent)),
+        Column("peak memory", lambda line: marked(peaks(line, *PYTORCH, OURS), OURS)),
+        Column(
+            "PyTorch's, the less",
+            lambda line: md.memory(min(peaks(line, *PYTORCH).values(), default=None)),
+        ),
+        Column("compiling", lambda line: md.seconds(line.it.get("compile_seconds"))),
+        Column("PyTorch's", lambda line: md.seconds(line.contestants.get(PYTORCH[1], {}).get("compile_seconds"))),
+    ]
+    remarks = [
+        "a preset is layers/heads/width, context, batch, type; times as fast: than the better PyTorch",
+        *said_once(
+            (line.name, f"MFU is of {md.flops(row['peak_flops'])} in {row['dtype']}: {row['peak_source']}")
+            for line in lines
+            if (row := line.row)["peak_flops"]
+        ),
+        "compiling is what a first step takes longer than the others; that of gpt_jax's initial parameters is apart, "
+        "and not counted",
+        measure_of_memory(machine),
+        *(said for line in lines for said in more_memory(machine, line, peaks(line, *PYTORCH, OURS))),
+        *notes(lines),
+    ]
+    return [table(speed, lines), table(costs, lines), bullets(remarks)] if lines else []
 
 
 def variants(machine: Row, rows: Rows) -> list[str]:
     """Ours with other settings, a line each, the fastest of a preset in bold."""
     presets = of_part(rows, "variants")
-    lines = []
-    for preset, row in presets:
-        contestants = row["contestants"]
-        names = tuple(contestants)
-        times = best(names, {name: contestants[name]["step_ms"] for name in names}, row, min)
-        for name, time in zip(names, times, strict=True):
-            against = contestants[OURS]["step_ms"]["median"] / contestants[name]["step_ms"]["median"]
-            lines.append(
-                [
-                    preset if name == OURS else "",
-                    "as chosen by itself" if name == OURS else name.removeprefix(f"{OURS}, "),
-                    time,
-                    number(against),
-                    memory(contestants[name]["peak_bytes"]),
-                    seconds(contestants[name]["compile_seconds"]),
-                ]
-            )
-    head = ["preset", "gpt_jax", "ms a step", "times as fast as chosen", "peak memory", "compiling"]
+    columns = [
+        Column("preset", lambda line: line.name if line.who == OURS else ""),
+        Column("gpt_jax", lambda line: "as chosen by itself" if line.who == OURS else line.who),
+        Column("ms a step", lambda line: line.best(line.who, "step_ms")),
+        Column("times as fast as chosen", lambda line: number(median_ms(line, OURS) / median_ms(line, line.who))),
+        Column("peak memory", lambda line: md.memory(line.it["peak_bytes"])),
+        Column("compiling", lambda line: md.seconds(line.it["compile_seconds"])),
+    ]
+
+    def median_ms(line: Line, who: str) -> float:
+        return float(line.contestants[who]["step_ms"]["median"])
+
     said = [measure_of_memory(machine), *notes(presets)] if presets else []
-    return [table(head, lines), bullets(said)]
+    return [
+        table(columns, [preset._replace(who=who) for preset in presets for who in preset.contestants]),
+        bullets(said),
+    ]
 
 
 def decode(machine: Row, rows: Rows) -> list[str]:
-    """Decoding: tokens a second and the ratios, then first tokens, the share of the roofline and memory."""
-    measured = decoding(rows)
-    if not measured:
-        return []
-    modes = [
-        (f"{case_of(row)}, {named(mode)}", row, of_mode) for row in measured for mode, of_mode in row["modes"].items()
+    """Decoding: tokens a second and the ratios, then first tokens and the share of the roofline, then memory."""
+    lines = of_part(rows, "decode")
+    by_case = {case_of(line.row): line.row for line in lines}
+    cases = [
+        Line(name, name, row, {n: {"memory": x} for n, x in row.get("memory", {}).items()}, {})
+        for name, row in by_case.items()
     ]
-    names = present([(name, of_mode) for name, _, of_mode in modes], (OURS, TRANSFORMERS, *CACHES))
-    others = [name for name in names if name != OURS and name != CACHES[1]]
-    bandwidths = [row["bandwidth"] for row in measured if row["bandwidth"]]
-    bandwidth = max((found["max"] for found in bandwidths), default=None)
-    speed, costs, held, remarks = [], [], [], []
-    if bandwidth:
-        slowest = min(found["min"] for found in bandwidths)
-        remarks.append(
-            f"the roofline of all rows is by the best bandwidth that was read from memory in any round, "
-            f"{number(bandwidth / 1e9)} GB/s; the slowest round had {number(slowest / 1e9)}"
-        )
-    for name, row, of_mode in modes:
-        contestants, ratios = of_mode["contestants"], of_mode["times_as_fast"]
-        hardest = min(ratios, key=lambda other: ratios[other]["median"], default="")
-        speed.append(
-            [
-                name,
-                *best(names, {n: contestants[n]["tokens_per_second"] for n in contestants}, row, max),
-                *(with_range(ratios.get(other)) for other in others),
-                faster(ratios[hardest], hardest) if hardest else NOTHING,
-            ]
-        )
-        first = {n: contestants[n]["first_token_ms"] for n in contestants}
-        rates = contestants.get(OURS, {}).get("tokens_per_second")
-        share = None
-        if rates and bandwidth:
-            of_rate = row["weight_bytes"] / row["batch"] / bandwidth
-            share = {which: rate * of_rate for which, rate in rates.items()}
-        costs.append([name, *best(names, first, row, min), with_range(share, percent)])
-    for row in measured:
-        held.append([case_of(row), *(marked(row["peak_bytes"], name) for name in names)])
-        remarks += more_memory(machine, case_of(row), row["peak_bytes"], row.get("memory", {}))
-    as_fast = [f"times as fast as {proper(other)}" for other in others]
-    return [
-        table(["decoding", *(f"{proper(name)}, tokens/s" for name in names), *as_fast, "faster"], speed),
-        table(["decoding", *(f"{proper(name)}, ms to the first token" for name in names), "of the roofline"], costs),
-        table(["decoding", *(f"{proper(name)}, peak memory" for name in names)], held),
-        bullets(
-            [
-                *(
-                    f"{case_of(row)}: {row['new']} tokens after a prompt of {row['prompt']}, {row['dtype']}"
-                    for row in measured
-                ),
-                measure_of_memory(machine, " once the weights are there, compiling included"),
-                *remarks,
-                *notes([(case_of(row), row) for row in measured]),
-            ]
+    names = present(lines, (OURS, TRANSFORMERS, *CACHES))
+    bandwidths = [line.row["bandwidth"] for line in cases if line.row["bandwidth"]]
+    best = max((found["max"] for found in bandwidths), default=0)
+    slowest = min((found["min"] for found in bandwidths), default=0)
+
+    def roofline(line: Line) -> str:
+        if not best or OURS not in line.contestants:
+            return NOTHING
+        share = line.row["weight_bytes"] / line.row["batch"] / best
+        return with_range({which: rate * share for which, rate in line.it["tokens_per_second"].items()}, md.percent)
+
+    what = Column("decoding", lambda line: line.name)
+    others = [name for name in names if name not in (OURS, CACHES[1])]
+    speed = [
+        what,
+        *of_each(names, "{}, tokens/s", lambda name, line: line.best(name, "tokens_per_second", max)),
+        *of_each(others, "times as fast as {}", lambda name, line: with_range(line.ratios.get(name))),
+        FASTER,
+    ]
+    first = [
+        what,
+        *of_each(names, "{}, ms to the first token", lambda name, line: line.best(name, "first_token_ms")),
+        Column("of the roofline", roofline),
+    ]
+    held = [what, *of_each(names, "{}, peak memory", lambda name, line: marked(line.row["peak_bytes"], name))]
+    measured_by = (
+        "the roofline of all rows is by the best bandwidth that was read from memory in any round, "
+        f"{number(best / 1e9)} GB/s; the slowest round had {number(slowest / 1e9)}"
+    )
+    remarks = [
+        *(
+            f"{name}: {row['new']} tokens after a prompt of {row['prompt']}, {row['dtype']}"
+            for name, row in by_case.items()
         ),
+        measure_of_memory(machine, " once the weights are there, compiling included"),
+        *([measured_by] if best else []),
+        *(said for line in cases for said in more_memory(machine, line, line.row["peak_bytes"])),
+        *notes(cases),
     ]
-
-
-CACHES = ("pytorch, cache", "pytorch, no cache")
-
-
-def decoding(rows: Rows) -> list[Row]:
-    """The rows of decoding, the short prompts first, by batch."""
-    return sorted((row for _, row in of_part(rows, "decode")), key=lambda row: (row["prompt"], row["batch"]))
-
-
-def case_of(row: Row) -> str:
-    """What a row of decoding measures."""
-    return f"batch {row['batch']}" + (f", prompt {row['prompt']}" if row["prompt"] > 16 else "")
-
-
-def named(mode: str) -> str:
-    """How tokens are chosen."""
-    return mode.replace("top_", "top-k ")
-
-
-def marked(peak_bytes: Mapping[str, int | None], name: str) -> str:
-    """A contestant's peak memory; ours says so where it is more than the least of the others."""
-    return memory(peak_bytes.get(name)) + (", more" if least_of_others(peak_bytes, name) else "")
-
-
-def least_of_others(peak_bytes: Mapping[str, int | None], ours: str) -> str | None:
-    """The contestant that needs the least memory; None where ours needs no more, or is not ours."""
-    others = {name: peak for name, peak in peak_bytes.items() if peak is not None and not name.startswith(OURS)}
-    least = min(others, key=lambda name: others[name], default=None)
-    peak = peak_bytes.get(ours) if ours.startswith(OURS) else None
-    return least if least is not None and peak is not None and peak > others[least] else None
-
-
-def more_memory(
-    machine: Row, what: str, peak_bytes: Mapping[str, int | None], held: Mapping[str, Row | None]
-) -> list[str]:
-    """Where ours needs more memory than the least of the others: what each holds, as it was measured."""
-
-    def by_kind(name: str) -> str:
-        peak, kinds = peak_bytes[name], held.get(name)
-        assert peak is not None
-        if not kinds:
-            return f"{memory(peak)}, by kind not recorded"
-        parts = {
-            kind: kinds[kind] for kind in ("libraries", "state") if kind != "libraries" or machine["platform"] == "cpu"
-        }
-        said = [f"{kind} {memory(value)}" for kind, value in parts.items()]
-        said.append(f"the rest {memory(max(0, peak - sum(parts.values())))}")
-        if "temporaries" in kinds:
-            said.append(f"XLA's own account of temporaries {memory(kinds['temporaries'])}")
-        return f"{memory(peak)} ({', '.join(said)})"
-
-    return [
-        f"{what}: {ours} needs more memory, {by_kind(ours)}, than {proper(other)}, {by_kind(other)}"
-        for ours in peak_bytes
-        if (other := least_of_others(peak_bytes, ours))
-    ]
+    tables = [table(speed, lines), table(first, lines), table(held, cases)]
+    return [*tables, bullets(remarks)] if lines else []
 
 
 def learn(machine: Row, rows: Rows) -> list[str]:
     """Seconds to the loss aimed at, everything included."""
-    recipes = of_part(rows, "learn")
-    parts = []
-    for name, row in recipes:
-        contestants = row["contestants"]
-        names = tuple(contestants)
-        reached = {n: contestants[n]["seconds"] for n in names if contestants[n]["seconds"]}
-        late = "where the loss is not reached, times as fast is by the seconds in all"
-        unreached = [] if len(reached) == len(names) else [late]
-        peaks = {n: contestants[n]["peak_bytes"] for n in names}
-        lines = []
-        for n, time in zip(names, best(names, reached, row, min), strict=True):
-            found, ratio = contestants[n], row["times_as_fast"].get(n)
-            lines.append(
-                [
-                    proper(n),
-                    time if n in reached else "not reached",
-                    f"{found['iterations']:,}",
-                    f"{found['tokens']:,}",
-                    with_range(found["total_seconds"]),
-                    f"{found['whole_val_loss']:.3f}",
-                    marked(peaks, n),
-                    with_range(ratio),
-                    faster(ratio, n) if ratio else NOTHING,
-                ]
-            )
-        parts += [
-            table(
-                [
-                    name,
-                    f"s {until(row)}",
-                    "iterations until then",
-                    "tokens",
-                    "s in all",
-                    "loss at the end",
-                    "peak memory",
-                    "gpt_jax is times as fast",
-                    "faster",
-                ],
-                lines,
+    parts: list[str] = []
+    for recipe in of_part(rows, "learn"):
+        found, row = recipe.contestants, recipe.row
+        columns = [
+            Column(recipe.name, lambda line: proper(line.who)),
+            Column(
+                f"s {until(row)}", lambda line: line.best(line.who, "seconds") if line.it["seconds"] else "not reached"
             ),
-            bullets(
-                [
-                    row["recipe"],
-                    *unreached,
-                    measure_of_memory(machine),
-                    *more_memory(machine, name, peaks, {n: contestants[n].get("memory") for n in names}),
-                    *notes([(name, row)]),
-                ]
-            ),
+            Column("iterations until then", lambda line: f"{line.it['iterations']:,}"),
+            Column("tokens", lambda line: f"{line.it['tokens']:,}"),
+            Column("s in all", lambda line: with_range(line.it["total_seconds"])),
+            Column("loss at the end", lambda line: f"{line.it['whole_val_loss']:.3f}"),
+            Column("peak memory", lambda line: marked(peaks(line, *line.contestants), line.who)),
+            Column("gpt_jax is times as fast", lambda line: with_range(line.ratio)),
+            FASTER,
         ]
+        lines = [
+            recipe._replace(who=who, ratios={n: ratio for n, ratio in recipe.ratios.items() if n == who})
+            for who in found
+        ]
+        late = "where the loss is not reached, times as fast is by the seconds in all"
+        remarks = [
+            row["recipe"],
+            *([] if all(it["seconds"] for it in found.values()) else [late]),
+            measure_of_memory(machine),
+            *more_memory(machine, recipe, peaks(recipe, *found)),
+            *notes([recipe]),
+        ]
+        parts += [table(columns, lines), bullets(remarks)]
     return parts
 
 
 def scale(_: Row, rows: Rows) -> list[str]:
     """Step time against context, batch and depth, and compile time against depth."""
-    axes = of_part(rows, "scale")
-    if not axes:
-        return []
-    model, batch = axes[0][1]["base"]["model"], axes[0][1]["base"]["batch_size"]
-    parts = [
-        f"Where it is not varied: {model['n_layer']} layers, {model['n_head']} heads, width {model['d_model']}, "
-        f"context {model['context_length']}, batch {batch}, vocabulary {model['vocab_size']}, {model['dtype']}."
-    ]
-    for axis, row in axes:
-        names = ("scan", "unroll") if axis == "compile" else (OURS, "pytorch")
-        lines = []
-        for point in row["points"]:
-            x = point["x"]
-            values = {n: {"median": value} if axis == "compile" else value for n, value in point.items() if n != "x"}
-            gaps = {n: "" for n in names if f"{n} at {x}" in row["failed"]}
-            line = [f"{x:,}", *best(names, values, {"failed": gaps}, min)]
-            if axis != "compile":
-                both = all(n in values for n in names)
-                line.append(number(values["pytorch"]["median"] / values[OURS]["median"]) if both else NOTHING)
-            lines.append(line)
-        titles = [f"layers {n}{'n' if n == 'scan' else ''}ed, s" for n in names]
-        if axis == "compile":
-            head = ["depth", *(f"compiling, {title}" for title in titles)]
+    parts: list[str] = []
+    for name, row in rows.items():
+        if not name.startswith("scale/"):
+            continue
+        model = row["base"]["model"]
+        where = (
+            f"Where it is not varied: {model['n_layer']} layers, {model['n_head']} heads, width {model['d_model']}, "
+            f"context {model['context_length']}, batch {row['base']['batch_size']}, vocabulary {model['vocab_size']}, "
+            f"{model['dtype']}."
+        )
+        columns = [Column(row["x"], lambda line: line.name)]
+        if name == "scale/compile":
+            columns += of_each(list(SIZED.values())[2:], "compiling, {}, s", lambda who, line: line.best(who, "time"))
         else:
-            head = [axis, "gpt_jax, ms a step", "PyTorch, eager, ms a step", "times as fast"]
-        parts += [table(head, lines), bullets([f"{proper(where)}: {why}" for where, why in row["failed"].items()])]
+            columns += of_each(list(SIZED.values())[:2], "{}, ms a step", lambda who, line: line.best(who, "time"))
+            columns.append(Column("times as fast", lambda line: with_range(line.ratio)))
+        failed = bullets(f"{proper(who)}: {why}" for who, why in row["failed"].items())
+        parts += [*([] if parts else [where]), table(columns, scaled(row["x"], row)), failed]
     return parts
 
 
@@ -353,35 +349,31 @@ def machine(machine: Row, rows: Rows) -> list[str]:
     """The machine, and what was installed when its rows were measured."""
     under = [row["under"] for row in rows.values() if "under" in row]
 
-    def all_of(values: Iterable[str]) -> str:
-        return " and ".join(dict.fromkeys(values))
+    def all_of(values: Iterable[str], between: str = " and ") -> str:
+        return between.join(dict.fromkeys(filter(None, values)))
 
     def fact(write: Callable[[Row], str]) -> str:
         return all_of(write(each.get("machine", machine)) for each in under) or write(machine)
 
-    packages = dict.fromkeys(package for each in under for package in each["versions"])
-    flags = sorted({f"{name}={value}" for each in under for name, value in each["flags"].items() if value})
-    lines = [
-        ["machine", machine["name"]],
-        ["processor", fact(lambda of: f"{of['cpu']}, {of['cores']} cores, {of['memory_gib']} GiB")],
-    ]
+    lines = {
+        "machine": machine["name"],
+        "processor": fact(lambda of: f"{of['cpu']}, {of['cores']} cores, {of['memory_gib']} GiB"),
+    }
     if machine["platform"] != "cpu":
-        lines.append(["accelerator", fact(lambda of: f"{of['devices']} x {of['device']}")])
+        lines["accelerator"] = fact(lambda of: f"{of['devices']} x {of['device']}")
     if machine.get("peak_flops"):
-        lines.append(["peak of a device", f"{flops(machine['peak_flops'])} in bfloat16"])
-    lines.append(["Python", fact(lambda of: of["python"])])
-    for package in packages:
-        lines.append([package, all_of(each["versions"][package] for each in under if package in each["versions"])])
-    if flags:
-        lines.append(["flags", ", ".join(f"`{flag}`" for flag in flags)])
-    commits = list(dict.fromkeys(each["commit"] for each in under if each["commit"]))
-    if commits:
-        lines.append(["measured at", ", ".join(commits)])
-    return [table(["", ""], lines)]
+        lines["peak of a device"] = f"{md.flops(machine['peak_flops'])} in bfloat16"
+    lines["Python"] = fact(lambda of: of["python"])
+    for package in dict.fromkeys(package for each in under for package in each["versions"]):
+        lines[package] = all_of(each["versions"].get(package, "") for each in under)
+    flags = sorted({f"`{name}={value}`" for each in under for name, value in each["flags"].items() if value})
+    lines["flags"], lines["measured at"] = ", ".join(flags), all_of((each["commit"] for each in under), ", ")
+    return [facts("", {name: fact for name, fact in lines.items() if fact})]
 
 
 PARTS: dict[str, Callable[[Row, Rows], list[str]]] = {
     "summary": summary,
+    "ratios": ratios,
     "train": train,
     "variants": variants,
     "decode": decode,
@@ -389,38 +381,141 @@ PARTS: dict[str, Callable[[Row, Rows], list[str]]] = {
     "scale": scale,
     "machine": machine,
 }
+"""The tables of a machine's file of results."""
 
 
-def of_part(rows: Rows, part: str) -> list[tuple[str, Row]]:
-    """The rows of a part, by the rest of their names."""
-    return [(name.partition("/")[2], row) for name, row in rows.items() if name.startswith(f"{part}/")]
+def startup(measured: Row) -> str:
+    """What `alone.startup` measured."""
+    title = "from starting `train.py` to the end of the first step (`python -m benchmarks startup`)"
+    kinds = {"empty compile cache": "cold", "warm compile cache": "warm"}
+    return facts(title, {what: f"{with_range(spread(measured['seconds'][kind]))} s" for what, kind in kinds.items()})
 
 
-def present(rows: Sequence[tuple[str, Row]], names: Sequence[str]) -> list[str]:
-    """Those of the contestants that are in a row, or failed there."""
-    return [n for n in names if any(n in row["contestants"] or n in row.get("failed", {}) for _, row in rows)]
+def prepare(measured: Row) -> str:
+    """What `alone.prepare` measured."""
+    found, alone = measured["prepare"], measured["sentencepiece_alone_on_one_core"]
+    rate = f"{found['mb_per_second']:.1f} MB/s, {found['tokens_per_second'] / 1e6:.1f} million tokens/s"
+    title = f"`prepare` of {found['text_bytes'] / 2**30:.1f} GiB of text (`python -m benchmarks prepare`)"
+    lines = {
+        "time": f"{found['seconds']:.0f} s: {rate}",
+        "cores busy, reading twice included": f"{found['cores_busy']:.2f} of {measured['machine']['cores']}",
+        "memory at most, all processes": f"{found['peak_mib_all_processes']:.0f} MiB",
+        "SentencePiece alone on one core": f"{alone['tokens_per_second'] / 1e6:.1f} million tokens/s",
+    }
+    return facts(title, lines)
 
 
-def best(
-    names: Sequence[str], spreads: Mapping[str, Row], row: Row, choose: Callable[[Iterable[float]], float]
-) -> list[str]:
-    """A cell for each contestant, the best in bold (choose: min or max); one that failed says so."""
-    chosen = choose(value["median"] for value in spreads.values()) if len(spreads) > 1 else None
-    cells = []
-    for name in names:
-        if name in spreads:
-            text = with_range(spreads[name])
-            cells.append(f"**{text}**" if spreads[name]["median"] == chosen else text)
-        else:
-            cells.append("failed" if name in row["failed"] else NOTHING)
-    return cells
+def placement(measured: Row) -> str:
+    """What `train.placement` measured."""
+    lines = {}
+    for name in ("nano", "baby"):
+        jit, mesh = (with_range(measured[name]["step_ms"][kind]) for kind in ("jit", "mesh"))
+        ratio = with_range(measured[name]["second_over_first"])
+        lines[f"{name}, one device: a step by jit, and on a mesh of one"] = (
+            f"{jit} and {mesh} ms: {ratio} times as long"
+        )
+    pmap, mesh = (with_range(measured["tiny"]["call_ms"][kind]) for kind in ("pmap", "mesh"))
+    lines["two devices: the call of a step by pmap, and on a mesh"] = f"{pmap} and {mesh} ms"
+    return facts("what a placement costs (`python -m benchmarks placement --rounds 9`)", lines)
 
 
-def faster(ratio: Row, other: str) -> str:
-    """Who is faster, ours where the ratio is above 1, or the other; neither where the rounds contradict each other."""
-    if ratio["min"] > 1:
-        return OURS
-    return f"**{proper(other)}**" if ratio["max"] < 1 else "neither, within the spread"
+def restore(measured: Row) -> str:
+    """What tests/benchmarks/restoring.py measured: a line for each writer and reader, which has two rows."""
+    lines: dict[str, dict[bool, str]] = {}
+    for row in measured["rows"]:
+        line = lines.setdefault(f"{row['written_by']} to {row['restored_to']}", {})
+        line[row["freed_memory_is_kept"]] = with_range(row["times_the_state"])
+    title = "memory to restore GPT-2 124M, times its state (`python -m tests.benchmarks.restoring`)"
+    columns = [
+        Column(title, lambda line: line[0]),
+        Column("as in training", lambda line: line[1][True]),
+        Column("if all that is freed goes back", lambda line: line[1][False]),
+    ]
+    return table(columns, lines.items())
+
+
+ALONE: dict[str, Callable[[Row], str]] = {
+    "startup": startup,
+    "prepare": prepare,
+    "placement": placement,
+    "restore": restore,
+}
+"""The files that hold one measurement, and its table."""
+
+
+def present(lines: Sequence[Line], names: Sequence[str]) -> list[str]:
+    """Those of the contestants that are in a line, or failed there."""
+    return [n for n in names if any(n in line.contestants or n in line.row["failed"] for line in lines)]
+
+
+def peaks(line: Line, *names: str) -> dict[str, Any]:
+    """The peak memory of those of the contestants that are there."""
+    return {name: line.contestants[name]["peak_bytes"] for name in names if name in line.contestants}
+
+
+def least_of_others(peaks: Mapping[str, int | None], ours: str) -> str:
+    """The contestant that needs the least memory; empty where ours needs no more, or is not ours."""
+    others = {name: peak for name, peak in peaks.items() if peak is not None and not name.startswith(OURS)}
+    least = min(others, key=lambda name: others[name], default="")
+    return least if ours.startswith(OURS) and least and (peaks.get(ours) or 0) > others[least] else ""
+
+
+def marked(peaks: Mapping[str, int | None], name: str) -> str:
+    """A contestant's peak memory; ours says so where it is more than the least of the others."""
+    return md.memory(peaks.get(name)) + (", more" if least_of_others(peaks, name) else "")
+
+
+def more_memory(machine: Row, line: Line, peaks: Mapping[str, int | None]) -> list[str]:
+    """Where ours needs more memory than the least of the others: what each holds, as it was measured."""
+
+    def by_kind(name: str) -> str:
+        peak, kinds = peaks[name] or 0, line.contestants.get(name, {}).get("memory")
+        if not kinds:
+            return f"{md.memory(peak)}, by kind not recorded"
+        parts = {kind: kinds[kind] for kind in ("libraries", "state")[machine["platform"] != "cpu" :]}
+        parts["the rest"] = max(0, peak - sum(parts.values()))
+        if "temporaries" in kinds:
+            parts["XLA's own account of temporaries"] = kinds["temporaries"]
+        return f"{md.memory(peak)} ({', '.join(f'{kind} {md.memory(value)}' for kind, value in parts.items())})"
+
+    return [
+        f"{line.name}: {ours} needs more memory, {by_kind(ours)}, than {proper(other)}, {by_kind(other)}"
+        for ours in peaks
+        if (other := least_of_others(peaks, ours))
+    ]
+
+
+def measure_of_memory(machine: Row, when: str = "") -> str:
+    """What peak memory is, and its kinds."""
+    kinds = "state: weights and what the optimizer or the cache holds, on all devices; the rest: temporaries"
+    if machine["platform"] != "cpu":
+        return f"peak memory is what was allocated on the device; {kinds} and batches"
+    return (
+        f"peak memory is the whole process's{when}; libraries: what it held with its devices started, before there was "
+        f"any array; {kinds}, compiling, what was compiled, and what the allocator keeps"
+    )
+
+
+def notes(lines: Sequence[Line]) -> list[str]:
+    """What was noted, and who failed for what reason."""
+    return said_once(
+        (line.name, said)
+        for line in lines
+        for said in (*line.row["notes"], *(f"{proper(who)} failed: {why}" for who, why in line.row["failed"].items()))
+    )
+
+
+def said_once(said: Iterable[tuple[str, str]]) -> list[str]:
+    """What is said of names: a line for all of which the same is said."""
+    names: dict[str, list[str]] = {}
+    for name, line in said:
+        names.setdefault(line, []).append(name)
+    return [f"{', '.join(of)}: {line}" for line, of in names.items()]
+
+
+def case_of(row: Row) -> str:
+    """What a row of decoding measures."""
+    return f"batch {row['batch']}" + (f", prompt {row['prompt']}" if row["prompt"] > 16 else "")
 
 
 def until(row: Row) -> str:
@@ -430,41 +525,9 @@ def until(row: Row) -> str:
 
 def size(row: Row) -> str:
     """A preset in short."""
-    model = row["preset"]["model"]
-    return (
-        f"{model['n_layer']}/{model['n_head']}/{model['d_model']}, {model['context_length']}, "
-        f"{row['preset']['batch_size']}, {row['dtype']}"
-    )
-
-
-def peak_flops(presets: Sequence[tuple[str, Row]]) -> list[str]:
-    """What MFU is measured by, a line for the presets that have it in common."""
-    lines: dict[str, list[str]] = {}
-    for preset, row in presets:
-        if row["peak_flops"]:
-            line = f"MFU is of {flops(row['peak_flops'])} in {row['dtype']}: {row['peak_source']}"
-            lines.setdefault(line, []).append(preset)
-    return [f"{', '.join(names)}: {line}" for line, names in lines.items()]
-
-
-def measure_of_memory(machine: Row, when: str = "") -> str:
-    """What peak memory is, and its kinds."""
-    kinds = "state: weights and what the optimizer or the cache holds, on all devices; the rest: temporaries"
-    if machine["platform"] == "cpu":
-        return (
-            f"peak memory is the whole process's{when}; libraries: what it held with its devices started, before there "
-            f"was any array; {kinds}, compiling, what was compiled, and what the allocator keeps"
-        )
-    return f"peak memory is what was allocated on the device; {kinds} and batches"
-
-
-def notes(rows: Sequence[tuple[str, Row]]) -> list[str]:
-    """What was noted, and who failed for what reason; a line that holds for several rows once."""
-    lines: dict[str, list[str]] = {}
-    for name, row in rows:
-        for line in (*row["notes"], *(f"{proper(who)} failed: {why}" for who, why in row["failed"].items())):
-            lines.setdefault(line, []).append(name)
-    return [f"{', '.join(names)}: {line}" for line, names in lines.items()]
+    c = row["preset"]["model"]
+    sizes = f"{c['n_layer']}/{c['n_head']}/{c['d_model']}, {c['context_length']}"
+    return f"{sizes}, {row['preset']['batch_size']}, {row['dtype']}"
 
 
 def proper(name: str) -> str:

@@ -1,120 +1,108 @@
-"""PyTorch's contestants in training: our PyTorch GPT, eager or compiled, and Hugging Face's GPT-2."""
+"""PyTorch's contestants: our PyTorch GPT, eager or compiled, with or without a cache, and Hugging Face's GPT-2."""
 
-from pathlib import Path
+import math
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional as F  # noqa: N812 (as everybody calls it)
 
+from benchmarks import contestants
+from benchmarks.contestants import Arrays, prompts, read_arrays
 from benchmarks.machine import torch_device
-from benchmarks.presets import OPTIMIZER, from_spec, random_tokens
-from benchmarks.torch_gpt import Arrays, TorchGPT, load, make_adamw, mean_loss, to_ours, to_theirs
-from benchmarks.worker import peak_memory, resident_memory, seconds_of
-from gpt_jax.config import ModelConfig
+from benchmarks.measure import forget_peak, peak_memory, resident_memory
+from benchmarks.presets import from_spec
+from benchmarks.torch_gpt import TorchGPT, generate, make_adamw, mean_loss, to_ours, to_theirs
+from gpt_jax.config import ModelConfig, OptimizerConfig, config_from_dict
 
 
-class Training:
+class Training(contestants.Training):
     """Trains a preset: in float32, or in bfloat16 by autocast."""
 
-    def __init__(self, preset: dict[str, Any], parameters: str, compiled: bool = False) -> None:
-        """preset: a Preset's spec; parameters: the file with ours, to start from."""
+    def __init__(
+        self, preset: dict[str, Any], parameters: str, compiled: bool = False, hugging_face: bool = False
+    ) -> None:
+        """preset: a Preset's spec; parameters: the file with gpt_jax's, to start from; hugging_face: transformers'
+        GPT2LMHeadModel in place of our PyTorch GPT."""
         self.preset, self.parameters, self.compiled = from_spec(preset), parameters, compiled
         self.device, self.synchronize = torch_device()
         self.libraries = resident_memory()
-        self.bfloat16 = self.preset.model.dtype == "bfloat16"
+        fastest = "bfloat16" if self.device == "cuda" else "float32"
+        dtype = self.preset.model.dtype
+        self.bfloat16 = (fastest if dtype == "auto" else dtype) == "bfloat16"
         self.loss = torch.compile(mean_loss) if compiled else mean_loss
-        self.model = self.make_model(read_arrays(parameters)).to(self.device).train()
-        self.optimizer = make_adamw(self.model, OPTIMIZER)
+        self.model = (HuggingFace if hugging_face else TorchGPT)(self.preset.model).to(self.device).train()
+        self.start()
 
-    def make_model(self, arrays: Arrays) -> nn.Module:
-        """The model with these parameters, on the CPU."""
-        model = TorchGPT(self.preset.model)
-        load(model, arrays)
-        return model
-
-    def gradients(self) -> Arrays:
-        """The gradients that the parameters have now, by the paths of ours."""
-        named = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
-        return to_ours(named, self.preset.model)
+    def gradients(self, tokens: torch.Tensor) -> Arrays:
+        self.backward(tokens)
+        return self.model.gradients()
 
     def start(self) -> None:
-        """Starts anew, with the initial parameters; what is compiled stays."""
-        self.model.load_state_dict(self.make_model(read_arrays(self.parameters)).state_dict())
-        self.optimizer = make_adamw(self.model, OPTIMIZER)
+        self.model.load(read_arrays(self.parameters))
+        self.optimizer, self.iteration = make_adamw(self.model, self.preset.optimizer), 0
 
     def how(self) -> dict[str, Any]:
-        """The options that matter."""
         return {"compiled": self.compiled, "autocast": self.bfloat16, "threads": torch.get_num_threads()}
 
-    def backward(self, batch: int) -> torch.Tensor:
+    def put(self, tokens: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(tokens).to(self.device, non_blocking=True).long()
+
+    def autocast(self) -> torch.autocast:
+        """In which the forward pass runs."""
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.bfloat16)
+
+    def backward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Gradients of the loss on a batch; returns the loss, on its way."""
-        tokens = torch.from_numpy(random_tokens(self.preset, batch)).to(self.device, non_blocking=True).long()
-        with torch.autocast(self.device, torch.bfloat16, enabled=self.bfloat16):
+        with self.autocast():
             loss = self.loss(self.model, tokens)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         return loss.detach()
 
-    def step(self, batch: int) -> torch.Tensor:
-        """An optimizer step on a batch; returns the loss, on its way."""
-        loss = self.backward(batch)
-        nn.utils.clip_grad_norm_(self.model.parameters(), OPTIMIZER.clip_norm)
+    def train(self, tokens: torch.Tensor) -> torch.Tensor:
+        adamw = self.preset.optimizer
+        if adamw.schedule != "constant":
+            for group in self.optimizer.param_groups:
+                group["lr"] = cosine(adamw, self.preset.schedule_steps, self.iteration)
+        loss = self.backward(tokens)
+        nn.utils.clip_grad_norm_(self.model.parameters(), adamw.clip_norm)
         self.optimizer.step()
+        self.iteration += 1
         return loss
 
-    def write_gradients(self, path: str, batch: int) -> None:
-        """Writes the gradients of the initial parameters on a batch, by the paths of ours."""
-        self.backward(batch)
-        with Path(path).open("wb") as file:
-            np.savez(file, **self.gradients())  # type: ignore[arg-type]
+    def wait(self) -> None:
+        self.synchronize()
 
-    def losses(self, batch: int, count: int) -> list[float]:
-        """The losses of so many steps on one and the same batch, which is learned by heart."""
-        return [self.step(batch).item() for _ in range(count)]
-
-    def seconds(self, first: int, count: int) -> float:
-        """Seconds a step of so many, all of them done."""
-
-        def steps() -> None:
-            for batch in range(first, first + count):
-                self.step(batch)
-            self.synchronize()
-
-        return seconds_of(steps) / count
+    @torch.no_grad()
+    def mean_loss(self, batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> float:
+        """Eager: it is too seldom called for a program of its own to pay."""
+        self.model.eval()
+        total, count = torch.zeros((), device=self.device, dtype=torch.float64), 0
+        for tokens_BS, mask_BT in batches:
+            tokens = self.put(tokens_BS)
+            targets_BT = tokens[:, 1:].masked_fill(~torch.from_numpy(mask_BT).to(self.device), -1)
+            with self.autocast():
+                logits_NV = self.model(tokens[:, :-1]).flatten(0, 1)
+                total += F.cross_entropy(logits_NV, targets_BT.flatten(), ignore_index=-1, reduction="sum")
+            count += int(mask_BT.sum())
+        self.model.train()
+        return total.item() / count
 
     def peak_bytes(self) -> int:
-        """Most memory that was in use so far."""
-        return torch.cuda.max_memory_allocated() if self.device == "cuda" else peak_memory()
+        return peak_bytes(self.device)
 
-    def memory(self) -> dict[str, int]:
-        """Bytes, by kind: the process with its libraries, before there was any array; and the state, parameters and
-        optimizer's. To be called after a step."""
-        return {"libraries": self.libraries, "state": bytes_of_state(self.model, self.optimizer)}
-
-
-def bytes_of_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of the parameters, and of what the optimizer keeps."""
-    kept = [x for values in optimizer.state.values() for x in values.values() if isinstance(x, torch.Tensor)]
-    return sum(x.nbytes for x in (*model.parameters(), *kept))
-
-
-class HuggingFaceTraining(Training):
-    """The same with transformers' GPT2LMHeadModel, eager."""
-
-    def make_model(self, arrays: Arrays) -> nn.Module:
-        return HuggingFace(self.preset.model, arrays)
-
-    def gradients(self) -> Arrays:
-        assert isinstance(self.model, HuggingFace)
-        gradients = {name: p.grad for name, p in self.model.gpt2.named_parameters() if p.grad is not None}
-        return to_ours(self.model.rename(gradients, to_ours=True), self.preset.model)
+    def state_and_temporaries(self, **_: int) -> dict[str, int]:
+        kept = [x for values in self.optimizer.state.values() for x in values.values() if isinstance(x, torch.Tensor)]
+        return {"state": sum(x.nbytes for x in (*self.model.parameters(), *kept))}
 
 
 class HuggingFace(nn.Module):
     """transformers' GPT-2 with our parameters, called as TorchGPT is."""
 
-    def __init__(self, c: ModelConfig, arrays: Arrays) -> None:
+    def __init__(self, c: ModelConfig) -> None:
         super().__init__()
         from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -124,34 +112,116 @@ class HuggingFace(nn.Module):
         off = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
         config = GPT2Config(vocab_size=c.vocab_size, layer_norm_epsilon=c.norm_eps, **sizes, **off)
         config._attn_implementation = "sdpa"
-        self.n_layer = c.n_layer
-        self.gpt2 = GPT2LMHeadModel(config)
-        theirs = self.rename(to_theirs(arrays, c), to_ours=False)
+        self.config, self.gpt2 = c, GPT2LMHeadModel(config)
+        self.gpt2.generation_config.eos_token_id = None  # Every answer is as long as was asked for.
+
+    def load(self, arrays: Arrays) -> "HuggingFace":
+        """Takes over our parameters; returns the model."""
+        theirs = to_theirs(arrays, self.config)
         with torch.no_grad():
             for name, parameter in self.gpt2.named_parameters():
-                parameter.copy_(theirs[name])
+                parameter.copy_(as_linear(name, theirs[name.removeprefix("transformer.")]))
+        return self
 
-    def rename(self, tensors: dict[str, torch.Tensor], to_ours: bool) -> dict[str, torch.Tensor]:
-        """Tensors by the names of TorchGPT, from or to GPT2LMHeadModel's, which holds its weights (D, F)."""
-        names = {"tokens": "transformer.wte", "positions": "transformer.wpe", "final_norm": "transformer.ln_f"}
-        parts = {"norm_1": "ln_1", "norm_2": "ln_2", "qkv": "attn.c_attn", "out": "attn.c_proj"}
-        parts |= {"up": "mlp.c_fc", "down": "mlp.c_proj"}
-        for i in range(self.n_layer):
-            names |= {f"blocks.{i}.{ours}": f"transformer.h.{i}.{theirs}" for ours, theirs in parts.items()}
-        renamed = {}
-        for ours, theirs in names.items():
-            for kind in ("weight", "bias"):
-                source, target = (f"{theirs}.{kind}", f"{ours}.{kind}")[:: 1 if to_ours else -1]
-                if source in tensors:
-                    transposed = kind == "weight" and "norm" not in ours and ours.startswith("blocks")
-                    renamed[target] = tensors[source].T if transposed else tensors[source]
-        return renamed
+    def gradients(self) -> Arrays:
+        """The gradients that the parameters have now, by our paths."""
+        named = {name: p.grad for name, p in self.gpt2.named_parameters() if p.grad is not None}
+        theirs = {name.removeprefix("transformer."): as_linear(name, grad) for name, grad in named.items()}
+        return to_ours(theirs, self.config)
 
     def forward(self, inputs_BT: torch.Tensor) -> torch.Tensor:
         return self.gpt2(inputs_BT, use_cache=False).logits
 
 
-def read_arrays(path: str) -> Arrays:
-    """The arrays of an .npz file."""
-    with np.load(path) as file:
-        return dict(file)
+def as_linear(name: str, x: torch.Tensor) -> torch.Tensor:
+    """A tensor of GPT2LMHeadModel, which has its matrices (D, F), as of TorchGPT, which has them (F, D); or back."""
+    return x.T if ".c_" in name and name.endswith("weight") else x
+
+
+class Decoding(contestants.Decoding):
+    """Answers prompts with our PyTorch GPT."""
+
+    architecture: type[TorchGPT | HuggingFace] = TorchGPT
+
+    def __init__(self, model: dict[str, Any], parameters: str, cached: bool = True) -> None:
+        """model: a ModelConfig's fields, in whose dtype the weights are held; parameters: the file with gpt_jax's."""
+        self.config, self.cached = config_from_dict({"model": model}, "a benchmark").model, cached
+        self.device, _ = torch_device()
+        self.libraries = resident_memory()
+        made = self.architecture(self.config).load(read_arrays(parameters))
+        self.model: Any = made.to(self.device, getattr(torch, self.config.dtype)).eval()
+
+    def ready(self) -> None:
+        """What was needed to load the weights and is not needed any more is given back."""
+        forget_peak()
+        if self.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+
+    def prompts(self, batch: int, prompt: int) -> torch.Tensor:
+        """The prompts on the device, int64 (B, T)."""
+        return torch.from_numpy(prompts(self.config.vocab_size, batch, prompt)).to(self.device).long()
+
+    def tokens(self, batch: int, prompt: int, new: int, top_k: int) -> torch.Tensor:
+        """New tokens, int64 (B, new), on the device."""
+        stream = generate(self.model, self.prompts(batch, prompt), new, top_k, self.cached)
+        return torch.stack([tokens_B for tokens_B, _ in stream], dim=1)
+
+    def logits(self, batch: int, prompt: int, new: int) -> list[torch.Tensor]:
+        """The logits (B, V) of each token of a greedy answer."""
+        stream = generate(self.model, self.prompts(batch, prompt), new, 0, self.cached)
+        return [logits_BV for _, logits_BV in stream]
+
+    def answer(self, batch: int, prompt: int, new: int, top_k: int) -> np.ndarray:
+        return self.tokens(batch, prompt, new, top_k).cpu().numpy()
+
+    def logprobs(self, batch: int, prompt: int, new: int) -> np.ndarray:
+        """Of the most probable tokens, which a greedy answer has."""
+        all_logits = self.logits(batch, prompt, new)
+        return torch.stack([x_BV.float().log_softmax(dim=-1).amax(dim=-1).cpu() for x_BV in all_logits], dim=1).numpy()
+
+    def peak_bytes(self) -> int:
+        return peak_bytes(self.device)
+
+    def state_and_temporaries(self, **case: int) -> dict[str, int]:
+        """The state is the weights and the cache of so many tokens."""
+        c, weights = self.config, [*self.model.parameters()]
+        n_tokens = case["batch"] * (case["prompt"] + case["new"])
+        cache = 2 * c.n_layer * c.d_model * n_tokens * weights[0].element_size() if self.cached else 0
+        return {"state": sum(x.nbytes for x in weights) + cache}
+
+
+class HuggingFaceDecoding(Decoding):
+    """The same with transformers' `generate`, its cache and its fused attention."""
+
+    architecture = HuggingFace
+
+    def generate(self, batch: int, prompt: int, new: int, **how: Any) -> Any:
+        """What `generate` returns for the prompts."""
+        tokens_BT = self.prompts(batch, prompt)
+        mask_BT = torch.ones_like(tokens_BT)
+        with torch.inference_mode():
+            return self.model.gpt2.generate(
+                tokens_BT, attention_mask=mask_BT, max_new_tokens=new, pad_token_id=0, **how
+            )
+
+    def tokens(self, batch: int, prompt: int, new: int, top_k: int) -> torch.Tensor:
+        how = {"do_sample": True, "top_k": top_k} if top_k else {"do_sample": False}
+        return self.generate(batch, prompt, new, **how)[:, prompt:]
+
+    def logits(self, batch: int, prompt: int, new: int) -> list[torch.Tensor]:
+        how = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+        return list(self.generate(batch, prompt, new, **how).logits)
+
+
+def cosine(c: OptimizerConfig, steps: int, iteration: int) -> float:
+    """The learning rate of an iteration, counted from 0, as gpt_jax's schedule "cosine" has it: down to a tenth."""
+    n = iteration + 1
+    if n < c.warmup_steps:
+        return c.learning_rate * n / c.warmup_steps
+    done = (n - c.warmup_steps) / max(1, steps - c.warmup_steps)
+    return c.learning_rate * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+def peak_bytes(device: str) -> int:
+    """Most memory that was in use so far: the GPU's, or the process's."""
+    return torch.cuda.max_memory_allocated() if device == "cuda" else peak_memory()

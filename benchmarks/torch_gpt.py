@@ -7,17 +7,20 @@ import torch
 from torch import nn
 from torch.nn import functional as F  # noqa: N812 (as everybody calls it)
 
+from benchmarks.contestants import Arrays
 from gpt_jax.config import ModelConfig, OptimizerConfig
-
-Arrays = dict[str, np.ndarray]
-"""Parameters, or their gradients, by their path in our tree: "layers/mlp/up/kernel" (L, D, F)."""
 
 LayerCache = tuple[torch.Tensor, torch.Tensor]
 """Keys and values of one layer, each (B, H, S, K), with room for S tokens."""
 
-LAYER_NORMS = {"norm_1": "norm_1", "norm_2": "norm_2"}
-LAYER_LINEARS = {"attention/qkv": "qkv", "attention/out": "out", "mlp/up": "up", "mlp/down": "down"}
-"""Names of the parts of a layer, ours and theirs."""
+LAYER_NORMS = {"norm_1": "ln_1", "norm_2": "ln_2"}
+LAYER_LINEARS = {
+    "attention/qkv": "attn.c_attn",
+    "attention/out": "attn.c_proj",
+    "mlp/up": "mlp.c_fc",
+    "mlp/down": "mlp.c_proj",
+}
+"""Names of the parts of a layer: ours, and GPT-2's, which nanoGPT and transformers have, too."""
 
 
 class Block(nn.Module):
@@ -26,25 +29,26 @@ class Block(nn.Module):
     def __init__(self, c: ModelConfig) -> None:
         super().__init__()
         self.n_head, self.dropout = c.n_head, c.dropout
-        self.norm_1 = nn.LayerNorm(c.d_model, c.norm_eps, bias=c.bias)
-        self.qkv = nn.Linear(c.d_model, 3 * c.d_model, bias=c.bias)
-        self.out = nn.Linear(c.d_model, c.d_model, bias=c.bias)
-        self.norm_2 = nn.LayerNorm(c.d_model, c.norm_eps, bias=c.bias)
-        self.up = nn.Linear(c.d_model, c.ff_dim, bias=c.bias)
-        self.down = nn.Linear(c.ff_dim, c.d_model, bias=c.bias)
+        D, hidden = c.d_model, c.ff_dim
+        self.ln_1 = nn.LayerNorm(D, c.norm_eps, bias=c.bias)
+        self.attn = nn.ModuleDict({"c_attn": nn.Linear(D, 3 * D, c.bias), "c_proj": nn.Linear(D, D, c.bias)})
+        self.ln_2 = nn.LayerNorm(D, c.norm_eps, bias=c.bias)
+        self.mlp = nn.ModuleDict({"c_fc": nn.Linear(D, hidden, c.bias), "c_proj": nn.Linear(hidden, D, c.bias)})
 
     def forward(self, x_BTD: torch.Tensor, cache: LayerCache | None = None, start: int = 0) -> torch.Tensor:
         """x_BTD after this layer. With a cache, its tokens stand at positions `start` and on, and are written there."""
         B, T, D = x_BTD.shape
-        q, k, v = (x.view(B, T, self.n_head, -1).transpose(1, 2) for x in self.qkv(self.norm_1(x_BTD)).split(D, dim=-1))
+        qkv_BTX = self.attn["c_attn"](self.ln_1(x_BTD))
+        q, k, v = (x.view(B, T, self.n_head, -1).transpose(1, 2) for x in qkv_BTX.split(D, dim=-1))
         if cache is not None:
             for buffer_BHSK, new_BHTK in zip(cache, (k, v), strict=True):
                 buffer_BHSK[:, :, start : start + T] = new_BHTK
             k, v = (buffer_BHSK[:, :, : start + T] for buffer_BHSK in cache)
         p = self.dropout if self.training else 0.0
         y_BHTK = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=start == 0)
-        x_BTD = x_BTD + F.dropout(self.out(y_BHTK.transpose(1, 2).reshape(B, T, D)), p)
-        return x_BTD + F.dropout(self.down(F.gelu(self.up(self.norm_2(x_BTD)), approximate="tanh")), p)
+        x_BTD = x_BTD + F.dropout(self.attn["c_proj"](y_BHTK.transpose(1, 2).reshape(B, T, D)), p)
+        y_BTF = F.gelu(self.mlp["c_fc"](self.ln_2(x_BTD)), approximate="tanh")
+        return x_BTD + F.dropout(self.mlp["c_proj"](y_BTF), p)
 
 
 class TorchGPT(nn.Module):
@@ -59,17 +63,17 @@ class TorchGPT(nn.Module):
         if c.positions != "learned" or c.norm != "layer" or c.gated or c.kv_heads != c.n_head or c.window:
             raise ValueError("this PyTorch model is GPT-2's architecture only")
         self.config = c
-        self.tokens = nn.Embedding(c.vocab_size, c.d_model)
-        self.positions = nn.Embedding(c.context_length, c.d_model)
-        self.blocks = nn.ModuleList(Block(c) for _ in range(c.n_layer))
-        self.final_norm = nn.LayerNorm(c.d_model, c.norm_eps, bias=c.bias)
-        self.head = nn.Linear(c.d_model, c.vocab_size, bias=False)
+        self.wte = nn.Embedding(c.vocab_size, c.d_model)
+        self.wpe = nn.Embedding(c.context_length, c.d_model)
+        self.h = nn.ModuleList(Block(c) for _ in range(c.n_layer))
+        self.ln_f = nn.LayerNorm(c.d_model, c.norm_eps, bias=c.bias)
+        self.lm_head = nn.Linear(c.d_model, c.vocab_size, bias=False)
         if c.tied_head:
-            self.head.weight = self.tokens.weight
+            self.lm_head.weight = self.wte.weight
 
     def forward(self, inputs_BT: torch.Tensor) -> torch.Tensor:
         """Logits (B, T, V) of int64 tokens (B, T)."""
-        return self.head(self.hidden(inputs_BT))
+        return self.lm_head(self.hidden(inputs_BT))
 
     def hidden(self, inputs_BT: torch.Tensor, caches: list[LayerCache] | None = None, start: int = 0) -> torch.Tensor:
         """Hidden states (B, T, D) after the final norm.
@@ -77,17 +81,29 @@ class TorchGPT(nn.Module):
         With caches, one a layer, the tokens stand at positions `start` and on: a whole prompt from 0 on, or one token.
         """
         T = inputs_BT.shape[1]
-        x_BTD = self.tokens(inputs_BT) + self.positions.weight[start : start + T]
+        x_BTD = self.wte(inputs_BT) + self.wpe.weight[start : start + T]
         x_BTD = F.dropout(x_BTD, self.config.dropout if self.training else 0.0)
-        for i, block in enumerate(self.blocks):
+        for i, block in enumerate(self.h):
             x_BTD = block(x_BTD, caches[i] if caches else None, start)
-        return self.final_norm(x_BTD)
+        return self.ln_f(x_BTD)
+
+    def load(self, arrays: Arrays) -> "TorchGPT":
+        """Takes over our parameters; returns the model."""
+        theirs = to_theirs(arrays, self.config)
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():  # A tied head is named once, as the embedding.
+                parameter.copy_(theirs[name])
+        return self
+
+    def gradients(self) -> Arrays:
+        """The gradients that the parameters have now, by our paths."""
+        return to_ours({name: p.grad for name, p in self.named_parameters() if p.grad is not None}, self.config)
 
     def empty_caches(self, batch: int, length: int) -> list[LayerCache]:
         """A cache a layer, for `batch` sequences of up to `length` tokens, in the weights' dtype and where they are."""
         shape = (batch, self.config.n_head, length, self.config.head_dim)
-        new = self.head.weight.new_empty
-        return [(new(shape), new(shape)) for _ in self.blocks]
+        new = self.lm_head.weight.new_empty
+        return [(new(shape), new(shape)) for _ in self.h]
 
 
 @torch.inference_mode()
@@ -103,7 +119,7 @@ def generate(
     caches = model.empty_caches(B, T + new) if cached else None
     inputs_BT, start = prompts_BT, 0
     for _ in range(new):
-        logits_BV = model.head(model.hidden(inputs_BT, caches, start)[:, -1])
+        logits_BV = model.lm_head(model.hidden(inputs_BT, caches, start)[:, -1])
         next_B1 = choose(logits_BV, top_k)
         yield next_B1[:, 0], logits_BV
         if cached:
@@ -146,15 +162,15 @@ def parameter_paths(c: ModelConfig) -> dict[str, list[str]]:
     """Our parameters' paths, and the names of theirs: one, or one a layer."""
     kinds = ["weight", "bias"] if c.bias else ["weight"]
     ours = {"weight": ("scale", "kernel"), "bias": ("bias", "bias")}
-    paths = {"tokens_VD": ["tokens.weight"], "positions_TD": ["positions.weight"]}
+    paths = {"tokens_VD": ["wte.weight"], "positions_TD": ["wpe.weight"]}
     for kind in kinds:
         norm, linear = ours[kind]
-        paths[f"final_norm/{norm}"] = [f"final_norm.{kind}"]
+        paths[f"final_norm/{norm}"] = [f"ln_f.{kind}"]
         for parts, name in ((LAYER_NORMS, norm), (LAYER_LINEARS, linear)):
             for our_part, their_part in parts.items():
-                paths[f"layers/{our_part}/{name}"] = [f"blocks.{i}.{their_part}.{kind}" for i in range(c.n_layer)]
+                paths[f"layers/{our_part}/{name}"] = [f"h.{i}.{their_part}.{kind}" for i in range(c.n_layer)]
     if not c.tied_head:
-        paths["head_VD"] = ["head.weight"]
+        paths["head_VD"] = ["lm_head.weight"]
     return paths
 
 
@@ -185,11 +201,3 @@ def to_ours(tensors: dict[str, torch.Tensor], c: ModelConfig) -> Arrays:
             array = array.swapaxes(1, 2)
         ours[path] = regroup(array, c.n_head, to_theirs=False) if "/qkv/" in path else array
     return ours
-
-
-def load(model: TorchGPT, arrays: Arrays) -> None:
-    """Gives the model our parameters."""
-    theirs = to_theirs(arrays, model.config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():  # A tied head is named once, as the embedding.
-            parameter.copy_(theirs[name])

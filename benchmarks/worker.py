@@ -5,27 +5,23 @@ lines of JSON and gets one for each: first what to make, a class and its argumen
 """
 
 import contextlib
-import ctypes
 import importlib
 import json
 import math
 import os
-import re
 import selectors
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any
 
 from gpt_jax.system import HUGE_PAGES
 
 ROOT = Path(__file__).parent.parent
-C = TypeVar("C")
-T = TypeVar("T")
 
 TUNABLES = "GLIBC_TUNABLES"
 
@@ -131,16 +127,14 @@ class Worker:
         return answer["value"]
 
     def last_words(self) -> str:
-        """Why the process ended, as far as it can be told."""
+        """Why the process ended, as far as is known."""
         status = self.process.wait()
         self.close()
-        self.log.seek(0)
-        lines = [line for line in self.log.read().splitlines() if line.strip()]
         ended = f"killed by signal {-status}" if status < 0 else f"ended with status {status}"
-        return f"{ended}: {lines[-1][:200]}" if lines else ended
+        return ended + last_line(self.log)
 
     def close(self, at_once: bool = False) -> None:
-        """Ends the process: when it has done what it was told, or at once."""
+        """Ends the process: when it has done what it was asked, or at once."""
         if self.process.poll() is None:
             if at_once:
                 self.process.kill()
@@ -156,37 +150,11 @@ class Worker:
                 stream.close()
 
 
-def take_turns(
-    contestants: dict[str, C],
-    rounds: int,
-    ask: Callable[[C], T],
-    show: Callable[[int, str, T], None],
-    failed: dict[str, str],
-) -> dict[str, list[T]]:
-    """`rounds` answers of each contestant, who take turns, the order reversed every other round.
-
-    One that fails is out: its reason goes into `failed`, it leaves `contestants`, and its answers are dropped. When the
-    time of the whole run is over, the whole rounds until then are returned; raises OutOfTimeError where there is none.
-    """
-    answers: dict[str, list[T]] = {name: [] for name in contestants}
-    for turn in range(rounds):
-        if turn and time_is_over():
-            break
-        for name in list(contestants) if turn % 2 == 0 else list(contestants)[::-1]:
-            try:
-                answer = ask(contestants[name])
-            except OutOfTimeError:
-                if not turn:
-                    raise
-                return {name: values[:turn] for name, values in answers.items()}
-            except FailedError as e:
-                failed[name] = str(e)
-                del contestants[name], answers[name]
-                print(f"  {name} is out: {e}", flush=True)
-                continue
-            answers[name].append(answer)
-            show(turn, name, answer)
-    return answers
+def last_line(log: IO[str]) -> str:
+    """The last line of what a process wrote to its log, after a colon; empty where there is none."""
+    log.seek(0)
+    lines = [line for line in log.read().splitlines() if line.strip()]
+    return f": {lines[-1][:200]}" if lines else ""
 
 
 def serve() -> None:
@@ -208,40 +176,6 @@ def serve() -> None:
             first_line = str(e).strip().partition("\n")[0][:200]
             answer = {"error": f"{type(e).__name__}: {first_line}"}
         print(json.dumps(answer), file=replies, flush=True)
-
-
-def seconds_of(work: Callable[[], object]) -> float:
-    """Wall time of a call."""
-    begin = time.perf_counter()
-    work()
-    return time.perf_counter() - begin
-
-
-def peak_memory(pid: int | str = "self") -> int:
-    """Bytes of memory that a process has held at most, libraries and compilation included; 0 for one that has ended."""
-    return memory_of(pid, "VmHWM")
-
-
-def resident_memory() -> int:
-    """Bytes of memory that this process holds."""
-    return memory_of("self", "VmRSS")
-
-
-def memory_of(pid: int | str, field: str) -> int:
-    """A field of /proc/PID/status, in bytes; 0 where there is none."""
-    try:
-        found = re.search(rf"{field}:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text())
-    except OSError:
-        return 0
-    return int(found[1]) * 1024 if found else 0
-
-
-def forget_peak() -> None:
-    """Gives back what this process has freed, and lets `peak_memory` begin anew (proc(5), clear_refs)."""
-    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-        libc.malloc_trim(0)
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from benchmarks import decode, decode_theirs  # noqa: E402
+from benchmarks import decode, theirs  # noqa: E402
 from benchmarks.results import Results  # noqa: E402
 from benchmarks.worker import Worker  # noqa: E402
 from gpt_jax.config import ModelConfig  # noqa: E402
@@ -25,14 +25,14 @@ MACHINE = {"platform": "cpu", "versions": {}, "flags": {}, "name": "test"}
 
 def test_all_contestants_choose_the_same_tokens(tmp_path: Path) -> None:
     spec: dict[str, Any] = {"model": dataclasses.asdict(TINY)}
-    theirs: dict[str, Any] = {**spec, "parameters": str(tmp_path / "parameters.npz")}
-    with Worker("benchmarks.decode_ours:Decoding", **spec) as ours:
-        ours.ask("write_parameters", path=theirs["parameters"])
+    others: dict[str, Any] = {**spec, "parameters": str(tmp_path / "parameters.npz")}
+    with Worker("benchmarks.ours:Decoding", **spec) as ours:
+        ours.ask("write_parameters", path=others["parameters"])
         expected = ours.ask("greedy", batch=3, prompt=5, new=40)
     for contestant in (
-        decode_theirs.Decoding(**theirs),
-        decode_theirs.Decoding(**theirs, cached=False),
-        decode_theirs.HuggingFaceDecoding(**theirs),
+        theirs.Decoding(**others),
+        theirs.Decoding(**others, cached=False),
+        theirs.HuggingFaceDecoding(**others),
     ):
         answer = contestant.greedy(batch=3, prompt=5, new=40)
         assert answer["tokens"] == expected["tokens"]
@@ -41,21 +41,21 @@ def test_all_contestants_choose_the_same_tokens(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("top_k", [0, 1, 5])
 def test_a_cache_changes_nothing(tmp_path: Path, top_k: int) -> None:
-    with Worker("benchmarks.decode_ours:Decoding", model=dataclasses.asdict(TINY)) as ours:
+    with Worker("benchmarks.ours:Decoding", model=dataclasses.asdict(TINY)) as ours:
         ours.ask("write_parameters", path=str(tmp_path / "parameters.npz"))
     answers = []
     for cached in (True, False):
         torch.manual_seed(0)
-        theirs = decode_theirs.Decoding(dataclasses.asdict(TINY), str(tmp_path / "parameters.npz"), cached)
+        contestant = theirs.Decoding(dataclasses.asdict(TINY), str(tmp_path / "parameters.npz"), cached)
         torch.manual_seed(1)
-        answers.append(theirs.answer(batch=2, prompt=4, new=20, top_k=top_k))
-    assert torch.equal(*answers)
+        answers.append(contestant.answer(batch=2, prompt=4, new=20, top_k=top_k))
+    np.testing.assert_array_equal(answers[0], answers[1])
 
 
 def test_sequences_that_part_are_compared_until_they_do() -> None:
     ours = {"tokens": [[1, 2, 3, 4], [5, 6, 7, 8]], "logprobs": [[-1.0, -2.0, -3.0, -4.0]] * 2}
-    theirs = {"tokens": [[1, 2, 9, 4], [5, 6, 7, 8]], "logprobs": [[-1.0, -2.0, -3.25, -9.0], [-1.0, -2.0, -3.0, -4.5]]}
-    found = decode.difference(ours, theirs)
+    others = {"tokens": [[1, 2, 9, 4], [5, 6, 7, 8]], "logprobs": [[-1.0, -2.0, -3.25, -9.0], [-1.0, -2.0, -3.0, -4.5]]}
+    found = decode.difference(ours, others)
     assert found == {"same_tokens": 0.75, "logprobs": pytest.approx(np.sqrt((0.25**2 + 0.5**2) / 7))}
 
 
@@ -85,10 +85,9 @@ def test_the_part_measures_a_row_for_each_batch_and_none_twice(
     assert capsys.readouterr().out.count("measured already") == 3
 
 
-def test_no_parity_no_timing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_parity_no_timing() -> None:
     answers = {
         name: {"tokens": [[token]], "logprobs": [[-1.0]]} for name, token in (("gpt_jax", 1), ("transformers", 2))
     }
-    monkeypatch.setattr(decode, "once", lambda *_, **__: dict(answers))
     with pytest.raises(UserError, match="gpt_jax and transformers do not compute the same"):
-        decode.check_parity("float32", decode.Case(1, 16, 32), {}, {})
+        decode.check_parity("float32", answers)

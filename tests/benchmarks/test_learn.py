@@ -7,27 +7,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.presets import Preset, small
 from benchmarks.results import Results
+from gpt_jax.config import OptimizerConfig
 from tests.commands import TINY
 
 pytest.importorskip("torch")
 
-from benchmarks import learn
+from benchmarks import learn, recipe
 
 pytestmark = [pytest.mark.parity, pytest.mark.slow]
 
-RECIPE = learn.Recipe(
-    n_layer=1,
-    n_head=2,
-    d_model=16,
-    context_length=16,
-    batch_size=4,
-    warmup_steps=5,
-    steps=30,
-    eval_every=20,
-    eval_batches=2,
-    target=1.0,
-)
+ADAMW = OptimizerConfig(learning_rate=1e-3, warmup_steps=5, beta2=0.99)
+PRESET = Preset("learn", small(1, 2, 16, 16, "auto"), 4, 30, optimizer=ADAMW, schedule_steps=30)
+RECIPE = recipe.Recipe(PRESET, eval_every=20, eval_batches=2, target=1.0)
 OWN = ("configs/shakespeare_char_cpu.py", *TINY, "--train.steps=4", "--train.eval-every=2")
 MACHINE = {"platform": "cpu", "versions": {}, "flags": {}}
 
@@ -78,9 +71,9 @@ def test_without_the_commands_packages_their_contestant_is_left_out(
 
 
 def test_the_whole_validation_text_has_each_target_once(text: Path) -> None:
-    read = learn.read_text(str(text))
+    read = recipe.read_text(str(text))
     assert len(read.train) == int(0.9 * len(text.read_text(encoding="utf-8")))
-    batches = list(learn.whole_val(RECIPE, read))
+    batches = list(recipe.whole_val(PRESET, read))
     inputs = np.concatenate([tokens[:, :-1][mask_BT] for tokens, mask_BT in batches])
     targets = np.concatenate([tokens[:, 1:][mask_BT] for tokens, mask_BT in batches])
     np.testing.assert_array_equal(inputs, read.val[:-1])
@@ -93,7 +86,7 @@ def test_the_initial_parameters_are_drawn_as_nanogpt_draws_them() -> None:
     from benchmarks.nanogpt import draw_parameters
 
     torch.manual_seed(0)
-    arrays = draw_parameters(RECIPE.model(65))
+    arrays = draw_parameters(PRESET.model)
     assert set(arrays) > {"tokens_VD", "positions_TD", "layers/mlp/down/kernel", "final_norm/scale"}
     assert arrays["tokens_VD"].std() == pytest.approx(0.02, rel=0.1)
     assert arrays["layers/mlp/down/kernel"].std() == pytest.approx(0.02 / 2**0.5, rel=0.1)
@@ -104,25 +97,28 @@ def test_the_draws_are_nanogpts(text: Path, tmp_path: Path) -> None:
     import torch
     from torch import nn
 
+    from benchmarks.contestants import read_arrays
     from benchmarks.nanogpt import Draws
 
-    r, read = RECIPE, learn.read_text(str(text))
+    read = recipe.read_text(str(text))
+    r = RECIPE.of(read)
+    c, steps = r.preset.model, r.preset.schedule_steps
 
     class Block(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.ln_1 = nn.LayerNorm(r.d_model, bias=False)
+            self.ln_1 = nn.LayerNorm(c.d_model, bias=False)
             self.attn = nn.ModuleDict(
                 {
-                    "c_attn": nn.Linear(r.d_model, 3 * r.d_model, bias=False),
-                    "c_proj": nn.Linear(r.d_model, r.d_model, bias=False),
+                    "c_attn": nn.Linear(c.d_model, 3 * c.d_model, bias=False),
+                    "c_proj": nn.Linear(c.d_model, c.d_model, bias=False),
                 }
             )
-            self.ln_2 = nn.LayerNorm(r.d_model, bias=False)
+            self.ln_2 = nn.LayerNorm(c.d_model, bias=False)
             self.mlp = nn.ModuleDict(
                 {
-                    "c_fc": nn.Linear(r.d_model, 4 * r.d_model, bias=False),
-                    "c_proj": nn.Linear(4 * r.d_model, r.d_model, bias=False),
+                    "c_fc": nn.Linear(c.d_model, 4 * c.d_model, bias=False),
+                    "c_proj": nn.Linear(4 * c.d_model, c.d_model, bias=False),
                 }
             )
 
@@ -131,18 +127,18 @@ def test_the_draws_are_nanogpts(text: Path, tmp_path: Path) -> None:
             super().__init__()
             self.transformer = nn.ModuleDict(
                 {
-                    "wte": nn.Embedding(read.vocab_size, r.d_model),
-                    "wpe": nn.Embedding(r.context_length, r.d_model),
-                    "h": nn.ModuleList([Block() for _ in range(r.n_layer)]),
-                    "ln_f": nn.LayerNorm(r.d_model, bias=False),
+                    "wte": nn.Embedding(read.vocab_size, c.d_model),
+                    "wpe": nn.Embedding(c.context_length, c.d_model),
+                    "h": nn.ModuleList([Block() for _ in range(c.n_layer)]),
+                    "ln_f": nn.LayerNorm(c.d_model, bias=False),
                 }
             )
-            self.lm_head = nn.Linear(r.d_model, read.vocab_size, bias=False)
+            self.lm_head = nn.Linear(c.d_model, read.vocab_size, bias=False)
             self.transformer["wte"].weight = self.lm_head.weight
             self.apply(self._init_weights)
             for name, parameter in self.named_parameters():
                 if name.endswith("c_proj.weight"):
-                    nn.init.normal_(parameter, mean=0.0, std=0.02 / (2 * r.n_layer) ** 0.5)
+                    nn.init.normal_(parameter, mean=0.0, std=0.02 / (2 * c.n_layer) ** 0.5)
 
         def _init_weights(self, module: nn.Module) -> None:
             if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -150,11 +146,11 @@ def test_the_draws_are_nanogpts(text: Path, tmp_path: Path) -> None:
 
     def get_batch(split: str) -> np.ndarray:
         data = read.train if split == "train" else read.val
-        return torch.randint(len(data) - r.context_length, (r.batch_size,)).numpy()
+        return torch.randint(len(data) - c.context_length, (r.preset.batch_size,)).numpy()
 
-    Draws().write(dataclasses.asdict(r), str(text), str(tmp_path / "draws.npz"))
-    with np.load(tmp_path / "draws.npz") as file:
-        drawn = dict(file)
+    parameters, draws = str(tmp_path / "parameters.npz"), str(tmp_path / "draws.npz")
+    Draws().write(dataclasses.asdict(r), str(text), parameters, draws)
+    drawn_parameters, drawn = read_arrays(parameters), read_arrays(draws)
 
     torch.manual_seed(r.seed)
     state = GPT().state_dict()
@@ -165,22 +161,25 @@ def test_the_draws_are_nanogpts(text: Path, tmp_path: Path) -> None:
         ("layers/mlp/up/kernel", state["transformer.h.0.mlp.c_fc.weight"].T),
         ("layers/mlp/down/kernel", state["transformer.h.0.mlp.c_proj.weight"].T),
     ):
-        np.testing.assert_array_equal(np.squeeze(drawn[f"parameters/{ours}"]), theirs.numpy())
+        np.testing.assert_array_equal(np.squeeze(drawn_parameters[ours]), theirs.numpy())
     train, train_eval, val_eval = [get_batch("train")], [], []
-    for iteration in range(r.steps + 1):
-        if iteration % r.eval_every == 0 or iteration == r.steps:
+    for iteration in range(steps + 1):
+        if iteration % r.eval_every == 0 or iteration == steps:
             train_eval.append([get_batch("train") for _ in range(r.eval_batches)])
             val_eval.append([get_batch("val") for _ in range(r.eval_batches)])
         train.append(get_batch("train"))
-    np.testing.assert_array_equal(drawn["train"], train[: r.steps + 1])
+    np.testing.assert_array_equal(drawn["train"], train[: steps + 1])
     np.testing.assert_array_equal(drawn["train_eval"], train_eval)
     np.testing.assert_array_equal(drawn["val_eval"], val_eval)
 
 
 def test_the_learning_rate_is_that_of_gpt_jax() -> None:
+    from benchmarks.theirs import cosine
     from gpt_jax.train.optimizer import learning_rate_schedule
 
-    recipe = learn.Recipe()
-    schedule = learning_rate_schedule(recipe.optimizer(), recipe.steps)
+    preset = learn.RECIPE.preset
+    schedule = learning_rate_schedule(preset.optimizer, preset.schedule_steps)
     for iteration in (0, 50, 98, 99, 100, 1000, 1999):
-        assert recipe.learning_rate_at(iteration) == pytest.approx(float(schedule(iteration)), rel=1e-5)
+        assert cosine(preset.optimizer, preset.schedule_steps, iteration) == pytest.approx(
+            float(schedule(iteration)), rel=1e-5
+        )

@@ -8,14 +8,13 @@ from typing import Any
 import pytest
 
 from benchmarks import plots
-from benchmarks.alone import ALONE
 from benchmarks.markdown import percent
-from benchmarks.report import MARKER, NOT_MEASURED, read_results, render, report, tables
-from benchmarks.results import FOLDER, spread
-from benchmarks.tables import PARTS
+from benchmarks.measure import spread
+from benchmarks.report import DOCUMENTS, MARKER, NOT_MEASURED, read_results, render, report, tables
+from benchmarks.results import FOLDER
+from benchmarks.tables import ALONE, PARTS, SUMMARY
 from gpt_jax.errors import UserError
 
-README = Path(__file__).parents[2] / "README.md"
 MODEL = {"n_layer": 4, "n_head": 4, "d_model": 128, "context_length": 64, "vocab_size": 512, "dtype": "float32"}
 SPEC = {"name": "nano", "model": MODEL, "batch_size": 12, "steps": 60, "hugging_face": False}
 UNDER = {"commit": "abc", "versions": {"jax": "0.10.2", "torch": "2.13.0"}, "flags": {"XLA_FLAGS": ""}}
@@ -179,14 +178,14 @@ def test_a_win_and_a_loss_are_told_alike() -> None:
     ]
     gpt2 = cells(found["train"], "gpt2 (4/4/128, 64, 12, float32)")
     assert gpt2[3:] == ["failed", "**900 (810 to 990)**", "0.50 (0.45 to 0.55)", "**PyTorch, eager**"]
-    assert cells(found["summary"], "train gpt2")[1:] == ["PyTorch, eager", "0.50 (0.45 to 0.55)", "**PyTorch, eager**"]
-    assert cells(found["summary"], "learn")[2:] == ["1.05 (0.95 to 1.16)", "neither, within the spread"]
-    assert cells(found["summary"], "decode GPT-2, float32, batch 8, greedy")[3] == "gpt_jax"
-    assert found["summary"].endswith("gpt_jax is the faster at all 13 sizes")
+    assert cells(found["ratios"], "train gpt2")[1:] == ["PyTorch, eager", "0.50 (0.45 to 0.55)", "**PyTorch, eager**"]
+    assert cells(found["ratios"], "learn")[2:] == ["1.05 (0.95 to 1.16)", "neither, within the spread"]
+    assert cells(found["ratios"], "decode GPT-2, float32, batch 8, greedy")[3] == "gpt_jax"
+    assert found["ratios"].endswith("gpt_jax is the faster at all 13 sizes")
     slower = made_up()
     slower["rows"]["scale/batch"]["points"][1]["gpt_jax"] = around(80)
     lost = "**PyTorch, eager, is the faster** at 1 of 13 sizes: batch 2 (0.89 times as fast)"
-    assert tables(slower)["summary"].endswith(lost)
+    assert tables(slower)["ratios"].endswith(lost)
 
 
 def test_failures_and_notes_stand_below_the_table() -> None:
@@ -260,7 +259,7 @@ def test_render_replaces_what_is_between_its_markers_only_and_is_stable() -> Non
         "<!-- benchmarks: other scale -->\n<!-- end -->\nlast\n"
     )
     files = {"a-cpu": made_up(), "other": {**made_up(), "rows": {}}}
-    rendered = render(readme, files)
+    rendered = render(readme, files, "README.md")
     assert rendered.startswith(
         "# Title\n<!-- tests -->\nkeep me\n<!-- end -->\n\n<!-- benchmarks: a-cpu train -->\n| preset |"
     )
@@ -268,21 +267,24 @@ def test_render_replaces_what_is_between_its_markers_only_and_is_stable() -> Non
         f"\n<!-- end -->\nbetween\n<!-- benchmarks: other scale -->\n{NOT_MEASURED}\n<!-- end -->\nlast\n"
     )
     assert "outdated" not in rendered
-    assert render(rendered, files) == rendered
+    assert render(rendered, files, "README.md") == rendered
 
 
 @pytest.mark.parametrize(
     ("readme", "message"),
     [
         ("<!-- benchmarks: gpu train -->\n<!-- end -->\n", "'gpu train' names no file of results; there are: a-cpu"),
-        ("<!-- benchmarks: a-cpu speed -->\n<!-- end -->\n", "'a-cpu speed' names no part; there are: summary, train"),
+        (
+            "<!-- benchmarks: a-cpu speed -->\n<!-- end -->\n",
+            "'a-cpu speed' names no part; there are: summary, ratios, train",
+        ),
         ("<!-- benchmarks: a-cpu -->\n<!-- end -->\n", "'a-cpu' names no part"),
         ("<!-- benchmarks: a-cpu train -->\n\n<!-- tests -->\n<!-- end -->\n", "'a-cpu train' has no <!-- end -->"),
     ],
 )
 def test_a_wrong_marker_is_refused(readme: str, message: str) -> None:
-    with pytest.raises(UserError, match="README: the marker") as error:
-        render(readme, {"a-cpu": made_up()})
+    with pytest.raises(UserError, match=r"README\.md: the marker") as error:
+        render(readme, {"a-cpu": made_up()}, "README.md")
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -291,17 +293,29 @@ def test_percent_keeps_a_digit_of_small_shares() -> None:
     assert [percent(0.613), percent(0.0317)] == ["61%", "3.2%"]
 
 
-def test_the_readme_has_every_table() -> None:
+def test_the_summary_has_both_figures_of_six_contests_and_says_who_wins() -> None:
+    text = tables(made_up())["summary"]
+    assert cells(text, "training nano")[1:] == ["20.0", "30.0, PyTorch, eager", "1.50 (1.35 to 1.65)", "gpt_jax"]
+    lost = ["2,000", "1,000, PyTorch, eager", "0.50 (0.45 to 0.55)", "**PyTorch, eager**"]
+    assert cells(text, "training GPT-2")[1:] == lost
+    assert cells(text, "learning")[1:4] == ["40.0", "50.0, PyTorch, eager", "1.05 (0.95 to 1.16)"]
+    written = tables(read_results(FOLDER)["amd-epyc-2-cores"])["summary"].splitlines()
+    assert len(written) == 2 + len(SUMMARY) == 8
+
+
+def test_the_documents_have_every_table() -> None:
     """All tables of one machine at least, and those that are of no machine."""
-    markers = set(MARKER.findall(README.read_text(encoding="utf-8")))
+    markers = {marker for document in DOCUMENTS for marker in MARKER.findall(document.read_text(encoding="utf-8"))}
     files = read_results(FOLDER)
     assert markers >= ALONE.keys() & files.keys() == ALONE.keys()
     assert any(markers >= {f"{name} {part}" for part in PARTS} for name in files if name not in ALONE)
 
 
-def test_the_readme_agrees_with_the_results() -> None:
-    text = README.read_text(encoding="utf-8")
-    assert render(text, read_results(FOLDER)) == text, "python -m benchmarks report writes the README's tables"
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_the_documents_agree_with_the_results(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
+    written = render(text, read_results(FOLDER), document.name)
+    assert written == text, "python -m benchmarks report writes the documents' tables"
 
 
 def test_report_writes_tables_and_plots(tmp_path: Path) -> None:
@@ -312,9 +326,9 @@ def test_report_writes_tables_and_plots(tmp_path: Path) -> None:
     (tmp_path / "startup.json").write_text('{"seconds": 5}')
     readme = tmp_path / "README.md"
     readme.write_text("<!-- benchmarks: a-cpu summary -->\n<!-- end -->\n")
-    report(tmp_path, readme)
-    assert readme.read_text() == render(readme.read_text(), {"a-cpu": made_up()})
-    assert "train nano" in readme.read_text()
+    report(tmp_path, [readme])
+    assert readme.read_text() == render(readme.read_text(), {"a-cpu": made_up()}, "README.md")
+    assert "training nano" in readme.read_text()
     drawn = sorted(tmp_path.glob("*.png"))
     assert [path.name for path in drawn] == ["a-cpu-learning.png", "a-cpu-scaling.png"]
     for path in drawn:
@@ -325,7 +339,7 @@ def test_report_writes_tables_and_plots(tmp_path: Path) -> None:
             assert (abs(pixels * 255 - colour).max(-1) < 2).sum() > 200
 
     before = [path.read_bytes() for path in drawn]
-    report(tmp_path, readme)
+    report(tmp_path, [readme])
     assert [path.read_bytes() for path in drawn] == before
 
 

@@ -6,14 +6,15 @@ from pathlib import Path
 import pytest
 
 from benchmarks import scale
+from benchmarks.measure import spread
 from benchmarks.presets import Preset
-from benchmarks.results import Results
+from benchmarks.results import Results, Row
 from gpt_jax.config import ModelConfig
 
 TINY = ModelConfig(
     vocab_size=16, context_length=8, n_layer=1, n_head=1, d_model=8, bias=False, dtype="float32", attention="xla"
 )
-BASE = Preset("scale", TINY, batch_size=2, steps=2)
+BASE = Preset("scale", TINY, batch_size=2, steps=None)
 MACHINE = {"platform": "cpu", "cores": 1, "devices": 1, "versions": {}, "flags": {}}
 
 
@@ -38,14 +39,14 @@ def test_rows_have_a_point_for_each_size_and_gaps_where_a_contestant_failed(
     measured = []
     measure = scale.measure
 
-    def counted(preset: Preset, *args: object, **options: object) -> scale.Point:
+    def counted(preset: Preset, *args: object, **options: object) -> Row:
         measured.append(preset)
         if preset.batch_size == 3:
-            return scale.Point({scale.OURS: [0.002]}, 1.0, {scale.PYTORCH: "out of memory"})
+            ours = {"step_ms": spread([2.0]), "compile_seconds": 1.0}
+            return {"contestants": {scale.OURS: ours}, "failed": {scale.PYTORCH: "out of memory"}}
         return measure(preset, *args, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(scale, "measure", counted)
-    monkeypatch.setattr(scale, "SECONDS", 0.001)
     results = Results(tmp_path / "machine.json", MACHINE)
     scale.run(results, MACHINE, 2, BASE, {"batch": (2, 3), "depth": (1,)})
 
@@ -53,7 +54,10 @@ def test_rows_have_a_point_for_each_size_and_gaps_where_a_contestant_failed(
     assert list(rows) == ["scale/batch", "scale/depth", "scale/compile"]
     (at_base, at_three), (base_again,) = rows["scale/batch"]["points"], rows["scale/depth"]["points"]
     assert at_base["x"] == 2
-    assert all(0 < at_base[name]["min"] <= at_base[name]["median"] <= at_base[name]["max"] for name in scale.BOTH)
+    assert all(
+        0 < at_base[name]["min"] <= at_base[name]["median"] <= at_base[name]["max"]
+        for name in (scale.OURS, scale.PYTORCH)
+    )
     assert at_three == {"x": 3, "gpt_jax": {"median": 2.0, "min": 2.0, "max": 2.0}}
     assert rows["scale/batch"]["failed"] == {"pytorch at 3": "out of memory"}
     assert {**base_again, "x": 2} == at_base
@@ -67,7 +71,6 @@ def test_rows_have_a_point_for_each_size_and_gaps_where_a_contestant_failed(
 def test_a_contestant_that_cannot_run_tells_why() -> None:
     pytest.importorskip("torch")
     impossible = dataclasses.replace(BASE, model=dataclasses.replace(TINY, attention="splash"))
-    point = scale.measure(impossible, MACHINE, 1)
-    assert not point.seconds
-    assert point.compile_seconds is None
-    assert "splash" in point.failed["gpt_jax"]
+    row = scale.measure(impossible, MACHINE, 1)
+    assert row["contestants"] == {}
+    assert "splash" in row["failed"]["gpt_jax"]

@@ -40,7 +40,8 @@ def test_batches_are_the_same_for_all() -> None:
 def test_every_choice_is_a_variant() -> None:
     names = [name for name, _ in train.variants(TINY, MACHINE)]
     assert names == [
-        *("gpt_jax", "1 device", "pmap, 2 devices", "layers scanned", "attention xla", "attention block_causal")
+        *("gpt_jax", "1 device", "mesh, 1 device", "pmap, 2 devices", "mesh, 2 devices"),
+        *("layers scanned", "attention xla", "attention block_causal"),
     ]
     assert "attention cudnn" in [name for name, _ in train.variants(TINY, {**MACHINE, "platform": "gpu"})]
 
@@ -59,7 +60,7 @@ def test_the_largest_batch_is_looked_for_in_both_directions(
 ) -> None:
     """From a preset's batch of 12 and a guess of 24; how many the memory holds is made up."""
 
-    def alone(preset: Preset, *_: object) -> dict[str, Any]:
+    def alone(_: str, spec: dict[str, Any], preset: Preset, *__: object) -> dict[str, Any]:
         if preset.batch_size > holds:
             raise FailedError("out of memory")
         return {"how": {"batch": preset.batch_size}}

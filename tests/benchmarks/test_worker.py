@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 
 from benchmarks import worker
-from benchmarks.results import Results, ratios, spread
-from benchmarks.worker import FailedError, OutOfTimeError, Worker, take_turns
+from benchmarks.contest import take_turns
+from benchmarks.measure import ratios, spread
+from benchmarks.results import Results
+from benchmarks.worker import FailedError, OutOfTimeError, Worker
 from gpt_jax.errors import UserError
 from tests.commands import ROOT
 

@@ -1,0 +1,121 @@
+"""Clocks, memory, and whole commands: what is measured, said once for all parts."""
+
+import contextlib
+import ctypes
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from benchmarks.worker import ROOT, FailedError, last_line, limit_seconds, too_late
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Median and extremes."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def ratios(theirs: Sequence[float], ours: Sequence[float]) -> dict[str, float]:
+    """Median and extremes of theirs over ours, round by round: how many times as fast, where the values are times."""
+    return spread([a / b for a, b in zip(theirs, ours, strict=True)])
+
+
+def seconds_of(work: Callable[[], object]) -> float:
+    """Wall time of a call."""
+    begin = time.perf_counter()
+    work()
+    return time.perf_counter() - begin
+
+
+def best_of_ten(work: Callable[[], object], amount: float) -> float:
+    """`amount` over the seconds of a call, the shortest of ten, after one to warm up."""
+    work()
+    return amount / min(seconds_of(work) for _ in range(10))
+
+
+def peak_memory() -> int:
+    """Bytes of memory that this process has held at most, libraries and compilation included."""
+    return memory_of("VmHWM")
+
+
+def resident_memory() -> int:
+    """Bytes of memory that this process holds."""
+    return memory_of("VmRSS")
+
+
+def memory_of(field: str) -> int:
+    """A field of /proc/self/status, in bytes; 0 where there is no such file."""
+    status = Path("/proc/self/status")
+    found = re.search(rf"{field}:\s+(\d+) kB", status.read_text() if status.exists() else "")
+    return int(found[1]) * 1024 if found else 0
+
+
+def forget_peak() -> None:
+    """Gives back what this process has freed, and lets `peak_memory` begin anew (proc(5), clear_refs)."""
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+class Command(NamedTuple):
+    """A command that has ended: its lines on standard output, each with the seconds after which it came; the seconds in
+    all; and the most memory that it held, in bytes, libraries included."""
+
+    lines: list[tuple[float, str]]
+    seconds: float
+    peak_bytes: int
+
+    @property
+    def output(self) -> str:
+        """All that it printed."""
+        return "".join(f"{line}\n" for _, line in self.lines)
+
+
+def run_command(*arguments: str, environment: Mapping[str, str] | None = None, until: str | None = None) -> Command:
+    """Runs `python ARGUMENTS` at the root of the repository, to its end or until it prints a line that begins so.
+
+    environment: variables besides those of this process. Raises FailedError when the command fails or takes too long,
+    and OutOfTimeError. The process has ended when this returns or raises.
+    """
+    begin, limit = time.monotonic(), limit_seconds()
+    lines: list[tuple[float, str]] = []
+    stopped = False
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(
+            [sys.executable, *arguments],
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            cwd=ROOT,
+            env={**os.environ, **(environment or {})},
+        )
+        timer = threading.Timer(limit, process.kill)
+        timer.start()
+        assert process.stdout is not None
+        try:
+            for line in process.stdout:
+                lines.append((time.monotonic() - begin, line.removesuffix("\n")))
+                if until is not None and line.startswith(until):
+                    stopped = True
+                    process.kill()
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+        finally:
+            timer.cancel()
+            process.kill()
+            process.wait()
+            process.stdout.close()
+        seconds = time.monotonic() - begin
+        if process.returncode and not stopped:
+            if seconds >= limit:
+                raise too_late(limit)
+            raise FailedError(f"ended with status {process.returncode}{last_line(log)}")
+        return Command(lines, seconds, usage.ru_maxrss * 1024)
