@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,14 @@ ARGS = [
 ]
 MESH_2 = ["--parallel.devices=2", "--parallel.fsdp=2", "--parallel.tensor=2"]  # Two hosts of two devices.
 CONTEXT_2 = ["--parallel.devices=2", "--parallel.context=4"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation_of_hosts() -> Iterator[None]:
+    """Each host compiles what it runs for a few steps, and none shares it: as quickly as the processes of the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS", "1"))
+        yield
 
 
 def free_port() -> int:

@@ -44,8 +44,11 @@ def copied(folder: Path, to: Path, **settings: Any) -> Path:
 
 
 def logits(model: GPT, params: Params, tokens: jax.Array) -> np.ndarray:
-    hidden = forward(model, params, tokens)
-    return np.asarray(jax.vmap(lambda hidden: logits_NV(model, params, hidden))(hidden))[..., :261]
+    @jax.jit
+    def compute(params: Params) -> jax.Array:
+        return jax.vmap(lambda hidden: logits_NV(model, params, hidden))(forward(model, params, tokens))
+
+    return np.asarray(compute(params))[..., :261]
 
 
 def test_the_vocabulary_is_padded_with_zeros(llama: tuple[Path, Params]) -> None:

@@ -3,17 +3,17 @@
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from gpt_jax.config import Config, DataConfig, TrainConfig
 from gpt_jax.data.shards import Dataset, open_dataset
 from gpt_jax.errors import UserError
-from gpt_jax.model.gpt import GPT, Params, forward
+from gpt_jax.model.gpt import GPT, Params
 from gpt_jax.placement import Placement
 from gpt_jax.train.evaluate import make_evaluate
 from tests import tiny
+from tests.evaluate.model import jitted_forward
 
 MODEL = tiny.ONE_LAYER
 T, BATCH = MODEL.context_length, 8
@@ -42,7 +42,7 @@ def expected(folder: Path, params: Params) -> tuple[float, float]:
     losses = []
     for start in range(0, len(tokens) - 1, T):
         inputs, targets = tokens[start : start + T], tokens[start + 1 : start + T + 1]
-        hidden = forward(GPT(MODEL), params, jnp.asarray(inputs[None, : len(targets)]))[0]
+        hidden = jitted_forward(GPT(MODEL), params, inputs[None, : len(targets)])[0]
         logits = np.asarray(hidden, np.float64) @ np.asarray(params["tokens_VD"], np.float64).T
         logits -= logits.max(axis=-1, keepdims=True)
         log_probabilities = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -145,8 +146,8 @@ def test_transformers_opens_the_export_of_adapters(adapted: Path, tmp_path: Path
     ids = tokenizer.encode("the cat sat on 语")
     assert transformers.AutoTokenizer.from_pretrained(out)("the cat sat on 语").input_ids == ids
     tokens = np.array([ids[:16]])
-    hidden_ND = forward(model, params, jnp.asarray(tokens))[0]
-    ours = logits_NV(model, params, hidden_ND)[:, : tokenizer.vocab_size]
+    logits = jax.jit(lambda params: logits_NV(model, params, forward(model, params, jnp.asarray(tokens))[0]))(params)
+    ours = logits[:, : tokenizer.vocab_size]
     with torch.no_grad():
         expected = theirs.eval()(torch.tensor(tokens)).logits[0].numpy()
     np.testing.assert_allclose(ours, expected, atol=1e-4, rtol=0)
