@@ -88,7 +88,7 @@ def test_a_run_moves_from_two_hosts_to_one_and_to_four(
     np.testing.assert_allclose(losses(two)[:3], losses(alone)[:3], rtol=1e-5)  # The fourth has an evaluation.
     one, four = (Path(shutil.copytree(two, tmp_path / name)) for name in ("one", "four"))
     on_one = ["--parallel.devices=1", "--parallel.fsdp=0", "--parallel.context=0", "--parallel.tensor=0"]
-    run("train", "--resume", *ARGS, data, f"--out-dir={one}", "--train.steps=6", *on_one)
+    run_here("train", "--resume", *ARGS, data, f"--out-dir={one}", "--train.steps=6", *on_one)
     on_four = ["--parallel.devices=1", "--parallel.fsdp=4", "--parallel.context=1", "--parallel.tensor=1"]
     finish(start_hosts(4, "--resume", data, f"--out-dir={four}", "--train.steps=6", *on_four))
     for out in (one, four):

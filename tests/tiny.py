@@ -55,16 +55,21 @@ ADAPTED = dataclasses.replace(LLAMA, lora=LoraConfig(rank=2))
 ARCHITECTURES = {"gpt2": GPT2, "llama": LLAMA, "gemma": GEMMA, "adapted": ADAPTED}
 
 
+def initial_params(config: ModelConfig) -> Params:
+    """Parameters as training begins with them, made by one program: operation by operation, it takes seconds."""
+    return jax.jit(lambda: init_params(GPT(config), jax.random.key(0)))()
+
+
 def random_params(config: ModelConfig) -> Params:
     """Parameters not as at the beginning, where biases and adapters are 0 and scales 1: everything counts."""
     rng = np.random.default_rng(1)
-    params = jax.jit(lambda: init_params(GPT(config), jax.random.key(0)))()
+    params = initial_params(config)
     return jax.tree.map(lambda x: x + jnp.asarray(0.1 * rng.normal(size=x.shape), jnp.float32), params)
 
 
-def uneven_params(model: GPT) -> Params:
+def uneven_params(config: ModelConfig) -> Params:
     """Parameters far from their small initial values, so that some tokens are much likelier than others."""
-    return jax.tree.map(lambda x: 8 * x, jax.jit(lambda: init_params(model, jax.random.key(0)))())
+    return jax.tree.map(lambda x: 8 * x, initial_params(config))
 
 
 def byte_data(folder: Path) -> Path:

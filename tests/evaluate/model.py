@@ -13,7 +13,7 @@ MODEL = GPT(CONFIG)
 
 
 def make_params(model: GPT = MODEL) -> Params:
-    return tiny.uneven_params(model)
+    return tiny.uneven_params(model.config)
 
 
 jitted_forward = jax.jit(forward, static_argnums=0)

@@ -10,7 +10,7 @@ import pytest
 
 from gpt_jax.config import DTypeName
 from gpt_jax.errors import UserError
-from gpt_jax.model.gpt import GPT, Params, forward, init_params
+from gpt_jax.model.gpt import GPT, Params, forward
 from gpt_jax.model.head import logits_NV
 from gpt_jax.sample.decode import bucket, decoder_for, prepare_params
 from gpt_jax.sample.generate import Result, encode_prompt, generate, generate_tokens
@@ -227,7 +227,7 @@ def test_prepared_parameters_compute_the_same_and_are_not_prepared_again(params:
 def test_donated_parameters_leave_no_second_copy(dtype: DTypeName) -> None:
     """The same result; of what was given, only what is a part of the result is left."""
     config = dataclasses.replace(CONFIG, dtype=dtype)
-    params = init_params(GPT(config), jax.random.key(0))
+    params = tiny.initial_params(config)
     expected = prepare_params(params, config)
     given = jax.tree.leaves(params)
     prepared = prepare_params(params, config, donate=True)
@@ -251,7 +251,7 @@ def test_buckets(length: int, expected: int) -> None:
 
 def test_prepared_matrices_are_in_the_compute_type() -> None:
     config = dataclasses.replace(CONFIG, dtype="bfloat16")
-    model, params = GPT(config), init_params(GPT(config), jax.random.key(0))
+    model, params = GPT(config), tiny.initial_params(config)
     as_they_were = prepare_params(params, dataclasses.replace(config, dtype="float32"))
     prepared = prepare_params(params, config)
     assert {str(x.dtype) for x in jax.tree.leaves(prepared) if x.ndim >= 2} == {"bfloat16"}

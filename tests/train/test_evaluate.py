@@ -32,7 +32,7 @@ def data(folder: Path) -> Dataset:
 
 @pytest.fixture(scope="module")
 def params() -> Params:
-    return tiny.uneven_params(GPT(MODEL))
+    return tiny.uneven_params(MODEL)
 
 
 @pytest.fixture(scope="module")
