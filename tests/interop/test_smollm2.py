@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,15 @@ PROMPTS = [
     "1, 2, 3, 4,",
     "Photosynthesis is the process by which",
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def full_optimisation(quick_compilation: None) -> Iterator[None]:
+    """Of a model of this size, programs run for longer than they compile."""
+    quick = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", quick)
 
 
 @pytest.fixture(scope="module")
