@@ -23,7 +23,8 @@ from gpt_jax.config import Config, DataConfig, ParallelConfig, config_from_dict
 from gpt_jax.data.batch import Batch
 from gpt_jax.data.loader import Prefetch
 from gpt_jax.model.backend import resolve
-from gpt_jax.model.gpt import GPT, init_params
+from gpt_jax.model.forward import init_params
+from gpt_jax.model.gpt import GPT
 from gpt_jax.placement import choose_placement
 from gpt_jax.sample.decode import CHUNK, Decoder, bucket, decoder_for, prepare_params
 from gpt_jax.sample.settings import Filters

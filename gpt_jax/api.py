@@ -15,7 +15,8 @@ from gpt_jax.data.formats import Block
 from gpt_jax.errors import UserError
 from gpt_jax.evaluate.loss import Tally, evaluate_blocks
 from gpt_jax.evaluate.score import Scorer
-from gpt_jax.model.gpt import GPT, Params, forward
+from gpt_jax.model.forward import forward
+from gpt_jax.model.gpt import GPT, Params
 from gpt_jax.model.head import logits_NV
 from gpt_jax.run.load import LoadedModel, load_model, open_source
 from gpt_jax.sample.chat import fit, message

@@ -44,6 +44,9 @@ GPU_MEMORY_FRACTION = 0.9
 default is three quarters."""
 
 
+MEMORY_FRACTION_VARIABLES = ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION")
+"""The variables by which a user sets that share: the older name, which all versions of JAX know, and the newer one."""
+
 _is_set_up = False
 
 
@@ -52,7 +55,8 @@ def setup(cpu_devices: int = 1) -> None:
     once, before any device is used."""
     global _is_set_up
     _is_set_up = True
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(GPU_MEMORY_FRACTION))
+    if not any(name in os.environ for name in MEMORY_FRACTION_VARIABLES):  # Both at once are an error.
+        os.environ[MEMORY_FRACTION_VARIABLES[0]] = str(GPU_MEMORY_FRACTION)
     if "xla_cpu_experimental_ynn_fusion_type" not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {CPU_FLAG}".strip()
     jax.config.update("jax_num_cpu_devices", cpu_devices)

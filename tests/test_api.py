@@ -11,7 +11,7 @@ import pytest
 import gpt_jax
 from gpt_jax.config import Config, DataConfig, ModelConfig, OptimizerConfig, ParallelConfig, TrainConfig
 from gpt_jax.errors import UserError
-from gpt_jax.model.gpt import forward
+from gpt_jax.model.forward import forward
 from gpt_jax.model.head import logits_NV
 from tests.commands import ROOT, records, run
 from tests.interop.models import publish

@@ -27,7 +27,8 @@ from gpt_jax.config import files as config_files
 from gpt_jax.errors import UserError
 from gpt_jax.files import save_json
 from gpt_jax.model.backend import resolve
-from gpt_jax.model.gpt import GPT, init_params
+from gpt_jax.model.forward import init_params
+from gpt_jax.model.gpt import GPT
 from gpt_jax.model.lora import split
 from tests.commands import ROOT
 

@@ -1,7 +1,9 @@
 """How many CPU devices a run takes, and what a device can do at best."""
 
+import os
 from typing import Any
 
+import jax
 import pytest
 
 from gpt_jax import runtime
@@ -108,3 +110,14 @@ def test_the_peak_of_a_device_that_is_known(device_kind: str, tflops: float) -> 
 )
 def test_a_device_that_only_sounds_known_has_no_peak(device_kind: str) -> None:
     assert peak_flops(device_kind) is None
+
+
+@pytest.mark.parametrize("name", runtime.MEMORY_FRACTION_VARIABLES)
+def test_a_share_of_memory_that_the_user_sets_is_the_only_one(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """jaxlib refuses to start a GPU when both of its names are set."""
+    for variable in runtime.MEMORY_FRACTION_VARIABLES:
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv(name, "0.5")
+    monkeypatch.setattr(jax.config, "update", lambda *_: None)
+    runtime.setup()
+    assert {v: os.environ.get(v) for v in runtime.MEMORY_FRACTION_VARIABLES if v in os.environ} == {name: "0.5"}

@@ -13,7 +13,8 @@ import numpy as np
 
 from gpt_jax.config import LoraConfig, ModelConfig
 from gpt_jax.data.prepare import PrepareArgs, prepare
-from gpt_jax.model.gpt import GPT, Params, init_params
+from gpt_jax.model.forward import init_params
+from gpt_jax.model.gpt import GPT, Params
 from gpt_jax.tokenizer.bytes import ByteTokenizer
 
 ONE_LAYER = ModelConfig(

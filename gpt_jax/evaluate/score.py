@@ -9,7 +9,8 @@ import numpy as np
 
 from gpt_jax.data.batch import Batch
 from gpt_jax.evaluate.windows import Window, batches
-from gpt_jax.model.gpt import GPT, Params, forward
+from gpt_jax.model.forward import forward
+from gpt_jax.model.gpt import GPT, Params
 from gpt_jax.model.head import logits_NV
 from gpt_jax.model.kernels import SPLASH_BLOCKS
 from gpt_jax.placement import Placement

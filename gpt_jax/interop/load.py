@@ -17,7 +17,8 @@ from gpt_jax.interop.hub import find_model
 from gpt_jax.interop.layout import Layout
 from gpt_jax.interop.model_files import ModelFiles, open_model
 from gpt_jax.interop.weights import few
-from gpt_jax.model.gpt import GPT, Params, init_params
+from gpt_jax.model.forward import init_params
+from gpt_jax.model.gpt import GPT, Params
 from gpt_jax.tokenizer.tokenizer import Tokenizer
 
 PADDED_TO = 128  # Embedding rows are padded to a multiple of this, which suits matrix units.

@@ -9,7 +9,6 @@ asks for it:
     final_norm
 """
 
-import dataclasses
 from typing import Any, cast
 
 import flax.linen as nn
@@ -22,31 +21,12 @@ from gpt_jax.model import cache as kv
 from gpt_jax.model import stack
 from gpt_jax.model.attention import cached_attention, visible
 from gpt_jax.model.kernels import causal_attention
-from gpt_jax.model.layers import INIT_STD, Linear, RMSNorm, dropout, fold_in, norm
-from gpt_jax.model.lora import AdaptedLinear
+from gpt_jax.model.layers import ACTIVATIONS, INIT_STD, RMSNorm, dropout, fold_in, norm
+from gpt_jax.model.lora import linear
 from gpt_jax.model.rope import rotate
 from gpt_jax.model.sharding import constrain, for_use
 
 Params = dict[str, Any]
-
-ACTIVATIONS = {
-    "gelu_tanh": lambda x: nn.gelu(x, approximate=True),  # Hendrycks and Gimpel 2016, its tanh form.
-    "gelu": lambda x: nn.gelu(x, approximate=False),
-    "silu": nn.silu,
-    "relu": nn.relu,
-}
-
-
-def linear(config: ModelConfig, name: str, features: int, residual: bool = False) -> Linear:
-    """The linear layer that a block calls `name` (one of LORA_TARGETS): its bias, start and adapters by `config`.
-
-    The two layers of a block that write to the residual stream start smaller, the more blocks there are (GPT-2).
-    """
-    init_std = INIT_STD / float(np.sqrt(2 * config.n_layer)) if residual else INIT_STD
-    has_bias = config.has_bias(name if name in ("qkv", "out") else "mlp")
-    if config.lora.rank and name in config.lora.targets:
-        return AdaptedLinear(features, has_bias, init_std, config.dtype, config.lora, name=name)
-    return Linear(features, has_bias, init_std, config.dtype, name=name)
 
 
 class Attention(nn.Module):
@@ -212,35 +192,3 @@ class GPT(nn.Module):
         if cache is not None:
             return stack.run_cached(cached_block, layers, x_BTD, cache, c)
         return stack.run(block, layers, x_BTD, c), None
-
-
-def init_params(model: GPT, key: jax.Array) -> Params:
-    """The parameters before training, float32, layers stacked."""
-    # One token is enough to find all shapes; the fused attentions, which work on whole blocks, are not made for one.
-    plain = GPT(dataclasses.replace(model.config, attention="xla"))
-    return cast(Params, plain.init(key, jnp.zeros((1, 1), jnp.int32))["params"])
-
-
-def forward(
-    model: GPT,
-    params: Params,
-    tokens_BT: jax.Array,
-    keys_B: jax.Array | None = None,
-    segments_BT: jax.Array | None = None,
-    positions_BT: jax.Array | None = None,
-) -> jax.Array:
-    """The hidden states (B, T, D) of whole sequences, after the final norm; with dropout, if there are keys for it.
-
-    segments_BT, positions_BT: of documents that are packed into a row, see `Batch`.
-    """
-    args = {"params": params}, tokens_BT, keys_B, segments_BT, positions_BT
-    return cast(tuple[jax.Array, None], model.apply(*args))[0]
-
-
-def forward_cached(
-    model: GPT, params: Params, tokens_BT: jax.Array, cache: kv.Cache, start_B: jax.Array
-) -> tuple[jax.Array, kv.Cache]:
-    """The hidden states (B, T, D) of tokens that go on from position start_B, and the cache with them in it."""
-    positions_BT = start_B[:, None] + jnp.arange(tokens_BT.shape[1])
-    args = {"params": params}, tokens_BT, None, None, positions_BT, cache
-    return cast(tuple[jax.Array, kv.Cache], model.apply(*args))

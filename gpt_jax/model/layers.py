@@ -10,6 +10,13 @@ from gpt_jax.model.weight import product
 
 INIT_STD = 0.02  # GPT-2's, for every matrix and embedding.
 
+ACTIVATIONS = {
+    "gelu_tanh": lambda x: nn.gelu(x, approximate=True),  # Hendrycks and Gimpel 2016, its tanh form.
+    "gelu": lambda x: nn.gelu(x, approximate=False),
+    "silu": nn.silu,
+    "relu": nn.relu,
+}
+
 
 class Linear(nn.Module):
     """y = x @ kernel + bias, computed in `dtype` from float32 parameters; (..., D) to (..., features).

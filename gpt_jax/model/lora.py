@@ -5,9 +5,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from gpt_jax.config import LORA_TARGETS, LoraConfig
-from gpt_jax.model.layers import Linear, dropout, fold_in
+from gpt_jax.config import LORA_TARGETS, LoraConfig, ModelConfig
+from gpt_jax.model.layers import INIT_STD, Linear, dropout, fold_in
 from gpt_jax.model.weight import plain_product
 
 ADAPTERS = ("lora_a", "lora_b")
@@ -32,6 +33,18 @@ class AdaptedLinear(Linear):
             x = dropout(x, self.lora.dropout, fold_in(keys_B, 8 + LORA_TARGETS.index(str(self.name))))
         adapted = plain_product(plain_product(x, a_DR, self.dtype), b_RF, self.dtype)
         return y + (adapted * (self.lora.alpha / rank)).reshape(y.shape)
+
+
+def linear(config: ModelConfig, name: str, features: int, residual: bool = False) -> Linear:
+    """The linear layer that a block calls `name` (one of LORA_TARGETS): its bias, start and adapters by `config`.
+
+    The two layers of a block that write to the residual stream start smaller, the more blocks there are (GPT-2).
+    """
+    init_std = INIT_STD / float(np.sqrt(2 * config.n_layer)) if residual else INIT_STD
+    has_bias = config.has_bias(name if name in ("qkv", "out") else "mlp")
+    if config.lora.rank and name in config.lora.targets:
+        return AdaptedLinear(features, has_bias, init_std, config.dtype, config.lora, name=name)
+    return Linear(features, has_bias, init_std, config.dtype, name=name)
 
 
 def symmetric_uniform(limit: float) -> nn.initializers.Initializer:

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from gpt_jax.config import AttentionName, Config, ModelConfig
 from gpt_jax.model import lora
 from gpt_jax.model.flops import flops_per_token, keys_seen
-from gpt_jax.model.gpt import GPT, Params, forward, init_params
+from gpt_jax.model.forward import forward, init_params
+from gpt_jax.model.gpt import GPT, Params
 from gpt_jax.model.kernels import QUERY_BLOCK, SPLASH_BLOCKS
 from gpt_jax.placement import Placement
 from gpt_jax.plan.program import Traffic, abstract_state, bytes_on_a_device

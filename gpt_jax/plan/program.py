@@ -13,7 +13,8 @@ from gpt_jax.config import Config
 from gpt_jax.data.batch import Batch
 from gpt_jax.errors import UserError
 from gpt_jax.model import lora
-from gpt_jax.model.gpt import GPT, init_params
+from gpt_jax.model.forward import init_params
+from gpt_jax.model.gpt import GPT
 from gpt_jax.placement import MeshPlacement, Placement, with_shardings
 from gpt_jax.train.objectives.next_token import next_token
 from gpt_jax.train.optimizer import learning_rate_schedule, make_optimizer

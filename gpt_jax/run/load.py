@@ -17,7 +17,8 @@ from gpt_jax.interop import load as interop
 from gpt_jax.interop.load import open_named
 from gpt_jax.interop.model_files import ModelFiles
 from gpt_jax.model.backend import resolve
-from gpt_jax.model.gpt import GPT, Params, init_params
+from gpt_jax.model.forward import init_params
+from gpt_jax.model.gpt import GPT, Params
 from gpt_jax.model.lora import fold, join, split
 from gpt_jax.placement import Placement
 from gpt_jax.run.checkpoint import Checkpoints, choose_step, latest_step, tree_fingerprint
@@ -222,15 +223,15 @@ def load_model(source: Source, context_length: int = 0) -> LoadedModel:
     return LoadedModel(GPT(config), source.load_params(config, placement), tokenizer)
 
 
-def with_context(config: ModelConfig, context_length: int, where: str) -> ModelConfig:
-    """The configuration with a context of that many tokens. Raises UserError when the model in `where` has learned
-    fewer positions."""
-    check(context_length >= 1, "context_length", context_length, "1 or more")
+def with_context(config: ModelConfig, context_length: int, where: str, name: str = "context_length") -> ModelConfig:
+    """The configuration with a context of that many tokens. Raises UserError, naming `name`, when the model in `where`
+    has learned fewer positions."""
+    check(context_length >= 1, name, context_length, "1 or more")
     if context_length == config.context_length:
         return config
     if config.positions == "learned":
         allowed = f"at most {config.context_length}, the positions that {where} has learned"
-        check(context_length <= config.context_length, "context_length", context_length, allowed)
+        check(context_length <= config.context_length, name, context_length, allowed)
     rope = dataclasses.replace(config.rope, original_context=config.rope.original_context or config.context_length)
     return dataclasses.replace(config, context_length=context_length, rope=rope)
 
@@ -245,4 +246,4 @@ def adopt(source: Source, config: ModelConfig, asks_context: bool = True) -> Mod
     T = config.context_length if asks_context else min(config.context_length, source_config.context_length)
     kept: dict[str, Any] = {name: getattr(config, name) for name in HOW_IT_RUNS}
     kept["vocab_multiple"] = source.vocab_multiple(config.vocab_multiple)
-    return dataclasses.replace(with_context(source_config, T, source.where), **kept)
+    return dataclasses.replace(with_context(source_config, T, source.where, "model.context_length"), **kept)

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 
 from gpt_jax.config import ModelConfig
 from gpt_jax.model import cache as kv
-from gpt_jax.model.gpt import GPT, Params, forward_cached
+from gpt_jax.model.forward import forward_cached
+from gpt_jax.model.gpt import GPT, Params
 from gpt_jax.model.head import logits_NV
 from gpt_jax.sample.filters import apply, draw
 from gpt_jax.sample.settings import Filters

@@ -15,7 +15,8 @@ from gpt_jax.data.shards import Dataset
 from gpt_jax.model import lora
 from gpt_jax.model.backend import resolve
 from gpt_jax.model.flops import FLOPS_FORMULA, flops_per_token
-from gpt_jax.model.gpt import GPT, Params, init_params
+from gpt_jax.model.forward import init_params
+from gpt_jax.model.gpt import GPT, Params
 from gpt_jax.placement import Placement, choose_placement
 from gpt_jax.run.checkpoint import Checkpoints, tree_fingerprint
 from gpt_jax.run.folder import RunFolder

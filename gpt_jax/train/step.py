@@ -9,7 +9,8 @@ import optax
 
 from gpt_jax.data.batch import Batch
 from gpt_jax.model import lora
-from gpt_jax.model.gpt import GPT, Params, init_params
+from gpt_jax.model.forward import init_params
+from gpt_jax.model.gpt import GPT, Params
 from gpt_jax.model.sharding import to_storage
 from gpt_jax.train.objectives import Objective, Sums
 

@@ -4,7 +4,8 @@ float64."""
 import jax
 import numpy as np
 
-from gpt_jax.model.gpt import GPT, Params, forward
+from gpt_jax.model.forward import forward
+from gpt_jax.model.gpt import GPT, Params
 from tests import tiny
 
 CONFIG = tiny.ONE_LAYER

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from gpt_jax.config import DTypeName
-from gpt_jax.model.gpt import GPT, forward
+from gpt_jax.model.forward import forward
+from gpt_jax.model.gpt import GPT
 from gpt_jax.model.head import head_logits, head_VD
 from gpt_jax.sample.decode import CHUNK, Decoder, prepare_params
 from gpt_jax.sample.settings import Filters

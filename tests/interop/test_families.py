@@ -17,7 +17,8 @@ from gpt_jax.interop.model_files import ModelFiles, open_model
 from gpt_jax.interop.save import in_a_family, write_model
 from gpt_jax.model.backend import resolve
 from gpt_jax.model.cache import init_cache
-from gpt_jax.model.gpt import GPT, Params, forward, forward_cached
+from gpt_jax.model.forward import forward, forward_cached
+from gpt_jax.model.gpt import GPT, Params
 from gpt_jax.model.head import logits_NV
 from gpt_jax.model.stack import unstack
 from gpt_jax.placement import Placement

@@ -15,7 +15,8 @@ from gpt_jax.errors import UserError
 from gpt_jax.files import save_json
 from gpt_jax.interop.families import family_for
 from gpt_jax.interop.load import aligned, load_params, open_named, their_config
-from gpt_jax.model.gpt import GPT, Params, forward
+from gpt_jax.model.forward import forward
+from gpt_jax.model.gpt import GPT, Params
 from gpt_jax.model.head import logits_NV
 from gpt_jax.model.rope import frequencies, plain
 from gpt_jax.placement import Placement

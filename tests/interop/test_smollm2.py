@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from gpt_jax.interop.gguf import GGUFWeights
-from gpt_jax.model.gpt import GPT, Params, forward
+from gpt_jax.model.forward import forward
+from gpt_jax.model.gpt import GPT, Params
 from gpt_jax.model.head import logits_NV
 from gpt_jax.run.load import load_model, open_source
 from gpt_jax.sample.generate import generate

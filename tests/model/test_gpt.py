@@ -8,7 +8,8 @@ import pytest
 
 from gpt_jax.config import AttentionName, DTypeName, LoraConfig, ModelConfig, RematName
 from gpt_jax.model.cache import init_cache
-from gpt_jax.model.gpt import GPT, Params, forward, forward_cached, init_params
+from gpt_jax.model.forward import forward, forward_cached, init_params
+from gpt_jax.model.gpt import GPT, Params
 from gpt_jax.model.head import head_VD, logits_NV
 from gpt_jax.model.loss import loss_sums
 from gpt_jax.model.presets import GPT2, GPT2_LARGE, GPT2_MEDIUM, GPT2_XL
@@ -34,7 +35,7 @@ LLAMA = dataclasses.replace(
     tied_head=False,
 )
 GEMMA = dataclasses.replace(
-    LLAMA, n_layer=5, window=6, window_pattern="ssf", post_norm=True, scale_embeddings=True, query_scale=0.3, biases=()
+    LLAMA, n_layer=4, window=6, window_pattern="ssf", post_norm=True, scale_embeddings=True, query_scale=0.3, biases=()
 )
 ADAPTED = dataclasses.replace(LLAMA, lora=LoraConfig(rank=2))
 ARCHITECTURES = {"gpt2": CONFIG, "llama": LLAMA, "gemma": GEMMA, "adapted": ADAPTED}

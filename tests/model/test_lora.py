@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +7,8 @@ import numpy as np
 import pytest
 
 from gpt_jax.config import LORA_TARGETS, LoraConfig
-from gpt_jax.model.gpt import GPT, Params, forward
+from gpt_jax.model.forward import forward
+from gpt_jax.model.gpt import GPT, Params
 from gpt_jax.model.head import logits_NV
 from gpt_jax.model.lora import fold, join, split
 from tests.interop.models import LLAMA
@@ -14,7 +16,12 @@ from tests.tiny import random_params
 
 
 def logits(model: GPT, params: Params, tokens: jax.Array) -> np.ndarray:
-    return np.asarray(jax.vmap(lambda hidden: logits_NV(model, params, hidden))(forward(model, params, tokens)))
+    return np.asarray(jitted_logits(model, params, tokens))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def jitted_logits(model: GPT, params: Params, tokens: jax.Array) -> jax.Array:
+    return jax.vmap(lambda hidden: logits_NV(model, params, hidden))(forward(model, params, tokens))
 
 
 @pytest.mark.parametrize("targets", [LORA_TARGETS, ("qkv",), ("gate", "down")], ids=["all", "qkv", "gate-down"])

@@ -10,7 +10,8 @@ import pytest
 
 from gpt_jax.config import AttentionName, ModelConfig
 from gpt_jax.model.cache import init_cache
-from gpt_jax.model.gpt import GPT, Params, forward, forward_cached
+from gpt_jax.model.forward import forward, forward_cached
+from gpt_jax.model.gpt import GPT, Params
 from gpt_jax.model.head import head_logits
 from gpt_jax.model.loss import loss_sums
 from gpt_jax.model.stack import unstack

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from gpt_jax.config import AttentionName, ModelConfig
 from gpt_jax.data.batch import Batch
-from gpt_jax.model.gpt import Params, forward
+from gpt_jax.model.forward import forward
+from gpt_jax.model.gpt import Params
 from gpt_jax.model.kernels import causal_attention, causal_by_blocks, causal_by_mask, causal_by_splash
 from gpt_jax.train.objectives.next_token import next_token
 from tests.model.test_attention import random_qkv, reference

@@ -10,7 +10,8 @@ import pytest
 
 from gpt_jax.config import DTypeName
 from gpt_jax.errors import UserError
-from gpt_jax.model.gpt import GPT, Params, forward
+from gpt_jax.model.forward import forward
+from gpt_jax.model.gpt import GPT, Params
 from gpt_jax.model.head import logits_NV
 from gpt_jax.sample.decode import bucket, decoder_for, prepare_params
 from gpt_jax.sample.generate import Result, encode_prompt, generate, generate_tokens

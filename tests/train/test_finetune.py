@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt_jax.model.gpt import forward
+from gpt_jax.model.forward import forward
 from gpt_jax.model.head import logits_NV
 from gpt_jax.run.checkpoint import Checkpoints
 from gpt_jax.run.load import load_model, open_source

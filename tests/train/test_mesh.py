@@ -15,7 +15,8 @@ import pytest
 from gpt_jax.config import LoraConfig, ModelConfig, OptimizerConfig, ParallelConfig
 from gpt_jax.data.batch import Batch
 from gpt_jax.errors import UserError
-from gpt_jax.model.gpt import GPT, forward, init_params
+from gpt_jax.model.forward import forward, init_params
+from gpt_jax.model.gpt import GPT
 from gpt_jax.model.kernels import causal_attention, causal_by_mask, causal_by_splash
 from gpt_jax.placement import MeshPlacement, Placement, choose_placement, mesh_array
 from gpt_jax.run.checkpoint import Checkpoints, checksum
@@ -128,6 +129,7 @@ def test_every_mesh_and_pmap_agree_with_one_device(
     assert not np.allclose(ours[0].params["tokens_VD"], first, atol=1e-3)  # Something was learnt.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("remat", "unroll"), [("none", True), ("full", False), ("dots", True)])
 def test_microbatches_dropout_and_rematerialisation_agree(remat: Any, unroll: bool) -> None:
     config = dataclasses.replace(GPT2, dropout=0.2)
@@ -145,6 +147,7 @@ def expected_of_xla(config: ModelConfig) -> tuple[TrainState, list[StepMetrics]]
     return Run(config, placement(None, config, n_devices=1)).train()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unroll", [True, False])
 @pytest.mark.parametrize("mesh", [(2, 2, 1, 2), (2, 1, 4, 1)])
 def test_windows_and_norms_of_heads_agree(
@@ -261,6 +264,7 @@ def test_devices_of_several_hosts_or_slices_are_taken_in_order() -> None:
     assert [d.id for d in mesh.ravel()] == list(range(8))
 
 
+@pytest.mark.slow
 def test_adapters_agree() -> None:
     """Those of all matrices, beside a base that is divided, too."""
     config = dataclasses.replace(LLAMA, lora=LoraConfig(rank=4))
@@ -327,6 +331,7 @@ def test_logits_are_never_gathered() -> None:
     assert re.search(r"f32\[[\d,]*\b52\b[\d,]*\]", program)  # Half of it, on each of two devices.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attention", ["xla", "block_causal"])
 def test_a_long_sequence_takes_each_device_a_part_of_the_memory(
     attention: Any, monkeypatch: pytest.MonkeyPatch

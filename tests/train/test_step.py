@@ -11,7 +11,8 @@ import pytest
 
 from gpt_jax.config import ModelConfig, OptimizerConfig
 from gpt_jax.data.batch import Batch
-from gpt_jax.model.gpt import GPT, forward
+from gpt_jax.model.forward import forward
+from gpt_jax.model.gpt import GPT
 from gpt_jax.placement import Placement
 from gpt_jax.train import step as step_module
 from gpt_jax.train.objectives import Objective, Sums

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 
 from gpt_jax.data.batch import Batch
-from gpt_jax.model.gpt import GPT, Params, forward
+from gpt_jax.model.forward import forward
+from gpt_jax.model.gpt import GPT, Params
 from gpt_jax.model.head import head_VD
 from gpt_jax.model.loss import loss_sums
 from gpt_jax.train.objectives import Sums

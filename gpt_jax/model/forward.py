@@ -1,0 +1,42 @@
+"""The GPT as pure functions of its parameters: the first ones, and the hidden states of tokens."""
+
+import dataclasses
+from typing import cast
+
+import jax
+import jax.numpy as jnp
+
+from gpt_jax.model import cache as kv
+from gpt_jax.model.gpt import GPT, Params
+
+
+def init_params(model: GPT, key: jax.Array) -> Params:
+    """The parameters before training, float32, layers stacked."""
+    # One token is enough to find all shapes; the fused attentions, which work on whole blocks, are not made for one.
+    plain = GPT(dataclasses.replace(model.config, attention="xla"))
+    return cast(Params, plain.init(key, jnp.zeros((1, 1), jnp.int32))["params"])
+
+
+def forward(
+    model: GPT,
+    params: Params,
+    tokens_BT: jax.Array,
+    keys_B: jax.Array | None = None,
+    segments_BT: jax.Array | None = None,
+    positions_BT: jax.Array | None = None,
+) -> jax.Array:
+    """The hidden states (B, T, D) of whole sequences, after the final norm; with dropout, if there are keys for it.
+
+    segments_BT, positions_BT: of documents that are packed into a row, see `Batch`.
+    """
+    args = {"params": params}, tokens_BT, keys_B, segments_BT, positions_BT
+    return cast(tuple[jax.Array, None], model.apply(*args))[0]
+
+
+def forward_cached(
+    model: GPT, params: Params, tokens_BT: jax.Array, cache: kv.Cache, start_B: jax.Array
+) -> tuple[jax.Array, kv.Cache]:
+    """The hidden states (B, T, D) of tokens that go on from position start_B, and the cache with them in it."""
+    positions_BT = start_B[:, None] + jnp.arange(tokens_BT.shape[1])
+    args = {"params": params}, tokens_BT, None, None, positions_BT, cache
+    return cast(tuple[jax.Array, kv.Cache], model.apply(*args))
