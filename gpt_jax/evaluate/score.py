@@ -13,6 +13,7 @@ from gpt_jax.model.forward import forward
 from gpt_jax.model.gpt import GPT, Params
 from gpt_jax.model.head import logits_NV
 from gpt_jax.model.kernels import SPLASH_BLOCKS
+from gpt_jax.model.loss import nats_N
 from gpt_jax.placement import Placement
 
 CHUNK = 1024
@@ -39,8 +40,8 @@ def make_score_step(model: GPT, axis_name: str | None) -> Callable[[Params, Batc
 
         def score_token(x: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             hidden_D, target = x
-            logits_V = logits_NV(model, params, hidden_D[None])[0]
-            return jax.nn.logsumexp(logits_V) - logits_V[target], jnp.argmax(logits_V) == target
+            logits_1V = logits_NV(model, params, hidden_D[None])
+            return nats_N(logits_1V, target[None])[0], jnp.argmax(logits_1V) == target
 
         flat = hidden_BTD.reshape(-1, hidden_BTD.shape[-1]), tokens[:, 1:].reshape(-1)
         nats_BT, greedy_BT = (x.reshape(mask_BT.shape) for x in jax.lax.map(score_token, flat, batch_size=CHUNK))

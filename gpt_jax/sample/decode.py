@@ -16,6 +16,7 @@ from gpt_jax.model import cache as kv
 from gpt_jax.model.forward import forward_cached
 from gpt_jax.model.gpt import GPT, Params
 from gpt_jax.model.head import logits_NV
+from gpt_jax.model.loss import nats_N
 from gpt_jax.sample.filters import apply, draw
 from gpt_jax.sample.settings import Filters
 
@@ -99,10 +100,10 @@ class Decoder:
             keys_B = jax.vmap(jax.random.fold_in, in_axes=(0, None))(state.keys_B, state.drawn)
             tokens_B = jax.vmap(draw)(keys_B, filtered_BV)
         rows = jnp.arange(tokens_B.shape[0])
-        logprobs_B = jax.nn.log_softmax(logits_BV, axis=-1)[rows, tokens_B]
         seen_BV = None if state.seen_BV is None else state.seen_BV.at[rows, tokens_B].set(True)
         tokens_B = tokens_B.astype(jnp.int32)
-        return state._replace(last_B=tokens_B, drawn=state.drawn + 1, seen_BV=seen_BV), logprobs_B
+        state = state._replace(last_B=tokens_B, drawn=state.drawn + 1, seen_BV=seen_BV)
+        return state, -nats_N(logits_BV, tokens_B)
 
     def _prefill(
         self,

@@ -7,7 +7,7 @@ from gpt_jax.data.batch import Batch
 from gpt_jax.model.forward import forward
 from gpt_jax.model.gpt import GPT, Params
 from gpt_jax.model.head import head_VD
-from gpt_jax.model.loss import loss_sums
+from gpt_jax.model.loss import nats_BT
 from gpt_jax.train.objectives import Sums
 
 
@@ -15,7 +15,7 @@ def next_token(model: GPT, params: Params, batch: Batch, keys_B: jax.Array | Non
     """The cross-entropy of the targets in nats, each as often as it counts, and how many count."""
     inputs_BT, targets_BT = batch.tokens[:, :-1], batch.tokens[:, 1:]
     hidden_BTD = forward(model, params, inputs_BT, keys_B, batch.segments, batch.positions)
-    mask_BT = jnp.ones(targets_BT.shape, jnp.float32) if batch.mask is None else batch.mask
     c = model.config
-    total, count = loss_sums(hidden_BTD, head_VD(params), targets_BT, mask_BT, c.vocab_size, c.loss_chunk)
-    return Sums(total, count, logged={})
+    losses_BT = nats_BT(hidden_BTD, head_VD(params), targets_BT, c.vocab_size, c.loss_chunk)
+    mask_BT = jnp.ones(targets_BT.shape) if batch.mask is None else batch.mask.astype(jnp.float32)
+    return Sums(jnp.einsum("BT,BT->", losses_BT, mask_BT), jnp.sum(mask_BT), logged={})
