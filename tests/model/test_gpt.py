@@ -14,42 +14,18 @@ from gpt_jax.model.head import head_VD, logits_NV
 from gpt_jax.model.loss import nats_BT
 from gpt_jax.model.presets import GPT2, GPT2_LARGE, GPT2_MEDIUM, GPT2_XL
 from gpt_jax.model.stack import unstack
+from tests import tiny
 
-CONFIG = ModelConfig(
-    vocab_size=67, context_length=32, n_layer=2, n_head=4, d_model=32, dtype="float32", attention="block_causal"
-)
-
-LLAMA = dataclasses.replace(
-    CONFIG,
-    vocab_multiple=8,
-    n_kv_head=2,
-    d_head=6,
-    d_ff=48,
-    positions="rotary",
-    norm="rms",
-    activation="silu",
-    gated=True,
-    bias=False,
-    biases=("qkv",),
-    qk_norm=True,
-    tied_head=False,
-)
-GEMMA = dataclasses.replace(
-    LLAMA, n_layer=4, window=6, window_pattern="ssf", post_norm=True, scale_embeddings=True, query_scale=0.3, biases=()
-)
+CONFIG = dataclasses.replace(tiny.GPT2, vocab_size=67)
+LLAMA = dataclasses.replace(tiny.LLAMA, vocab_size=67, vocab_multiple=8, d_head=6, biases=("qkv",), qk_norm=True)
+GEMMA = dataclasses.replace(tiny.GEMMA, vocab_size=67, vocab_multiple=8, d_head=6, n_layer=4)
 ADAPTED = dataclasses.replace(LLAMA, lora=LoraConfig(rank=2))
 ARCHITECTURES = {"gpt2": CONFIG, "llama": LLAMA, "gemma": GEMMA, "adapted": ADAPTED}
 
 
-def init(config: ModelConfig) -> Params:
-    return jax.jit(lambda: init_params(GPT(config), jax.random.key(0)))()
-
-
 def make(config: ModelConfig = CONFIG) -> tuple[GPT, Params]:
-    """A model and parameters not as at the beginning, where biases are 0 and scales 1: everything counts."""
-    rng = np.random.default_rng(1)
-    params = jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype(np.float32), init(config))
-    return GPT(config), params
+    """A model, and parameters of which every one counts."""
+    return GPT(config), tiny.random_params(config)
 
 
 def logits(model: GPT, params: Params, tokens_BT: jax.Array) -> jax.Array:
@@ -67,7 +43,7 @@ def random_tokens(rng: np.random.Generator, *shape: int) -> jax.Array:
 @pytest.mark.parametrize("bias", [True, False])
 def test_parameter_count(bias: bool, name: str) -> None:
     config = dataclasses.replace(ARCHITECTURES[name], bias=bias, d_ff=80)
-    params = init(config)
+    params = tiny.initial_params(config)
     assert sum(x.size for x in jax.tree.leaves(params)) == config.n_params
 
 
@@ -90,7 +66,7 @@ def test_gpt2_sizes() -> None:
 def test_initialisation() -> None:
     """GPT-2's: normal with deviation 0.02, divided by sqrt(2 L) where a block adds to the residual stream."""
     config = dataclasses.replace(CONFIG, d_model=256, vocab_size=1000)
-    params = init(config)
+    params = tiny.initial_params(config)
     residual = 0.02 / np.sqrt(2 * config.n_layer)
     layers = params["layers"]
     for kernel, std in [
@@ -149,7 +125,9 @@ def test_rematerialisation_really_recomputes() -> None:
 
     def saved_bytes(remat: RematName) -> int:
         model = GPT(dataclasses.replace(CONFIG, remat=remat, attention="xla"))
-        backward = jax.eval_shape(lambda params: jax.vjp(lambda p: forward(model, p, tokens), params)[1], init(CONFIG))
+        backward = jax.eval_shape(
+            lambda params: jax.vjp(lambda p: forward(model, p, tokens), params)[1], tiny.initial_params(CONFIG)
+        )
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(backward))
 
     nothing, dots, full = saved_bytes("none"), saved_bytes("dots"), saved_bytes("full")
@@ -229,11 +207,11 @@ def test_padding_of_the_vocabulary_is_never_predicted(rng: np.random.Generator) 
 
 def test_adapters_start_as_nothing(rng: np.random.Generator) -> None:
     """The product of the adapters is 0 before training, and every target has them, no other layer."""
-    params = init(ADAPTED)
+    params = tiny.initial_params(ADAPTED)
     tokens = random_tokens(rng, 2, 32)
     np.testing.assert_array_equal(logits(GPT(ADAPTED), params, tokens), logits(GPT(LLAMA), params, tokens))
-    some = init(dataclasses.replace(LLAMA, lora=LoraConfig(rank=3, targets=("qkv", "down"))))
-    names = {jax.tree_util.keystr(p, simple=True) for p, _ in jax.tree_util.tree_leaves_with_path(some)}
+    params_of_two = tiny.initial_params(dataclasses.replace(LLAMA, lora=LoraConfig(rank=3, targets=("qkv", "down"))))
+    names = {jax.tree_util.keystr(p, simple=True) for p, _ in jax.tree_util.tree_leaves_with_path(params_of_two)}
     assert {n.split(".")[0] for n in names if "lora_a" in n} == {"layersattentionqkvlora_a", "layersmlpdownlora_a"}
 
 

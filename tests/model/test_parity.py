@@ -8,21 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt_jax.config import AttentionName, ModelConfig
+from gpt_jax.config import AttentionName
 from gpt_jax.model.cache import init_cache
 from gpt_jax.model.forward import forward, forward_cached
 from gpt_jax.model.gpt import GPT, Params
 from gpt_jax.model.head import head_logits
 from gpt_jax.model.loss import nats_BT
 from gpt_jax.model.stack import unstack
+from tests import tiny
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.parity
 
-CONFIG = ModelConfig(
-    vocab_size=523, context_length=128, n_layer=3, n_head=4, d_model=64, dtype="float32", attention="xla"
-)
+CONFIG = dataclasses.replace(tiny.GPT2, vocab_size=523, context_length=128, n_layer=3, d_model=64, attention="xla")
 
 
 @pytest.fixture(scope="module")

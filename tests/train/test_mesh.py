@@ -23,33 +23,13 @@ from gpt_jax.run.checkpoint import Checkpoints, checksum
 from gpt_jax.train.objectives.next_token import next_token
 from gpt_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from gpt_jax.train.step import StepMetrics, TrainState, init_state, make_eval_step, make_train_step
+from tests import tiny
 from tests.packed import random_batch, random_documents
 
-GPT2 = ModelConfig(
-    vocab_size=85,
-    vocab_multiple=88,
-    context_length=32,
-    n_layer=2,
-    n_head=8,
-    d_model=64,
-    dtype="float32",
-    attention="block_causal",
-    loss_chunk=40,  # So that the loss goes over several chunks.
-)
-LLAMA = dataclasses.replace(
-    GPT2,
-    n_layer=3,
-    n_head=16,
-    n_kv_head=8,
-    d_ff=96,
-    positions="rotary",
-    norm="rms",
-    activation="silu",
-    gated=True,
-    bias=False,
-    tied_head=False,
-    unroll=False,
-)
+# A loss_chunk of 40, so that the loss goes over several chunks.
+SIZES: dict[str, Any] = {"vocab_size": 85, "vocab_multiple": 88, "d_model": 64, "loss_chunk": 40}
+GPT2 = dataclasses.replace(tiny.GPT2, **SIZES, n_head=8)
+LLAMA = dataclasses.replace(tiny.LLAMA, **SIZES, n_layer=3, n_head=16, n_kv_head=8, d_ff=96, unroll=False)
 GEMMA = dataclasses.replace(
     LLAMA,
     window=8,

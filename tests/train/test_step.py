@@ -19,10 +19,9 @@ from gpt_jax.train.objectives import Objective, Sums
 from gpt_jax.train.objectives.next_token import next_token
 from gpt_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from gpt_jax.train.step import StepMetrics, TrainState, init_state, make_eval_step, make_train_step
+from tests import tiny
 
-CONFIG = ModelConfig(
-    vocab_size=61, context_length=16, n_layer=2, n_head=2, d_model=32, dtype="float32", attention="block_causal"
-)
+CONFIG = dataclasses.replace(tiny.GPT2, vocab_size=61, context_length=16, n_head=2)
 BATCH, STEPS, SEED = 16, 5, 3
 # Steps large enough for a wrong gradient to show, eps large enough for Adam not to blow up the rounding of tiny ones.
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2, warmup_steps=2, eps=1e-4)
