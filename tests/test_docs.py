@@ -1,4 +1,4 @@
-"""What the README and docs/ say of links, flags, imports and lines, compared with what is there."""
+"""The README and docs/ against what is there: links, flags, the order of imports, lines."""
 
 import ast
 import contextlib
@@ -6,6 +6,7 @@ import functools
 import io
 import re
 import shlex
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -114,21 +115,8 @@ def test_the_core_has_as_many_lines_as_the_readme_says() -> None:
     assert abs(sum(lines for _, _, lines in core) - int(total.replace(",", ""))) <= 100
 
 
-def imported(path: Path) -> Iterator[str]:
-    """The rooms of the package that a file imports, at its top or within its functions."""
-    for node in ast.walk(ast.parse(text_of(path))):
-        names: list[str] = []
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module == "gpt_jax":
-            names = [f"gpt_jax.{alias.name}" for alias in node.names]
-        elif isinstance(node, ast.ImportFrom):
-            names = [str(node.module)]
-        yield from (name.split(".")[1] for name in names if name.startswith("gpt_jax."))
-
-
-def test_imports_run_in_the_order_that_is_written_down() -> None:
-    """A room imports those before it, in docs/architecture.md and CONTRIBUTING.md and the README's map alike."""
+def test_the_order_of_imports_is_written_down_as_it_is() -> None:
+    """In docs/architecture.md, CONTRIBUTING.md and the README's map: that of the contract in pyproject.toml."""
     rows = re.findall(r"^\| (\[[^|]+) \|", text_of(ARCHITECTURE).partition("\n## What always holds")[0], re.MULTILINE)
     order = [room for row in rows for room in ROOM.findall(row)]
     package = ROOT / "gpt_jax"
@@ -139,13 +127,7 @@ def test_imports_run_in_the_order_that_is_written_down() -> None:
     house = text_of(README).partition("## The house")[2].partition("\n## ")[0]
     assert [room for row in re.findall(r"^\| (\[[^|]+) \|", house, re.MULTILINE) for room in ROOM.findall(row)] == order
 
-    lazily = {(package / "train" / "__init__.py", "api")}  # When `gpt_jax.train` is called as a function.
-    upwards = [
-        (str(path), room)
-        for path in sorted(package.rglob("*.py"))
-        if path.parent != package or not path.name.startswith("__")
-        for room in imported(path)
-        if room in there and (path, room) not in lazily
-        if order.index(room) > order.index(path.relative_to(package).parts[0].removesuffix(".py"))
-    ]
-    assert not upwards
+    contract = tomllib.loads(text_of(ROOT / "pyproject.toml"))["tool"]["importlinter"]["contracts"][0]["layers"]
+    assert sorted(room for layer in contract for room in layer.split(" | ")) == sorted(order)
+    layer_of = {room: i for i, layer in enumerate(reversed(contract)) for room in layer.split(" | ")}
+    assert [layer_of[room] for room in order] == sorted(layer_of[room] for room in order)
