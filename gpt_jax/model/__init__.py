@@ -4,7 +4,7 @@ Array names end in their dimensions, here and everywhere in the project:
 
     B  batch (sequences)            H  query heads
     T  time (queries)               G  key/value heads
-    S  time (keys)                  R  query heads a key/value head, H / G
+    S  time (keys)                  R  query heads per key/value head, H / G
     D  model width                  K  width of one head
     F  feed-forward width           L  layers
     V  vocabulary                   N  tokens, B * T flattened

@@ -1,4 +1,4 @@
-"""The formula of attention, over the keys that a mask shows, and the masks."""
+"""Attention by its formula, under a mask, and the masks."""
 
 from typing import TypeVar
 
@@ -17,9 +17,9 @@ def masked_attention(
     dropout_rate: float = 0.0,
     keys_B: jax.Array | None = None,
 ) -> jax.Array:
-    """softmax(q k^T / sqrt(K)) v over the keys where `mask` is true (Vaswani et al. 2017), to (B, T, H, K).
+    """softmax(q k^T / sqrt(K)) v over the keys where `mask` is true (Vaswani et al. 2017): (B, T, H, K).
 
-    Scores and softmax are float32. The mask is boolean, broadcast over B; every query needs one key or more. Query
+    Scores and softmax are float32. The boolean mask broadcasts over B, and shows each query at least one key. Query
     head h reads key/value head h // (H / G).
     """
     B, T, H, K = q_BTHK.shape
@@ -32,7 +32,7 @@ def masked_attention(
 
 
 def cached_attention(q_BTHK: jax.Array, k_XSK: jax.Array, v_XSK: jax.Array, mask_BTS: jax.Array) -> jax.Array:
-    """`masked_attention` over the keys and values of a cache, with a row for each key/value head of each sequence."""
+    """`masked_attention` over the keys and values of a cache, which has one row per key/value head of each sequence."""
     B, T, H, K = q_BTHK.shape
     G = k_XSK.shape[0] // B
     R = H // G
@@ -46,7 +46,7 @@ def cached_attention(q_BTHK: jax.Array, k_XSK: jax.Array, v_XSK: jax.Array, mask
 
 
 def masked_softmax(scores: jax.Array, mask: jax.Array | np.ndarray) -> jax.Array:
-    """softmax over the last axis, of the scores where `mask` is true."""
+    """softmax over the last axis, with the lowest float32 in place of the scores where `mask` is false."""
     return jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min), axis=-1)
 
 
@@ -54,25 +54,25 @@ Distance = TypeVar("Distance", jax.Array, np.ndarray)
 
 
 def visible(distance: Distance, window: int) -> Distance:
-    """Whether a query sees a key that stands `distance` tokens before it, bool of any shape: not where that is less
-    than 0, nor, with a window, where it is `window` or more."""
+    """True where a query sees the key `distance` tokens before it, bool in the shape of `distance`. A negative distance
+    is in the future; with a window (0: none), keys at a distance of `window` or more are hidden, too."""
     return (distance >= 0) & (distance < window) if window else distance >= 0
 
 
 def within_segments(
     mask_BTS: jax.Array | np.ndarray, segments_BT: jax.Array | None, segments_BS: jax.Array | None
 ) -> jax.Array | np.ndarray:
-    """The mask without the keys that are of another segment than the query; without segments, the mask."""
+    """The mask, false also where key and query are of different segments; without segments, the mask as it is."""
     if segments_BT is None or segments_BS is None:
         return mask_BTS
     return mask_BTS & (segments_BT[:, :, None] == segments_BS[:, None])
 
 
 def causal_mask(start: int, stop: int, first_key: int, last_key: int, window: int) -> np.ndarray:
-    """Which of the keys [first_key, last_key) the queries [start, stop) see, bool (1, T, S), a constant."""
+    """The mask of queries [start, stop) over keys [first_key, last_key): bool (1, T, S), a constant."""
     return visible(np.arange(start, stop)[:, None] - np.arange(first_key, last_key), window)[None]
 
 
 def causal_mask_from(start: int | jax.Array, T: int, S: int, window: int) -> jax.Array:
-    """Which of all S keys the T queries from `start` on see, bool (1, T, S), computed where it is used."""
+    """The mask of T queries from `start` on over all S keys: bool (1, T, S), computed by the program that uses it."""
     return visible(start + jnp.arange(T)[:, None] - jnp.arange(S), window)[None]

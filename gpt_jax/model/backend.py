@@ -1,4 +1,4 @@
-"""What the model's "auto" stands for on a platform: settled once, before anything is compiled."""
+"""Resolves "auto" in a model's configuration for a platform, once, before anything is compiled."""
 
 import dataclasses
 
@@ -10,8 +10,8 @@ CUDNN_MAX_HEAD_DIM = 128
 
 
 def refusal(backend: AttentionName, config: ModelConfig, platform: str, context: int = 1) -> str | None:
-    """Why `backend` cannot run this model on `platform` (cpu, gpu or tpu), with a sequence divided over `context`
-    devices; None when it can."""
+    """The reason why `backend` cannot run this model on `platform` (cpu, gpu or tpu), with each sequence divided over
+    `context` devices; None when it can."""
     if backend == "block_causal" and context > 1 and config.dropout:
         return f"with parallel.context = {context} it does not drop weights, and model.dropout = {config.dropout}"
     if backend == "cudnn":
@@ -37,9 +37,9 @@ def refusal(backend: AttentionName, config: ModelConfig, platform: str, context:
 
 
 def resolve_attention(config: ModelConfig, platform: str, context: int = 1) -> AttentionName:
-    """The backend to use: the one that was asked for, or for "auto" the fastest that can run.
+    """The backend to use: the configured one, or for "auto" the fastest that can run.
 
-    Raises UserError when the one that was asked for cannot run, saying why.
+    Raises UserError, with the reason, when the configured one cannot run.
     """
     if config.attention == "auto":
         fastest: dict[str, AttentionName] = {"gpu": "cudnn", "tpu": "splash", "cpu": "block_causal"}
@@ -52,10 +52,10 @@ def resolve_attention(config: ModelConfig, platform: str, context: int = 1) -> A
 
 
 def resolve(config: ModelConfig, platform: str, context: int = 1) -> ModelConfig:
-    """The configuration with its dtype and attention settled for a platform, cpu, gpu or tpu, and sequences divided
+    """The configuration with dtype and attention resolved for a platform (cpu, gpu or tpu), with each sequence divided
     over `context` devices.
 
-    Raises UserError when an attention was asked for that cannot run there.
+    Raises UserError when the configured attention cannot run there.
     """
     if config.dtype == "auto":
         config = dataclasses.replace(config, dtype="float32" if platform == "cpu" else "bfloat16")

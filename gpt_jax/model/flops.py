@@ -1,4 +1,4 @@
-"""The floating-point operations that training takes, by formula."""
+"""The number of floating-point operations that training takes, by formula."""
 
 from gpt_jax.config import ModelConfig
 
@@ -6,11 +6,11 @@ FLOPS_FORMULA = "6 N (with adapters 4 N) + 12 H K FLOPs a key seen, a token (N: 
 
 
 def flops_per_token(config: ModelConfig) -> float:
-    """Floating-point operations of a training step per token, forward and backward, recomputation not counted.
+    """Floating-point operations of a training step per token, forward and backward, without recomputation.
 
-    6 N for the matrix products (Kaplan et al. 2020), with N the parameters but for embeddings that are only looked up;
-    and 12 H K times the keys that a token sees on the average in each layer: PaLM's appendix B, with T / 2 keys, since
-    attention is causal, and fewer in layers with a sliding window. With adapters, 4 N: the gradients of the frozen
+    The matrix products take 6 N (Kaplan et al. 2020). N counts all parameters except embeddings that are only looked
+    up. Attention takes 12 H K per key that a token sees on average in each layer (PaLM, appendix B): T / 2 keys, since
+    it is causal, and fewer with a sliding window. With adapters the products take 4 N, since the gradients of frozen
     matrices are not computed.
     """
     c = config
@@ -20,6 +20,6 @@ def flops_per_token(config: ModelConfig) -> float:
 
 
 def keys_seen(config: ModelConfig) -> float:
-    """Keys that a token sees on the average, in all layers together."""
+    """The number of keys that a token sees on average, summed over all layers."""
     T, window = config.context_length, min(config.window, config.context_length)
     return sum(window * (1 - window / (2 * T)) if sliding else T / 2 for sliding in config.sliding)

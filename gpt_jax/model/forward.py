@@ -1,4 +1,4 @@
-"""The GPT as pure functions of its parameters: the first ones, and the hidden states of tokens."""
+"""The GPT as pure functions: its initial parameters, and the hidden states of tokens under given parameters."""
 
 import dataclasses
 from typing import cast
@@ -11,8 +11,8 @@ from gpt_jax.model.gpt import GPT, Params
 
 
 def init_params(model: GPT, key: jax.Array) -> Params:
-    """The parameters before training, float32, layers stacked."""
-    # One token is enough to find all shapes; the fused attentions, which work on whole blocks, are not made for one.
+    """The initial parameters, float32, with the layers stacked."""
+    # One token is enough to find all shapes, but too few for the fused attentions, which work on whole blocks.
     plain = GPT(dataclasses.replace(model.config, attention="xla"))
     return cast(Params, plain.init(key, jnp.zeros((1, 1), jnp.int32))["params"])
 
@@ -25,9 +25,9 @@ def forward(
     segments_BT: jax.Array | None = None,
     positions_BT: jax.Array | None = None,
 ) -> jax.Array:
-    """The hidden states (B, T, D) of whole sequences, after the final norm; with dropout, if there are keys for it.
+    """The hidden states (B, T, D) of whole sequences, after the final norm. keys_B: dropout keys; None: no dropout.
 
-    segments_BT, positions_BT: of documents that are packed into a row, see `Batch`.
+    segments_BT, positions_BT: segments and positions of documents that are packed into a row, see `Batch`.
     """
     args = {"params": params}, tokens_BT, keys_B, segments_BT, positions_BT
     return cast(tuple[jax.Array, None], model.apply(*args))[0]
@@ -36,7 +36,7 @@ def forward(
 def forward_cached(
     model: GPT, params: Params, tokens_BT: jax.Array, cache: kv.Cache, start_B: jax.Array
 ) -> tuple[jax.Array, kv.Cache]:
-    """The hidden states (B, T, D) of tokens that go on from position start_B, and the cache with them in it."""
+    """The hidden states (B, T, D) of tokens at positions from start_B on, and the cache with these tokens added."""
     positions_BT = start_B[:, None] + jnp.arange(tokens_BT.shape[1])
     args = {"params": params}, tokens_BT, None, None, positions_BT, cache
     return cast(tuple[jax.Array, kv.Cache], model.apply(*args))

@@ -1,7 +1,6 @@
-"""The GPT as linen modules. GPT-2's architecture and the Llama family's are one, with other values in `ModelConfig`.
+"""The GPT as linen modules. GPT-2 and the Llama family share one architecture, with different values in `ModelConfig`.
 
-The parameter tree, with the L layers stacked on a leading axis; what stands in brackets is there if the configuration
-asks for it:
+The parameter tree, with the L layers stacked on a leading axis; the parts in brackets depend on the configuration:
 
     tokens_VD, [positions_TD], [head_VD]
     layers: norm_1, attention: {qkv, out, [q_norm, k_norm]}, [post_norm_1],
@@ -30,10 +29,10 @@ Params = dict[str, Any]
 
 
 class Attention(nn.Module):
-    """Causal self-attention: over its own input, or over the cache and its input when there is a cache.
+    """Causal self-attention over its input or, when there is a cache, over the cache and its input.
 
-    The columns of the qkv kernel are grouped by key/value head: for each of the G groups its R query heads, then its
-    key head, then its value head. So one matrix product makes all three, and any split of the columns into whole
+    The columns of the qkv kernel are grouped by key/value head: each of the G groups has its R query heads, then its
+    key head, then its value head. One matrix product computes all three, and any split of the columns into whole
     groups is a split of the heads.
     """
 
@@ -66,7 +65,7 @@ class Attention(nn.Module):
             angles_BT = jnp.arange(T)[None] if positions_BT is None else positions_BT
             q_BTHK = rotate(q_BTHK, angles_BT, c, self.sliding)
             k_BTGK = rotate(k_BTGK, angles_BT, c, self.sliding)
-        if c.query_scale:  # In the place of 1 / sqrt(K), by which every attention multiplies.
+        if c.query_scale:  # Replaces 1 / sqrt(K), by which every attention multiplies.
             q_BTHK = q_BTHK * (c.query_scale * np.sqrt(K)).astype(q_BTHK.dtype)
 
         if cache is None:
@@ -82,7 +81,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """The feed-forward layer: D to F, an activation, F to D; or gated, activation(gate) * up (Shazeer 2020)."""
+    """The feed-forward layer: D to F, an activation, F to D. When gated, activation(gate) * up (Shazeer 2020)."""
 
     config: ModelConfig
 
@@ -125,7 +124,7 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Token ids to hidden states. `config` is resolved: its vocabulary, dtype and attention are no longer "auto"."""
+    """Maps token ids to hidden states. `config` is resolved: its vocabulary, dtype and attention are not "auto"."""
 
     config: ModelConfig
 
@@ -140,9 +139,9 @@ class GPT(nn.Module):
     ) -> tuple[jax.Array, kv.Cache | None]:
         """The hidden states (B, T, D) after the final norm, and the cache with these tokens in it.
 
-        tokens_BT: int ids. keys_B: one dropout key a sequence; None: no dropout. segments_BT: int32; a token attends to
-        those of its own segment alone; None: to all before it. positions_BT: int32; None: from 0 on in each row. cache:
-        the tokens stand at consecutive positions, and attend to what the cache holds before them.
+        tokens_BT: int ids. keys_B: one dropout key per sequence; None: no dropout. segments_BT: int32; a token attends
+        only to its own segment; None: each row is one. positions_BT: int32; None: each row counts from 0. cache: the
+        tokens stand at consecutive positions, and also attend to the cached tokens before them.
         """
         c = self.config
         normal = nn.initializers.normal(INIT_STD)
@@ -170,7 +169,7 @@ class GPT(nn.Module):
         positions_BT: jax.Array | None,
         cache: kv.Cache | None,
     ) -> tuple[jax.Array, kv.Cache | None]:
-        """All blocks, as model/stack.py runs them, and the cache, if there is one."""
+        """The output of all blocks, run by model/stack.py, and the updated cache, if there is one."""
         c = self.config
         blocks = {sliding: Block(c, sliding, parent=None) for sliding in (False, True)}
 
@@ -178,8 +177,8 @@ class GPT(nn.Module):
             return jax.vmap(lambda key: blocks[False].init(key, x_BTD)["params"])(jax.random.split(key, c.n_layer))
 
         def block(params: Params, x_BTD: jax.Array, i: int | jax.Array, sliding: bool) -> jax.Array:
-            keys_of_layer_B = fold_in(keys_B, i)
-            args = {"params": params}, x_BTD, keys_of_layer_B, segments_BT, positions_BT
+            layer_keys_B = fold_in(keys_B, i)
+            args = {"params": params}, x_BTD, layer_keys_B, segments_BT, positions_BT
             return cast(Any, blocks[sliding].apply(*args))[0]
 
         def cached_block(params: Params, x_BTD: jax.Array, sliding: bool, layer_cache: kv.LayerCache) -> Any:

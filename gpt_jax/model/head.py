@@ -1,4 +1,4 @@
-"""From hidden states to float32 logits: as training multiplies them, and as everything that reads a few of them."""
+"""Float32 logits of hidden states: one product for training, another for code that needs the logits of few tokens."""
 
 from typing import Any
 
@@ -11,29 +11,29 @@ from gpt_jax.model.weight import decoding_product
 
 
 def head_VD(params: Params) -> Any:
-    """The matrix whose products with the hidden states are the logits: the token embeddings, where the head is tied."""
+    """The matrix that maps hidden states to logits: the token embeddings, where the head is tied."""
     name = "head_VD" if "head_VD" in params else "tokens_VD"
     return for_use({name: params[name]}, params[name].dtype)[name]
 
 
 def logits_NV(model: GPT, params: Params, hidden_ND: jax.Array) -> jax.Array:
-    """The logits of hidden states, float32; -inf for the padding of the vocabulary."""
+    """The float32 logits of the hidden states of few tokens; those of the vocabulary's padding are -inf."""
     head = head_VD(params).astype(hidden_ND.dtype)
     return hide_padding(decoding_product(hidden_ND, head, jnp.float32), model.config.vocab_size)
 
 
 def head_logits(hidden_ND: jax.Array, head_VD: jax.Array, vocab_size: int) -> jax.Array:
-    """hidden @ head.T, the logits of each token: multiplied in the hidden states' dtype, added up in float32 (N, V).
+    """hidden @ head.T, the logits of each token: multiplied in the hidden states' dtype, summed in float32 (N, V).
 
-    Rows of the head from `vocab_size` on are padding, and their logits -inf.
+    Rows of the head from `vocab_size` on are padding, and their logits are -inf.
     """
     return hide_padding(head_product(hidden_ND, head_VD), vocab_size)
 
 
 @jax.custom_vjp
 def head_product(hidden_ND: jax.Array, head_VD: jax.Array) -> jax.Array:
-    """The float32 logits. Its gradients multiply in the hidden states' dtype, too: those that JAX derives would do so
-    in float32, that of the logits, at a fraction of a matrix unit's speed in bfloat16."""
+    """The float32 logits. The gradients multiply in the hidden states' dtype, too. JAX's own would multiply in float32,
+    the dtype of the logits, at a fraction of a matrix unit's speed in bfloat16."""
     return jnp.einsum("ND,VD->NV", hidden_ND, head_VD.astype(hidden_ND.dtype), preferred_element_type=jnp.float32)
 
 
@@ -54,7 +54,7 @@ head_product.defvjp(_head_product_fwd, _head_product_bwd)
 
 
 def hide_padding(logits_NV: jax.Array, vocab_size: int, first: int | jax.Array = 0) -> jax.Array:
-    """The logits of token `first` and those after it, those from `vocab_size` on -inf."""
+    """The logits of tokens from `first` on, with -inf for those from `vocab_size` on."""
     V = logits_NV.shape[1]
     if isinstance(first, int) and first + V <= vocab_size:
         return logits_NV

@@ -1,15 +1,15 @@
-"""Causal self-attention: one function, several backends. `backend.resolve` chooses one, once and never in silence.
+"""Causal self-attention: one function, several backends. `backend.resolve` chooses one, once and never silently.
 
 xla           the formula as it stands: the reference, runs everywhere, O(T^2) memory
-block_causal  queries in blocks, each looking only at keys up to its end: half the work, and the fastest on CPU
+block_causal  queries in blocks, each of which reads only the keys up to its end: half the work, the fastest on CPU
 cudnn         cuDNN's fused kernel, on NVIDIA GPUs
 splash        the Splash Pallas kernel, on TPUs
 
-Sequences may be several documents packed into a row: then a query sees the keys of its own segment alone. The kernels
-look at the other segments, too, and mask them; without segments, nothing of that is computed.
+A row may hold several packed documents; then a query sees only the keys of its own segment. The kernels compute the
+scores of other segments, too, and mask them. Without segments, there is no such mask.
 
 Where a mesh divides sequences, each device attends from its part of the queries to all keys. cuDNN's kernel cannot, and
-block_causal looks at the future, too, and masks it, as xla does: which keys those are, differs from device to device.
+block_causal computes and masks the future, as xla does, because the future keys differ from device to device.
 """
 
 import functools
@@ -25,10 +25,10 @@ from gpt_jax.model.layers import fold_in
 from gpt_jax.model.sharding import constrain, context_parts, mesh_is_set, on_each_device
 
 QUERY_BLOCK = 128
-"""Queries that block_causal takes at one time; half as many of whole sequences of up to 512 tokens."""
+"""Queries in a block of block_causal; half as many for whole sequences of up to 512 tokens."""
 
 SPLASH_BLOCKS = (512, 256, 128)
-"""Sizes that the Splash kernel may cut the sequence into, fastest first; all are whole TPU lanes."""
+"""Block sizes of the Splash kernel, fastest first; all are whole TPU lanes."""
 
 
 def causal_attention(
@@ -40,9 +40,9 @@ def causal_attention(
     keys_B: jax.Array | None = None,
     segments_BT: jax.Array | None = None,
 ) -> jax.Array:
-    """Attention of each token to itself and those before it, (B, T, H, K), by the backend that `config` was given.
+    """Attention of each token to itself and those before it, (B, T, H, K), by the backend `config.attention`.
 
-    With a window, a token sees that many tokens, itself included. With segments, int32 ids, it sees those of its own
+    With a window, a token sees that many tokens, itself included. With segments, int32 ids, it sees only its own
     segment. Query head h reads key/value head h // (H / G).
     """
     if config.attention == "xla":
@@ -70,9 +70,9 @@ def causal_by_mask(
     keys_B: jax.Array | None,
     segments_BT: jax.Array | None = None,
 ) -> jax.Array:
-    """The reference: all scores, those of the future masked."""
+    """The reference: computes all scores, and masks those of the future."""
     T = q_BTHK.shape[1]
-    # A constant is whole on every device; where sequences are long enough to be divided, so is the mask.
+    # Every device holds a constant whole. Divided sequences are long, so their mask has to be divided, too.
     causal_BTS = causal_mask(0, T, 0, T, window) if context_parts() == 1 else causal_mask_from(0, T, T, window)
     mask_BTS = within_segments(causal_BTS, segments_BT, segments_BT)
     return masked_attention(q_BTHK, k_BTGK, v_BTGK, mask_BTS, dropout_rate, keys_B)
@@ -87,12 +87,12 @@ def causal_by_blocks(
     keys_B: jax.Array | None,
     segments_BT: jax.Array | None = None,
 ) -> jax.Array:
-    """Queries in blocks; block i looks at keys from its window's start to its own end, so half of the work or more is
-    never done.
+    """Queries in blocks. Block i reads the keys from its window's start to its own end, which saves half of the work or
+    more.
 
     Each block is rematerialised: its scores fit the CPU's cache, and reading them back from memory costs more than
-    computing them again (B8 T256 H6 K64, forward and backward: 54 to 22 ms). Not where layers gather their parameters
-    again for the backward pass: jax.checkpoint has no say within another one.
+    computing them again (B8 T256 H6 K64, forward and backward: 54 to 22 ms). Layers that gather their parameters again
+    for the backward pass are an exception, since jax.checkpoint has no effect inside another one.
     """
     T = q_BTHK.shape[1]
     block = QUERY_BLOCK if T > 512 else QUERY_BLOCK // 2
@@ -123,18 +123,18 @@ def causal_by_blocks_of_a_part(
     segments_BS: jax.Array | None,
     window: int,
 ) -> jax.Array:
-    """The same for the part of the queries that this device of the mapped axis "context" has."""
+    """`causal_by_blocks` for the queries of one device: its part of the mapped axis "context"."""
     B, T, H, K = q_BTHK.shape
     block = min(T, QUERY_BLOCK)
     N = -(-T // block)
     starts_N = jax.lax.axis_index("context") * T + block * jnp.arange(N)
 
     def in_blocks(x: jax.Array) -> jax.Array:
-        """(B, T, ...) to (N, B, T, ...), the last block filled up."""
+        """(B, T, ...) to (N, B, T, ...), with the last block padded."""
         x = jnp.pad(x, ((0, 0), (0, N * block - T), *[(0, 0)] * (x.ndim - 2)))
         return x.reshape(B, N, block, *x.shape[2:]).swapaxes(0, 1)
 
-    # In float32, for the gradients of keys and values, which are added up over the blocks.
+    # In float32, so that the gradients of keys and values are summed over the blocks in float32.
     k_BSGK, v_BSGK = k_BSGK.astype(jnp.float32), v_BSGK.astype(jnp.float32)
     q_NBTHK, segments_NBT = jax.tree.map(in_blocks, (q_BTHK, segments_BT))
 
@@ -155,15 +155,15 @@ def attend_from(
     segments_BS: jax.Array | None,
     window: int,
 ) -> jax.Array:
-    """Attention of the queries from position `start` on, to all keys of their sequences, in the queries' dtype."""
+    """Attention of the queries from position `start` on to all keys of their sequences, in the queries' dtype."""
     causal_BTS = causal_mask_from(start, q_BTHK.shape[1], k_BSGK.shape[1], window)
     mask_BTS = within_segments(causal_BTS, segments_BT, segments_BS)
     return masked_attention(q_BTHK, k_BSGK.astype(q_BTHK.dtype), v_BSGK.astype(q_BTHK.dtype), mask_BTS)
 
 
 attention_of_a_block = jax.custom_vjp(attend_from, nondiff_argnums=(6,))
-"""`attend_from`, which the backward pass computes again, whatever else it keeps: jax.checkpoint has no say within
-another one, as layers are in where parameters are gathered again."""
+"""`attend_from`, which the backward pass always computes again. jax.checkpoint would have no effect here, inside the
+jax.checkpoint of layers that gather their parameters again."""
 
 
 def _attention_of_a_block_fwd(*args: Any) -> tuple[jax.Array, tuple[Any, ...]]:
@@ -191,16 +191,16 @@ def causal_by_cudnn(
     segments_BS: jax.Array | None,
     window: int,
 ) -> jax.Array:
-    """cuDNN's kernel, which skips the future and what is before a window. Segments are a mask that it adds to the
-    scores, (B, 1, T, T) in memory."""
+    """cuDNN's kernel, which skips the future and the keys before a window. It adds segments to the scores as a mask,
+    (B, 1, T, T) in memory."""
     T, mask_B1TT = q_BTHK.shape[1], None
-    if T % 2:  # JAX refuses odd lengths in the backward pass. No query sees the key that is added.
+    if T % 2:  # JAX refuses odd lengths in the backward pass. No query of the sequence sees the added key.
 
-        def even(x: jax.Array) -> jax.Array:
+        def pad_to_even(x: jax.Array) -> jax.Array:
             return jnp.pad(x, ((0, 0), (0, 1), *[(0, 0)] * (x.ndim - 2)))
 
         arrays = q_BTHK, k_BTGK, v_BTGK, segments_BT, segments_BS
-        q_BTHK, k_BTGK, v_BTGK, segments_BT, segments_BS = jax.tree.map(even, arrays)
+        q_BTHK, k_BTGK, v_BTGK, segments_BT, segments_BS = jax.tree.map(pad_to_even, arrays)
     if segments_BT is not None and segments_BS is not None:
         mask_B1TT = (segments_BT[:, :, None] == segments_BS[:, None])[:, None]
     return jax.nn.dot_product_attention(
@@ -224,8 +224,8 @@ def causal_by_splash(
 ) -> jax.Array:
     """The Splash kernel, which skips masked blocks and never writes scores to memory. `interpret` runs it on CPU.
 
-    One kernel call for each sequence and key/value head, with the R query heads that share it. What it skips is in
-    tables of its blocks, of which each device that has a part of the queries is given its rows.
+    Each sequence and key/value head has one kernel call, with the R query heads that share it. The kernel finds the
+    blocks to skip in tables; a device with a part of the queries gets the rows of its part.
     """
     from jax.experimental.pallas.ops.tpu import splash_attention as splash  # Slow to import, and for TPUs only.
 
@@ -251,8 +251,8 @@ def causal_by_splash(
         B, T, H, K = q_BTHK.shape
         q_BGRTK = (q_BTHK * K**-0.5).reshape(B, T, H // R, R, K).transpose(0, 2, 3, 1, 4)
         segments = None if segments_BT is None else splash.SegmentIds(segments_BT, segments_BS)
-        of_a_sequence = jax.vmap(kernel, in_axes=(0, 0, 0, None))
-        out_BGRTK = jax.vmap(of_a_sequence)(q_BGRTK, k_BSGK.swapaxes(1, 2), v_BSGK.swapaxes(1, 2), segments)
+        attend_sequence = jax.vmap(kernel, in_axes=(0, 0, 0, None))
+        out_BGRTK = jax.vmap(attend_sequence)(q_BGRTK, k_BSGK.swapaxes(1, 2), v_BSGK.swapaxes(1, 2), segments)
         return out_BGRTK.transpose(0, 3, 1, 2, 4).reshape(B, T, H, K)
 
     if not mesh_is_set():

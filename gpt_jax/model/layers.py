@@ -1,4 +1,4 @@
-"""The layers that a block is made of: linear, norms, dropout."""
+"""The layers of a block: linear, norms, dropout."""
 
 import flax.linen as nn
 import jax
@@ -21,8 +21,8 @@ ACTIVATIONS = {
 class Linear(nn.Module):
     """y = x @ kernel + bias, computed in `dtype` from float32 parameters; (..., D) to (..., features).
 
-    The kernel starts as a normal of standard deviation `init_std`, the bias as 0. It may be of any kind that
-    model/weight.py knows. keys_B are for layers that drop something, as `lora.AdaptedLinear` does: this one does not.
+    The kernel starts as a normal of standard deviation `init_std`, the bias as 0. The kernel may be of any kind that
+    model/weight.py knows. keys_B are for subclasses with dropout, such as `lora.AdaptedLinear`; this layer has none.
     """
 
     features: int
@@ -74,21 +74,21 @@ class RMSNorm(nn.Module):
 
 
 def norm(config: ModelConfig, name: str) -> LayerNorm | RMSNorm:
-    """The norm of the residual stream that `config` asks for."""
+    """A norm of the residual stream, of the kind that `config` asks for."""
     if config.norm == "rms":
         return RMSNorm(config.norm_eps, config.dtype, name=name)
     return LayerNorm(config.bias, config.norm_eps, config.dtype, name=name)
 
 
 def fold_in(keys_B: jax.Array | None, site: int | jax.Array) -> jax.Array | None:
-    """Keys for one place in the model, from one key a sequence; None (no dropout) stays None."""
+    """The keys of one site in the model, from one key per sequence; None (no dropout) stays None."""
     return None if keys_B is None else jax.vmap(lambda key: jax.random.fold_in(key, site))(keys_B)
 
 
 def dropout(x: jax.Array, rate: float, keys_B: jax.Array | None) -> jax.Array:
-    """Inverted dropout (Srivastava et al. 2014) of x (B, ...), each sequence by its own key; no keys, no dropout.
+    """Inverted dropout (Srivastava et al. 2014) of x (B, ...), each sequence by its own key; None: no dropout.
 
-    A key a sequence, and not one a batch, makes the dropped units the same however the batch is spread over
+    One key per sequence, rather than per batch, makes the dropped units the same however the batch is divided over
     microbatches and devices.
     """
     if keys_B is None or rate == 0:

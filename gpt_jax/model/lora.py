@@ -12,13 +12,13 @@ from gpt_jax.model.layers import INIT_STD, Linear, dropout, fold_in
 from gpt_jax.model.weight import plain_product
 
 ADAPTERS = ("lora_a", "lora_b")
-"""Their names in the parameters of a linear layer."""
+"""The names of the adapters in the parameters of a linear layer."""
 
 
 class AdaptedLinear(Linear):
-    """A linear layer to which alpha / rank * dropout(x) @ lora_a @ lora_b is added, which starts as 0.
+    """A linear layer plus alpha / rank * dropout(x) @ lora_a @ lora_b, which starts as 0.
 
-    x is (B, T, D). Its dropout is decided by `keys_B`, the keys of the block, and the layer's name.
+    x is (B, T, D). The dropout depends on `keys_B`, the keys of the block, and on the layer's name.
     """
 
     lora: LoraConfig
@@ -36,9 +36,9 @@ class AdaptedLinear(Linear):
 
 
 def linear(config: ModelConfig, name: str, features: int, residual: bool = False) -> Linear:
-    """The linear layer that a block calls `name` (one of LORA_TARGETS): its bias, start and adapters by `config`.
+    """The linear layer `name` of a block (one of LORA_TARGETS), with the bias and adapters that `config` asks for.
 
-    The two layers of a block that write to the residual stream start smaller, the more blocks there are (GPT-2).
+    The two layers of a block that write to the residual stream have a smaller init_std in deeper models (GPT-2).
     """
     init_std = INIT_STD / float(np.sqrt(2 * config.n_layer)) if residual else INIT_STD
     has_bias = config.has_bias(name if name in ("qkv", "out") else "mlp")
@@ -48,12 +48,12 @@ def linear(config: ModelConfig, name: str, features: int, residual: bool = False
 
 
 def symmetric_uniform(limit: float) -> nn.initializers.Initializer:
-    """Starts parameters uniformly between -limit and limit."""
+    """Initialises parameters uniformly between -limit and limit."""
     return lambda key, shape, dtype=jnp.float32, **_: jax.random.uniform(key, shape, dtype, -limit, limit)
 
 
 def split(params: Any) -> tuple[Any, Any]:
-    """The adapters, and everything else, each in a tree of its own; branches that would be empty are left out."""
+    """The adapters and the other parameters, as two trees without empty branches."""
     adapters: dict[str, Any] = {}
     rest: dict[str, Any] = {}
     for name, value in params.items():
@@ -66,7 +66,7 @@ def split(params: Any) -> tuple[Any, Any]:
 
 
 def join(first: Any, second: Any) -> Any:
-    """One tree with the leaves of both, which have none in common."""
+    """One tree with the leaves of both. Raises ValueError when they have one in common."""
     if not isinstance(first, dict) or not isinstance(second, dict):
         raise ValueError("both trees have the same leaf")
     shared = {name: join(first[name], second[name]) for name in first.keys() & second.keys()}
@@ -74,7 +74,7 @@ def join(first: Any, second: Any) -> Any:
 
 
 def fold(params: Any, lora: LoraConfig) -> Any:
-    """The parameters without adapters, of which each is added to its matrix: kernel + alpha / rank * a @ b."""
+    """The parameters with each adapter folded into its matrix, kernel + alpha / rank * a @ b."""
     if not isinstance(params, dict):
         return params
     folded = {name: fold(value, lora) for name, value in params.items() if name not in ADAPTERS}

@@ -2,7 +2,7 @@
 
 from gpt_jax.config import ModelConfig
 
-VOCAB_SIZE = 50304  # GPT-2's 50257 tokens and padding to a multiple of 128, for which matrix units are made.
+VOCAB_SIZE = 50304  # GPT-2's 50257 tokens, padded to a multiple of 128, which suits matrix units.
 
 GPT2 = ModelConfig(vocab_size=VOCAB_SIZE, n_layer=12, n_head=12, d_model=768)
 GPT2_MEDIUM = ModelConfig(vocab_size=VOCAB_SIZE, n_layer=24, n_head=16, d_model=1024, unroll=False)

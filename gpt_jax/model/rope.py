@@ -1,4 +1,4 @@
-"""Rotary position embeddings (Su et al. 2021), and the ways to stretch them to contexts longer than was trained."""
+"""Rotary position embeddings (Su et al. 2021), and methods to stretch them to contexts longer than the trained one."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ from gpt_jax.config import ModelConfig, RopeConfig
 
 
 def frequencies(config: ModelConfig, sliding: bool) -> tuple[np.ndarray, float]:
-    """The angle a position of each pair of dimensions, float64 (K / 2,); and a factor for queries and keys."""
+    """The angle per position of each pair of dimensions, float64 (K / 2,), and a factor for queries and keys."""
     rope, K = config.rope, config.head_dim
     if sliding and rope.local_theta:
         return plain(rope.local_theta, K), 1.0
@@ -30,10 +30,10 @@ def plain(theta: float, K: int) -> np.ndarray:
 
 
 def yarn(rope: RopeConfig, K: int, context: int) -> np.ndarray:
-    """Stretches low frequencies, keeps high ones, goes over linearly by dimension (Peng et al. 2024, section 3.2)."""
+    """Stretches low frequencies, keeps high ones, blends linearly by dimension (Peng et al. 2024, section 3.2)."""
 
     def dimension(turns: float) -> float:
-        """The pair, as a real number, that turns this often in the original context."""
+        """The index of the pair, as a real number, that makes so many turns in the original context."""
         return K * np.log(context / (turns * 2 * np.pi)) / (2 * np.log(rope.theta))
 
     low, high = max(np.floor(dimension(rope.beta_fast)), 0), min(np.ceil(dimension(rope.beta_slow)), K - 1)
@@ -42,7 +42,7 @@ def yarn(rope: RopeConfig, K: int, context: int) -> np.ndarray:
 
 
 def llama3(rope: RopeConfig, K: int, context: int) -> np.ndarray:
-    """Stretches long wavelengths, keeps short ones, and goes over linearly by turns (Llama 3.1's released code)."""
+    """Stretches long wavelengths, keeps short ones, and blends linearly by turns (Llama 3.1's released code)."""
     frequency = plain(rope.theta, K)
     turns = context * frequency / (2 * np.pi)
     kept = np.clip((turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor), 0, 1)
@@ -50,7 +50,7 @@ def llama3(rope: RopeConfig, K: int, context: int) -> np.ndarray:
 
 
 def rotate(x_BTHK: jax.Array, positions_BT: jax.Array, config: ModelConfig, sliding: bool) -> jax.Array:
-    """Turns the pairs (i, i + K / 2) of each head by position times frequency: float32 angles, result in x's dtype."""
+    """Rotates the pairs (i, i + K / 2) of each head by position times frequency, float32; the result has x's dtype."""
     frequency, factor = frequencies(config, sliding)
     angles = positions_BT[:, :, None, None].astype(jnp.float32) * frequency.astype(np.float32)
     cos, sin = (jnp.cos(angles) * factor).astype(x_BTHK.dtype), (jnp.sin(angles) * factor).astype(x_BTHK.dtype)

@@ -1,12 +1,12 @@
-"""How arrays are divided over a mesh of devices, data x fsdp x context x tensor: by the letters of their dimensions.
+"""Divides arrays over a mesh of devices, data x fsdp x context x tensor, by the letters of their dimensions.
 
 The sequences of a batch are divided over data and fsdp, and each sequence over context, whose devices gather the keys
-and values of all of it (Llama Team 2024, The Llama 3 Herd of Models, section 3.3.2). Parameters are stored divided over
-fsdp and context (Rajbhandari et al. 2020, ZeRO stage 3) and tensor, and gathered over the first two where they are
-used; the tensor axis divides heads, feed-forward and vocabulary (Shoeybi et al. 2019, Megatron-LM), and stays divided.
-XLA derives the rest, and the collectives, from these few rules.
+and values of the whole sequence (Llama Team 2024, The Llama 3 Herd of Models, section 3.3.2). Parameters are stored
+divided over fsdp and context (Rajbhandari et al. 2020, ZeRO stage 3) and tensor, and gathered over the first two for
+use. The tensor axis divides heads, feed-forward and vocabulary, in use as well (Shoeybi et al. 2019, Megatron-LM). XLA
+derives everything else, the collectives included, from these few rules.
 
-The functions on arrays do nothing where no mesh is set, on one device and under pmap.
+Without a mesh, on one device and under pmap, the functions on arrays do nothing.
 """
 
 from collections.abc import Callable
@@ -24,47 +24,47 @@ TOKEN_AXES = (*BATCH_AXES, "context")
 GATHERED_AXES = ("fsdp", "context")
 
 STORED = {"D": GATHERED_AXES, "H": "tensor", "F": "tensor", "V": "tensor"}
-"""The axis that divides each dimension of a stored parameter; H stands for whole heads, of any width."""
+"""The mesh axes that divide each dimension of a stored parameter; H stands for whole heads, of any width."""
 
 ACTIVE = {"B": BATCH_AXES, "T": "context", "H": "tensor", "G": "tensor", "F": "tensor", "V": "tensor"}
-"""The same of a parameter in use, and of an activation; S, keys and values as others see them, is not divided."""
+"""The same for parameters in use and for activations. S, the keys of whole sequences, is not divided."""
 
 LINEAR = {"qkv": ("D", "H"), "out": ("H", "D"), "gate": ("D", "F"), "up": ("D", "F"), "down": ("F", "D")}
-"""What the kernel of a linear layer maps, from and to."""
+"""The input and output dimension of each linear layer."""
 
-DIMENSIONS = {"tokens_VD": "VD", "head_VD": "VD", "positions_TD": "SD"}  # Positions are gathered whole, and then cut.
+DIMENSIONS = {"tokens_VD": "VD", "head_VD": "VD", "positions_TD": "SD"}  # Positions are gathered whole, then sliced.
 for _name, (_from, _to) in LINEAR.items():
     DIMENSIONS |= {f"{_name}/kernel": _from + _to, f"{_name}/lora_a": _from + "R", f"{_name}/lora_b": "R" + _to}
     DIMENSIONS |= {f"{_name}/bias": _to} if _to != "D" else {}
 
 
 def dimensions(path: tuple[Any, ...]) -> str | None:
-    """The letters of a parameter's dimensions, by the end of its path in the tree; None for what every device has
-    whole: the scales of norms, and other vectors as wide as the model, which are not worth gathering. The optimizer's
-    moments have their parameter's path, and are divided as it is."""
+    """The letters of a parameter's dimensions, by the end of its path in the tree. None for parameters that every
+    device holds whole: the scales of norms, and other vectors as wide as the model, which are not worth gathering. The
+    optimizer's moments end in their parameter's path, and are divided as it is."""
     names = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
     return DIMENSIONS.get(names[-1]) or DIMENSIONS.get("/".join(names[-2:]))
 
 
 def spec(dims: str, axes: dict[str, Any], ndim: int) -> PartitionSpec:
-    """The axes of an array with these dimensions; those that it has before them, such as L, are not divided."""
+    """The axes of an array whose last dimensions are `dims`; leading ones, such as L, are not divided."""
     return PartitionSpec(*[None] * (ndim - len(dims)), *(axes.get(letter) for letter in dims))
 
 
 def stored_spec(path: tuple[Any, ...], x: Any) -> PartitionSpec:
-    """How a leaf of a tree of parameters, or of what has their paths, is stored."""
+    """The axes of a stored leaf, of a tree of parameters or of another tree with their paths."""
     dims = dimensions(path)
     return PartitionSpec() if dims is None else spec(dims, STORED, x.ndim)
 
 
 def state_shardings(mesh: Mesh, tree: Any) -> Any:
-    """How to store a tree of parameters, or of what has their paths: a sharding for each leaf."""
+    """The sharding of each stored leaf, of a tree of parameters or of another tree with their paths."""
     return jax.tree_util.tree_map_with_path(lambda path, x: NamedSharding(mesh, stored_spec(path, x)), tree)
 
 
 def indivisible(config: ModelConfig, fsdp: int, context: int, tensor: int) -> str | None:
-    """Which dimension of a model does not divide over a mesh, as "model.d_model = 5 does not divide over ..."; None
-    when all do."""
+    """A message that names the first dimension of a model that does not divide over a mesh, such as "model.d_model, 5,
+    does not divide over parallel.fsdp = 2"; None when all do."""
     sizes = {
         "model.d_model": (config.d_model, "fsdp x context" if context > 1 else "fsdp", fsdp * context),
         "model.context_length": (config.context_length, "context", context),
@@ -80,24 +80,24 @@ def indivisible(config: ModelConfig, fsdp: int, context: int, tensor: int) -> st
 
 
 def mesh_is_set() -> bool:
-    """Whether a program that is being traced will run on a mesh whose arrays XLA divides."""
+    """True when the program that is being traced will run on a mesh whose arrays XLA divides."""
     mesh = jax.sharding.get_abstract_mesh()
     return mesh.axis_names == MESH_AXES and set(mesh.axis_types) == {AxisType.Auto}
 
 
 def context_parts() -> int:
-    """Number of devices that a sequence is divided over."""
+    """The number of devices that each sequence is divided over."""
     return int(jax.sharding.get_abstract_mesh().shape["context"]) if mesh_is_set() else 1
 
 
 def constrain(x: jax.Array, dims: str) -> jax.Array:
-    """`x`, an activation with these dimensions, divided as all of its kind; dimensions without an axis are whole."""
+    """`x`, an activation whose last dimensions are `dims`, divided by ACTIVE; dimensions without an axis are whole."""
     return jax.lax.with_sharding_constraint(x, spec(dims, ACTIVE, x.ndim)) if mesh_is_set() else x
 
 
 def for_use(params: Any, dtype: DTypeLike) -> Any:
-    """Parameters as they are used: gathered over fsdp and context, matrices in the compute type, so that half the bytes
-    travel. Parameters as they are, where no mesh is set."""
+    """Parameters for use: gathered over fsdp and context, matrices in the compute dtype, so that half the bytes
+    travel. Without a mesh, they stay as they are."""
     if not mesh_is_set():
         return params
 
@@ -111,7 +111,7 @@ def for_use(params: Any, dtype: DTypeLike) -> Any:
 
 
 def to_storage(tree: Any) -> Any:
-    """Parameters, or what has their paths, such as their gradients, divided as parameters are stored."""
+    """Parameters, or a tree with their paths such as the gradients, divided as parameters are stored."""
     if not mesh_is_set():
         return tree
 
@@ -122,27 +122,27 @@ def to_storage(tree: Any) -> Any:
 
 
 def gathers_again() -> bool:
-    """Whether parameters are gathered at all, so that it is worth doing without keeping them."""
+    """True when parameters are gathered for use, so that gathering them again saves memory."""
     mesh = jax.sharding.get_abstract_mesh()
     return mesh_is_set() and any(mesh.shape[axis] > 1 for axis in GATHERED_AXES)
 
 
 def keep_all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
-    """A policy of jax.checkpoint: gathered parameters, keys and values are not kept for the backward pass, nor what is
-    the same in another type or order, but gathered again: all layers' together would be the whole model, and what a
-    whole sequence needs."""
+    """A policy of jax.checkpoint that keeps all but gathered parameters, keys and values, and copies of them in another
+    dtype or order. The backward pass gathers these again: those of all layers together would be the whole model, and
+    the keys and values of whole sequences."""
     return primitive.name not in ("sharding_constraint", "convert_element_type", "all_gather", "transpose")
 
 
 def on_each_device(attend: Callable[..., jax.Array], *more_specs: Any) -> Callable[..., jax.Array]:
-    """`attend(q_BTHK, k_BSGK, v_BSGK, segments_BT, segments_BS, *more)` as a function of the same without segments_BS:
-    on every device by itself, with the sequences, queries and heads that it has, and all keys of these sequences.
-    Kernels that XLA cannot look into cannot be divided by it. The segments, of queries and of keys, may be None."""
+    """`attend(q_BTHK, k_BSGK, v_BSGK, segments_BT, segments_BS, *more)` as a function of the same without segments_BS.
+    Each device calls it with its own sequences, queries and heads, and all keys of these sequences, since XLA cannot
+    look into kernels to divide them. The segments, of queries and of keys, may be None."""
     divides = context_parts() > 1
 
     def gathered(x: jax.Array) -> jax.Array:
-        # Gathered here, since the transpose of that is a reduce-scatter: an array that comes in whole has its gradients
-        # added up whole.
+        # Gathered here, since the transpose of all_gather is a reduce-scatter. The gradients of an array that enters
+        # whole would be summed whole.
         return jax.lax.all_gather(x, "context", axis=1, tiled=True) if divides else x
 
     def on_one_device(

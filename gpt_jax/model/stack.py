@@ -1,6 +1,6 @@
-"""How the L blocks of a model run, one after the other: unrolled or scanned, rematerialised, gathered, or with a cache.
+"""Runs the L blocks of a model one after the other: unrolled or scanned, rematerialised, gathered, or with a cache.
 
-None of it is a matter of format: the parameters of all layers are stacked on a leading axis, whatever is chosen.
+The format does not depend on that: the parameters of all layers are always stacked on a leading axis.
 """
 
 import functools
@@ -15,7 +15,7 @@ from gpt_jax.model.cache import Cache
 from gpt_jax.model.sharding import for_use, gathers_again, keep_all_but_gathered, to_storage
 
 Layers = Any
-"""The parameters of the blocks: one tree whose leaves have all layers on their first axis, or a tuple of L trees."""
+"""The parameters of the blocks: one tree whose leaves have the layers on their first axis, or a tuple of L trees."""
 
 
 def run(
@@ -24,7 +24,7 @@ def run(
     x_BTD: jax.Array,
     config: ModelConfig,
 ) -> jax.Array:
-    """What the blocks make of x, as `config` says that they run. `block(params, x_BTD, i, sliding)` is the i-th."""
+    """The output of all blocks for x, run as `config` says. `block(params, x_BTD, i, sliding)` is the i-th."""
     c = config
 
     def layer(params: Any, x_BTD: jax.Array, i: int | jax.Array, sliding: bool) -> jax.Array:
@@ -36,16 +36,16 @@ def run(
             x_BTD = layer(to_storage(params), x_BTD, i, c.sliding[i])
         return x_BTD
 
-    # Layers that slide and layers that do not are different programs: the scan goes over whole periods of their
-    # pattern, and what is left of the layers follows.
+    # Layers with a sliding window and layers without are different programs. The scan goes over whole periods of
+    # their pattern, and the remaining layers follow.
     period = len(c.window_pattern) if c.window else 1
     n_scanned = c.n_layer // period * period
 
     def consecutive(x_BTD: jax.Array, xs: tuple[Any, jax.Array], n: int) -> tuple[jax.Array, None]:
-        """Layers `first` to `first + n - 1`."""
+        """Runs layers `first` to `first + n - 1`."""
         stacked, first = xs
         for i, params in enumerate(unstack(stacked, n)):
-            x_BTD = layer(to_storage(params), x_BTD, first + i, c.sliding[i])  # Kept for the backward pass as stored.
+            x_BTD = layer(to_storage(params), x_BTD, first + i, c.sliding[i])  # The backward pass keeps them as stored.
         return x_BTD, None
 
     periods = jax.tree.map(lambda x: x[:n_scanned].reshape(-1, period, *x.shape[1:]), layers)
@@ -61,7 +61,7 @@ def run(
 def run_cached(
     block: Callable[..., tuple[jax.Array, Any]], layers: Layers, x_BTD: jax.Array, cache: Cache, config: ModelConfig
 ) -> tuple[jax.Array, Cache]:
-    """What the blocks make of x, and the cache with it. `block(params, x_BTD, sliding, layer_cache)` returns both."""
+    """The output of all blocks for x, and the new cache. `block(params, x_BTD, sliding, layer_cache)` returns both."""
     new_cache = []
     for params, layer_cache, sliding in zip(unstack(layers, config.n_layer), cache, config.sliding, strict=True):
         x_BTD, updated = block(params, x_BTD, sliding, layer_cache)
@@ -70,7 +70,7 @@ def run_cached(
 
 
 def rematerialised(layer: Any, policy: RematName) -> Any:
-    """`layer` with its activations kept for the backward pass, or computed again, as the policy's name says."""
+    """`layer`, whose activations the backward pass keeps or computes again, as the policy's name says."""
     policies = {
         "full": None,
         "dots": jax.checkpoint_policies.dots_saveable,
@@ -82,12 +82,12 @@ def rematerialised(layer: Any, policy: RematName) -> Any:
 
 
 def unstack(layers: Layers, n_layer: int) -> tuple[Any, ...]:
-    """The parameters of each layer; those of a model that is unstacked already, as they are.
+    """The parameters of each layer; those that are unstacked already stay as they are.
 
-    `split` and not indexing: its transpose is one concatenation, where that of L slices is a sum of L padded arrays.
+    `split` rather than indexing: its transpose is one concatenation, that of L slices is a sum of L padded arrays.
     """
     if isinstance(layers, tuple):
         return layers
     leaves, tree = jax.tree.flatten(layers)
     split = [[part[0] for part in jax.lax.split(leaf, (1,) * n_layer)] for leaf in leaves]
-    return tuple(jax.tree.unflatten(tree, leaves_of_layer) for leaves_of_layer in zip(*split, strict=True))
+    return tuple(jax.tree.unflatten(tree, layer_leaves) for layer_leaves in zip(*split, strict=True))
