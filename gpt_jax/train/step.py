@@ -16,9 +16,9 @@ from gpt_jax.train.objectives import Objective, Sums
 
 
 class TrainState(NamedTuple):
-    """What training goes on from. `step` counts the optimizer steps taken, an int32 scalar.
+    """The state that training continues from. `step` counts the optimizer steps taken, an int32 scalar.
 
-    params are those that are trained: all of them, or adapters. frozen are the others, which no step changes.
+    params are the trained parameters: all of them, or adapters. frozen are the others, which no step changes.
     """
 
     step: jax.Array
@@ -27,13 +27,13 @@ class TrainState(NamedTuple):
     frozen: Params
 
     def all_params(self) -> Params:
-        """The parameters of the model."""
+        """All parameters of the model, trained and frozen."""
         return lora.join(self.params, self.frozen)
 
 
 class StepMetrics(NamedTuple):
-    """Float32 scalars of one step: the objective's loss (nats a token, of the next token), global norm of the unclipped
-    gradient, learning rate, and what else the objective reports, by name."""
+    """Float32 scalars of one step: the objective's loss (nats per token for next_token), the global norm of the
+    unclipped gradient, the learning rate, and the other values that the objective reports, by name."""
 
     loss: jax.Array
     grad_norm: jax.Array
@@ -42,7 +42,7 @@ class StepMetrics(NamedTuple):
 
 
 def init_state(model: GPT, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
-    """The state before the first step, with random parameters; of a model with adapters, these alone."""
+    """The state before the first step, with random parameters; for a model with adapters, only these."""
     params = init_params(model, jax.random.key(seed))
     if model.config.lora.rank:
         params, _ = lora.split(params)
@@ -64,11 +64,11 @@ def make_train_step(
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
     """The train step: `(state, batch)` to `(state, metrics)`.
 
-    batch: this device's share of the global batch in A microbatches, one after the other. The objective's sums and
-    gradients are added up over microbatches and devices and then divided, so the result does not depend on how the
-    batch was cut. A batch in which no target counts changes nothing but the number of the step. The dropout of a
-    sequence depends on the seed, the step and its row in the global batch, and, that of attention weights, on the
-    attention that draws it, but not on the devices.
+    batch: this device's share of the global batch, in A microbatches that run one after the other. The objective's
+    sums and gradients are summed over microbatches and devices and then divided, so the result does not depend on how
+    the batch was cut. A batch without counted targets changes nothing but the step number. The dropout of a sequence
+    depends on the seed, the step and its row in the global batch, but not on the devices; the dropout of attention
+    weights depends on the attention backend, too.
     """
 
     def numerator(trained: Params, frozen: Params, batch: Batch, keys_B: jax.Array | None) -> tuple[jax.Array, Sums]:
@@ -89,8 +89,8 @@ def make_train_step(
         gradient = jax.grad(numerator, has_aux=True)
 
         def microbatch(i: int | jax.Array) -> tuple[Sums, Params]:
-            one, keys_B = jax.tree.map(lambda x: x[i], (batch, keys_AB))
-            grads, sums = gradient(state.params, state.frozen, one, keys_B)
+            batch_i, keys_B = jax.tree.map(lambda x: x[i], (batch, keys_AB))
+            grads, sums = gradient(state.params, state.frozen, batch_i, keys_B)
             return sums, to_storage(grads)
 
         if A == 1:
@@ -113,16 +113,16 @@ def make_train_step(
 
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        if may_be_empty:  # Momentum and weight decay would move the parameters without a gradient, too.
-            counts, before = sums.denominator > 0, (state.params, state.opt_state)
-            params, opt_state = jax.tree.map(lambda a, b: jnp.where(counts, a, b), (params, opt_state), before)
+        if may_be_empty:  # Momentum and weight decay would move the parameters even without a gradient.
+            has_targets, before = sums.denominator > 0, (state.params, state.opt_state)
+            params, opt_state = jax.tree.map(lambda a, b: jnp.where(has_targets, a, b), (params, opt_state), before)
         return TrainState(state.step + 1, params, opt_state, state.frozen), metrics
 
     return train_step
 
 
 def or_one(count: jax.Array) -> jax.Array:
-    """`count`, or 1 where it is 0, to divide sums by that are 0 then."""
+    """`count`, or 1 where it is 0: a divisor for sums that are 0 in that case."""
     return jnp.where(count == 0, 1, count)
 
 

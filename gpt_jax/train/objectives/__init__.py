@@ -1,8 +1,8 @@
-"""Objectives: what training minimises, each a file of one formula.
+"""The objectives that training minimises, one file and one formula each.
 
 An objective is a pure function `(model, params, batch, keys_B) -> Sums` of one microbatch on one device (on a mesh: of
-one microbatch). It returns sums and never means: the step adds them up over microbatches and devices, and then divides,
-so that the result does not depend on how the batch was cut. Its gradient is that of the numerator.
+one microbatch). It returns sums and never means: the step sums them over microbatches and devices and then divides, so
+that the result does not depend on how the batch was cut. The gradient is that of the numerator.
 """
 
 from collections.abc import Callable
@@ -15,10 +15,10 @@ from gpt_jax.model.gpt import GPT, Params
 
 
 class Sums(NamedTuple):
-    """Float32 scalars to add up, then divide: the loss is numerator / denominator.
+    """Float32 scalars to sum up, then divide: the loss is numerator / denominator.
 
-    The denominator does not depend on the parameters. `logged` has the numerator and the denominator of each value that
-    is to be reported beside the loss, by its name in metrics.jsonl.
+    The denominator does not depend on the parameters. `logged` has the numerator and denominator of each further value
+    to report, by its name in metrics.jsonl.
     """
 
     numerator: jax.Array
@@ -27,5 +27,5 @@ class Sums(NamedTuple):
 
 
 Objective = Callable[[GPT, Params, Batch, jax.Array | None], Sums]
-"""`(model, params, batch, keys_B)`: the batch without an axis of microbatches; keys_B one dropout key a row, or None,
-and then nothing is dropped."""
+"""`(model, params, batch, keys_B)`: the batch has no axis of microbatches; keys_B has one dropout key per row, or is
+None for no dropout."""

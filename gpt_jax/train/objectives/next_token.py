@@ -1,4 +1,4 @@
-"""Predict each token from those before it: the objective of pretraining, and of tuning on texts."""
+"""Predicts each token from those before it: the objective of pretraining, and of fine-tuning on texts."""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from gpt_jax.train.objectives import Sums
 
 
 def next_token(model: GPT, params: Params, batch: Batch, keys_B: jax.Array | None) -> Sums:
-    """The cross-entropy of the targets in nats, each as often as it counts, and how many count."""
+    """The cross-entropy of the targets in nats, weighted by the mask, and the sum of the weights."""
     inputs_BT, targets_BT = batch.tokens[:, :-1], batch.tokens[:, 1:]
     hidden_BTD = forward(model, params, inputs_BT, keys_B, batch.segments, batch.positions)
     c = model.config
