@@ -1,6 +1,6 @@
-"""Which tokens make which step: a pure function of the step, and a thread that works ahead of the device.
+"""The batch of each training step, a pure function of the step, and a thread that works ahead of the device.
 
-The tokens of a split form a ring. Each epoch cuts the ring into windows of T tokens, from an offset of its own, and
+The tokens of a split form a ring. Each epoch cuts the ring into windows of T tokens, from its own offset, and
 visits every window once, in a pseudo-random order. Order and offset are computed from (seed, epoch) and never stored,
 so any step can be reached at once, in constant memory.
 """
@@ -21,7 +21,7 @@ ROUNDS = 6  # Four are enough for a permutation to look random; two more cost no
 
 
 class Tokens(Protocol):
-    """A sequence of token ids that can be read anywhere."""
+    """A sequence of token ids with random access."""
 
     def __len__(self) -> int: ...
 
@@ -36,7 +36,7 @@ def mix(x: np.ndarray) -> np.ndarray:
 
 
 def hash_key(*parts: int) -> np.ndarray:
-    """A uint64 that depends on every part and on their order."""
+    """A uint64 hash, shape (1,), of all parts and their order."""
     key = np.zeros(1, np.uint64)
     for part in parts:
         key = mix(key + np.uint64((part * 0x9E3779B97F4A7C15 + 0x9E3779B97F4A7C15) & MASK_64))
@@ -44,11 +44,11 @@ def hash_key(*parts: int) -> np.ndarray:
 
 
 def permute(index: np.ndarray, n: int, *key: int) -> np.ndarray:
-    """Where a permutation of range(n) that `key` chooses sends each index, without making the permutation.
+    """The image of each index under a permutation of range(n) chosen by `key`, which is never held in memory.
 
-    A Feistel network (Luby and Rackoff 1988) of ROUNDS rounds permutes the smallest 2**(2k) >= n. A value that falls
-    outside range(n) walks on along its cycle until it is inside (Black and Rogaway 2002), fewer than four times on
-    average.
+    A Feistel network (Luby and Rackoff 1988) of ROUNDS rounds permutes the smallest 2**(2k) >= n values. A value
+    outside range(n) is permuted again until it is inside (cycle walking, Black and Rogaway 2002), fewer than four times
+    on average.
     """
     half_bits = max(1, ((n - 1).bit_length() + 1) // 2)
     shift, mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
@@ -66,10 +66,10 @@ def permute(index: np.ndarray, n: int, *key: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class TrainBatches:
-    """The batches of a training run: `batches(step)` has B windows of T tokens and the one after, all of them targets.
+    """The batches of a training run: `batches(step)` has B windows of T + 1 tokens, all but the first of them targets.
 
-    `batches(step, rows)` is those rows of the same batch: what one host of several needs. Raises UserError when the
-    split is smaller than one window.
+    `batches(step, rows)` has only the given rows of that batch, those of one host. Raises UserError when the split is
+    smaller than one window.
     """
 
     tokens: Tokens
@@ -86,36 +86,36 @@ class TrainBatches:
 
     @property
     def windows_per_epoch(self) -> int:
-        """Number of whole windows that the ring is cut into."""
+        """The number of whole windows that the ring is cut into."""
         return len(self.tokens) // self.context_length
 
     def starts(self, step: int, rows: np.ndarray | None = None) -> np.ndarray:
-        """Position of the first token of each window of the batch, or of some rows of it, int64."""
+        """The position of the first token of each window of the batch, or of its given rows, int64."""
         n, n_windows = len(self.tokens), self.windows_per_epoch
         sample = step * self.batch_size + (np.arange(self.batch_size) if rows is None else rows)
         epochs, index = np.divmod(sample, n_windows)
         starts = np.empty(len(sample), np.int64)
-        for epoch in np.unique(epochs):  # One, or two where an epoch ends within the batch.
-            of_epoch = epochs == epoch
-            window = permute(index[of_epoch], n_windows, self.seed, int(epoch))
-            offset = int(hash_key(self.seed, int(epoch), ROUNDS)[0] % np.uint64(n))  # A key that no round has.
-            starts[of_epoch] = (offset + window * self.context_length) % n
+        for epoch in np.unique(epochs):  # One epoch, or several if one ends within the batch.
+            in_epoch = epochs == epoch
+            window = permute(index[in_epoch], n_windows, self.seed, int(epoch))
+            offset = int(hash_key(self.seed, int(epoch), ROUNDS)[0] % np.uint64(n))  # No round has this key.
+            starts[in_epoch] = (offset + window * self.context_length) % n
         return starts
 
     def __call__(self, step: int, rows: np.ndarray | None = None) -> Batch:
         return Batch(np.stack([self.window(int(start)) for start in self.starts(step, rows)]))
 
     def window(self, start: int) -> np.ndarray:
-        """T + 1 tokens from `start` on, going on at the beginning of the split after its end."""
+        """T + 1 tokens from `start` on, which continue at the beginning of the split after its end."""
         count = self.context_length + 1
         head = self.tokens.read(start, min(count, len(self.tokens) - start))
         return head if len(head) == count else np.concatenate([head, self.tokens.read(0, count - len(head))])
 
 
 def eval_batches(tokens: Tokens, context_length: int, batch_size: int) -> Iterator[Batch]:
-    """The whole split in order, with masks, bool (B, T): every token but the first is a target exactly once.
+    """The whole split in order, with bool masks (B, T): every token but the first is a target exactly once.
 
-    The last batch is filled up with masked rows, so that all have one shape.
+    Masked rows fill up the last batch, so that all batches have one shape.
     """
     T = context_length
     n_windows = -(-(len(tokens) - 1) // T)
@@ -131,10 +131,10 @@ def eval_batches(tokens: Tokens, context_length: int, batch_size: int) -> Iterat
 
 
 class Prefetch:
-    """Calls `make(step)` for step after step in a thread of its own, and holds `depth` results ready.
+    """Calls `make(step)` for one step after the other in a thread, and holds `depth` results ready.
 
-    A context manager, and an iterator over the results. An exception in the thread is raised where the result it
-    replaces would have come.
+    A context manager, and an iterator over the results. The iterator raises an exception of the thread in the place of
+    the missing result.
     """
 
     def __init__(self, make: Callable[[int], Any], steps: range, depth: int = 2) -> None:
@@ -168,7 +168,7 @@ class Prefetch:
 
     def __iter__(self) -> Iterator[Any]:
         for _ in range(self.count):
-            good, result = self.results.get()
-            if not good:
+            succeeded, result = self.results.get()
+            if not succeeded:
                 raise result
             yield result

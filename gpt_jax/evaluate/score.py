@@ -17,21 +17,21 @@ from gpt_jax.model.loss import nats_N
 from gpt_jax.placement import Placement
 
 CHUNK = 1024
-"""Tokens that have logits at one time: enough to fill matrix units, and 200 MB with 50,000 tokens in the vocabulary."""
+"""Tokens that have logits at one time: they fill matrix units, and take 200 MB with a vocabulary of 50,000 tokens."""
 
 
 class Score(NamedTuple):
-    """How well a window's scored tokens are predicted."""
+    """The score of one window: its scored tokens under the model."""
 
-    number: int  # Which of the windows, counted from 0.
+    number: int  # The number of the window, from 0.
     nats: float  # -log of their probability.
-    greedy: bool  # Whether each of them is the most probable one.
+    greedy: bool  # True when each of them is the most probable one.
 
 
 def make_score_step(model: GPT, axis_name: str | None) -> Callable[[Params, Batch], tuple[jax.Array, jax.Array]]:
-    """The scoring step: `(params, batch)` to the nats and the greediness of every row of the whole batch, (B,).
+    """The scoring step: `(params, batch)` to the nats and greediness of each row of the whole batch, (B,) each.
 
-    batch: this device's share, with a mask. Nats are float32, as logits are.
+    batch: this device's share, with a mask. Nats are float32, greediness is bool.
     """
 
     def score_step(params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -52,7 +52,7 @@ def make_score_step(model: GPT, axis_name: str | None) -> Callable[[Params, Batc
 
 
 class Scorer:
-    """A model ready to score, on devices that each hold all parameters and score `batch_size` windows at one time."""
+    """A model ready to score. Each device holds all parameters, and scores `batch_size` windows at one time."""
 
     def __init__(self, model: GPT, params: Params, devices: Sequence[jax.Device], batch_size: int) -> None:
         self.model = model
@@ -62,20 +62,20 @@ class Scorer:
         self.step = self.placement.jit(make_score_step(model, self.placement.axis_name), donate=False)
 
     def __call__(self, windows: Iterable[Window]) -> Iterator[Score]:
-        """The score of each window, as batches of windows of one length become full."""
-        before: tuple[list[int], Any] = [], ()
+        """The score of each window, as soon as windows of its length fill a batch."""
+        previous: tuple[list[int], Any] = [], ()
         fused = self.model.config.attention in ("cudnn", "splash")  # They work on whole blocks.
         least = SPLASH_BLOCKS[-1] if fused else 16
         for numbers, batch in batches(windows, self.batch_size, self.model.config.context_length, least):
             result = self.step(self.params, self.placement.split(batch))
             if self.placement.must_wait:
                 jax.block_until_ready(result)
-            yield from read(*before)  # While the devices work on the batch that follows.
-            before = numbers, result
-        yield from read(*before)
+            yield from read(*previous)  # While the devices work on the next batch.
+            previous = numbers, result
+        yield from read(*previous)
 
 
 def read(numbers: list[int], result: tuple[jax.Array, jax.Array]) -> Iterator[Score]:
-    """The scores of a batch that was given to the devices; its empty rows are left out."""
+    """The scores of a batch, once the devices have them; its empty rows are left out."""
     for number, nats, greedy in zip(numbers, *map(np.asarray, result), strict=False):
         yield Score(number, float(nats), bool(greedy))

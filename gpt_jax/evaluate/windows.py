@@ -1,4 +1,4 @@
-"""Text of any length as windows that fit the model, each token scored exactly once, and windows as batches."""
+"""Cuts text of any length into windows that fit the model, each token scored exactly once, and batches them."""
 
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
@@ -10,23 +10,23 @@ from gpt_jax.sample.decode import bucket
 
 
 class Window(NamedTuple):
-    """Tokens to show to the model at one time. Each but the first is a target, predicted from those before it."""
+    """Tokens that the model reads at one time. Each but the first is a target, predicted from those before it."""
 
     tokens: np.ndarray  # int32 (n + 1,)
-    seen: int  # So many of the first targets are there as context alone, and not scored.
+    seen: int  # Number of first targets that are only context, and not scored.
 
     @property
     def n_scored(self) -> int:
-        """Number of targets that are scored."""
+        """The number of targets that are scored."""
         return len(self.tokens) - 1 - self.seen
 
 
 def windows(pieces: Iterable[np.ndarray], context_length: int, stride: int) -> Iterator[Window]:
-    """The windows over one text, whose tokens come in pieces, int32; every token but the first is scored exactly once.
+    """The windows over one text, given as int32 pieces; every token but the first is scored exactly once.
 
     Windows have context_length targets, the last one perhaps fewer, and start `stride` tokens apart: each target after
-    the first window is predicted from context_length - stride tokens or more. No more than a window and a piece are
-    held in memory.
+    the first window is predicted from context_length - stride tokens or more. At most a window and a piece are in
+    memory.
     """
     held, seen = np.empty(0, np.int32), 0
     for piece in pieces:
@@ -41,11 +41,11 @@ def windows(pieces: Iterable[np.ndarray], context_length: int, stride: int) -> I
 def batches(
     windows: Iterable[Window], batch_size: int, context_length: int, least: int
 ) -> Iterator[tuple[list[int], Batch]]:
-    """The windows in batches of `batch_size`, each as soon as it is full, with few shapes in all.
+    """The windows in batches of `batch_size`, each yielded as soon as it is full, in few shapes.
 
-    Yields which of the windows the rows of a batch are, and the batch; its mask, bool (B, T), has the targets to score.
-    Windows are padded to the next power of two, from `least` up, but no further than to context_length; masked rows,
-    which have no number, fill up the last batch of each length.
+    Yields the numbers of the windows in a batch, and the batch; its mask, bool (B, T), has the targets to score.
+    Windows are padded to the next power of two, to at least `least` and at most context_length. Masked rows, which have
+    no number, fill up the last batch of each length.
     """
     waiting: dict[int, list[tuple[int, Window]]] = {}
     for numbered in enumerate(windows):
@@ -59,7 +59,7 @@ def batches(
 
 
 def filled(rows: list[tuple[int, Window]], T: int, batch_size: int) -> tuple[list[int], Batch]:
-    """The numbers of numbered windows, and one batch (batch_size, T) of them."""
+    """The numbers of the given windows, and one batch (batch_size, T) of them."""
     batch = Batch(np.zeros((batch_size, T + 1), np.int32), np.zeros((batch_size, T), bool))
     for row, (_, window) in enumerate(rows):
         batch.tokens[row, : len(window.tokens)] = window.tokens

@@ -1,8 +1,8 @@
-"""The jitted heart of sampling: prefill a batch of prompts, then decode many tokens in one call to the device.
+"""The jitted core of sampling: prefills a batch of prompts, then decodes many tokens in one call to the device.
 
-Shapes are static: prompts are padded to a power of two, and so is the cache, so that programs are compiled once a
-bucket and not once a length. Rows are independent: each has its own length, its own random keys, and the result that
-it would have alone.
+Shapes are static: prompts and the cache are padded to powers of two, so that programs are compiled once per bucket and
+not once per length. Rows are independent: each has its own length and its own random keys, and gets the same result as
+it would alone.
 """
 
 import functools
@@ -21,48 +21,48 @@ from gpt_jax.sample.filters import apply, draw
 from gpt_jax.sample.settings import Filters
 
 CHUNK = 32
-"""Tokens decoded in one call at most: enough to hide the cost of a call, few enough for streaming to look alive."""
+"""The most tokens decoded in one call: enough to hide the cost of a call, few enough for streaming to look alive."""
 
 
 class DecodeState(NamedTuple):
-    """What a batch of sequences carries from token to token."""
+    """The state of a batch of sequences, which each token updates."""
 
     cache: kv.Cache
     last_B: jax.Array  # int32: the newest token, not yet in the cache.
-    length_B: jax.Array  # int32: tokens in the cache, and so the position of the newest one.
-    drawn: jax.Array  # int32: number of tokens drawn so far, the same for all rows; with a key, it decides the draw.
-    keys_B: jax.Array  # One random key a sequence.
+    length_B: jax.Array  # int32: number of tokens in the cache; the position of the newest token.
+    drawn: jax.Array  # int32: number of tokens drawn so far, the same for all rows; it and a key decide a draw.
+    keys_B: jax.Array  # One random key per sequence.
     seen_BV: jax.Array | None  # bool: tokens of the prompt and the answer; None without a repetition penalty.
 
 
 def prepare_params(params: Params, config: ModelConfig, donate: bool = False) -> Params:
-    """The parameters as decoding reads them fastest; those that are prepared already, as they are.
+    """The parameters in the form that decoding reads fastest; those that are prepared already stay as they are.
 
-    Layers are unstacked: decoding would copy each out of the stack for every token. Kernels are transposed, for
-    `decoding_product`. Matrices are rounded to the compute type of `config`, to which each product would convert them
-    for every token; so are embeddings, before they are added up.
+    Layers are unstacked, since decoding would copy each out of the stack for every token. Kernels are transposed for
+    `decoding_product`. Matrices are rounded to the compute dtype of `config`, since each product would convert them for
+    every token. Embeddings are rounded, too, before they are added up.
 
-    donate: the arrays that are given may be deleted, each when what is made of it is there, so that never more than one
-    of them is in memory twice.
+    donate: the given arrays may be deleted, each as soon as its prepared form exists, so that at most one of them is in
+    memory twice.
     """
     if isinstance(params["layers"], tuple):
         return params
 
-    def deleting(given: jax.Array, made: Any) -> Any:
-        if donate and made is not given:
-            jax.block_until_ready(made)
-            given.delete()
-        return made
+    def replace(old: jax.Array, new: Any) -> Any:
+        if donate and new is not old:
+            jax.block_until_ready(new)
+            old.delete()
+        return new
 
     def prepare(value: Any) -> Any:
         if isinstance(value, dict):
             return {name: prepare(part) for name, part in value.items()}
-        return value if value.ndim < 2 or value.dtype == config.dtype else deleting(value, value.astype(config.dtype))
+        return value if value.ndim < 2 or value.dtype == config.dtype else replace(value, value.astype(config.dtype))
 
     def prepare_layers(value: Any, kernel: bool = False) -> tuple[Any, ...]:
         if not isinstance(value, dict):
             layers = tuple(layer_of(value, i, config.dtype, kernel) for i in range(config.n_layer))
-            return deleting(value, layers)
+            return replace(value, layers)
         parts = {
             "kernel_FD" if name == "kernel" else name: prepare_layers(part, name == "kernel")
             for name, part in value.items()
@@ -74,15 +74,15 @@ def prepare_params(params: Params, config: ModelConfig, donate: bool = False) ->
 
 @functools.partial(jax.jit, static_argnames=("dtype", "kernel"))
 def layer_of(stacked: jax.Array, i: int, dtype: str, kernel: bool) -> jax.Array:
-    """What layer i has of a leaf: kernels transposed, matrices in `dtype`."""
+    """The part of layer i in a stacked leaf: kernels transposed, matrices in `dtype`."""
     layer = stacked[i].T if kernel else stacked[i]
     return layer.astype(dtype) if layer.ndim >= 2 else layer
 
 
 class Decoder:
-    """Prefill and decoding of one model. `params` are those of `prepare_params`.
+    """Prefill and decoding of one model, with parameters from `prepare_params`.
 
-    `n_tokens` is the size of the tokenizer's vocabulary: a model whose vocabulary was padded never writes the padding.
+    `n_tokens` is the size of the tokenizer's vocabulary; ids beyond it, the padding of a model's, are never drawn.
     """
 
     def __init__(self, model: GPT, filters: Filters, n_tokens: int) -> None:
@@ -91,7 +91,7 @@ class Decoder:
         self.decode = jax.jit(self._decode, donate_argnames="state")
 
     def _draw(self, logits_BV: jax.Array, state: DecodeState) -> tuple[DecodeState, jax.Array]:
-        """Draws the next token of each row; also its log-probability under the model, before any filter (B,)."""
+        """Draws the next token of each row, and returns its log-probability (B,) under the model before any filter."""
         logits_BV = jnp.where(jnp.arange(logits_BV.shape[-1]) < self.n_tokens, logits_BV, -jnp.inf)
         filtered_BV = apply(self.filters, logits_BV, state.seen_BV)
         if self.filters.temperature == 0:
@@ -117,8 +117,8 @@ class Decoder:
     ) -> tuple[DecodeState, jax.Array]:
         """Reads prompts of length_B tokens, padded at the end to T, into an empty cache, and draws the next token.
 
-        What the padding writes to the cache is never looked at: a sequence sees no slot beyond its own length, and
-        overwrites those slots as it grows.
+        The cache slots of the padding are never read: a sequence sees no slot beyond its own length, and overwrites
+        those slots as it grows.
         """
         B = tokens_BT.shape[0]
         cache = kv.init_cache(self.model.config, B, cache_length)
@@ -129,8 +129,8 @@ class Decoder:
         return self._draw(logits_NV(self.model, params, last_hidden_BD), state)
 
     def _decode(self, params: Params, state: DecodeState, n: jax.Array) -> tuple[DecodeState, jax.Array, jax.Array]:
-        """n more tokens of each row, n <= CHUNK: the state, tokens int32 (CHUNK, B) and log-probabilities (CHUNK, B),
-        of which the first n are meant."""
+        """Decodes n <= CHUNK tokens of each row. Returns the state, tokens int32 (CHUNK, B) and log-probabilities
+        float32 (CHUNK, B), of which the first n are valid."""
         B = state.last_B.shape[0]
 
         def body(
@@ -148,10 +148,10 @@ class Decoder:
 
 @functools.cache
 def decoder_for(model: GPT, filters: Filters, n_tokens: int) -> Decoder:
-    """One decoder for each set of arguments, so that a program is compiled once in a process."""
+    """One decoder per set of arguments, so that a process compiles each program once."""
     return Decoder(model, filters, n_tokens)
 
 
 def bucket(length: int, limit: int, least: int = 16) -> int:
-    """The smallest power of two, from `least` up, that is `length` or more; but no more than `limit`."""
+    """The smallest power of two that is at least `length` and `least`, but no more than `limit`."""
     return min(limit, max(least, 1 << (length - 1).bit_length()))
