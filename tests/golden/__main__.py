@@ -1,14 +1,14 @@
-"""Golden values: what this code computes on this machine, to the bit.
+"""Golden values: the numbers that this code computes on this machine, to the bit.
 
-A change that only moves code gives the identical loss. Before it and after it, on the same machine with the same
-versions of JAX:
+A change that only moves code gives the identical loss. To check one, write the values before it and after it, on the
+same machine with the same version of JAX:
 
     python -m tests.golden write before.json
     python -m tests.golden write after.json
     python -m tests.golden compare before.json after.json
 
-Everything goes through the commands, which outlive any change of the modules below them. Numbers are written as
-Python writes floats, with all their digits; parameters and optimizer state as the checksums that checkpoints have.
+All values come from the commands, which outlive any change of the modules below them. Numbers are written as Python
+writes floats, with all their digits; parameters and optimizer state as the checksums in their checkpoints.
 """
 
 import json
@@ -55,14 +55,14 @@ DECODINGS = {
 
 
 def command(*args: object) -> str:
-    """What `gpt-jax ARGS` prints. Raises CalledProcessError when it fails."""
+    """The output of `gpt-jax ARGS`. Raises CalledProcessError when it fails."""
     return subprocess.run(
         [sys.executable, "-m", "gpt_jax", *map(str, args)], check=True, stdout=subprocess.PIPE, text=True
     ).stdout
 
 
-def trained(run: Path) -> dict[str, Any]:
-    """Every logged number of a run that depends on no clock, and the checksums of its last state."""
+def run_values(run: Path) -> dict[str, Any]:
+    """The logged numbers of a run that do not depend on a clock, and the checksums of its last state."""
     names = ("step", "loss", "lr", "grad_norm", "tokens", "val_loss", "val_bits_per_byte")
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     meta = run / "checkpoints" / str(STEPS) / "meta" / "metadata"
@@ -84,7 +84,7 @@ def write(path: Path) -> None:
         def train(name: str, *args: object) -> Path:
             run = folder / name
             command("train", *args, "--out-dir", run)
-            values[name] = trained(run)
+            values[name] = run_values(run)
             return run
 
         quickstart = train("quickstart-1", "--data.dir", docs, *TRAIN, "--parallel.devices=1")
@@ -106,26 +106,26 @@ def write(path: Path) -> None:
                 values[f"{model}-{decoding}"] = [json.loads(line) for line in lines]
         text = folder / "text.txt"
         text.write_text("The value is returned as a list of strings, one for each line of the file.\n" * 9)
-        of_model = ["--model", published]
-        values["published-greedy"] = json.loads(command("sample", *of_model, *PROMPTS[1:], "--temperature=0"))
-        for name, evaluated in {"eval-run": ["--run", quickstart], "eval-model": of_model}.items():
-            numbers = json.loads(command("eval", *evaluated, "--text", text, "--json"))
-            values[name] = {key: value for key, value in numbers.items() if key not in ("model", "text")}  # Folders.
+        model_args = ["--model", published]
+        values["published-greedy"] = json.loads(command("sample", *model_args, *PROMPTS[1:], "--temperature=0"))
+        for name, source_args in {"eval-run": ["--run", quickstart], "eval-model": model_args}.items():
+            numbers = json.loads(command("eval", *source_args, "--text", text, "--json"))
+            values[name] = {key: value for key, value in numbers.items() if key not in ("model", "text")}  # No paths.
     path.write_text(json.dumps(values, indent=1) + "\n")
 
 
-def differences(one: Any, other: Any, place: str = "") -> list[str]:
-    """Where two trees of JSON values differ, with both values."""
+def differences(one: Any, other: Any, path: str = "") -> list[str]:
+    """The paths at which two trees of JSON values differ, with both values."""
     if isinstance(one, dict) and isinstance(other, dict):
         names = sorted(one.keys() | other.keys())
-        return [d for name in names for d in differences(one.get(name), other.get(name), f"{place}/{name}")]
+        return [d for name in names for d in differences(one.get(name), other.get(name), f"{path}/{name}")]
     if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
-        return [d for i, pair in enumerate(zip(one, other, strict=True)) for d in differences(*pair, f"{place}/{i}")]
-    return [] if one == other else [f"{place}: {one!r} and {other!r}"]
+        return [d for i, pair in enumerate(zip(one, other, strict=True)) for d in differences(*pair, f"{path}/{i}")]
+    return [] if one == other else [f"{path}: {one!r} and {other!r}"]
 
 
 def compare(before: Path, after: Path) -> int:
-    """Prints what differs, and returns the exit status: 0 where nothing does."""
+    """Prints the differences, and returns the exit status: 0 when there are none."""
     found = differences(json.loads(before.read_text()), json.loads(after.read_text()))
     for line in found[:50]:
         print(line)
