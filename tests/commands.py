@@ -91,7 +91,7 @@ def _only_line(err: str) -> str:
 
 
 def records(run: Path) -> list[dict[str, Any]]:
-    """The records of a run's metrics.jsonl, without a last line that is not finished."""
+    """The records of a run's metrics.jsonl, without an unfinished last line."""
     path = run / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("}")]

@@ -50,7 +50,7 @@ GEMMA = dataclasses.replace(
     scale_embeddings=True,
     query_scale=0.3,
 )
-"""Sliding windows in two of three layers, norms of what blocks add, and norms of heads."""
+"""Sliding windows in two of three layers, norms after attention and MLP, and norms of queries and keys."""
 ADAPTED = dataclasses.replace(LLAMA, lora=LoraConfig(rank=2))
 
 ARCHITECTURES = {"gpt2": GPT2, "llama": LLAMA, "gemma": GEMMA, "adapted": ADAPTED}
@@ -62,7 +62,7 @@ def initial_params(config: ModelConfig) -> Params:
 
 
 def random_params(config: ModelConfig) -> Params:
-    """Parameters that all count: initial biases and adapters are 0, and initial scales are 1."""
+    """Random parameters, so that all of them matter: initial biases and adapters are 0, initial scales 1."""
     rng = np.random.default_rng(1)
     params = initial_params(config)
     return jax.tree.map(lambda x: x + jnp.asarray(0.1 * rng.normal(size=x.shape), jnp.float32), params)

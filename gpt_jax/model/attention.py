@@ -1,4 +1,4 @@
-"""Attention by its formula, under a mask, and the masks."""
+"""The formula of attention under a mask, and the masks."""
 
 from typing import TypeVar
 

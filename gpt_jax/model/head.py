@@ -17,7 +17,7 @@ def head_VD(params: Params) -> Any:
 
 
 def logits_NV(model: GPT, params: Params, hidden_ND: jax.Array) -> jax.Array:
-    """The float32 logits of the hidden states of few tokens; those of the vocabulary's padding are -inf."""
+    """The float32 logits of hidden states; those of the vocabulary's padding are -inf."""
     head = head_VD(params).astype(hidden_ND.dtype)
     return hide_padding(decoding_product(hidden_ND, head, jnp.float32), model.config.vocab_size)
 

@@ -87,8 +87,8 @@ def causal_by_blocks(
     keys_B: jax.Array | None,
     segments_BT: jax.Array | None = None,
 ) -> jax.Array:
-    """Queries in blocks. Block i reads the keys from its window's start to its own end, which saves half of the work or
-    more.
+    """Queries in blocks. Block i reads the keys from its window's start to its own end, which saves half of the work,
+    or more with a window.
 
     Each block is rematerialised: its scores fit the CPU's cache, and reading them back from memory costs more than
     computing them again (B8 T256 H6 K64, forward and backward: 54 to 22 ms). Layers that gather their parameters again

@@ -74,7 +74,7 @@ def join(first: Any, second: Any) -> Any:
 
 
 def fold(params: Any, lora: LoraConfig) -> Any:
-    """The parameters with each adapter folded into its matrix, kernel + alpha / rank * a @ b."""
+    """The parameters without adapters, each of which is folded into its matrix: kernel + alpha / rank * a @ b."""
     if not isinstance(params, dict):
         return params
     folded = {name: fold(value, lora) for name, value in params.items() if name not in ADAPTERS}

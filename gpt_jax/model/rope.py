@@ -50,7 +50,7 @@ def llama3(rope: RopeConfig, K: int, context: int) -> np.ndarray:
 
 
 def rotate(x_BTHK: jax.Array, positions_BT: jax.Array, config: ModelConfig, sliding: bool) -> jax.Array:
-    """Rotates the pairs (i, i + K / 2) of each head by position times frequency, float32; the result has x's dtype."""
+    """Rotates the pairs (i, i + K / 2) of each head by position * frequency: float32 angles, result in x's dtype."""
     frequency, factor = frequencies(config, sliding)
     angles = positions_BT[:, :, None, None].astype(jnp.float32) * frequency.astype(np.float32)
     cos, sin = (jnp.cos(angles) * factor).astype(x_BTHK.dtype), (jnp.sin(angles) * factor).astype(x_BTHK.dtype)

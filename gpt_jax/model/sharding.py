@@ -52,13 +52,13 @@ def spec(dims: str, axes: dict[str, Any], ndim: int) -> PartitionSpec:
 
 
 def stored_spec(path: tuple[Any, ...], x: Any) -> PartitionSpec:
-    """The axes of a stored leaf, of a tree of parameters or of another tree with their paths."""
+    """The axes of a stored leaf in a tree of parameters, or in another tree with their paths."""
     dims = dimensions(path)
     return PartitionSpec() if dims is None else spec(dims, STORED, x.ndim)
 
 
 def state_shardings(mesh: Mesh, tree: Any) -> Any:
-    """The sharding of each stored leaf, of a tree of parameters or of another tree with their paths."""
+    """The sharding of each stored leaf in a tree of parameters, or in another tree with their paths."""
     return jax.tree_util.tree_map_with_path(lambda path, x: NamedSharding(mesh, stored_spec(path, x)), tree)
 
 
@@ -91,7 +91,7 @@ def context_parts() -> int:
 
 
 def constrain(x: jax.Array, dims: str) -> jax.Array:
-    """`x`, an activation whose last dimensions are `dims`, divided by ACTIVE; dimensions without an axis are whole."""
+    """`x`, an activation whose last dimensions are `dims`, divided as in ACTIVE; those without an axis are whole."""
     return jax.lax.with_sharding_constraint(x, spec(dims, ACTIVE, x.ndim)) if mesh_is_set() else x
 
 

@@ -30,7 +30,7 @@ class DecodeState(NamedTuple):
     cache: kv.Cache
     last_B: jax.Array  # int32: the newest token, not yet in the cache.
     length_B: jax.Array  # int32: number of tokens in the cache; the position of the newest token.
-    drawn: jax.Array  # int32: number of tokens drawn so far, the same for all rows; it and a key decide a draw.
+    drawn: jax.Array  # int32: number of tokens drawn so far, the same for all rows; with a key, it decides the draw.
     keys_B: jax.Array  # One random key per sequence.
     seen_BV: jax.Array | None  # bool: tokens of the prompt and the answer; None without a repetition penalty.
 

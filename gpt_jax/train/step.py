@@ -42,7 +42,7 @@ class StepMetrics(NamedTuple):
 
 
 def init_state(model: GPT, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
-    """The state before the first step, with random parameters; for a model with adapters, only these."""
+    """The state before the first step, with random parameters: only the adapters, if the model has them."""
     params = init_params(model, jax.random.key(seed))
     if model.config.lora.rank:
         params, _ = lora.split(params)
