@@ -1,8 +1,8 @@
-"""The tables of what was measured: each declares its columns, and what is to be said below it."""
+"""The tables of what was measured: each declares its columns, and the notes below it."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from benchmarks import markdown as md
 from benchmarks.contest import OURS, PYTORCH, TRANSFORMERS
@@ -14,22 +14,22 @@ Rows = dict[str, Row]
 Choice = Callable[[Iterable[float]], float]
 
 CACHES = ("pytorch, cache", "pytorch, no cache")
+RIVALS = (*PYTORCH, TRANSFORMERS, *CACHES)
 
 
 class Line(NamedTuple):
-    """A line of a table: its name, the same in words, the row of results that it is from, what the contestants came to,
-    how many times as fast as each of the others ours is, and the contestant where each has a line of its own."""
+    """What the cells of a line are computed from."""
 
     name: str
-    words: str
-    row: Row
-    contestants: Mapping[str, Row]
-    ratios: Mapping[str, Row]
-    who: str = OURS
+    words: str  # The name in a table of several parts.
+    row: Row  # Of the results.
+    contestants: Mapping[str, Row]  # The figures of each.
+    ratios: Mapping[str, Row]  # How many times as fast as each of the others ours is.
+    who: str = OURS  # The contestant, in a table with a line for each.
 
     @property
     def it(self) -> Row:
-        """What the line's contestant came to."""
+        """The figures of the line's contestant."""
         return self.contestants.get(self.who, {})
 
     @property
@@ -44,7 +44,7 @@ class Line(NamedTuple):
 
     @property
     def faster(self) -> str:
-        """Who is faster, ours or the rival: who was so in all rounds, or else neither."""
+        """Who was faster in all rounds, ours or the rival, or neither."""
         if self.ratio is None:
             return NOTHING
         if self.ratio["min"] > 1:
@@ -61,28 +61,34 @@ class Line(NamedTuple):
 
 
 def of_each(names: Iterable[str], title: str, cell: Callable[[str, Line], str]) -> list[Column]:
-    """A column for each contestant, whose name stands in the title, and in `cell` before the line."""
+    """A column for each contestant, whose name stands in the title."""
     return [Column(title.format(proper(name)), partial(cell, name)) for name in names]
 
 
+TIMES_AS_FAST = Column("times as fast", lambda line: with_range(line.ratio))
 FASTER = Column("faster", lambda line: line.faster)
 
 
 def trained(name: str, row: Row) -> list[Line]:
     """A preset, with the ratio over the better of PyTorch's."""
     ratio = row.get("times_as_fast")
-    words = f"train {name}, {row['dtype']}"
-    return [Line(name, words, row, row["contestants"], {ratio["over"]: ratio} if ratio else {})]
+    ratios = {ratio["over"]: ratio} if ratio else {}
+    return [Line(name, f"train {name}, {row['dtype']}", row, row["contestants"], ratios)]
 
 
 def decoded(_: str, row: Row) -> list[Line]:
-    """A line for each way to choose tokens."""
-    lines = []
-    for mode, found in row["modes"].items():
-        name = f"{case_of(row)}, {mode.replace('top_', 'top-k ')}"
-        words = f"decode GPT-2, {row['dtype']}, {name}"
-        lines.append(Line(name, words, row, found["contestants"], found["times_as_fast"]))
-    return lines
+    """A line for each choice of tokens, greedy and top-k."""
+    names = {mode: f"{case_of(row)}, {mode.replace('top_', 'top-k ')}" for mode in row["modes"]}
+    return [
+        Line(
+            names[mode],
+            f"decode GPT-2, {row['dtype']}, {names[mode]}",
+            row,
+            found["contestants"],
+            found["times_as_fast"],
+        )
+        for mode, found in row["modes"].items()
+    ]
 
 
 def learned(name: str, row: Row) -> list[Line]:
@@ -101,11 +107,11 @@ def scaled(axis: str, row: Row) -> list[Line]:
         x = point["x"]
         times = {who: point[name] for name, who in SIZED.items() if name in point}
         figures = {who: {"time": time if isinstance(time, dict) else {"median": time}} for who, time in times.items()}
+        medians = {who: found["time"]["median"] for who, found in figures.items()}
         failed = [who for name, who in SIZED.items() if f"{name} at {x}" in row["failed"]]
-        ratio = {}
-        if OURS in times and PYTORCH[0] in times:
-            ratio = {PYTORCH[0]: {"median": times[PYTORCH[0]]["median"] / times[OURS]["median"]}}
-        lines.append(Line(f"{x:,}", f"{axis} {x:,}", {"failed": failed}, figures, ratio))
+        compared = [who for who in (PYTORCH[0],) if who in medians and OURS in medians]
+        ratios = {who: {"median": medians[who] / medians[OURS]} for who in compared}
+        lines.append(Line(f"{x:,}", f"{axis} {x:,}", {"failed": failed}, figures, ratios))
     return lines
 
 
@@ -140,7 +146,7 @@ SUMMARY = {
     "batch 1, greedy": ("decoding with GPT-2 124M, one sequence: tokens/s", "tokens_per_second"),
     "shakespeare-char": ("learning tiny Shakespeare to a loss of 1.88: s", "seconds"),
 }
-"""The contests that stand for all, by the names of their lines: what they are in words, and the figure."""
+"""The contests that stand for all, by the names of their lines: their words in the table, and the figure."""
 
 
 def summary(_: Row, rows: Rows) -> list[str]:
@@ -154,7 +160,7 @@ def summary(_: Row, rows: Rows) -> list[str]:
         Column("", lambda line: SUMMARY[line.name][0]),
         Column("gpt_jax", lambda line: median(line, OURS)),
         Column("best of PyTorch and transformers", lambda line: f"{median(line, line.rival)}, {proper(line.rival)}"),
-        Column("times as fast", lambda line: with_range(line.ratio)),
+        TIMES_AS_FAST,
         FASTER,
     ]
     return [table(columns, [line for line in contests(rows) if line.name in SUMMARY])]
@@ -165,90 +171,81 @@ def ratios(_: Row, rows: Rows) -> list[str]:
     columns = [
         Column("gpt_jax", lambda line: line.words),
         Column("against the fastest", lambda line: proper(line.rival)),
-        Column("times as fast", lambda line: with_range(line.ratio)),
+        TIMES_AS_FAST,
         FASTER,
     ]
-    points = [line for line in of_part(rows, "scale") if line.ratio]
-    said = f"gpt_jax is the faster at all {len(points)} sizes"
-    if lost := [(line.words, line.ratio["median"]) for line in points if line.ratio["median"] < 1]:  # type: ignore[index]
-        where = ", ".join(f"{words} ({number(ratio)} times as fast)" for words, ratio in lost)
-        said = f"**PyTorch, eager, is the faster** at {len(lost)} of {len(points)} sizes: {where}"
-    scaling = [f"step time against context, batch and depth: {said}"] if points else []
+    points = [(line.words, line.ratio["median"]) for line in of_part(rows, "scale") if line.ratio]
+    result = f"gpt_jax is the faster at all {len(points)} sizes"
+    if lost := [f"{words} ({number(ratio)} times as fast)" for words, ratio in points if ratio < 1]:
+        result = f"**PyTorch, eager, is the faster** at {len(lost)} of {len(points)} sizes: {', '.join(lost)}"
+    scaling = [f"step time against context, batch and depth: {result}"] if points else []
     return [table(columns, contests(rows)), bullets(scaling)]
 
 
 def train(machine: Row, rows: Rows) -> list[str]:
     """Training steps: speed, then memory and compile time."""
     lines = of_part(rows, "train")
-    names = present(lines, (OURS, *PYTORCH, TRANSFORMERS))
     speed = [
         Column("preset", lambda line: f"{line.name} ({size(line.row)})"),
-        *of_each(names, "{}, ms a step", lambda name, line: line.best(name, "step_ms")),
-        Column("times as fast", lambda line: with_range(line.ratio)),
+        *of_each(
+            present(lines, OURS, *PYTORCH, TRANSFORMERS), "{}, ms a step", lambda name, line: line.best(name, "step_ms")
+        ),
+        TIMES_AS_FAST,
         FASTER,
     ]
     costs = [
         Column("preset", lambda line: line.name),
         Column("gpt_jax, tokens/s", lambda line: with_range(line.it.get("tokens_per_second"))),
         Column("MFU", lambda line: with_range(line.it.get("mfu"), md.percent)),
-        Column("peak memory", lambda line: marked(peaks(line, *PYTORCH, OURS), OURS)),
-        Column(
-            "PyTorch's, the less",
-            lambda line: md.memory(min(peaks(line, *PYTORCH).values(), default=None)),
-        ),
+        Column("peak memory", lambda line: peak_memory(OURS, line, PYTORCH)),
+        Column("PyTorch's, the less", lambda line: md.memory(min(peaks(line, PYTORCH).values(), default=None))),
         Column("compiling", lambda line: md.seconds(line.it.get("compile_seconds"))),
         Column("PyTorch's", lambda line: md.seconds(line.contestants.get(PYTORCH[1], {}).get("compile_seconds"))),
     ]
+    mfu = [
+        (line.name, f"MFU is of {md.flops(line.row['peak_flops'])} in {line.row['dtype']}: {line.row['peak_source']}")
+        for line in lines
+        if line.row["peak_flops"]
+    ]
     remarks = [
         "a preset is layers/heads/width, context, batch, type; times as fast: than the better PyTorch",
-        *said_once(
-            (line.name, f"MFU is of {md.flops(row['peak_flops'])} in {row['dtype']}: {row['peak_source']}")
-            for line in lines
-            if (row := line.row)["peak_flops"]
-        ),
+        *merged(mfu),
         "compiling is what a first step takes longer than the others; that of gpt_jax's initial parameters is apart, "
         "and not counted",
-        measure_of_memory(machine),
-        *(said for line in lines for said in more_memory(machine, line, peaks(line, *PYTORCH, OURS))),
-        *notes(lines),
     ]
-    return [table(speed, lines), table(costs, lines), bullets(remarks)] if lines else []
+    return [table(speed, lines), table(costs, lines), notes(machine, lines, remarks, rivals=PYTORCH)]
 
 
 def variants(machine: Row, rows: Rows) -> list[str]:
     """Ours with other settings, a line each, the fastest of a preset in bold."""
     presets = of_part(rows, "variants")
+
+    def median_ms(line: Line, who: str) -> float:
+        return float(line.contestants[who]["step_ms"]["median"])
+
     columns = [
         Column("preset", lambda line: line.name if line.who == OURS else ""),
         Column("gpt_jax", lambda line: "as chosen by itself" if line.who == OURS else line.who),
         Column("ms a step", lambda line: line.best(line.who, "step_ms")),
         Column("times as fast as chosen", lambda line: number(median_ms(line, OURS) / median_ms(line, line.who))),
-        Column("peak memory", lambda line: md.memory(line.it["peak_bytes"])),
+        Column("peak memory", lambda line: peak_memory(line.who, line)),
         Column("compiling", lambda line: md.seconds(line.it["compile_seconds"])),
     ]
-
-    def median_ms(line: Line, who: str) -> float:
-        return float(line.contestants[who]["step_ms"]["median"])
-
-    said = [measure_of_memory(machine), *notes(presets)] if presets else []
-    return [
-        table(columns, [preset._replace(who=who) for preset in presets for who in preset.contestants]),
-        bullets(said),
-    ]
+    lines = [preset._replace(who=who) for preset in presets for who in preset.contestants]
+    return [table(columns, lines), notes(machine, presets)]
 
 
 def decode(machine: Row, rows: Rows) -> list[str]:
     """Decoding: tokens a second and the ratios, then first tokens and the share of the roofline, then memory."""
     lines = of_part(rows, "decode")
-    by_case = {case_of(line.row): line.row for line in lines}
-    cases = [
-        Line(name, name, row, {n: {"memory": x} for n, x in row.get("memory", {}).items()}, {})
-        for name, row in by_case.items()
-    ]
-    names = present(lines, (OURS, TRANSFORMERS, *CACHES))
+    cases = []
+    for name, row in {case_of(line.row): line.row for line in lines}.items():
+        kinds = row.get("memory", {})
+        held = {who: {"peak_bytes": peak, "memory": kinds.get(who)} for who, peak in row["peak_bytes"].items()}
+        cases.append(Line(name, name, row, held, {}))
+    names = present(lines, OURS, TRANSFORMERS, *CACHES)
     bandwidths = [line.row["bandwidth"] for line in cases if line.row["bandwidth"]]
     best = max((found["max"] for found in bandwidths), default=0)
-    slowest = min((found["min"] for found in bandwidths), default=0)
 
     def roofline(line: Line) -> str:
         if not best or OURS not in line.contestants:
@@ -269,56 +266,46 @@ def decode(machine: Row, rows: Rows) -> list[str]:
         *of_each(names, "{}, ms to the first token", lambda name, line: line.best(name, "first_token_ms")),
         Column("of the roofline", roofline),
     ]
-    held = [what, *of_each(names, "{}, peak memory", lambda name, line: marked(line.row["peak_bytes"], name))]
-    measured_by = (
-        "the roofline of all rows is by the best bandwidth that was read from memory in any round, "
-        f"{number(best / 1e9)} GB/s; the slowest round had {number(slowest / 1e9)}"
-    )
+    memory = [what, *of_each(names, "{}, peak memory", peak_memory)]
     remarks = [
-        *(
-            f"{name}: {row['new']} tokens after a prompt of {row['prompt']}, {row['dtype']}"
-            for name, row in by_case.items()
-        ),
-        measure_of_memory(machine, " once the weights are there, compiling included"),
-        *([measured_by] if best else []),
-        *(said for line in cases for said in more_memory(machine, line, line.row["peak_bytes"])),
-        *notes(cases),
+        f"{line.name}: {line.row['new']} tokens after a prompt of {line.row['prompt']}, {line.row['dtype']}"
+        for line in cases
     ]
-    tables = [table(speed, lines), table(first, lines), table(held, cases)]
-    return [*tables, bullets(remarks)] if lines else []
+    if best:
+        remarks.append(
+            "the roofline of all rows is by the best bandwidth that was read from memory in any round, "
+            f"{number(best / 1e9)} GB/s; the slowest round had {number(min(x['min'] for x in bandwidths) / 1e9)}"
+        )
+    below = notes(machine, cases, remarks, when=" once the weights are there, compiling included")
+    return [table(speed, lines), table(first, lines), table(memory, cases), below]
 
 
 def learn(machine: Row, rows: Rows) -> list[str]:
     """Seconds to the loss aimed at, everything included."""
     parts: list[str] = []
     for recipe in of_part(rows, "learn"):
-        found, row = recipe.contestants, recipe.row
         columns = [
             Column(recipe.name, lambda line: proper(line.who)),
             Column(
-                f"s {until(row)}", lambda line: line.best(line.who, "seconds") if line.it["seconds"] else "not reached"
+                f"s {until(recipe.row)}",
+                lambda line: line.best(line.who, "seconds") if line.it["seconds"] else "not reached",
             ),
             Column("iterations until then", lambda line: f"{line.it['iterations']:,}"),
             Column("tokens", lambda line: f"{line.it['tokens']:,}"),
             Column("s in all", lambda line: with_range(line.it["total_seconds"])),
             Column("loss at the end", lambda line: f"{line.it['whole_val_loss']:.3f}"),
-            Column("peak memory", lambda line: marked(peaks(line, *line.contestants), line.who)),
+            Column("peak memory", lambda line: peak_memory(line.who, line)),
             Column("gpt_jax is times as fast", lambda line: with_range(line.ratio)),
             FASTER,
         ]
         lines = [
-            recipe._replace(who=who, ratios={n: ratio for n, ratio in recipe.ratios.items() if n == who})
-            for who in found
+            recipe._replace(who=who, ratios={who: recipe.ratios[who]} if who in recipe.ratios else {})
+            for who in recipe.contestants
         ]
-        late = "where the loss is not reached, times as fast is by the seconds in all"
-        remarks = [
-            row["recipe"],
-            *([] if all(it["seconds"] for it in found.values()) else [late]),
-            measure_of_memory(machine),
-            *more_memory(machine, recipe, peaks(recipe, *found)),
-            *notes([recipe]),
-        ]
-        parts += [table(columns, lines), bullets(remarks)]
+        remarks = [recipe.row["recipe"]]
+        if not all(line.it["seconds"] for line in lines):
+            remarks.append("where the loss is not reached, times as fast is by the seconds in all")
+        parts += [table(columns, lines), notes(machine, [recipe], remarks)]
     return parts
 
 
@@ -328,18 +315,22 @@ def scale(_: Row, rows: Rows) -> list[str]:
     for name, row in rows.items():
         if not name.startswith("scale/"):
             continue
-        model = row["base"]["model"]
+        spec, model = row["base"], row["base"]["model"]
         where = (
             f"Where it is not varied: {model['n_layer']} layers, {model['n_head']} heads, width {model['d_model']}, "
-            f"context {model['context_length']}, batch {row['base']['batch_size']}, vocabulary {model['vocab_size']}, "
+            f"context {model['context_length']}, batch {spec['batch_size']}, vocabulary {model['vocab_size']}, "
             f"{model['dtype']}."
         )
-        columns = [Column(row["x"], lambda line: line.name)]
-        if name == "scale/compile":
-            columns += of_each(list(SIZED.values())[2:], "compiling, {}, s", lambda who, line: line.best(who, "time"))
-        else:
-            columns += of_each(list(SIZED.values())[:2], "{}, ms a step", lambda who, line: line.best(who, "time"))
-            columns.append(Column("times as fast", lambda line: with_range(line.ratio)))
+        compiling, who = name == "scale/compile", [*SIZED.values()]
+        columns = [
+            Column(row["x"], lambda line: line.name),
+            *of_each(
+                who[2:] if compiling else who[:2],
+                "compiling, {}, s" if compiling else "{}, ms a step",
+                lambda who, line: line.best(who, "time"),
+            ),
+            *([] if compiling else [TIMES_AS_FAST]),
+        ]
         failed = bullets(f"{proper(who)}: {why}" for who, why in row["failed"].items())
         parts += [*([] if parts else [where]), table(columns, scaled(row["x"], row)), failed]
     return parts
@@ -348,26 +339,24 @@ def scale(_: Row, rows: Rows) -> list[str]:
 def machine(machine: Row, rows: Rows) -> list[str]:
     """The machine, and what was installed when its rows were measured."""
     under = [row["under"] for row in rows.values() if "under" in row]
+    machines = [each.get("machine", machine) for each in under] or [machine]
 
     def all_of(values: Iterable[str], between: str = " and ") -> str:
         return between.join(dict.fromkeys(filter(None, values)))
 
-    def fact(write: Callable[[Row], str]) -> str:
-        return all_of(write(each.get("machine", machine)) for each in under) or write(machine)
-
+    packages = dict.fromkeys(package for each in under for package in each["versions"])
+    flags = sorted({f"`{name}={value}`" for each in under for name, value in each["flags"].items() if value})
+    on_cpu, peak = machine["platform"] == "cpu", machine.get("peak_flops")
     lines = {
         "machine": machine["name"],
-        "processor": fact(lambda of: f"{of['cpu']}, {of['cores']} cores, {of['memory_gib']} GiB"),
+        "processor": all_of(f"{of['cpu']}, {of['cores']} cores, {of['memory_gib']} GiB" for of in machines),
+        "accelerator": "" if on_cpu else all_of(f"{of['devices']} x {of['device']}" for of in machines),
+        "peak of a device": f"{md.flops(peak)} in bfloat16" if peak else "",
+        "Python": all_of(of["python"] for of in machines),
+        **{package: all_of(each["versions"].get(package, "") for each in under) for package in packages},
+        "flags": ", ".join(flags),
+        "measured at": all_of((each["commit"] for each in under), ", "),
     }
-    if machine["platform"] != "cpu":
-        lines["accelerator"] = fact(lambda of: f"{of['devices']} x {of['device']}")
-    if machine.get("peak_flops"):
-        lines["peak of a device"] = f"{md.flops(machine['peak_flops'])} in bfloat16"
-    lines["Python"] = fact(lambda of: of["python"])
-    for package in dict.fromkeys(package for each in under for package in each["versions"]):
-        lines[package] = all_of(each["versions"].get(package, "") for each in under)
-    flags = sorted({f"`{name}={value}`" for each in under for name, value in each["flags"].items() if value})
-    lines["flags"], lines["measured at"] = ", ".join(flags), all_of((each["commit"] for each in under), ", ")
     return [facts("", {name: fact for name, fact in lines.items() if fact})]
 
 
@@ -411,9 +400,8 @@ def placement(measured: Row) -> str:
     for name in ("nano", "baby"):
         jit, mesh = (with_range(measured[name]["step_ms"][kind]) for kind in ("jit", "mesh"))
         ratio = with_range(measured[name]["second_over_first"])
-        lines[f"{name}, one device: a step by jit, and on a mesh of one"] = (
-            f"{jit} and {mesh} ms: {ratio} times as long"
-        )
+        what = f"{name}, one device: a step by jit, and on a mesh of one"
+        lines[what] = f"{jit} and {mesh} ms: {ratio} times as long"
     pmap, mesh = (with_range(measured["tiny"]["call_ms"][kind]) for kind in ("pmap", "mesh"))
     lines["two devices: the call of a step by pmap, and on a mesh"] = f"{pmap} and {mesh} ms"
     return facts("what a placement costs (`python -m benchmarks placement --rounds 9`)", lines)
@@ -421,9 +409,9 @@ def placement(measured: Row) -> str:
 
 def restore(measured: Row) -> str:
     """What tests/benchmarks/restoring.py measured: a line for each writer and reader, which has two rows."""
-    lines: dict[str, dict[bool, str]] = {}
+    times: dict[str, dict[bool, str]] = {}
     for row in measured["rows"]:
-        line = lines.setdefault(f"{row['written_by']} to {row['restored_to']}", {})
+        line = times.setdefault(f"{row['written_by']} to {row['restored_to']}", {})
         line[row["freed_memory_is_kept"]] = with_range(row["times_the_state"])
     title = "memory to restore GPT-2 124M, times its state (`python -m tests.benchmarks.restoring`)"
     columns = [
@@ -431,7 +419,7 @@ def restore(measured: Row) -> str:
         Column("as in training", lambda line: line[1][True]),
         Column("if all that is freed goes back", lambda line: line[1][False]),
     ]
-    return table(columns, lines.items())
+    return table(columns, times.items())
 
 
 ALONE: dict[str, Callable[[Row], str]] = {
@@ -443,74 +431,76 @@ ALONE: dict[str, Callable[[Row], str]] = {
 """The files that hold one measurement, and its table."""
 
 
-def present(lines: Sequence[Line], names: Sequence[str]) -> list[str]:
-    """Those of the contestants that are in a line, or failed there."""
-    return [n for n in names if any(n in line.contestants or n in line.row["failed"] for line in lines)]
+def notes(
+    machine: Row, lines: Sequence[Line], remarks: Sequence[str] = (), rivals: Sequence[str] = RIVALS, when: str = ""
+) -> str:
+    """What stands below a part's tables: remarks, what peak memory is, where ours needs more, notes and failures.
 
-
-def peaks(line: Line, *names: str) -> dict[str, Any]:
-    """The peak memory of those of the contestants that are there."""
-    return {name: line.contestants[name]["peak_bytes"] for name in names if name in line.contestants}
-
-
-def least_of_others(peaks: Mapping[str, int | None], ours: str) -> str:
-    """The contestant that needs the least memory; empty where ours needs no more, or is not ours."""
-    others = {name: peak for name, peak in peaks.items() if peak is not None and not name.startswith(OURS)}
-    least = min(others, key=lambda name: others[name], default="")
-    return least if ours.startswith(OURS) and least and (peaks.get(ours) or 0) > others[least] else ""
-
-
-def marked(peaks: Mapping[str, int | None], name: str) -> str:
-    """A contestant's peak memory; ours says so where it is more than the least of the others."""
-    return md.memory(peaks.get(name)) + (", more" if least_of_others(peaks, name) else "")
-
-
-def more_memory(machine: Row, line: Line, peaks: Mapping[str, int | None]) -> list[str]:
-    """Where ours needs more memory than the least of the others: what each holds, as it was measured."""
-
-    def by_kind(name: str) -> str:
-        peak, kinds = peaks[name] or 0, line.contestants.get(name, {}).get("memory")
-        if not kinds:
-            return f"{md.memory(peak)}, by kind not recorded"
-        parts = {kind: kinds[kind] for kind in ("libraries", "state")[machine["platform"] != "cpu" :]}
-        parts["the rest"] = max(0, peak - sum(parts.values()))
-        if "temporaries" in kinds:
-            parts["XLA's own account of temporaries"] = kinds["temporaries"]
-        return f"{md.memory(peak)} ({', '.join(f'{kind} {md.memory(value)}' for kind, value in parts.items())})"
-
-    return [
-        f"{line.name}: {ours} needs more memory, {by_kind(ours)}, than {proper(other)}, {by_kind(other)}"
-        for ours in peaks
-        if (other := least_of_others(peaks, ours))
-    ]
-
-
-def measure_of_memory(machine: Row, when: str = "") -> str:
-    """What peak memory is, and its kinds."""
+    when: the time in which peak memory was counted.
+    """
+    if not lines:
+        return ""
     kinds = "state: weights and what the optimizer or the cache holds, on all devices; the rest: temporaries"
-    if machine["platform"] != "cpu":
-        return f"peak memory is what was allocated on the device; {kinds} and batches"
-    return (
+    measure_of_memory = (
         f"peak memory is the whole process's{when}; libraries: what it held with its devices started, before there was "
         f"any array; {kinds}, compiling, what was compiled, and what the allocator keeps"
+        if machine["platform"] == "cpu"
+        else f"peak memory is what was allocated on the device; {kinds} and batches"
     )
-
-
-def notes(lines: Sequence[Line]) -> list[str]:
-    """What was noted, and who failed for what reason."""
-    return said_once(
-        (line.name, said)
+    more_memory = [
+        f"{line.name}: {ours} needs more memory, {memory_by_kind(machine, line, ours)}, than {proper(other)}, "
+        f"{memory_by_kind(machine, line, other)}"
         for line in lines
-        for said in (*line.row["notes"], *(f"{proper(who)} failed: {why}" for who, why in line.row["failed"].items()))
-    )
+        for ours in line.contestants
+        if (other := lighter(line, ours, rivals))
+    ]
+    noted = [(line.name, note) for line in lines for note in line.row["notes"]]
+    failed = [(line.name, f"{proper(who)} failed: {why}") for line in lines for who, why in line.row["failed"].items()]
+    return bullets([*remarks, measure_of_memory, *more_memory, *merged([*noted, *failed])])
 
 
-def said_once(said: Iterable[tuple[str, str]]) -> list[str]:
-    """What is said of names: a line for all of which the same is said."""
+def merged(notes: Iterable[tuple[str, str]]) -> list[str]:
+    """Notes on names: a line for all names that have the same note."""
     names: dict[str, list[str]] = {}
-    for name, line in said:
-        names.setdefault(line, []).append(name)
-    return [f"{', '.join(of)}: {line}" for line, of in names.items()]
+    for name, note in notes:
+        names.setdefault(note, []).append(name)
+    return [f"{', '.join(of)}: {note}" for note, of in names.items()]
+
+
+def peaks(line: Line, names: Iterable[str]) -> dict[str, int]:
+    """The peak memory in bytes of those contestants of whom it is known."""
+    found = {name: line.contestants.get(name, {}).get("peak_bytes") for name in names}
+    return {name: peak for name, peak in found.items() if peak is not None}
+
+
+def lighter(line: Line, ours: str, rivals: Sequence[str]) -> str:
+    """The rival that needs the least memory, where a contestant of ours needs more; empty where there is none."""
+    others, peak = peaks(line, rivals), peaks(line, [ours]).get(ours, 0)
+    least = min(others, key=lambda name: others[name], default="")
+    return least if ours.startswith(OURS) and least and peak > others[least] else ""
+
+
+def peak_memory(name: str, line: Line, rivals: Sequence[str] = RIVALS) -> str:
+    """A contestant's peak memory; ours says so where it is more than the least of the rivals'."""
+    return md.memory(peaks(line, [name]).get(name)) + (", more" if lighter(line, name, rivals) else "")
+
+
+def memory_by_kind(machine: Row, line: Line, name: str) -> str:
+    """A contestant's peak memory, and what it is made up of."""
+    peak, kinds = line.contestants[name]["peak_bytes"], line.contestants[name].get("memory")
+    if not kinds:
+        return f"{md.memory(peak)}, by kind not recorded"
+    # On an accelerator the libraries hold nothing on the device.
+    parts = {kind: kinds[kind] for kind in (("libraries", "state") if machine["platform"] == "cpu" else ("state",))}
+    parts["the rest"] = max(0, peak - sum(parts.values()))
+    if "temporaries" in kinds:
+        parts["XLA's own account of temporaries"] = kinds["temporaries"]
+    return f"{md.memory(peak)} ({', '.join(f'{kind} {md.memory(value)}' for kind, value in parts.items())})"
+
+
+def present(lines: Sequence[Line], *names: str) -> list[str]:
+    """Those of the contestants that are in a line, or failed there."""
+    return [n for n in names if any(n in line.contestants or n in line.row["failed"] for line in lines)]
 
 
 def case_of(row: Row) -> str:
@@ -525,9 +515,8 @@ def until(row: Row) -> str:
 
 def size(row: Row) -> str:
     """A preset in short."""
-    c = row["preset"]["model"]
-    sizes = f"{c['n_layer']}/{c['n_head']}/{c['d_model']}, {c['context_length']}"
-    return f"{sizes}, {row['preset']['batch_size']}, {row['dtype']}"
+    spec, c = row["preset"], row["preset"]["model"]
+    return f"{c['n_layer']}/{c['n_head']}/{c['d_model']}, {c['context_length']}, {spec['batch_size']}, {row['dtype']}"
 
 
 def proper(name: str) -> str:
