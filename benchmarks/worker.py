@@ -1,10 +1,10 @@
 """A contestant's process, and how the referee talks to it.
 
-Every contestant is a process of its own, so that neither library holds the other's threads or memory. The referee sends
-lines of JSON and gets one for each: first what to make, a class and its arguments, then which of its methods to call.
+Every contestant is a process of its own, so that neither library holds the other's threads or memory. The process is
+started with the name of a class and its arguments. The referee sends lines of JSON, which name a method to call, and
+gets a line for each; the object is made when the first one comes.
 """
 
-import contextlib
 import importlib
 import json
 import math
@@ -74,9 +74,9 @@ class Worker:
     def __init__(self, target: str, environment: Mapping[str, str] | None = None, **arguments: Any) -> None:
         """target: "module:class"; environment: variables besides ENVIRONMENT; arguments: those of the class, as JSON
         can hold them."""
-        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with the process)
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (it lives as long as the worker)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.worker"],
+            [sys.executable, "-m", "benchmarks.worker", target, json.dumps(arguments)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.log,
@@ -84,7 +84,6 @@ class Worker:
             cwd=ROOT,
             env={**os.environ, **ENVIRONMENT, **(environment or {})},
         )
-        self.unmade: dict[str, Any] | None = {"make": target, "arguments": arguments}
 
     def __enter__(self) -> "Worker":
         return self
@@ -97,18 +96,10 @@ class Worker:
 
         Raises FailedError, or OutOfTimeError when the time of the whole run is over before there is an answer.
         """
-        if self.unmade is not None:
-            message, self.unmade = self.unmade, None
-            self.exchange(message)
-        return self.exchange({"ask": method, "arguments": arguments})
-
-    def exchange(self, message: dict[str, Any]) -> Any:
-        """Sends a line and returns the value of the answer. Raises FailedError and OutOfTimeError."""
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         try:
-            self.process.stdin.write(json.dumps(message) + "\n")
-            self.process.stdin.flush()
+            print(json.dumps({"method": method, "arguments": arguments}), file=self.process.stdin, flush=True)
         except BrokenPipeError:
             raise FailedError(self.last_words()) from None
         with selectors.DefaultSelector() as selector:
@@ -134,20 +125,16 @@ class Worker:
         return ended + last_line(self.log)
 
     def close(self, at_once: bool = False) -> None:
-        """Ends the process: when it has done what it was asked, or at once."""
-        if self.process.poll() is None:
-            if at_once:
-                self.process.kill()
-            else:
-                try:
-                    self.process.communicate(timeout=20)
-                except subprocess.TimeoutExpired:
-                    self.process.kill()
-        self.process.wait()
-        for stream in (self.process.stdin, self.process.stdout):
-            assert stream is not None
-            with contextlib.suppress(BrokenPipeError):
-                stream.close()
+        """Ends the process: when it has done what it was asked, or at once. It may have ended already."""
+        if at_once:
+            self.process.kill()
+        try:
+            self.process.communicate(timeout=20)
+        except ValueError:  # It was closed before.
+            return
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.communicate()
 
 
 def last_line(log: IO[str]) -> str:
@@ -157,20 +144,18 @@ def last_line(log: IO[str]) -> str:
     return f": {lines[-1][:200]}" if lines else ""
 
 
-def serve() -> None:
-    """A contestant's process: does what the lines on standard input ask."""
+def serve(target: str, arguments: Mapping[str, Any]) -> None:
+    """A contestant's process: calls the methods that the lines on standard input name."""
     replies = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # What libraries print must not get between the answers.
     made: Any = None
     for line in sys.stdin:
         message: Mapping[str, Any] = json.loads(line)
         try:
-            if "make" in message:
-                module, _, name = message["make"].partition(":")
-                made = getattr(importlib.import_module(module), name)(**message["arguments"])
-                answer: dict[str, Any] = {"value": None}
-            else:
-                answer = {"value": getattr(made, message["ask"])(**message["arguments"])}
+            if made is None:
+                module, _, name = target.partition(":")
+                made = getattr(importlib.import_module(module), name)(**arguments)
+            answer = {"value": getattr(made, message["method"])(**message["arguments"])}
         except Exception as e:
             traceback.print_exc()
             first_line = str(e).strip().partition("\n")[0][:200]
@@ -179,4 +164,4 @@ def serve() -> None:
 
 
 if __name__ == "__main__":
-    serve()
+    serve(sys.argv[1], json.loads(sys.argv[2]))
