@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,12 +18,6 @@ def read_arrays(path: str) -> Arrays:
     """The arrays of an .npz file."""
     with np.load(path) as file:
         return dict(file)
-
-
-def write_arrays(path: str, arrays: Arrays) -> None:
-    """Writes arrays to an .npz file."""
-    with Path(path).open("wb") as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
 def prompts(vocab_size: int, batch: int, length: int) -> np.ndarray:
@@ -58,27 +51,29 @@ class Training(Contestant):
     gradients: Any  # (tokens) -> Arrays: those of the initial parameters on a batch, by their paths.
     mean_loss: Any  # (batches) -> float: nats a token, of batches, int32 (B, T + 1), each with its mask (B, T), bool.
 
+    def numbered(self, number: int) -> Any:
+        """A batch of random tokens, on the devices."""
+        return self.put(random_tokens(self.preset, number))
+
     def batches(self, windows: Windows, steps: int) -> Iterator[Any]:
         """The batches of a recipe's iterations, on the devices."""
         return (self.put(windows.train(iteration)) for iteration in range(steps))
 
     def write_gradients(self, path: str, batch: int) -> None:
         """Writes the gradients of the initial parameters on a batch to an .npz file."""
-        write_arrays(path, self.gradients(self.put(random_tokens(self.preset, batch))))
+        np.savez(path, **self.gradients(self.numbered(batch)))
 
     def losses(self, batch: int, count: int) -> list[float]:
         """The losses of so many steps on one and the same batch, which is learned by heart."""
-        return [float(self.train(self.put(random_tokens(self.preset, batch)))) for _ in range(count)]
+        return [float(self.train(self.numbered(batch))) for _ in range(count)]
 
     def seconds(self, first: int, count: int) -> float:
         """Seconds a step of so many, from the first one's tokens on the host to the last one's state on the device."""
-
-        def steps() -> None:
-            for batch in range(first, first + count):
-                self.train(self.put(random_tokens(self.preset, batch)))
-            self.wait()
-
-        return seconds_of(steps) / count
+        begin = time.perf_counter()
+        for number in range(first, first + count):
+            self.train(self.numbered(number))
+        self.wait()
+        return (time.perf_counter() - begin) / count
 
     def learn(self, recipe: dict[str, Any], path: str, draws: str, begun: float) -> dict[str, Any]:
         """Follows a recipe on a text: the fields of `learn.Run`.
@@ -112,11 +107,10 @@ class Decoding(Contestant):
     answer: Any  # (batch, prompt, new, top_k) -> new tokens (B, new) on the host; top_k: of so many, or 0: the best.
     logprobs: Any  # (batch, prompt, new) -> log-probabilities in nats (B, new) of the tokens of a greedy answer.
 
-    def greedy(self, batch: int, prompt: int, new: int) -> dict[str, Any]:
+    def greedy(self, **case: int) -> dict[str, Any]:
         """The most probable tokens and their log-probabilities, as lists."""
-        tokens_BN, logprobs_BN = self.answer(batch, prompt, new, 0), self.logprobs(batch, prompt, new)
-        return {"tokens": tokens_BN.tolist(), "logprobs": logprobs_BN.tolist()}
+        return {"tokens": self.answer(**case, top_k=0).tolist(), "logprobs": self.logprobs(**case).tolist()}
 
-    def seconds(self, batch: int, prompt: int, new: int, top_k: int) -> float:
+    def seconds(self, **case: int) -> float:
         """Seconds of an answer, from the prompts to the tokens on the host."""
-        return seconds_of(lambda: self.answer(batch, prompt, new, top_k))
+        return seconds_of(lambda: self.answer(**case))

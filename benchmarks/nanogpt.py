@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from benchmarks.contestants import Arrays, write_arrays
+from benchmarks.contestants import Arrays
 from benchmarks.recipe import read_text, recipe_from
 from benchmarks.torch_gpt import TorchGPT, to_ours
 from gpt_jax.config import ModelConfig
@@ -29,7 +29,7 @@ class Draws:
         r, text = recipe_from(recipe), read_text(path)
         c, steps = r.preset.model, r.preset.schedule_steps
         torch.manual_seed(r.seed)
-        write_arrays(parameters, draw_parameters(c))
+        np.savez(parameters, **draw_parameters(c))  # type: ignore[arg-type]
 
         def draw(tokens: np.ndarray) -> np.ndarray:
             return torch.randint(len(tokens) - c.context_length, (r.preset.batch_size,)).numpy()
@@ -41,7 +41,7 @@ class Draws:
                 evaluations.append([[draw(split) for _ in range(r.eval_batches)] for split in splits])
             train.append(draw(text.train))
         train_eval, val_eval = np.array(evaluations).swapaxes(0, 1)
-        write_arrays(draws, {"train": np.array(train[: steps + 1]), "train_eval": train_eval, "val_eval": val_eval})
+        np.savez(draws, train=np.array(train[: steps + 1]), train_eval=train_eval, val_eval=val_eval)
 
 
 def draw_parameters(c: ModelConfig) -> Arrays:

@@ -6,17 +6,18 @@ What learning does not need is imported where it is used: the time of imports is
 import functools
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import traverse_util
 
 from benchmarks import contestants
-from benchmarks.contestants import Arrays, prompts, read_arrays, write_arrays
+from benchmarks.contestants import Arrays, prompts, read_arrays
 from benchmarks.measure import forget_peak, peak_memory, resident_memory
-from benchmarks.presets import from_spec, random_tokens
+from benchmarks.presets import from_spec
 from benchmarks.recipe import Windows
 from gpt_jax import runtime
 from gpt_jax.config import Config, DataConfig, ParallelConfig, config_from_dict
@@ -31,24 +32,6 @@ from gpt_jax.sample.settings import Filters
 from gpt_jax.train.objectives.next_token import next_token
 from gpt_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from gpt_jax.train.step import TrainState, init_state, make_eval_step, make_train_step
-
-
-class Kept(NamedTuple):
-    """The state of `keep_gradients`."""
-
-    gradients: Any
-
-
-def keep_gradients() -> optax.GradientTransformation:
-    """In the place of an optimizer: changes nothing, and its state is the gradients."""
-
-    def init(params: Any) -> Kept:
-        return Kept(jax.tree.map(jnp.zeros_like, params))
-
-    def update(gradients: Any, state: Kept, params: Any = None) -> tuple[Any, Kept]:
-        return jax.tree.map(jnp.zeros_like, gradients), Kept(gradients)
-
-    return optax.GradientTransformation(init, update)
 
 
 class Training(contestants.Training):
@@ -81,30 +64,23 @@ class Training(contestants.Training):
         if self.parameters is None:
             self.state = self.make_state()
         else:
-            initial = tree_of(read_arrays(self.parameters))
+            initial = traverse_util.unflatten_dict(read_arrays(self.parameters), sep="/")
             params = jax.device_put(initial, self.placement.state_shardings(initial))
             self.state = TrainState(jnp.int32(0), params, jax.jit(self.optimizer.init)(params), {})
 
     def how(self) -> dict[str, Any]:
         """What "auto" came to."""
-        c = self.model.config
-        return {
-            "devices": self.placement.n_devices,
-            "mesh": self.parallel.uses_mesh,
-            "attention": c.attention,
-            "unroll": c.unroll,
-            "dtype": c.dtype,
-            "loss_chunk": c.loss_chunk,
-        }
+        of_model = {name: getattr(self.model.config, name) for name in ("attention", "unroll", "dtype", "loss_chunk")}
+        return {"devices": self.placement.n_devices, "mesh": self.parallel.uses_mesh, **of_model}
 
     def write_parameters(self, path: str) -> None:
         """Writes the parameters, by path: the initial ones, before any step."""
-        write_arrays(path, arrays_of(self.state.params))
+        np.savez(path, **arrays_of(self.state.params))  # type: ignore[arg-type]
 
     def gradients(self, tokens: Batch) -> Arrays:
-        step, make_state = self.build(keep_gradients())
+        step, make_state = self.build(optax.trace(decay=0.0))  # Its state is the last gradients.
         state, _ = step(make_state(), tokens)
-        return arrays_of(state.opt_state.gradients)
+        return arrays_of(state.opt_state.trace)
 
     def put(self, tokens: np.ndarray) -> Batch:
         batch: Batch = self.placement.split(Batch(tokens), 1)
@@ -140,7 +116,7 @@ class Training(contestants.Training):
     def step_and_call_ms(self, count: int) -> tuple[float, float]:
         """Milliseconds of a step on a batch that is on the devices already, and of its call alone, until it returns:
         medians of so many steps, each of which is waited for."""
-        tokens, called, done = self.put(random_tokens(self.preset, 0)), [], []
+        tokens, called, done = self.numbered(0), [], []
         for _ in range(count):
             begin = time.perf_counter()
             self.state, _ = self.train_step(self.state, tokens)
@@ -153,11 +129,8 @@ class Training(contestants.Training):
         return peak_bytes(self.placement.devices[0])
 
     def state_and_temporaries(self, **_: int) -> dict[str, int]:
-        temporaries = (
-            temporary_bytes(self.train_step, self.state, self.put(random_tokens(self.preset, 0)))
-            * self.placement.n_devices
-        )
-        return {"state": bytes_of(self.state), "temporaries": temporaries}
+        on_a_device = temporary_bytes(self.train_step, self.state, self.numbered(0))
+        return {"state": bytes_of(self.state), "temporaries": on_a_device * self.placement.n_devices}
 
 
 class Decoding(contestants.Decoding):
@@ -182,7 +155,7 @@ class Decoding(contestants.Decoding):
 
     def write_parameters(self, path: str) -> None:
         """Writes the weights, float32, by path. To be called before `ready`, which lays them out anew."""
-        write_arrays(path, {name: x.astype(np.float32) for name, x in arrays_of(self.params).items()})
+        np.savez(path, **{name: x.astype(np.float32) for name, x in arrays_of(self.params).items()})  # type: ignore[arg-type]
 
     def ready(self) -> None:
         """Lays out the weights for decoding. What was needed for that and is not needed any more is given back."""
@@ -191,24 +164,19 @@ class Decoding(contestants.Decoding):
         self.params = jax.block_until_ready(jax.device_put(self.params, self.device))
         forget_peak()
 
-    def decoder(self, top_k: int) -> Decoder:
-        """Greedy, or draws from the top_k."""
-        filters = Filters(temperature=1.0 if top_k else 0.0, top_k=top_k)
-        return decoder_for(self.model, filters, self.model.config.vocab_size)
-
-    def inputs(self, batch: int, prompt: int, new: int) -> tuple[tuple[Any, ...], int]:
-        """The arguments of `prefill`, and the length of the cache."""
+    def prepare(self, batch: int, prompt: int, new: int, top_k: int = 0) -> tuple[Decoder, tuple[Any, ...], int]:
+        """What decodes, greedily or from the top_k; the arguments of its `prefill`; and the length of the cache."""
         c = self.model.config
+        decoder = decoder_for(self.model, Filters(temperature=1.0 if top_k else 0.0, top_k=top_k), c.vocab_size)
         cache_length = bucket(prompt + new, c.context_length)
         tokens_BT = np.zeros((batch, bucket(prompt, cache_length)), np.int32)
         tokens_BT[:, :prompt] = prompts(c.vocab_size, batch, prompt)
         length_B, keys_B = np.full(batch, prompt, np.int32), jax.random.split(jax.random.key(0), batch)
-        return (self.params, tokens_BT, length_B, 0, keys_B, None), cache_length
+        return decoder, (self.params, tokens_BT, length_B, 0, keys_B, None), cache_length
 
     def decode(self, batch: int, prompt: int, new: int, top_k: int) -> tuple[np.ndarray, np.ndarray]:
         """New tokens, int32 (B, new), and their log-probabilities, float32 (B, new), on the host."""
-        decoder = self.decoder(top_k)
-        inputs, cache_length = self.inputs(batch, prompt, new)
+        decoder, inputs, cache_length = self.prepare(batch, prompt, new, top_k)
         state, logprobs_B = decoder.prefill(*inputs, cache_length=cache_length)
         tokens, logprobs = [np.asarray(state.last_B)], [np.asarray(logprobs_B)]
         while len(tokens) < new:
@@ -229,8 +197,7 @@ class Decoding(contestants.Decoding):
 
     def state_and_temporaries(self, **case: int) -> dict[str, int]:
         """The temporaries are those of the program that needs the most."""
-        decoder = self.decoder(top_k=0)
-        inputs, cache_length = self.inputs(**case)
+        decoder, inputs, cache_length = self.prepare(**case)
         state, _ = decoder.prefill(*inputs, cache_length=cache_length)
         prefill = temporary_bytes(decoder.prefill, *inputs, cache_length=cache_length)
         temporaries = max(prefill, temporary_bytes(decoder.decode, self.params, state, 1))
@@ -255,17 +222,4 @@ def bytes_of(tree: Any) -> int:
 
 def arrays_of(tree: Any) -> Arrays:
     """A tree's arrays on the host, by path."""
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {jax.tree_util.keystr(at, simple=True, separator="/"): np.asarray(x) for at, x in leaves}
-
-
-def tree_of(arrays: Arrays) -> dict[str, Any]:
-    """The tree of arrays that are named by their paths."""
-    tree: dict[str, Any] = {}
-    for path, array in arrays.items():
-        *parts, name = path.split("/")
-        branch = tree
-        for part in parts:
-            branch = branch.setdefault(part, {})
-        branch[name] = array
-    return tree
+    return {path: np.asarray(x) for path, x in traverse_util.flatten_dict(tree, sep="/").items()}

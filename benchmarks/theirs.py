@@ -1,7 +1,7 @@
 """PyTorch's contestants: our PyTorch GPT, eager or compiled, with or without a cache, and Hugging Face's GPT-2."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,44 @@ from benchmarks.measure import forget_peak, peak_memory, resident_memory
 from benchmarks.presets import from_spec
 from benchmarks.torch_gpt import TorchGPT, generate, make_adamw, mean_loss, to_ours, to_theirs
 from gpt_jax.config import ModelConfig, OptimizerConfig, config_from_dict
+
+
+class HuggingFace(nn.Module):
+    """transformers' GPT-2, called as TorchGPT is."""
+
+    def __init__(self, c: ModelConfig) -> None:
+        super().__init__()
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        if not (c.bias and c.tied_head) or c.dropout:
+            raise ValueError("Hugging Face's GPT-2 has biases and a tied head; dropout is not compared")
+        sizes = {"n_embd": c.d_model, "n_layer": c.n_layer, "n_head": c.n_head, "n_positions": c.context_length}
+        off = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+        config = GPT2Config(vocab_size=c.vocab_size, layer_norm_epsilon=c.norm_eps, **sizes, **off)
+        config._attn_implementation = "sdpa"
+        self.config, self.gpt2 = c, GPT2LMHeadModel(config)
+        self.gpt2.generation_config.eos_token_id = None  # Every answer is as long as was asked for.
+
+    def named(self, of: Callable[[nn.Parameter], Any] = lambda p: p) -> dict[str, torch.Tensor]:
+        """As TorchGPT's: a matrix that is (D, F) here is a view (F, D)."""
+        tensors = {name.removeprefix("transformer."): of(p) for name, p in self.gpt2.named_parameters()}
+        return {name: x.T if ".c_" in name and x.ndim == 2 else x for name, x in tensors.items()}
+
+    def forward(self, inputs_BT: torch.Tensor) -> torch.Tensor:
+        return self.gpt2(inputs_BT, use_cache=False).logits
+
+
+Model = TorchGPT | HuggingFace
+
+
+@torch.no_grad()
+def load(model: Model, arrays: Arrays) -> None:
+    """Gives a model our parameters. Raises ValueError where it has others."""
+    named, theirs = model.named(), to_theirs(arrays, model.config)
+    if named.keys() != theirs.keys():
+        raise ValueError(f"parameters differ: {sorted(named.keys() ^ theirs.keys())}")
+    for name, parameter in named.items():
+        parameter.copy_(theirs[name])
 
 
 class Training(contestants.Training):
@@ -36,12 +74,8 @@ class Training(contestants.Training):
         self.model = (HuggingFace if hugging_face else TorchGPT)(self.preset.model).to(self.device).train()
         self.start()
 
-    def gradients(self, tokens: torch.Tensor) -> Arrays:
-        self.backward(tokens)
-        return self.model.gradients()
-
     def start(self) -> None:
-        self.model.load(read_arrays(self.parameters))
+        load(self.model, read_arrays(self.parameters))
         self.optimizer, self.iteration = make_adamw(self.model, self.preset.optimizer), 0
 
     def how(self) -> dict[str, Any]:
@@ -61,6 +95,10 @@ class Training(contestants.Training):
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         return loss.detach()
+
+    def gradients(self, tokens: torch.Tensor) -> Arrays:
+        self.backward(tokens)
+        return to_ours(self.model.named(lambda p: p.grad), self.preset.model)
 
     def train(self, tokens: torch.Tensor) -> torch.Tensor:
         adamw = self.preset.optimizer
@@ -99,56 +137,18 @@ class Training(contestants.Training):
         return {"state": sum(x.nbytes for x in (*self.model.parameters(), *kept))}
 
 
-class HuggingFace(nn.Module):
-    """transformers' GPT-2 with our parameters, called as TorchGPT is."""
-
-    def __init__(self, c: ModelConfig) -> None:
-        super().__init__()
-        from transformers import GPT2Config, GPT2LMHeadModel
-
-        if not (c.bias and c.tied_head) or c.dropout:
-            raise ValueError("Hugging Face's GPT-2 has biases and a tied head; dropout is not compared")
-        sizes = {"n_embd": c.d_model, "n_layer": c.n_layer, "n_head": c.n_head, "n_positions": c.context_length}
-        off = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-        config = GPT2Config(vocab_size=c.vocab_size, layer_norm_epsilon=c.norm_eps, **sizes, **off)
-        config._attn_implementation = "sdpa"
-        self.config, self.gpt2 = c, GPT2LMHeadModel(config)
-        self.gpt2.generation_config.eos_token_id = None  # Every answer is as long as was asked for.
-
-    def load(self, arrays: Arrays) -> "HuggingFace":
-        """Takes over our parameters; returns the model."""
-        theirs = to_theirs(arrays, self.config)
-        with torch.no_grad():
-            for name, parameter in self.gpt2.named_parameters():
-                parameter.copy_(as_linear(name, theirs[name.removeprefix("transformer.")]))
-        return self
-
-    def gradients(self) -> Arrays:
-        """The gradients that the parameters have now, by our paths."""
-        named = {name: p.grad for name, p in self.gpt2.named_parameters() if p.grad is not None}
-        theirs = {name.removeprefix("transformer."): as_linear(name, grad) for name, grad in named.items()}
-        return to_ours(theirs, self.config)
-
-    def forward(self, inputs_BT: torch.Tensor) -> torch.Tensor:
-        return self.gpt2(inputs_BT, use_cache=False).logits
-
-
-def as_linear(name: str, x: torch.Tensor) -> torch.Tensor:
-    """A tensor of GPT2LMHeadModel, which has its matrices (D, F), as of TorchGPT, which has them (F, D); or back."""
-    return x.T if ".c_" in name and name.endswith("weight") else x
-
-
 class Decoding(contestants.Decoding):
     """Answers prompts with our PyTorch GPT."""
 
-    architecture: type[TorchGPT | HuggingFace] = TorchGPT
+    architecture: type[Model] = TorchGPT
 
     def __init__(self, model: dict[str, Any], parameters: str, cached: bool = True) -> None:
         """model: a ModelConfig's fields, in whose dtype the weights are held; parameters: the file with gpt_jax's."""
         self.config, self.cached = config_from_dict({"model": model}, "a benchmark").model, cached
         self.device, _ = torch_device()
         self.libraries = resident_memory()
-        made = self.architecture(self.config).load(read_arrays(parameters))
+        made = self.architecture(self.config)
+        load(made, read_arrays(parameters))
         self.model: Any = made.to(self.device, getattr(torch, self.config.dtype)).eval()
 
     def ready(self) -> None:
@@ -166,18 +166,17 @@ class Decoding(contestants.Decoding):
         stream = generate(self.model, self.prompts(batch, prompt), new, top_k, self.cached)
         return torch.stack([tokens_B for tokens_B, _ in stream], dim=1)
 
-    def logits(self, batch: int, prompt: int, new: int) -> list[torch.Tensor]:
+    def logits(self, batch: int, prompt: int, new: int) -> Iterable[torch.Tensor]:
         """The logits (B, V) of each token of a greedy answer."""
-        stream = generate(self.model, self.prompts(batch, prompt), new, 0, self.cached)
-        return [logits_BV for _, logits_BV in stream]
+        return (logits_BV for _, logits_BV in generate(self.model, self.prompts(batch, prompt), new, 0, self.cached))
 
     def answer(self, batch: int, prompt: int, new: int, top_k: int) -> np.ndarray:
         return self.tokens(batch, prompt, new, top_k).cpu().numpy()
 
     def logprobs(self, batch: int, prompt: int, new: int) -> np.ndarray:
         """Of the most probable tokens, which a greedy answer has."""
-        all_logits = self.logits(batch, prompt, new)
-        return torch.stack([x_BV.float().log_softmax(dim=-1).amax(dim=-1).cpu() for x_BV in all_logits], dim=1).numpy()
+        best = [x_BV.float().log_softmax(dim=-1).amax(dim=-1).cpu() for x_BV in self.logits(batch, prompt, new)]
+        return torch.stack(best, dim=1).numpy()
 
     def peak_bytes(self) -> int:
         return peak_bytes(self.device)
@@ -197,20 +196,18 @@ class HuggingFaceDecoding(Decoding):
 
     def generate(self, batch: int, prompt: int, new: int, **how: Any) -> Any:
         """What `generate` returns for the prompts."""
-        tokens_BT = self.prompts(batch, prompt)
-        mask_BT = torch.ones_like(tokens_BT)
+        x_BT = self.prompts(batch, prompt)
+        how |= {"attention_mask": torch.ones_like(x_BT), "max_new_tokens": new, "pad_token_id": 0}
         with torch.inference_mode():
-            return self.model.gpt2.generate(
-                tokens_BT, attention_mask=mask_BT, max_new_tokens=new, pad_token_id=0, **how
-            )
+            return self.model.gpt2.generate(x_BT, **how)
 
     def tokens(self, batch: int, prompt: int, new: int, top_k: int) -> torch.Tensor:
         how = {"do_sample": True, "top_k": top_k} if top_k else {"do_sample": False}
         return self.generate(batch, prompt, new, **how)[:, prompt:]
 
-    def logits(self, batch: int, prompt: int, new: int) -> list[torch.Tensor]:
+    def logits(self, batch: int, prompt: int, new: int) -> Iterable[torch.Tensor]:
         how = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True}
-        return list(self.generate(batch, prompt, new, **how).logits)
+        return self.generate(batch, prompt, new, **how).logits
 
 
 def cosine(c: OptimizerConfig, steps: int, iteration: int) -> float:

@@ -1,6 +1,7 @@
 """The same GPT in PyTorch, as a good PyTorch engineer writes it today: what ours is compared with."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,14 +14,28 @@ from gpt_jax.config import ModelConfig, OptimizerConfig
 LayerCache = tuple[torch.Tensor, torch.Tensor]
 """Keys and values of one layer, each (B, H, S, K), with room for S tokens."""
 
-LAYER_NORMS = {"norm_1": "ln_1", "norm_2": "ln_2"}
-LAYER_LINEARS = {
-    "attention/qkv": "attn.c_attn",
-    "attention/out": "attn.c_proj",
-    "mlp/up": "mlp.c_fc",
-    "mlp/down": "mlp.c_proj",
+LAYER_NAMES = {
+    "layers/norm_1/scale": "ln_1.weight",
+    "layers/norm_1/bias": "ln_1.bias",
+    "layers/attention/qkv/kernel": "attn.c_attn.weight",
+    "layers/attention/qkv/bias": "attn.c_attn.bias",
+    "layers/attention/out/kernel": "attn.c_proj.weight",
+    "layers/attention/out/bias": "attn.c_proj.bias",
+    "layers/norm_2/scale": "ln_2.weight",
+    "layers/norm_2/bias": "ln_2.bias",
+    "layers/mlp/up/kernel": "mlp.c_fc.weight",
+    "layers/mlp/up/bias": "mlp.c_fc.bias",
+    "layers/mlp/down/kernel": "mlp.c_proj.weight",
+    "layers/mlp/down/bias": "mlp.c_proj.bias",
 }
-"""Names of the parts of a layer: ours, and GPT-2's, which nanoGPT and transformers have, too."""
+NAMES = {
+    "tokens_VD": "wte.weight",
+    "positions_TD": "wpe.weight",
+    "final_norm/scale": "ln_f.weight",
+    "final_norm/bias": "ln_f.bias",
+    "head_VD": "lm_head.weight",
+}
+"""Paths of our parameters, and GPT-2's names for them, which nanoGPT and transformers have, too."""
 
 
 class Block(nn.Module):
@@ -28,7 +43,7 @@ class Block(nn.Module):
 
     def __init__(self, c: ModelConfig) -> None:
         super().__init__()
-        self.n_head, self.dropout = c.n_head, c.dropout
+        self.n_head = c.n_head
         D, hidden = c.d_model, c.ff_dim
         self.ln_1 = nn.LayerNorm(D, c.norm_eps, bias=c.bias)
         self.attn = nn.ModuleDict({"c_attn": nn.Linear(D, 3 * D, c.bias), "c_proj": nn.Linear(D, D, c.bias)})
@@ -44,24 +59,20 @@ class Block(nn.Module):
             for buffer_BHSK, new_BHTK in zip(cache, (k, v), strict=True):
                 buffer_BHSK[:, :, start : start + T] = new_BHTK
             k, v = (buffer_BHSK[:, :, : start + T] for buffer_BHSK in cache)
-        p = self.dropout if self.training else 0.0
-        y_BHTK = F.scaled_dot_product_attention(q, k, v, dropout_p=p, is_causal=start == 0)
-        x_BTD = x_BTD + F.dropout(self.attn["c_proj"](y_BHTK.transpose(1, 2).reshape(B, T, D)), p)
+        y_BHTK = F.scaled_dot_product_attention(q, k, v, is_causal=start == 0)
+        x_BTD = x_BTD + self.attn["c_proj"](y_BHTK.transpose(1, 2).reshape(B, T, D))
         y_BTF = F.gelu(self.mlp["c_fc"](self.ln_2(x_BTD)), approximate="tanh")
-        return x_BTD + F.dropout(self.mlp["c_proj"](y_BTF), p)
+        return x_BTD + self.mlp["c_proj"](y_BTF)
 
 
 class TorchGPT(nn.Module):
-    """GPT-2: learned positions, layer norm, GELU, with or without biases, its head tied or not.
-
-    Its parameters come from `load`.
-    """
+    """GPT-2: learned positions, layer norm, GELU, with or without biases, its head tied or not; without dropout."""
 
     def __init__(self, c: ModelConfig) -> None:
         """Raises ValueError for what GPT-2 does not have."""
         super().__init__()
-        if c.positions != "learned" or c.norm != "layer" or c.gated or c.kv_heads != c.n_head or c.window:
-            raise ValueError("this PyTorch model is GPT-2's architecture only")
+        if c.positions != "learned" or c.norm != "layer" or c.gated or c.kv_heads != c.n_head or c.window or c.dropout:
+            raise ValueError("this PyTorch model is GPT-2's architecture only, without dropout")
         self.config = c
         self.wte = nn.Embedding(c.vocab_size, c.d_model)
         self.wpe = nn.Embedding(c.context_length, c.d_model)
@@ -80,24 +91,14 @@ class TorchGPT(nn.Module):
 
         With caches, one a layer, the tokens stand at positions `start` and on: a whole prompt from 0 on, or one token.
         """
-        T = inputs_BT.shape[1]
-        x_BTD = self.wte(inputs_BT) + self.wpe.weight[start : start + T]
-        x_BTD = F.dropout(x_BTD, self.config.dropout if self.training else 0.0)
+        x_BTD = self.wte(inputs_BT) + self.wpe.weight[start : start + inputs_BT.shape[1]]
         for i, block in enumerate(self.h):
             x_BTD = block(x_BTD, caches[i] if caches else None, start)
         return self.ln_f(x_BTD)
 
-    def load(self, arrays: Arrays) -> "TorchGPT":
-        """Takes over our parameters; returns the model."""
-        theirs = to_theirs(arrays, self.config)
-        with torch.no_grad():
-            for name, parameter in self.named_parameters():  # A tied head is named once, as the embedding.
-                parameter.copy_(theirs[name])
-        return self
-
-    def gradients(self) -> Arrays:
-        """The gradients that the parameters have now, by our paths."""
-        return to_ours({name: p.grad for name, p in self.named_parameters() if p.grad is not None}, self.config)
+    def named(self, of: Callable[[nn.Parameter], Any] = lambda p: p) -> dict[str, torch.Tensor]:
+        """The parameters, or what `of` makes of them, by GPT-2's names; a tied head is there once, as the embedding."""
+        return {name: of(p) for name, p in self.named_parameters()}
 
     def empty_caches(self, batch: int, length: int) -> list[LayerCache]:
         """A cache a layer, for `batch` sequences of up to `length` tokens, in the weights' dtype and where they are."""
@@ -151,53 +152,36 @@ def make_adamw(model: nn.Module, c: OptimizerConfig) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, c.learning_rate, betas=(c.beta1, c.beta2), eps=c.eps, fused=True)
 
 
-def regroup(x: np.ndarray, n_head: int, to_theirs: bool) -> np.ndarray:
-    """The outputs of our qkv, (..., H, 3, K) as one axis, in the order of theirs, (..., 3, H, K); or the way back."""
-    *rest, n = x.shape
-    groups = (n_head, 3) if to_theirs else (3, n_head)
-    return x.reshape(*rest, *groups, n // (3 * n_head)).swapaxes(-3, -2).reshape(*rest, n)
-
-
-def parameter_paths(c: ModelConfig) -> dict[str, list[str]]:
-    """Our parameters' paths, and the names of theirs: one, or one a layer."""
-    kinds = ["weight", "bias"] if c.bias else ["weight"]
-    ours = {"weight": ("scale", "kernel"), "bias": ("bias", "bias")}
-    paths = {"tokens_VD": ["wte.weight"], "positions_TD": ["wpe.weight"]}
-    for kind in kinds:
-        norm, linear = ours[kind]
-        paths[f"final_norm/{norm}"] = [f"ln_f.{kind}"]
-        for parts, name in ((LAYER_NORMS, norm), (LAYER_LINEARS, linear)):
-            for our_part, their_part in parts.items():
-                paths[f"layers/{our_part}/{name}"] = [f"h.{i}.{their_part}.{kind}" for i in range(c.n_layer)]
-    if not c.tied_head:
-        paths["head_VD"] = ["lm_head.weight"]
-    return paths
+def regroup(x: np.ndarray, groups: tuple[int, int]) -> np.ndarray:
+    """The outputs of qkv, the last axis: ours (H, 3, K) in the order of theirs, (3, H, K), or back; groups: the first
+    two sizes of the order that they are in."""
+    return x.reshape(*x.shape[:-1], *groups, -1).swapaxes(-3, -2).reshape(x.shape)
 
 
 def to_theirs(arrays: Arrays, c: ModelConfig) -> dict[str, torch.Tensor]:
-    """Our arrays by their names: layers one by one, kernels (D, F) as weights (F, D)."""
-    paths = parameter_paths(c)
-    if set(paths) != set(arrays):
-        raise ValueError(f"parameters differ: {sorted(set(paths) ^ set(arrays))}")
+    """Our arrays by GPT-2's names: layers one by one, kernels (D, F) as weights (F, D)."""
     theirs = {}
-    for path, names in paths.items():
-        array = arrays[path]
+    for path, array in arrays.items():
         if "/qkv/" in path:
-            array = regroup(array, c.n_head, to_theirs=True)
+            array = regroup(array, (c.n_head, 3))
         if path.endswith("kernel"):
             array = array.swapaxes(1, 2)
-        for name, x in zip(names, array if path.startswith("layers/") else [array], strict=True):
-            theirs[name] = torch.tensor(np.ascontiguousarray(x))
+        named = (
+            {NAMES[path]: array} if path in NAMES else {f"h.{i}.{LAYER_NAMES[path]}": x for i, x in enumerate(array)}
+        )
+        theirs.update({name: torch.tensor(np.ascontiguousarray(x)) for name, x in named.items()})
     return theirs
 
 
 def to_ours(tensors: dict[str, torch.Tensor], c: ModelConfig) -> Arrays:
-    """The other way round; float32."""
-    ours = {}
-    for path, names in parameter_paths(c).items():
-        parts = [tensors[name].detach().float().cpu().numpy() for name in names]
-        array = np.stack(parts) if path.startswith("layers/") else parts[0]
+    """The other direction; float32."""
+    theirs = {name: x.detach().float().cpu().numpy() for name, x in tensors.items()}
+    ours = {path: theirs[name] for path, name in NAMES.items() if name in theirs}
+    for path, name in LAYER_NAMES.items():
+        if f"h.0.{name}" not in theirs:
+            continue
+        array = np.stack([theirs[f"h.{i}.{name}"] for i in range(c.n_layer)])
         if path.endswith("kernel"):
             array = array.swapaxes(1, 2)
-        ours[path] = regroup(array, c.n_head, to_theirs=False) if "/qkv/" in path else array
+        ours[path] = regroup(array, (3, c.n_head)) if "/qkv/" in path else array
     return ours
