@@ -6,7 +6,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
 
 import tyro
 
@@ -24,9 +23,7 @@ class SampleArgs(ModelArgs):
     prompt: tuple[str, ...] = ()  # Texts to continue, all in one batch; none: the start of a document.
     prompt_file: str = ""  # File whose whole text is the prompt.
     num_samples: int = 1  # Texts for each prompt.
-    settings: Annotated[Settings, tyro.conf.arg(name="")] = field(
-        default_factory=lambda: Settings(filters=Filters(top_p=0.95))
-    )
+    settings: tyro.conf.OmitArgPrefixes[Settings] = field(default_factory=lambda: Settings(filters=Filters(top_p=0.95)))
     json: Switch = False  # Print one JSON object a text: tokens, their log-probabilities, why it ended.
     chat: Switch = False  # Talk with the model, which must have a chat template; each line of input is a message.
     system: str = ""  # With --chat: the system prompt, which may say how to behave.

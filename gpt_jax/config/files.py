@@ -34,7 +34,7 @@ def load_config(path: Path) -> Config:
 
 RENAMED: tuple[dict[str, str], ...] = ({},)
 """Entry i has the fields renamed between format versions i and i + 1, from the full old name to the full new name, such
-as {"train.steps": "train.n_steps"}. Version 0 is the format of release 0.1.0, which wrote no version."""
+as {"train.steps": "train.n_steps"}: to rename one, append a table. Version 0 is the format that had no version."""
 
 FORMAT_VERSION = len(RENAMED)
 

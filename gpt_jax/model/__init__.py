@@ -9,4 +9,5 @@ Array names end in their dimensions, here and everywhere in the project:
     F  feed-forward width           L  layers
     V  vocabulary                   N  tokens, B * T flattened
     X  key/value heads of all sequences, B * G flattened
+    A  microbatches                 C  tokens, or logits, in a chunk or block
 """

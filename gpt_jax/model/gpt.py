@@ -62,9 +62,9 @@ class Attention(nn.Module):
             q_BTHK = RMSNorm(c.norm_eps, c.dtype, name="q_norm")(q_BTHK)
             k_BTGK = RMSNorm(c.norm_eps, c.dtype, name="k_norm")(k_BTGK)
         if c.positions == "rotary":
-            angles_BT = jnp.arange(T)[None] if positions_BT is None else positions_BT
-            q_BTHK = rotate(q_BTHK, angles_BT, c, self.sliding)
-            k_BTGK = rotate(k_BTGK, angles_BT, c, self.sliding)
+            rotary_positions_BT = jnp.arange(T)[None] if positions_BT is None else positions_BT
+            q_BTHK = rotate(q_BTHK, rotary_positions_BT, c, self.sliding)
+            k_BTGK = rotate(k_BTGK, rotary_positions_BT, c, self.sliding)
         if c.query_scale:  # Replaces 1 / sqrt(K), by which every attention multiplies.
             q_BTHK = q_BTHK * (c.query_scale * np.sqrt(K)).astype(q_BTHK.dtype)
 

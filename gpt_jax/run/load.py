@@ -59,7 +59,7 @@ class Source(Protocol):
 
     def load_params(self, config: ModelConfig, placement: Placement) -> Params:
         """The parameters for `config` without its adapters, float32, placed like those of a training state. `config`
-        has the architecture of the source, and may have a shorter context. Raises UserError."""
+        has the architecture of the source, and may have another context. Raises UserError."""
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,6 @@
 """Settings of generation. JAX is not imported, since the fields of these classes are flags of `sample`."""
 
 from dataclasses import dataclass, field
-from typing import Annotated
-
-import tyro
 
 from gpt_jax.config import check
 
@@ -33,7 +30,7 @@ class Settings:
     max_new_tokens: int = 200  # Tokens to generate at most.
     seed: int = 0  # The same seed gives the same text.
     stop: tuple[str, ...] = ()  # Strings that end the text, and are not part of it.
-    filters: Annotated[Filters, tyro.conf.arg(name="")] = field(default_factory=Filters)
+    filters: Filters = field(default_factory=Filters)
 
     def __post_init__(self) -> None:
         check(self.max_new_tokens >= 1, "max_new_tokens", self.max_new_tokens, "1 or more")

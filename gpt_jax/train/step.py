@@ -84,7 +84,7 @@ def make_train_step(
         return jax.vmap(lambda row: jax.random.fold_in(key, row))(rows).reshape(A, B)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        A, B, _ = batch.tokens.shape
+        A, B = batch.tokens.shape[:2]
         keys_AB = dropout_keys(state.step, A, B)
         gradient = jax.grad(numerator, has_aux=True)
 

@@ -108,13 +108,15 @@ def test_segments_may_begin_anywhere(borders: list[int], n_ids: int, window: int
 
 @pytest.mark.parametrize("T", [64, 65])
 def test_what_cudnn_is_asked_for(rng: np.random.Generator, on_cpu: list[dict[str, Any]], T: int) -> None:
-    """Without segments no mask; with them, one of (B, 1, T, T), of an even length, as its backward pass needs."""
+    """An even length, as its backward pass needs; without segments no mask, and with them one of (B, 1, T, T)."""
     q, k, v = random_qkv(rng, 2, T, 2, 2, 8)
     segments, _ = random_documents(rng, 2, T)
     attend = by_name("cudnn", 20)
-    attend(q, k, v, None)
+    whole = attend(q, k, v, None)
     assert on_cpu[0]["mask"] is None
-    assert on_cpu[0]["shape"][1] == T
+    assert on_cpu[0]["shape"][1] == 64 + T % 2 * 2
+    one_document = reference(np.asarray(q), np.asarray(k), np.asarray(v), seen(np.zeros_like(segments), 20))
+    np.testing.assert_allclose(whole, one_document, atol=1e-5)
     ours = attend(q, k, v, jnp.asarray(segments))
     mask = on_cpu[1]["mask"]
     assert (mask.shape, mask.dtype) == ((2, 1, 64 + T % 2 * 2, 64 + T % 2 * 2), bool)
