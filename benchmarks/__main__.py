@@ -14,12 +14,13 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks import alone, decode, learn, machine, report, results, scale, train, worker
 from gpt_jax.errors import UserError
 from gpt_jax.files import save_json
 
-PARTS: dict[str, Callable[[results.Results, results.Row, argparse.Namespace], None]] = {
+PARTS: dict[str, Callable[[results.Results, results.Row, Any], None]] = {
     "train": lambda measured, here, args: train.run(measured, here, args.rounds, tuple(args.preset)),
     "decode": lambda measured, here, args: decode.run(measured, here, args.rounds, tuple(args.batch)),
     "largest": lambda measured, here, args: train.run_largest(measured, here, args.rounds),
@@ -27,17 +28,18 @@ PARTS: dict[str, Callable[[results.Results, results.Row, argparse.Namespace], No
     "variants": lambda measured, here, args: train.run_variants(measured, here, args.rounds, tuple(args.preset)),
     "scale": lambda measured, here, args: scale.run(measured, here, args.rounds),
 }
-ALONE: dict[str, Callable[[argparse.Namespace], results.Row]] = {
+ALONE: dict[str, Callable[[Any], results.Row]] = {
     "startup": lambda args: alone.startup(args.rounds, args.text),
     "prepare": lambda args: alone.prepare(args.gib),
     "placement": lambda args: train.placement(args.rounds),
 }
+NAMES = (*PARTS, "report", *ALONE)
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs the parts; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join((*PARTS, "report", *ALONE)))
+    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(NAMES))
     parser.add_argument("--rounds", type=int, default=3, help="rounds of each contestant (default: 3)")
     parser.add_argument("--preset", nargs="+", default=[], help="of train and variants: these presets only")
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 64], help="of decode: sequences at a time")
@@ -50,19 +52,17 @@ def main(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     try:
         failed = run(args)
-    except (UserError, worker.FailedError) as e:
-        print(f"error: {e}", file=sys.stderr)
-        return 1
-    except OSError as e:
-        print(f"error: {e.filename}: {e.strerror}", file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
         which = "without --again, the command" if args.again else "the same command"
         print(f"interrupted; what was measured is kept, and {which} goes on with what is missing", file=sys.stderr)
         return 128 + signal.SIGINT
-    if failed:
-        print(f"error: not measured, for the reasons above: {', '.join(failed)}", file=sys.stderr)
-    return 1 if failed else 0
+    except (UserError, worker.FailedError, OSError) as e:
+        error = f"{e.filename}: {e.strerror}" if isinstance(e, OSError) else str(e)
+    else:
+        error = f"not measured, for the reasons above: {', '.join(failed)}" if failed else ""
+    if error:
+        print(f"error: {error}", file=sys.stderr)
+    return 1 if error else 0
 
 
 def run(args: argparse.Namespace) -> list[str]:
@@ -71,9 +71,9 @@ def run(args: argparse.Namespace) -> list[str]:
     Raises UserError for what was asked for and is not there.
     """
     chosen = args.parts or [*PARTS, "report"]
-    unknown = [part for part in chosen if part not in (*PARTS, "report", *ALONE)]
-    if unknown:
-        raise UserError(f"there is no part {unknown[0]}; there are {', '.join((*PARTS, 'report', *ALONE))}")
+    for part in chosen:
+        if part not in NAMES:
+            raise UserError(f"there is no part {part}; there are {', '.join(NAMES)}")
     if args.rounds < 1:
         raise UserError(f"--rounds {args.rounds} must be 1 or more")
     if args.text and not args.text.is_file():

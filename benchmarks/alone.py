@@ -1,9 +1,9 @@
 """Commands of gpt_jax by themselves, run as a user starts them: python -m benchmarks startup, and prepare."""
 
+import contextlib
 import json
 import platform
 import random
-import re
 import resource
 import statistics
 import subprocess
@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from benchmarks.machine import cpu_name
-from benchmarks.measure import run_command, seconds_of
+from benchmarks.measure import memory_of, run_command, seconds_of
 from benchmarks.results import Row
 from benchmarks.worker import FailedError
 from gpt_jax.system import available_cores
@@ -21,20 +21,17 @@ from gpt_jax.system import available_cores
 
 def startup(rounds: int, text: Path | None) -> Row:
     """Seconds from starting train.py with configs/shakespeare_char_cpu.py to the end of its first step: cold, with an
-    empty compile cache, and warm, with the one that the cold start filled. Raises FailedError.
-
-    text: in place of tiny Shakespeare.
-    """
+    empty compile cache, and warm, with the one that the cold start filled. text: in place of tiny Shakespeare."""
     seconds: dict[str, list[float]] = {"cold": [], "warm": []}
-    with tempfile.TemporaryDirectory() as name:
-        data = Path(name) / "data"
-        run_command("-m", "gpt_jax", "prepare", str(text or "shakespeare"), "--out", str(data), "--model-type", "char")
+    with tempfile.TemporaryDirectory() as folder:
+        data = f"{folder}/data"
+        run_command("-m", "gpt_jax", "prepare", str(text or "shakespeare"), "--out", data, "--model-type", "char")
+        train = ("train.py", "configs/shakespeare_char_cpu.py", f"--data.dir={data}")
         for turn in range(rounds):
-            cache = {"JAX_COMPILATION_CACHE_DIR": str(Path(name) / f"cache-{turn}")}
+            cache = {"JAX_COMPILATION_CACHE_DIR": f"{folder}/cache-{turn}"}
             for kind, values in seconds.items():
-                out = Path(name) / f"{kind}-{turn}"
-                arguments = ("train.py", "configs/shakespeare_char_cpu.py", f"--data.dir={data}", f"--out-dir={out}")
-                values.append(run_command(*arguments, environment=cache, until="first step:").lines[-1][0])
+                out = f"--out-dir={folder}/{kind}-{turn}"
+                values.append(run_command(*train, out, environment=cache, until="first step:").lines[-1][0])
                 print(f"round {turn + 1}: {kind} {values[-1]:.1f} s", flush=True)
     return {"seconds": seconds, "medians": {kind: statistics.median(values) for kind, values in seconds.items()}}
 
@@ -101,6 +98,18 @@ def run_prepare(corpus: Path, out: Path) -> dict[str, float]:
     }
 
 
+def memory_of_tree(root: int) -> list[int]:
+    """Resident bytes of a process and of all below it. Pages that they share are counted in each."""
+    parents = {}
+    for status in Path("/proc").glob("[0-9]*/status"):
+        with contextlib.suppress(OSError):  # It has just ended.
+            parents[int(status.parent.name)] = int(status.read_text().partition("PPid:")[2].split()[0])
+    tree = [root]
+    for pid in tree:  # It grows by the children of each.
+        tree += [child for child, parent in parents.items() if parent == pid]
+    return [memory_of(pid, "VmRSS") for pid in tree]
+
+
 def run_sentencepiece(corpus: Path, model: Path, most_bytes: int = 64 << 20) -> dict[str, float]:
     """SentencePiece itself on one core, document after document, of the first 64 MiB; only encoding is timed."""
     import sentencepiece
@@ -121,20 +130,3 @@ def rates(seconds: float, text_bytes: int, tokens: int) -> dict[str, float]:
     """What was tokenised in that time, and how fast."""
     per_second = {"mb_per_second": text_bytes / 1e6 / seconds, "tokens_per_second": tokens / seconds}
     return {"seconds": seconds, "text_bytes": text_bytes, "tokens": tokens, **per_second}
-
-
-def memory_of_tree(root: int) -> list[int]:
-    """Resident bytes of a process and of all below it. Pages that they share are counted in each."""
-    parents: dict[int, int] = {}
-    resident: dict[int, int] = {}
-    for process in Path("/proc").glob("[0-9]*"):
-        try:
-            facts = dict(re.findall(r"^(PPid|VmRSS):\s+(\d+)", (process / "status").read_text(), re.MULTILINE))
-        except OSError:  # It has just ended.
-            continue
-        parents[int(process.name)] = int(facts["PPid"])
-        resident[int(process.name)] = 1024 * int(facts.get("VmRSS", 0))
-    tree = {root}
-    while found := {pid for pid, parent in parents.items() if parent in tree and pid not in tree}:
-        tree |= found
-    return [resident[pid] for pid in tree if pid in resident]

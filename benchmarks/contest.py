@@ -1,6 +1,7 @@
 """A contest: contestants, each in a process of its own, that take turns."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any, TypeVar
 
 from benchmarks.worker import FailedError, OutOfTimeError, Worker, time_is_over
@@ -47,26 +48,20 @@ def take_turns(
     return answers
 
 
-class Contest:
+class Contest(ExitStack):
     """Contestants by name, and why those that are out failed. A context manager: leaving it ends the processes."""
 
     def __init__(self, needs: str | None = OURS) -> None:
         """needs: the contestant without which there is nothing to compare, if there is one."""
+        super().__init__()
         self.needs = needs
         self.workers: dict[str, Worker] = {}
         self.failed: dict[str, str] = {}
 
-    def __enter__(self) -> "Contest":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for worker in self.workers.values():
-            worker.close()
-
     def add(self, name: str, target: str, **arguments: Any) -> Worker:
         """Starts a contestant; the arguments are those of Worker."""
-        self.workers[name] = worker = Worker(target, **arguments)
-        return worker
+        self.workers[name] = self.enter_context(Worker(target, **arguments))
+        return self.workers[name]
 
     def turns(
         self, rounds: int, ask: Callable[[Worker], T], show: Callable[[int, str, T], None] = lambda *_: None

@@ -23,11 +23,15 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "torch", "transformers", "numpy")
 class JaxProbe:
     """Asks JAX, in a process of its own: the referee must hold no accelerator."""
 
+    def __init__(self) -> None:
+        from gpt_jax import runtime
+
+        runtime.setup()
+
     def devices(self) -> dict[str, Any]:
         """Platform (cpu, gpu, tpu), kind, number, and peak FLOP/s in bfloat16 of one, where it is known."""
         from gpt_jax import runtime
 
-        runtime.setup()
         devices = runtime.local_devices()
         kind = devices[0].device_kind
         return {
@@ -43,9 +47,6 @@ class JaxProbe:
         import jax
         import jax.numpy as jnp
 
-        from gpt_jax import runtime
-
-        runtime.setup()
         a, multiply = jnp.ones((MATMUL, MATMUL)), jax.jit(lambda a: a @ a)
         return best_of_ten(lambda: multiply(a).block_until_ready(), 2 * MATMUL**3)
 
@@ -53,33 +54,28 @@ class JaxProbe:
 class TorchProbe:
     """Asks PyTorch, in a process of its own."""
 
-    def cuda(self) -> bool:
-        """Whether there is a GPU for it."""
+    def __init__(self) -> None:
         import torch
 
-        return bool(torch.cuda.is_available())
+        self.torch, (self.device, self.synchronize) = torch, torch_device()
+
+    def cuda(self) -> bool:
+        """Whether there is a GPU for it."""
+        return self.device == "cuda"
 
     def device_memory(self) -> int:
         """Bytes of the GPU's memory."""
-        import torch
-
-        return int(torch.cuda.get_device_properties(0).total_memory)
+        return int(self.torch.cuda.get_device_properties(0).total_memory)
 
     def bandwidth(self) -> float:
         """Bytes a second read from memory: the best of ten sums over an array that no cache holds."""
-        import torch
-
-        device, synchronize = torch_device()
-        array = torch.ones(2**30 if device == "cuda" else 2**27, device=device)
-        return best_of_ten(lambda: (array.sum(), synchronize()), array.nbytes)
+        array = self.torch.ones(2**30 if self.cuda() else 2**27, device=self.device)
+        return best_of_ten(lambda: (array.sum(), self.synchronize()), array.nbytes)
 
     def matmul(self) -> float:
         """FLOP/s of a float32 matrix product: the best of ten."""
-        import torch
-
-        device, synchronize = torch_device()
-        a = torch.ones((MATMUL, MATMUL), device=device)
-        return best_of_ten(lambda: (a @ a, synchronize()), 2 * MATMUL**3)
+        a = self.torch.ones((MATMUL, MATMUL), device=self.device)
+        return best_of_ten(lambda: (a @ a, self.synchronize()), 2 * MATMUL**3)
 
 
 def torch_device() -> tuple[str, Any]:
@@ -98,39 +94,31 @@ def describe() -> dict[str, Any]:
 
     Raises UserError where a package is missing, or where JAX and PyTorch do not run on the same kind of device.
     """
-    missing = [name for name in ("torch", "transformers") if not installed(name)]
-    if missing:
+    if missing := [name for name in ("torch", "transformers") if not find_spec(name)]:
         raise UserError(f'{" and ".join(missing)} cannot be compared with: not installed; pip install -e ".[bench]"')
     try:
         with Worker("benchmarks.machine:JaxProbe") as jax_probe, Worker("benchmarks.machine:TorchProbe") as torch_probe:
             devices, cuda = jax_probe.ask("devices"), torch_probe.ask("cuda")
     except FailedError as e:
         raise UserError(f"the libraries do not start: {e}") from e
+    on_cpu = devices["platform"] == "cpu"
     if (devices["platform"] == "gpu") != cuda:
-        theirs = "a GPU" if cuda else "the CPU"
         raise UserError(
-            f"JAX runs on {devices['device']} and PyTorch on {theirs}, which is no comparison; install both for the "
-            "GPU (extra cuda12 or cuda13), or hide it with CUDA_VISIBLE_DEVICES="
+            f"JAX runs on {devices['device']} and PyTorch on {'a GPU' if cuda else 'the CPU'}, which is no comparison; "
+            "install both for the GPU (extra cuda12 or cuda13), or hide it with CUDA_VISIBLE_DEVICES="
         )
     flags = {"XLA_FLAGS": devices.pop("xla_flags"), **ENVIRONMENT}
-    name, count, unit = devices["device"], devices["devices"], "device"
-    if devices["platform"] == "cpu":
-        name, count, unit = cpu_name(), available_cores(), "core"
+    count, unit = (available_cores(), "core") if on_cpu else (devices["devices"], "device")
     return {
-        "name": f"{name}, {count} {unit}{'s' if count > 1 else ''}",
+        "name": f"{cpu_name() if on_cpu else devices['device']}, {count} {unit}{'s' if count > 1 else ''}",
         "cpu": cpu_name(),
         "cores": available_cores(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         **devices,
         "python": platform.python_version(),
-        "versions": {package: version(package) for package in PACKAGES if installed(package)},
+        "versions": {package: version(package) for package in PACKAGES},
         "flags": flags,
     }
-
-
-def installed(package: str) -> bool:
-    """Whether a package is there."""
-    return find_spec(package) is not None
 
 
 def cpu_name() -> str:
@@ -150,7 +138,7 @@ def measure(what: str) -> float:
     """The machine's "device_memory", as PyTorch tells it, or the better "matmul" of both libraries.
 
     Measured once a run, each in a process of its own, which is gone afterwards: what shares are of is then the same in
-    all rows. Raises FailedError and OutOfTimeError.
+    all rows.
     """
     found = []
     for probe in ("TorchProbe", "JaxProbe") if what == "matmul" else ("TorchProbe",):

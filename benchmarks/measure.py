@@ -42,19 +42,20 @@ def best_of_ten(work: Callable[[], object], amount: float) -> float:
 
 def peak_memory() -> int:
     """Bytes of memory that this process has held at most, libraries and compilation included."""
-    return memory_of("VmHWM")
+    return memory_of("self", "VmHWM")
 
 
 def resident_memory() -> int:
     """Bytes of memory that this process holds."""
-    return memory_of("VmRSS")
+    return memory_of("self", "VmRSS")
 
 
-def memory_of(field: str) -> int:
-    """A field of /proc/self/status, in bytes; 0 where there is no such file."""
-    status = Path("/proc/self/status")
-    found = re.search(rf"{field}:\s+(\d+) kB", status.read_text() if status.exists() else "")
-    return int(found[1]) * 1024 if found else 0
+def memory_of(pid: int | str, field: str) -> int:
+    """A field of a process's status in /proc, in bytes; 0 where there is none."""
+    with contextlib.suppress(OSError):
+        if found := re.search(rf"{field}:\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text()):
+            return int(found[1]) * 1024
+    return 0
 
 
 def forget_peak() -> None:
@@ -66,17 +67,11 @@ def forget_peak() -> None:
 
 
 class Command(NamedTuple):
-    """A command that has ended: its lines on standard output, each with the seconds after which it came; the seconds in
-    all; and the most memory that it held, in bytes, libraries included."""
+    """A command that has ended."""
 
-    lines: list[tuple[float, str]]
+    lines: list[tuple[float, str]]  # Of standard output, each with the seconds after which it came.
     seconds: float
-    peak_bytes: int
-
-    @property
-    def output(self) -> str:
-        """All that it printed."""
-        return "".join(f"{line}\n" for _, line in self.lines)
+    peak_bytes: int  # The most memory that it held, libraries included.
 
 
 def run_command(*arguments: str, environment: Mapping[str, str] | None = None, until: str | None = None) -> Command:
@@ -88,15 +83,11 @@ def run_command(*arguments: str, environment: Mapping[str, str] | None = None, u
     begin, limit = time.monotonic(), limit_seconds()
     lines: list[tuple[float, str]] = []
     stopped = False
-    with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(
-            [sys.executable, *arguments],
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-            cwd=ROOT,
-            env={**os.environ, **(environment or {})},
-        )
+    command, env = [sys.executable, *arguments], {**os.environ, **(environment or {})}
+    with (
+        tempfile.TemporaryFile("w+") as log,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, cwd=ROOT, env=env) as process,
+    ):
         timer = threading.Timer(limit, process.kill)
         timer.start()
         assert process.stdout is not None
@@ -111,8 +102,6 @@ def run_command(*arguments: str, environment: Mapping[str, str] | None = None, u
         finally:
             timer.cancel()
             process.kill()
-            process.wait()
-            process.stdout.close()
         seconds = time.monotonic() - begin
         if process.returncode and not stopped:
             if seconds >= limit:

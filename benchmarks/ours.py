@@ -27,8 +27,6 @@ from gpt_jax.model.backend import resolve
 from gpt_jax.model.forward import init_params
 from gpt_jax.model.gpt import GPT
 from gpt_jax.placement import choose_placement
-from gpt_jax.sample.decode import CHUNK, Decoder, bucket, decoder_for, prepare_params
-from gpt_jax.sample.settings import Filters
 from gpt_jax.train.objectives.next_token import next_token
 from gpt_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from gpt_jax.train.step import TrainState, init_state, make_eval_step, make_train_step
@@ -159,13 +157,18 @@ class Decoding(contestants.Decoding):
 
     def ready(self) -> None:
         """Lays out the weights for decoding. What was needed for that and is not needed any more is given back."""
+        from gpt_jax.sample.decode import prepare_params
+
         with jax.default_device(self.host):
             self.params = prepare_params(self.params, self.model.config)
         self.params = jax.block_until_ready(jax.device_put(self.params, self.device))
         forget_peak()
 
-    def prepare(self, batch: int, prompt: int, new: int, top_k: int = 0) -> tuple[Decoder, tuple[Any, ...], int]:
+    def prepare(self, batch: int, prompt: int, new: int, top_k: int = 0) -> tuple[Any, tuple[Any, ...], int]:
         """What decodes, greedily or from the top_k; the arguments of its `prefill`; and the length of the cache."""
+        from gpt_jax.sample.decode import bucket, decoder_for
+        from gpt_jax.sample.settings import Filters
+
         c = self.model.config
         decoder = decoder_for(self.model, Filters(temperature=1.0 if top_k else 0.0, top_k=top_k), c.vocab_size)
         cache_length = bucket(prompt + new, c.context_length)
@@ -176,6 +179,8 @@ class Decoding(contestants.Decoding):
 
     def decode(self, batch: int, prompt: int, new: int, top_k: int) -> tuple[np.ndarray, np.ndarray]:
         """New tokens, int32 (B, new), and their log-probabilities, float32 (B, new), on the host."""
+        from gpt_jax.sample.decode import CHUNK
+
         decoder, inputs, cache_length = self.prepare(batch, prompt, new, top_k)
         state, logprobs_B = decoder.prefill(*inputs, cache_length=cache_length)
         tokens, logprobs = [np.asarray(state.last_B)], [np.asarray(logprobs_B)]

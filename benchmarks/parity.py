@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from benchmarks.contestants import read_arrays
 from benchmarks.worker import Worker
 from gpt_jax.errors import UserError
 
@@ -19,25 +20,20 @@ TOLERANCES = {
 
 
 class Computed(NamedTuple):
-    """What a contestant computes from the initial parameters."""
+    """What a contestant computes from the initial parameters: gradients by path, and losses."""
 
     gradients: dict[str, np.ndarray]
     losses: np.ndarray
 
 
 def compute(worker: Worker, folder: Path) -> Computed:
-    """Gradients of the first batch by path, and the losses of ten optimizer steps on it. Raises FailedError.
-
-    The contestant starts with the initial parameters before and after.
-    """
-    path = folder / "gradients.npz"
+    """Gradients of the first batch, and the losses of ten optimizer steps on it; starts anew before and after."""
+    path = str(folder / "gradients.npz")
     worker.ask("start")
-    worker.ask("write_gradients", path=str(path), batch=0)
-    with np.load(path) as arrays:
-        gradients = dict(arrays)
+    worker.ask("write_gradients", path=path, batch=0)
     losses = np.array(worker.ask("losses", batch=0, count=STEPS))
     worker.ask("start")
-    return Computed(gradients, losses)
+    return Computed(read_arrays(path), losses)
 
 
 def compare(ours: Computed, theirs: Computed) -> dict[str, float]:
@@ -45,21 +41,13 @@ def compare(ours: Computed, theirs: Computed) -> dict[str, float]:
 
     Raises UserError where one side has gradients that the other has not.
     """
-    one_sided = ours.gradients.keys() ^ theirs.gradients.keys()
-    if one_sided:
+    if one_sided := ours.gradients.keys() ^ theirs.gradients.keys():
         raise UserError(f"only one of the two has gradients of {', '.join(sorted(one_sided))}")
+    norm = np.linalg.norm
+    of_gradients = [norm(ours.gradients[path] - array) / norm(array) for path, array in theirs.gradients.items()]
     of_losses = np.abs(ours.losses - theirs.losses) / theirs.losses
-    return {
-        "loss": float(of_losses[0]),
-        # NumPy's max: Python's own drops a nan that is not the first.
-        "gradients": float(np.max([distance(ours.gradients[path], array) for path, array in theirs.gradients.items()])),
-        "losses": float(of_losses.max()),
-    }
-
-
-def distance(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """Norm of the difference, relative to the norm."""
-    return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
+    # NumPy's max: Python's own drops a nan that is not the first.
+    return {"loss": float(of_losses[0]), "gradients": float(np.max(of_gradients)), "losses": float(of_losses.max())}
 
 
 def check(differences: dict[str, float], dtype: str, what: str) -> None:

@@ -20,14 +20,8 @@ STYLES: Mapping[str, Row] = {
     "layers unrolled": {"color": "#0072B2", "marker": "o", "linestyle": "--", "label": "gpt_jax, layers unrolled"},
 }
 
-KEYS, GAP = ("median", "min", "max"), {"median": float("nan")}
-
-PANELS = {
-    "context": "context (tokens)",
-    "batch": "batch (sequences)",
-    "depth": "depth (layers)",
-    "compile": "depth (layers)",
-}
+PANELS = {"context": "context (tokens)", "batch": "batch (sequences)", "depth": "depth (layers)"}
+PANELS["compile"] = PANELS["depth"]
 
 
 def draw(measured: Row, stem: Path) -> list[Path]:
@@ -35,18 +29,21 @@ def draw(measured: Row, stem: Path) -> list[Path]:
 
     measured: the content of a file of results. Raises UserError where matplotlib is needed and missing.
     """
-    rows = measured["rows"]
-    title = measured["machine"]["name"]
-    drawn = []
+    rows, title = measured["rows"], measured["machine"]["name"]
+    figures = {}
     if any(f"scale/{axis}" in rows for axis in PANELS):
-        drawn.append(save(scaling(rows, title), stem.with_name(f"{stem.name}-scaling.png")))
-    learned = [row for name, row in rows.items() if name.startswith("learn/")]
-    if learned:
-        drawn.append(save(learning(learned[0], title), stem.with_name(f"{stem.name}-learning.png")))
+        figures["scaling"] = scaling(rows, title)
+    if learned := [row for name, row in rows.items() if name.startswith("learn/")]:
+        figures["learning"] = learning(learned[0], title)
+    drawn = []
+    for name, figure in figures.items():
+        drawn.append(stem.with_name(f"{stem.name}-{name}.png"))
+        with replacing(drawn[-1]) as temporary:  # The file is the same for the same data and matplotlib.
+            figure.savefig(temporary, format="png", dpi=120, metadata={"Software": None})
     return drawn
 
 
-def figure(**options: Any) -> Any:
+def make_figure(**options: Any) -> Any:
     """A figure without a window. Raises UserError where matplotlib is missing."""
     try:
         from matplotlib.figure import Figure
@@ -60,60 +57,41 @@ def scaling(rows: Mapping[str, Row], title: str) -> Any:
 
     A panel whose row is not there says so; a contestant that failed at a point has a gap there.
     """
-    drawn = figure(figsize=(9, 6.6))
-    drawn.suptitle(title)
-    for axes, (axis, label) in zip(drawn.subplots(2, 2).flat, PANELS.items(), strict=True):
-        row = rows.get(f"scale/{axis}")
+    figure = make_figure(figsize=(9, 6.6))
+    figure.suptitle(title)
+    for axes, (axis, label) in zip(figure.subplots(2, 2).flat, PANELS.items(), strict=True):
         axes.set_xlabel(label)
         axes.set_ylabel("s to compile" if axis == "compile" else "ms a training step")
-        if row is None:
+        if (row := rows.get(f"scale/{axis}")) is None:
             axes.text(0.5, 0.5, "not measured yet", ha="center", transform=axes.transAxes)
             continue
         xs, lines = [point["x"] for point in row["points"]], scaled(axis, row)
         for name in SIZED.values():
-            spreads = [line.contestants[name]["time"] if name in line.contestants else GAP for line in lines]
-            median, low, high = (np.array([found.get(key, found["median"]) for found in spreads]) for key in KEYS)
+            times = [line.contestants.get(name, {}).get("time", {"median": np.nan}) for line in lines]
+            median, low, high = (np.array([t.get(k, t["median"]) for t in times]) for k in ("median", "min", "max"))
             if not np.isnan(median).all():
                 axes.errorbar(xs, median, yerr=[median - low, high - median], capsize=3, **STYLES[name])
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.set_xticks(xs, [str(x) for x in xs])
-        axes.yaxis.set_major_formatter(plain)
-        axes.yaxis.set_minor_formatter(lambda value, _: plain(value, _) if leading_digit(value) in "25" else "")
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
+        # Of the smaller ticks, those at 2 and 5 have a number.
+        axes.yaxis.set_minor_formatter(lambda value, _: f"{value:,.10g}" if f"{value:e}"[0] in "25" else "")
         axes.grid(alpha=0.3, which="both")
         axes.legend()
-    return drawn
+    return figure
 
 
 def learning(row: Row, title: str) -> Any:
     """Validation loss against seconds since the start of each process, and the loss aimed at."""
-    drawn = figure(figsize=(7.5, 4.6))
-    axes = drawn.subplots()
+    figure = make_figure(figsize=(7.5, 4.6))
+    axes = figure.subplots()
     for name, found in row["contestants"].items():
         times, _, losses = zip(*found["curve"], strict=True)
         axes.plot(times, losses, **STYLES.get(name, {"label": name}))
     axes.axhline(row["target"], color="black", linewidth=1, label=f"target: {row['target']:g}")
     axes.set_xlim(left=0)
-    axes.set_title(title)
-    axes.set_xlabel("seconds since the start of the process")
-    axes.set_ylabel("validation loss (nats a token)")
+    axes.set(title=title, xlabel="seconds since the start of the process", ylabel="validation loss (nats a token)")
     axes.grid(alpha=0.3)
     axes.legend()
-    return drawn
-
-
-def save(drawn: Any, path: Path) -> Path:
-    """Writes a figure as a PNG, which is the same for the same data and matplotlib."""
-    with replacing(path) as temporary:
-        drawn.savefig(temporary, format="png", dpi=120, metadata={"Software": None})
-    return path
-
-
-def plain(value: float, _: object = None) -> str:
-    """A tick's number without an exponent."""
-    return f"{value:,.10g}"
-
-
-def leading_digit(value: float) -> str:
-    """The first digit of a positive number."""
-    return f"{value:e}"[0]
+    return figure

@@ -20,13 +20,16 @@ class Results:
     def __init__(self, path: Path, machine: Row, again: bool = False) -> None:
         """Reads what is there already. again: measure every row anew, and replace it then. Raises UserError when the
         file is not one of ours."""
-        self.path, self.machine = path, machine
+        self.path = path
         try:
             self.rows: dict[str, Row] = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else {}
         except (ValueError, KeyError, TypeError) as e:
             raise UserError(f"{path} holds no measurements that could be added to; move it away") from e
         self.stale = set(self.rows) if again else set()
         self.failed: list[str] = []
+        of_machine = {key: value for key, value in machine.items() if key not in ("versions", "flags")}
+        self.under: Row = {"versions": machine["versions"], "flags": machine["flags"], "machine": of_machine}
+        """What a row is measured with: versions, flags, and all else that is known of the machine."""
 
     def measure(self, name: str, line: str, make: Callable[..., Row], *arguments: Any) -> None:
         """Keeps the row that `make(*arguments)` measures, unless it is there; `line` says what it is.
@@ -46,8 +49,9 @@ class Results:
 
     def missing(self, name: str) -> bool:
         """Whether the row is still to be measured; says so where it is not, and where it is to be measured anew."""
-        changed = self.changed(name) if name in self.rows and name not in self.stale else ""
-        if name in self.rows and name not in self.stale and not changed:
+        is_known = name in self.rows and name not in self.stale
+        changed = self.changed(name) if is_known else ""
+        if is_known and not changed:
             print(f"{name}: measured already; --again measures it anew", flush=True)
             return False
         if time_is_over():
@@ -57,16 +61,10 @@ class Results:
             print(f"{name}: measured anew, because it was measured with {changed}", flush=True)
         return True
 
-    def under(self) -> dict[str, Row]:
-        """What a row is measured with: versions, flags, and all else that is known of the machine."""
-        apart = ("versions", "flags")
-        machine = {key: value for key, value in self.machine.items() if key not in apart}
-        return {**{kind: self.machine[kind] for kind in apart}, "machine": machine}
-
     def changed(self, name: str) -> str:
         """What a row was measured with and is not there now, in a few words; empty where all is the same."""
         before = self.rows[name].get("under", {})
-        for kind, now in self.under().items():
+        for kind, now in self.under.items():
             was = before.get(kind, {})
             for key in (*now, *was):
                 if was.get(key) != now.get(key):
@@ -75,10 +73,10 @@ class Results:
 
     def put(self, name: str, row: Row) -> None:
         """Keeps a row, with the commit and what it was measured with."""
-        self.rows[name] = {**row, "under": {"commit": commit(), **self.under()}}
+        self.rows[name] = {**row, "under": {"commit": commit(), **self.under}}
         self.stale.discard(name)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        save_json(self.path, {"machine": self.under()["machine"], "rows": self.rows})
+        save_json(self.path, {"machine": self.under["machine"], "rows": self.rows})
 
 
 def commit() -> str:

@@ -115,13 +115,8 @@ def scaled(axis: str, row: Row) -> list[Line]:
     return lines
 
 
-LINES: dict[str, Callable[[str, Row], list[Line]]] = {
-    "train": trained,
-    "variants": trained,
-    "decode": decoded,
-    "learn": learned,
-    "scale": scaled,
-}
+LINES: dict[str, Callable[[str, Row], list[Line]]]
+LINES = {"train": trained, "variants": trained, "decode": decoded, "learn": learned, "scale": scaled}
 """How a row of a part is read."""
 
 
@@ -185,11 +180,16 @@ def ratios(_: Row, rows: Rows) -> list[str]:
 def train(machine: Row, rows: Rows) -> list[str]:
     """Training steps: speed, then memory and compile time."""
     lines = of_part(rows, "train")
+
+    def preset(line: Line) -> str:
+        c = line.row["preset"]["model"]
+        sizes = f"{c['n_layer']}/{c['n_head']}/{c['d_model']}, {c['context_length']}"
+        return f"{line.name} ({sizes}, {line.row['preset']['batch_size']}, {line.row['dtype']})"
+
+    names = present(lines, OURS, *PYTORCH, TRANSFORMERS)
     speed = [
-        Column("preset", lambda line: f"{line.name} ({size(line.row)})"),
-        *of_each(
-            present(lines, OURS, *PYTORCH, TRANSFORMERS), "{}, ms a step", lambda name, line: line.best(name, "step_ms")
-        ),
+        Column("preset", preset),
+        *of_each(names, "{}, ms a step", lambda name, line: line.best(name, "step_ms")),
         TIMES_AS_FAST,
         FASTER,
     ]
@@ -283,13 +283,14 @@ def decode(machine: Row, rows: Rows) -> list[str]:
 def learn(machine: Row, rows: Rows) -> list[str]:
     """Seconds to the loss aimed at, everything included."""
     parts: list[str] = []
+
+    def until_then(line: Line) -> str:
+        return line.best(line.who, "seconds") if line.it["seconds"] else "not reached"
+
     for recipe in of_part(rows, "learn"):
         columns = [
             Column(recipe.name, lambda line: proper(line.who)),
-            Column(
-                f"s {until(recipe.row)}",
-                lambda line: line.best(line.who, "seconds") if line.it["seconds"] else "not reached",
-            ),
+            Column(f"s {until(recipe.row)}", until_then),
             Column("iterations until then", lambda line: f"{line.it['iterations']:,}"),
             Column("tokens", lambda line: f"{line.it['tokens']:,}"),
             Column("s in all", lambda line: with_range(line.it["total_seconds"])),
@@ -321,16 +322,12 @@ def scale(_: Row, rows: Rows) -> list[str]:
             f"context {model['context_length']}, batch {spec['batch_size']}, vocabulary {model['vocab_size']}, "
             f"{model['dtype']}."
         )
-        compiling, who = name == "scale/compile", [*SIZED.values()]
-        columns = [
-            Column(row["x"], lambda line: line.name),
-            *of_each(
-                who[2:] if compiling else who[:2],
-                "compiling, {}, s" if compiling else "{}, ms a step",
-                lambda who, line: line.best(who, "time"),
-            ),
-            *([] if compiling else [TIMES_AS_FAST]),
-        ]
+        columns = [Column(row["x"], lambda line: line.name)]
+        if name == "scale/compile":
+            columns += of_each(list(SIZED.values())[2:], "compiling, {}, s", lambda who, line: line.best(who, "time"))
+        else:
+            columns += of_each(list(SIZED.values())[:2], "{}, ms a step", lambda who, line: line.best(who, "time"))
+            columns.append(TIMES_AS_FAST)
         failed = bullets(f"{proper(who)}: {why}" for who, why in row["failed"].items())
         parts += [*([] if parts else [where]), table(columns, scaled(row["x"], row)), failed]
     return parts
@@ -360,16 +357,7 @@ def machine(machine: Row, rows: Rows) -> list[str]:
     return [facts("", {name: fact for name, fact in lines.items() if fact})]
 
 
-PARTS: dict[str, Callable[[Row, Rows], list[str]]] = {
-    "summary": summary,
-    "ratios": ratios,
-    "train": train,
-    "variants": variants,
-    "decode": decode,
-    "learn": learn,
-    "scale": scale,
-    "machine": machine,
-}
+PARTS = {make.__name__: make for make in (summary, ratios, train, variants, decode, learn, scale, machine)}
 """The tables of a machine's file of results."""
 
 
@@ -409,25 +397,19 @@ def placement(measured: Row) -> str:
 
 def restore(measured: Row) -> str:
     """What tests/benchmarks/restoring.py measured: a line for each writer and reader, which has two rows."""
-    times: dict[str, dict[bool, str]] = {}
-    for row in measured["rows"]:
-        line = times.setdefault(f"{row['written_by']} to {row['restored_to']}", {})
-        line[row["freed_memory_is_kept"]] = with_range(row["times_the_state"])
+    lines: dict[str, list[str]] = {}
+    for row in sorted(measured["rows"], key=lambda row: not row["freed_memory_is_kept"]):
+        lines.setdefault(f"{row['written_by']} to {row['restored_to']}", []).append(with_range(row["times_the_state"]))
     title = "memory to restore GPT-2 124M, times its state (`python -m tests.benchmarks.restoring`)"
     columns = [
         Column(title, lambda line: line[0]),
-        Column("as in training", lambda line: line[1][True]),
-        Column("if all that is freed goes back", lambda line: line[1][False]),
+        Column("as in training", lambda line: line[1][0]),
+        Column("if all that is freed goes back", lambda line: line[1][1]),
     ]
-    return table(columns, times.items())
+    return table(columns, lines.items())
 
 
-ALONE: dict[str, Callable[[Row], str]] = {
-    "startup": startup,
-    "prepare": prepare,
-    "placement": placement,
-    "restore": restore,
-}
+ALONE = {make.__name__: make for make in (startup, prepare, placement, restore)}
 """The files that hold one measurement, and its table."""
 
 
@@ -511,12 +493,6 @@ def case_of(row: Row) -> str:
 def until(row: Row) -> str:
     """The goal of learning."""
     return f"to a loss of {row['target']:g}"
-
-
-def size(row: Row) -> str:
-    """A preset in short."""
-    spec, c = row["preset"], row["preset"]["model"]
-    return f"{c['n_layer']}/{c['n_head']}/{c['d_model']}, {c['context_length']}, {spec['batch_size']}, {row['dtype']}"
 
 
 def proper(name: str) -> str:

@@ -2,6 +2,7 @@
 
 All contestants start with the same parameters and get the same batches. Each compiles and warms up, all must compute
 the same, and then they take turns, a round of steps each, while the others wait; the first step of a turn is not timed.
+What ends a row is raised as FailedError, OutOfTimeError or UserError, and `Results.measure` catches it.
 """
 
 import dataclasses
@@ -52,23 +53,22 @@ def run_variants(results: Results, machine: Row, rounds: int, names: tuple[str, 
 def run_largest(results: Results, machine: Row, rounds: int, name: str = "gpt2") -> None:
     """On a GPU: each contestant by itself, with the largest batch that its memory holds. Not in turns: two would not
     fit, and a step then takes long enough for the clock to be the smaller trouble."""
-    row_name = f"train/{name}-largest-batch"
+    row_name, known = f"train/{name}-largest-batch", results.rows.get(f"train/{name}")
     if machine["platform"] != "gpu":
         return
-    known = results.rows.get(f"train/{name}")
     if known is None:
         print(f"{row_name}: left out: train/{name} is to be measured first", flush=True)
         return
-    preset = presets(machine["platform"])[name]
+    preset = presets("gpu")[name]
     results.measure(row_name, f"as train/{name}, with other batches", compare_largest, preset, known, machine, rounds)
 
 
 def chosen_presets(machine: Row, names: tuple[str, ...]) -> list[Preset]:
     """The presets to run. Raises UserError for a name that the platform does not have."""
     known = presets(machine["platform"])
-    unknown = [name for name in names if name not in known]
-    if unknown:
-        raise UserError(f"there is no preset {unknown[0]} on {machine['platform']}; there are {', '.join(known)}")
+    for name in names:
+        if name not in known:
+            raise UserError(f"there is no preset {name} on {machine['platform']}; there are {', '.join(known)}")
     return [preset for name, preset in known.items() if not names or name in names]
 
 
@@ -77,23 +77,19 @@ def as_chosen(machine: Row) -> dict[str, int]:
     return {} if machine["platform"] == "cpu" else {"devices": 1}
 
 
-def enter(contest: Contest, preset: Preset, machine: Row, folder: Path, theirs: dict[str, Row]) -> None:
-    """gpt_jax enters a contest, and where PyTorch runs the others, with its parameters. Raises FailedError."""
+def enter(contest: Contest, preset: Preset, machine: Row, folder: Path, theirs: dict[str, Row]) -> str:
+    """gpt_jax enters a contest, and where PyTorch runs the others, with its parameters; returns their file."""
+    path = str(folder / "parameters.npz")
     ours = contest.add(OURS, TARGET, preset=preset.spec(), parallel=as_chosen(machine))
     if machine["platform"] != "tpu":
-        ours.ask("write_parameters", path=parameters_in(folder))
+        ours.ask("write_parameters", path=path)
         for name, spec in theirs.items():
-            contest.add(name, **spec, preset=preset.spec(), parameters=parameters_in(folder))
-
-
-def parameters_in(folder: Path) -> str:
-    """The file of the initial parameters."""
-    return str(folder / "parameters.npz")
+            contest.add(name, **spec, preset=preset.spec(), parameters=path)
+    return path
 
 
 def compare_with_pytorch(preset: Preset, machine: Row, rounds: int) -> Row:
-    """The row of a preset. Raises UserError when the contestants do not compute the same, FailedError when gpt_jax
-    fails, and OutOfTimeError."""
+    """The row of a preset."""
     theirs = {name: spec for name, spec in THEIRS.items() if name in PYTORCH or preset.hugging_face}
     with tempfile.TemporaryDirectory() as folder, Contest() as contest:
         enter(contest, preset, machine, Path(folder), theirs)
@@ -122,21 +118,21 @@ def variants(preset: Preset, machine: Row) -> list[tuple[str, Row]]:
 
     n_devices = machine["cores"] if on_cpu else machine["devices"]
     attentions = {"cpu": ("xla", "block_causal"), "gpu": ("xla", "cudnn"), "tpu": ("xla", "splash")}
-    chosen = [(OURS, spec())]
+    chosen = {OURS: spec()}
     if n_devices > 1:
-        chosen += [("1 device", spec({"devices": 1}))]
-    chosen += [("mesh, 1 device", spec({"devices": 1, "data": 1}))]
+        chosen["1 device"] = spec({"devices": 1})
+    chosen["mesh, 1 device"] = spec({"devices": 1, "data": 1})
     if n_devices > 1 and preset.batch_size % n_devices == 0:
-        chosen += [(f"pmap, {n_devices} devices", spec({"devices": n_devices}))]
-        chosen += [(f"mesh, {n_devices} devices", spec({"devices": n_devices, "data": n_devices}))]
-    chosen += [("layers scanned" if c.unroll else "layers unrolled", spec(unroll=not c.unroll))]
-    return chosen + [(f"attention {name}", spec(attention=name)) for name in attentions[machine["platform"]]]
+        chosen[f"pmap, {n_devices} devices"] = spec({"devices": n_devices})
+        chosen[f"mesh, {n_devices} devices"] = spec({"devices": n_devices, "data": n_devices})
+    chosen["layers scanned" if c.unroll else "layers unrolled"] = spec(unroll=not c.unroll)
+    chosen |= {f"attention {name}": spec(attention=name) for name in attentions[machine["platform"]]}
+    return list(chosen.items())
 
 
 def placement(rounds: int) -> Row:
     """What a mesh costs on CPU: a row for each of two presets, by jit on one device and on a mesh of one, and one for a
-    model so small that there is little to a step but its call, by pmap on two devices and on a mesh of two. Raises
-    FailedError."""
+    model so small that there is little to a step but its call, by pmap on two devices and on a mesh of two."""
     one = {"jit": {"devices": 1}, "mesh": {"devices": 1, "data": 1}}
     two = {"pmap": {"devices": 2}, "mesh": {"devices": 2, "data": 2}}
     nano, baby = (presets("cpu")[name] for name in ("nano", "baby"))
@@ -144,10 +140,7 @@ def placement(rounds: int) -> Row:
 
 
 def compare_placements(preset: Preset, kinds: dict[str, dict[str, int]], rounds: int) -> Row:
-    """Milliseconds of a step and until its call returns, of each of two placements, and the second's over the first's.
-
-    Raises FailedError.
-    """
+    """Milliseconds of a step, and of its call alone, of two placements, and the second's steps over the first's."""
     with Contest() as contest:
         for kind, parallel in kinds.items():
             contest.add(kind, TARGET, preset=preset.spec(), parallel=parallel)
@@ -156,36 +149,39 @@ def compare_placements(preset: Preset, kinds: dict[str, dict[str, int]], rounds:
     if contest.failed:
         raise FailedError(f"{preset.name}: {contest.failed}")
     steps, calls = ({kind: [turn[i] for turn in turns[kind]] for kind in kinds} for i in (0, 1))
-    first, second = steps.values()
-    medians = [f"{kind} {spread(values)['median']:.2f} ms a step" for kind, values in steps.items()]
-    print(f"{preset.name}: {', '.join(medians)}", flush=True)
-    return {
+    row: Row = {
         "step_ms": {kind: spread(values) for kind, values in steps.items()},
         "call_ms": {kind: spread(values) for kind, values in calls.items()},
-        "second_over_first": ratios(second, first),
+        "second_over_first": ratios(*reversed(steps.values())),
     }
+    medians = [f"{kind} {found['median']:.2f} ms a step" for kind, found in row["step_ms"].items()]
+    print(f"{preset.name}: {', '.join(medians)}", flush=True)
+    return row
 
 
 def time_training(contest: Contest, preset: Preset, machine: Row, rounds: int, folder: Path | None) -> Row:
-    """Compiles, warms up, checks parity if there is a folder for the arrays, and times in turns; returns the row.
-
-    Raises UserError when the contestants do not compute the same, FailedError when one fails that is needed, and
-    OutOfTimeError.
-    """
+    """Compiles, warms up, checks parity if there is a folder for the arrays, and times in turns; returns the row."""
     first_seconds = contest.once("seconds", first=WARM_UP, count=1)
-    warm = contest.once("seconds", first=WARM_UP, count=2 if preset.steps is None else preset.steps)
-    n_steps = preset.steps
-    if n_steps is None:
+    n_steps = 2 if preset.steps is None else preset.steps
+    warm = contest.once("seconds", first=WARM_UP, count=n_steps)
+    if preset.steps is None:
         n_steps = max(2, min(50, math.ceil(0.5 / max(warm.values(), default=0.5))))
     about = {what: contest.once(what) for what in ("how", "peak_bytes", "memory")}
     differences = check_parity(contest, preset, folder) if folder else {}
     peak_flops, source = peak(preset, machine)
     turns = iter(range(rounds * len(contest.workers)))
-    seconds = contest.turns(
-        rounds,
-        lambda worker: seconds_a_step(worker, 1 + next(turns) // len(contest.workers) * n_steps, n_steps),
-        lambda turn, name, value: print(f"  round {turn + 1}: {name:20} {1e3 * value:9.1f} ms a step", flush=True),
-    )
+
+    def seconds_a_step(worker: Worker) -> float:
+        # A step that is not timed: while others had their turn, the system took the caches and, from XLA, freed memory,
+        # which it has to find anew; training has no such pauses.
+        worker.ask("seconds", first=WARM_UP, count=1)
+        first = 1 + next(turns) // len(contest.workers) * n_steps
+        return float(worker.ask("seconds", first=first, count=n_steps))
+
+    def show(turn: int, name: str, value: float) -> None:
+        print(f"  round {turn + 1}: {name:20} {1e3 * value:9.1f} ms a step", flush=True)
+
+    seconds = contest.turns(rounds, seconds_a_step, show)
     row: Row = {
         "preset": preset.spec(),
         "dtype": preset.model.dtype,
@@ -220,22 +216,15 @@ def time_training(contest: Contest, preset: Preset, machine: Row, rounds: int, f
 def check_parity(contest: Contest, preset: Preset, folder: Path) -> Row:
     """How far what each contestant computes is from gpt_jax's. Raises UserError when that is too far."""
     computed = {name: found[0] for name, found in contest.turns(1, lambda w: parity.compute(w, folder)).items()}
-    ours = computed.pop(OURS, None)
-    differences = {}
-    for name, theirs in computed.items() if ours else ():
-        assert ours is not None
+    differences: Row = {}
+    if (ours := computed.pop(OURS, None)) is None:
+        return differences
+    for name, theirs in computed.items():
         differences[name] = parity.compare(ours, theirs)
         parity.check(differences[name], preset.model.dtype, f"{preset.name}: gpt_jax and {name}")
     if differences:
         print(f"  {', '.join(differences)}: compute the same as gpt_jax", flush=True)
     return differences
-
-
-def seconds_a_step(worker: Worker, first: int, count: int) -> float:
-    """Seconds a step of so many, after one that is not timed: while others had their turn, the system took the caches
-    and, from XLA, freed memory, which it has to find anew; training has no such pauses."""
-    worker.ask("seconds", first=WARM_UP, count=1)
-    return float(worker.ask("seconds", first=first, count=count))
 
 
 def peak(preset: Preset, machine: Row) -> tuple[float | None, str]:
@@ -245,32 +234,30 @@ def peak(preset: Preset, machine: Row) -> tuple[float | None, str]:
     if preset.model.dtype != "float32":
         return None, ""
     try:
-        measured = measure("matmul")
+        return measure("matmul"), "the fastest product of two 2048 x 2048 matrices, in the better of both libraries"
     except FailedError:
         return None, ""
-    return measured, "the fastest product of two 2048 x 2048 matrices, in the better of both libraries"
 
 
 def compare_largest(preset: Preset, known: Row, machine: Row, rounds: int) -> Row:
     """The row; known: that of the preset at its own batch. Raises FailedError when ours has no larger batch."""
     memory = measure("device_memory")
+    # PyTorch may take all of the memory, so that JAX may, too: by itself it would stop at three quarters.
+    all_of_it = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}
+    specs: dict[str, Row] = {OURS: {"target": TARGET, "environment": all_of_it, "parallel": as_chosen(machine)}}
     rows: dict[str, Row] = {}
     failed: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
         with Contest() as contest:
-            enter(contest, preset, machine, Path(folder), {})
-        # PyTorch may take all of the memory, so that JAX may, too: by itself it would stop at three quarters.
-        all_of_it = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}
-        specs: dict[str, Row] = {OURS: {"target": TARGET, "environment": all_of_it, "parallel": as_chosen(machine)}}
-        specs |= {name: {**THEIRS[name], "parameters": parameters_in(Path(folder))} for name in PYTORCH}
-        for name, spec in specs.items():
-            if name in known["contestants"]:
-                guess = batch_that_fits(preset, known["contestants"][name]["peak_bytes"], memory)
-                found = with_largest_batch(name, spec, preset, guess, machine, rounds)
-                if isinstance(found, str):
-                    failed[name] = found
-                else:
-                    rows[name] = found
+            parameters = enter(contest, preset, machine, Path(folder), {})
+        specs |= {name: {**THEIRS[name], "parameters": parameters} for name in PYTORCH}
+        for name in (name for name in specs if name in known["contestants"]):
+            guess = batch_that_fits(preset, known["contestants"][name]["peak_bytes"], memory)
+            found = with_largest_batch(name, specs[name], preset, guess, machine, rounds)
+            if isinstance(found, str):
+                failed[name] = found
+            else:
+                rows[name] = found
     if OURS not in rows:
         raise FailedError(f"gpt_jax has no larger batch than {preset.batch_size}")
     batches = ", ".join(f"{name} {found['how']['batch']}" for name, found in rows.items())
@@ -316,7 +303,7 @@ def with_largest_batch(name: str, spec: Row, preset: Preset, batch: int, machine
 
 
 def time_alone(name: str, spec: Row, preset: Preset, machine: Row, rounds: int) -> Row:
-    """The figures of a contestant without others. Raises FailedError and OutOfTimeError."""
+    """The figures of a contestant without others."""
     print(f"  {name}, batch {preset.batch_size}", flush=True)
     with Contest(needs=name) as contest:
         contest.add(name, **spec, preset=preset.spec())
