@@ -19,7 +19,7 @@ from benchmarks.contest import OURS, PYTORCH, take_turns
 from benchmarks.measure import ratios, run_command, spread
 from benchmarks.recipe import Recipe, read_text
 from benchmarks.results import Results, Row
-from benchmarks.train import as_chosen
+from benchmarks.train import THEIRS, as_chosen
 from benchmarks.worker import ENVIRONMENT, FailedError, Worker
 from gpt_jax.data.corpora import shakespeare
 from gpt_jax.errors import UserError
@@ -58,18 +58,21 @@ class Point(NamedTuple):
 class Run:
     """A contestant's run: its evaluations, and what came after the clock had stopped."""
 
+    target: float
     curve: list[Point]
     whole_val_loss: float
     peak_bytes: int | None
     memory: Row | None = None
 
-    def reached(self, target: float) -> Point | None:
+    @property
+    def reached(self) -> Point | None:
         """The first evaluation at which the loss, to two decimals as nanoGPT tells its own, was down to the target."""
-        return next((point for point in self.curve if round(point.val_loss, 2) <= target), None)
+        return next((point for point in self.curve if round(point.val_loss, 2) <= self.target), None)
 
-    def seconds(self, target: float) -> float:
-        """Seconds to the target, or to the last evaluation where it was not reached."""
-        return (self.reached(target) or self.curve[-1]).seconds
+    @property
+    def end(self) -> Point:
+        """The evaluation at which the target was reached, or the last one."""
+        return self.reached or self.curve[-1]
 
 
 def run(
@@ -84,19 +87,17 @@ def run(
 
     path: the text, in place of tiny Shakespeare; own_arguments: those of `gpt_jax train` for its own recipe.
     """
-    results.measure(NAME, recipe.describe(), compare, recipe, path, machine, rounds, own_arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        results.measure(NAME, recipe.describe(), compare, recipe, path, machine, rounds, own_arguments, folder)
 
 
-def compare(recipe: Recipe, path: Path | None, machine: Row, rounds: int, own_arguments: Sequence[str]) -> Row:
+def compare(
+    recipe: Recipe, path: Path | None, machine: Row, rounds: int, own_arguments: Sequence[str], folder: str
+) -> Row:
     """The row. Raises FailedError when gpt_jax fails, and UserError when there is no text, or when the losses of the
-    two sides differ."""
-    with tempfile.TemporaryDirectory() as name:
-        return race(recipe, (path or shakespeare()).absolute(), machine, rounds, Path(name), own_arguments)
-
-
-def race(recipe: Recipe, path: Path, machine: Row, rounds: int, folder: Path, own_arguments: Sequence[str]) -> Row:
-    """As `compare`, with a folder for what the contestants share."""
-    data, parameters, draws = (str(folder / name) for name in ("data", "parameters.npz", "draws.npz"))
+    two sides differ. folder: for what the contestants share."""
+    data, parameters, draws = (f"{folder}/{name}" for name in ("data", "parameters.npz", "draws.npz"))
+    path = (path or shakespeare()).absolute()
     text = read_text(str(path))
     recipe, window = recipe.of(text), recipe.preset.model.context_length + 1
     if min(len(text.train), len(text.val)) < window:
@@ -110,20 +111,26 @@ def race(recipe: Recipe, path: Path, machine: Row, rounds: int, folder: Path, ow
             begun = time.monotonic()
             with Worker(target, preset=recipe.preset.spec(), parameters=parameters, **more) as worker:
                 answer = worker.ask("learn", **task, begun=begun)
-            return Run(**{**answer, "curve": [Point(*point) for point in answer["curve"]]})
+            return Run(recipe.target, **{**answer, "curve": [Point(*point) for point in answer["curve"]]})
 
         return run
 
     def own_recipe() -> Run:
-        with tempfile.TemporaryDirectory(dir=folder) as out:
-            flags = [f"--data.dir={data}", f"--out-dir={out}"]
-            flags += [f"--parallel.{name}={value}" for name, value in as_chosen(machine).items()]
-            return follow_command([*own_arguments, *flags], Path(out) / "metrics.jsonl", machine["platform"] == "cpu")
+        out = tempfile.mkdtemp(dir=folder)
+        flags = [f"--data.dir={data}", f"--out-dir={out}"]
+        flags += [f"--parallel.{name}={value}" for name, value in as_chosen(machine).items()]
+        done = run_command("-m", "gpt_jax", "train", *own_arguments, *flags, environment=ENVIRONMENT)
+        records = map(json.loads, Path(out, "metrics.jsonl").read_text().splitlines())
+        times = [seconds for seconds, line in done.lines if EVALUATED in line]
+        evaluated = [
+            (record["step"], record["tokens"], record["val_loss"]) for record in records if "val_loss" in record
+        ]
+        curve = [Point(seconds, *record) for seconds, record in zip(times, evaluated, strict=True)]
+        return Run(recipe.target, curve, curve[-1].val_loss, done.peak_bytes if machine["platform"] == "cpu" else None)
 
     contestants = {OURS: learner("benchmarks.ours:Training", parallel=as_chosen(machine))}
     if machine["platform"] != "tpu":
-        for name, compiled in zip(PYTORCH, (False, True), strict=True):
-            contestants[name] = learner("benchmarks.theirs:Training", compiled=compiled)
+        contestants |= {name: learner(**THEIRS[name]) for name in PYTORCH}
     failed: dict[str, str] = {}
     try:
         prepare = ("-m", "gpt_jax", "prepare", str(path), "--out", data, "--model-type", "char")
@@ -132,9 +139,7 @@ def race(recipe: Recipe, path: Path, machine: Row, rounds: int, folder: Path, ow
     except FailedError as e:  # The commands need packages that the rest does without: command line, tokenizers.
         failed[OWN_RECIPE] = f"gpt_jax prepare {e}"
         print(f"  {OWN_RECIPE} is out: {failed[OWN_RECIPE]}", flush=True)
-    runs = take_turns(
-        contestants, rounds, lambda run: run(), lambda turn, name, done: show(turn, name, done, recipe.target), failed
-    )
+    runs = take_turns(contestants, rounds, lambda run: run(), show, failed)
     if OURS in failed:
         raise FailedError(f"gpt_jax failed: {failed[OURS]}")
     others = [name for name in PYTORCH if name in runs]
@@ -145,34 +150,21 @@ def race(recipe: Recipe, path: Path, machine: Row, rounds: int, folder: Path, ow
         "notes": NOTES,
         "failed": failed,
         "parity": {name: check_parity(runs[OURS][0], runs[name][0], name) for name in others},
-        "contestants": {name: summary(runs[name], recipe.target) for name in runs},
-        "times_as_fast": {name: times_as_fast(runs[name], runs[OURS], recipe.target) for name in others},
+        "contestants": {name: summary(runs[name]) for name in runs},
+        "times_as_fast": {name: times_as_fast(runs[name], runs[OURS]) for name in others},
     }
 
 
-def follow_command(arguments: Sequence[str], metrics: Path, on_cpu: bool) -> Run:
-    """The run of `gpt_jax train`: its records, and when it printed them. Raises FailedError."""
-    done = run_command("-m", "gpt_jax", "train", *arguments, environment=ENVIRONMENT)
-    times = [seconds for seconds, line in done.lines if EVALUATED in line]
-    records = [record for line in metrics.read_text().splitlines() if "val_loss" in (record := json.loads(line))]
-    curve = [
-        Point(seconds, record["step"], record["tokens"], record["val_loss"])
-        for seconds, record in zip(times, records, strict=True)
-    ]
-    return Run(curve, curve[-1].val_loss, done.peak_bytes if on_cpu else None)
-
-
-def show(turn: int, name: str, done: Run, target: float) -> None:
+def show(turn: int, name: str, done: Run) -> None:
     """Prints how a run went."""
-    at, last = done.reached(target), done.curve[-1]
-    when = f"{target} after {at.seconds:.1f} s, iteration {at.iterations}" if at else f"{target} not reached"
+    at, last = done.reached, done.curve[-1]
+    when = f"{done.target} after {at.seconds:.1f} s, iteration {at.iterations}" if at else f"{done.target} not reached"
+    curve = ", ".join(f"{point.iterations}: {point.val_loss:.4f} ({point.seconds:.1f} s)" for point in done.curve)
     print(
         f"  round {turn + 1}: {name:20} {when}; {last.val_loss:.4f} after {last.seconds:.1f} s, "
-        f"{done.whole_val_loss:.4f} on the whole validation set",
+        f"{done.whole_val_loss:.4f} on the whole validation set\n    {curve}",
         flush=True,
     )
-    curve = (f"{point.iterations}: {point.val_loss:.4f} ({point.seconds:.1f} s)" for point in done.curve)
-    print(f"    {', '.join(curve)}", flush=True)
 
 
 def check_parity(ours: Run, theirs: Run, name: str) -> dict[str, float]:
@@ -185,28 +177,26 @@ def check_parity(ours: Run, theirs: Run, name: str) -> dict[str, float]:
     return found
 
 
-def summary(runs: list[Run], target: float) -> Row:
+def summary(runs: list[Run]) -> Row:
     """What is kept of a contestant. The curve, and what belongs to it, is that of the round with the median time."""
-    median = sorted(runs, key=lambda done: done.seconds(target))[len(runs) // 2]
-    reached = all(done.reached(target) for done in runs)
-    at, last = median.reached(target) or median.curve[-1], median.curve[-1]
-    peaks = [done.peak_bytes for done in runs if done.peak_bytes is not None]
+    median = sorted(runs, key=lambda done: done.end.seconds)[len(runs) // 2]
+    reached = all(done.reached for done in runs)
     return {
         "reached": reached,
-        "seconds": spread([done.seconds(target) for done in runs]) if reached else None,
+        "seconds": spread([done.end.seconds for done in runs]) if reached else None,
         "total_seconds": spread([done.curve[-1].seconds for done in runs]),
-        "iterations": at.iterations,
-        "tokens": at.tokens,
-        "val_loss": last.val_loss,
+        "iterations": median.end.iterations,
+        "tokens": median.end.tokens,
+        "val_loss": median.curve[-1].val_loss,
         "whole_val_loss": median.whole_val_loss,
-        "peak_bytes": max(peaks) if peaks else None,
+        "peak_bytes": max((done.peak_bytes for done in runs if done.peak_bytes is not None), default=None),
         "memory": median.memory,
         "curve": [[point.seconds, point.iterations, point.val_loss] for point in median.curve],
     }
 
 
-def times_as_fast(theirs: list[Run], ours: list[Run], target: float) -> dict[str, float]:
+def times_as_fast(theirs: list[Run], ours: list[Run]) -> dict[str, float]:
     """Their seconds to the target over ours, round by round; where not all reach it, those to the last evaluation."""
-    if all(done.reached(target) for done in theirs + ours):
-        return ratios([done.seconds(target) for done in theirs], [done.seconds(target) for done in ours])
-    return ratios([done.curve[-1].seconds for done in theirs], [done.curve[-1].seconds for done in ours])
+    reached = all(done.reached for done in theirs + ours)
+    seconds = ([(done.end if reached else done.curve[-1]).seconds for done in runs] for runs in (theirs, ours))
+    return ratios(*seconds)
