@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import tyro
 
+import gpt_jax
 from gpt_jax.config import check
 from gpt_jax.errors import UserError
 
@@ -54,7 +55,7 @@ def in_one_line(box: str) -> str:
 
 def default_config_path() -> Path:
     """The path of quickstart.py: in configs/ of the working folder, of this package's checkout, or of the package."""
-    package = Path(__file__).parent
+    package = Path(gpt_jax.__file__).parent
     places = [folder / "configs" / "quickstart.py" for folder in (Path(), package.parent, package)]
     return next((path for path in places if path.exists()), places[0])
 

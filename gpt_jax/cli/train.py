@@ -53,9 +53,8 @@ def command(argv: Sequence[str]) -> int:
         hosts.check_alike(**{"--resume": str(args.resume)})
         if not hosts.is_first():
             sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
-    hosts.on_first(
-        lambda: RunFolder(Path(config.out_dir)).check_usable(args.resume)
-    )  # Before data are prepared, which may take minutes.
+    folder = RunFolder(Path(config.out_dir))
+    hosts.on_first(lambda: folder.check_usable(args.resume))  # Before data are prepared, which may take minutes.
     config, data = set_up(config, given_fields(argv), args.resume)
     if not args.coordinator:
         runtime.setup(runtime.choose_cpu_devices(config))

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from gpt_jax.cli.main import interrupt, main
+from gpt_jax.cli.parse import default_config_path
 from gpt_jax.cli.train import train_arguments
 from tests.commands import ROOT, TINY, records, refused, refused_here, run, run_here, start
 
@@ -352,3 +353,12 @@ def test_every_flag_has_help(capsys: pytest.CaptureFixture[str]) -> None:
         ]
         assert bare == []
         assert not any(re.match(r"--[a-z.-]+ *\(default", line) for line in lines)
+
+
+def test_the_default_configuration_is_found_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of the working folder, or else the one that comes with the project."""
+    monkeypatch.chdir(tmp_path)
+    assert default_config_path() == ROOT / "configs" / "quickstart.py"
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "quickstart.py").touch()
+    assert default_config_path() == Path("configs", "quickstart.py")
