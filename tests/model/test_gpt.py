@@ -18,7 +18,7 @@ from tests import tiny
 
 CONFIG = dataclasses.replace(tiny.GPT2, vocab_size=67)
 LLAMA = dataclasses.replace(tiny.LLAMA, vocab_size=67, vocab_multiple=8, d_head=6, biases=("qkv",), qk_norm=True)
-GEMMA = dataclasses.replace(tiny.GEMMA, vocab_size=67, vocab_multiple=8, d_head=6, n_layer=4)
+GEMMA = dataclasses.replace(tiny.GEMMA, vocab_size=67, vocab_multiple=8, d_head=6)
 ADAPTED = dataclasses.replace(LLAMA, lora=LoraConfig(rank=2))
 ARCHITECTURES = {"gpt2": CONFIG, "llama": LLAMA, "gemma": GEMMA, "adapted": ADAPTED}
 
