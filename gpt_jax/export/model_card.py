@@ -20,7 +20,7 @@ def model_card(name: str, config: Config, records: list[dict[str, Any]], exporte
     if config.init_from:
         targets = ", ".join(m.lora.targets)
         adapters = f"LoRA adapters of rank {m.lora.rank} (alpha {m.lora.alpha:g}, on {targets}), merged"
-        method = f"fine-tuned from {Path(config.init_from).name}, {adapters if m.lora.rank else 'all parameters'}"
+        method = f"fine-tuned from {model_name(config.init_from)}, {adapters if m.lora.rank else 'all parameters'}"
     rows = {
         "parameters": f"{exported.n_params:,}",
         "architecture": f"{m.n_layer} layers, {m.n_head} heads ({m.kv_heads} for keys and values), width {m.d_model}, "
@@ -65,3 +65,9 @@ tokens = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**tokens, max_new_tokens=50)[0]))
 ```
 """
+
+
+def model_name(init_from: str) -> str:
+    """The name of the model in `init_from`, without the folders above it: of RUN/checkpoints/STEP, that of the run."""
+    path = Path(init_from)
+    return path.parent.parent.name if path.parent.name == "checkpoints" else path.name

@@ -105,9 +105,10 @@ def check_fits(where: Path, saved: dict[str, Any], meta: dict[str, Any]) -> None
             f"init_from is {then.init_from!r} in checkpoint {where} and {now.init_from!r} here; a run that goes on "
             "cannot begin with another model"
         )
+    saved_values = dataclasses.asdict(then)
     for section, values in dataclasses.asdict(now).items():
         for name, value in values.items() if isinstance(values, dict) else []:
-            full_name, before = f"{section}.{name}", dataclasses.asdict(then)[section][name]
+            full_name, before = f"{section}.{name}", saved_values[section][name]
             if before == value:
                 continue
             if full_name in DECIDE_THE_DATA_ORDER:

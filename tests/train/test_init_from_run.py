@@ -31,8 +31,8 @@ def tuning(first: Path, *more: str) -> list[str]:
     return [f"--init-from={first}", *flags, *STEPS, *more]
 
 
-def loss_at_start(first: Path, data: Path) -> float:
-    return float(json.loads(run_here("eval", "--run", first, "--data", data, "--json")[0])["loss"])
+def loss_on(data: Path, run: Path) -> float:
+    return float(json.loads(run_here("eval", "--run", run, "--data", data, "--json")[0])["loss"])
 
 
 def test_all_parameters_are_tuned_from_the_latest_checkpoint(first: Path, tiny_data: Path, tmp_path: Path) -> None:
@@ -43,7 +43,9 @@ def test_all_parameters_are_tuned_from_the_latest_checkpoint(first: Path, tiny_d
     config = json.loads((out / "config.json").read_text())
     assert config["init_from"] == str(first / "checkpoints" / "6")
     assert (config["model"]["n_layer"], config["model"]["vocab_multiple"]) == (1, 8)
-    assert loss_at_start(out, tiny_data) < loss_at_start(first, tiny_data)
+    assert loss_on(tiny_data, out) < loss_on(tiny_data, first)
+    run_here("export", "--run", out, "--out", tmp_path / "exported")
+    assert "fine-tuned from run, all parameters" in (tmp_path / "exported" / "README.md").read_text()
 
 
 def test_a_checkpoint_may_be_named_and_the_context_shortened(first: Path, tiny_data: Path, tmp_path: Path) -> None:
