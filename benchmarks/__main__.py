@@ -1,11 +1,9 @@
 """The same GPT in PyTorch and in JAX on this machine: python -m benchmarks [PART ...]
 
-Parts that compare, each runnable alone: train, decode, on a GPU largest, learn, variants, scale (all of them without a
-name, the most telling first), and report, which writes the documents' tables and the plots from what was measured. What
-has been measured already, with the same versions and flags, is not measured again, so an interrupted run continues. A
-row that cannot be measured is reported, and the others go on; the exit status is 1 then.
-
-Parts that measure gpt_jax by itself, only by name and always anew: startup, prepare, placement.
+The parts, each runnable alone: train, decode, on a GPU largest, learn, variants, scale and startup (all of them without
+a name, the most telling first), and report, which writes the documents' tables and the plots from what was measured.
+What has been measured already, with the same versions and flags, is not measured again, so an interrupted run
+continues. A row that cannot be measured is reported, and the others go on; the exit status is 1 then.
 """
 
 import argparse
@@ -16,24 +14,19 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import alone, decode, learn, machine, report, results, scale, train, worker
+from benchmarks import decode, learn, machine, report, results, scale, startup, train, worker
 from gpt_jax.errors import UserError
-from gpt_jax.files import save_json
 
 PARTS: dict[str, Callable[[results.Results, results.Row, Any], None]] = {
-    "train": lambda measured, here, args: train.run(measured, here, args.rounds, tuple(args.preset)),
-    "decode": lambda measured, here, args: decode.run(measured, here, args.rounds, tuple(args.batch)),
+    "train": lambda measured, here, args: train.run(measured, here, args.rounds, args.preset),
+    "decode": lambda measured, here, args: decode.run(measured, here, args.rounds, args.batch),
     "largest": lambda measured, here, args: train.run_largest(measured, here, args.rounds),
     "learn": lambda measured, here, args: learn.run(measured, here, args.rounds, path=args.text),
-    "variants": lambda measured, here, args: train.run_variants(measured, here, args.rounds, tuple(args.preset)),
+    "variants": lambda measured, here, args: train.run_variants(measured, here, args.rounds, args.preset),
     "scale": lambda measured, here, args: scale.run(measured, here, args.rounds),
+    "startup": lambda measured, here, args: startup.run(measured, args.rounds, args.text),
 }
-ALONE: dict[str, Callable[[Any], results.Row]] = {
-    "startup": lambda args: alone.startup(args.rounds, args.text),
-    "prepare": lambda args: alone.prepare(args.gib),
-    "placement": lambda args: train.placement(args.rounds),
-}
-NAMES = (*PARTS, "report", *ALONE)
+NAMES = (*PARTS, "report")
 
 
 def main(argv: Sequence[str]) -> int:
@@ -44,10 +37,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--preset", nargs="+", default=[], help="of train and variants: these presets only")
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 64], help="of decode: sequences at a time")
     parser.add_argument("--again", action="store_true", help="measure anew what has been measured already")
-    limit = "begin nothing after this time, keep the whole rounds until then, and end within two minutes"
-    parser.add_argument("--minutes", type=float, default=0, help=f"{limit} (default: no limit)")
-    parser.add_argument("--text", type=Path, help="of learn: the text (default: tiny Shakespeare, which is downloaded)")
-    parser.add_argument("--gib", type=float, default=1.0, help="of prepare: size of the text in GiB (default: 1)")
+    limit = "begin nothing after this time, keep the whole rounds until then, end within two minutes (default: none)"
+    parser.add_argument("--minutes", type=float, default=0, help=limit)
+    text = "of learn and startup: the text (default: tiny Shakespeare, which is downloaded)"
+    parser.add_argument("--text", type=Path, help=text)
     parser.add_argument("--out", type=Path, default=results.FOLDER, help="folder of the results")
     args = parser.parse_args(argv)
     try:
@@ -70,7 +63,7 @@ def run(args: argparse.Namespace) -> list[str]:
 
     Raises UserError for what was asked for and is not there.
     """
-    chosen = args.parts or [*PARTS, "report"]
+    chosen = args.parts or NAMES
     for part in chosen:
         if part not in NAMES:
             raise UserError(f"there is no part {part}; there are {', '.join(NAMES)}")
@@ -89,10 +82,6 @@ def run(args: argparse.Namespace) -> list[str]:
         for part in compared:
             print(f"== {part}", flush=True)
             PARTS[part](measured, here, args)
-    for part in (part for part in ALONE if part in chosen):
-        found = ALONE[part](args)
-        args.out.mkdir(parents=True, exist_ok=True)
-        save_json(args.out / f"{part}.json", found)
     if "report" in chosen:
         # Results elsewhere are not those that the documents' tables are written from.
         report.report(args.out, report.DOCUMENTS if args.out.resolve() == results.FOLDER.resolve() else ())

@@ -11,41 +11,7 @@ PYTORCH = ("pytorch, eager", "pytorch, compiled")
 TRANSFORMERS = "transformers"
 """The names of the contestants, in all results."""
 
-C = TypeVar("C")
 T = TypeVar("T")
-
-
-def take_turns(
-    contestants: dict[str, C],
-    rounds: int,
-    ask: Callable[[C], T],
-    show: Callable[[int, str, T], None],
-    failed: dict[str, str],
-) -> dict[str, list[T]]:
-    """`rounds` answers of each contestant, who take turns, the order reversed every other round.
-
-    One that fails is out: its reason goes into `failed`, it leaves `contestants`, and its answers are dropped. When the
-    time of the whole run is over, the whole rounds until then are returned; raises OutOfTimeError where there is none.
-    """
-    answers: dict[str, list[T]] = {name: [] for name in contestants}
-    for turn in range(rounds):
-        if turn and time_is_over():
-            break
-        for name in list(contestants) if turn % 2 == 0 else list(contestants)[::-1]:
-            try:
-                answer = ask(contestants[name])
-            except OutOfTimeError:
-                if not turn:
-                    raise
-                return {name: values[:turn] for name, values in answers.items()}
-            except FailedError as e:
-                failed[name] = str(e)
-                del contestants[name], answers[name]
-                print(f"  {name} is out: {e}", flush=True)
-                continue
-            answers[name].append(answer)
-            show(turn, name, answer)
-    return answers
 
 
 class Contest(ExitStack):
@@ -55,23 +21,45 @@ class Contest(ExitStack):
         """needs: the contestant without which there is nothing to compare, if there is one."""
         super().__init__()
         self.needs = needs
-        self.workers: dict[str, Worker] = {}
+        self.contestants: dict[str, Any] = {}
         self.failed: dict[str, str] = {}
 
     def add(self, name: str, target: str, **arguments: Any) -> Worker:
         """Starts a contestant; the arguments are those of Worker."""
-        self.workers[name] = self.enter_context(Worker(target, **arguments))
-        return self.workers[name]
-
-    def turns(
-        self, rounds: int, ask: Callable[[Worker], T], show: Callable[[int, str, T], None] = lambda *_: None
-    ) -> dict[str, list[T]]:
-        """As `take_turns`. Raises FailedError, too, when the contestant fails that is needed."""
-        answers = take_turns(self.workers, rounds, ask, show, self.failed)
-        if self.needs in self.failed:
-            raise FailedError(f"{self.needs} failed: {self.failed[self.needs]}")
-        return answers
+        worker = self.contestants[name] = self.enter_context(Worker(target, **arguments))
+        return worker
 
     def once(self, method: str, **arguments: Any) -> dict[str, Any]:
         """The answer of each contestant to one question. Raises as `turns`."""
         return {name: found[0] for name, found in self.turns(1, lambda worker: worker.ask(method, **arguments)).items()}
+
+    def turns(
+        self, rounds: int, ask: Callable[[Any], T], show: Callable[[int, str, T], None] = lambda *_: None
+    ) -> dict[str, list[T]]:
+        """`rounds` answers of each contestant, who take turns, the order reversed every other round.
+
+        One that fails is out: its reason goes into `failed`, and its answers are dropped. When the time of the whole
+        run is over, the whole rounds until then are returned. Raises OutOfTimeError where there is none, and
+        FailedError when the contestant failed that is needed.
+        """
+        answers: dict[str, list[T]] = {name: [] for name in self.contestants}
+        for turn in range(rounds):
+            if turn and time_is_over():
+                break
+            for name in list(answers)[:: -1 if turn % 2 else 1]:
+                try:
+                    answer = ask(self.contestants[name])
+                except OutOfTimeError:
+                    if not turn:
+                        raise
+                    return {name: values[:turn] for name, values in answers.items()}
+                except FailedError as e:
+                    self.failed[name] = str(e)
+                    del self.contestants[name], answers[name]
+                    print(f"  {name} is out: {e}", flush=True)
+                    if name == self.needs:
+                        raise FailedError(f"{name} failed: {e}") from e
+                    continue
+                answers[name].append(answer)
+                show(turn, name, answer)
+        return answers

@@ -29,18 +29,13 @@ class JaxProbe:
         runtime.setup()
 
     def devices(self) -> dict[str, Any]:
-        """Platform (cpu, gpu, tpu), kind, number, and peak FLOP/s in bfloat16 of one, where it is known."""
+        """Platform (cpu, gpu, tpu), kind, number, peak FLOP/s in bfloat16 of one where that is known, XLA's flags."""
         from gpt_jax import runtime
 
         devices = runtime.local_devices()
         kind = devices[0].device_kind
-        return {
-            "platform": runtime.platform_name(devices[0]),
-            "device": kind,
-            "devices": len(devices),
-            "peak_flops": runtime.peak_flops(kind),
-            "xla_flags": os.environ.get("XLA_FLAGS", ""),
-        }
+        found = {"platform": runtime.platform_name(devices[0]), "device": kind, "devices": len(devices)}
+        return {**found, "peak_flops": runtime.peak_flops(kind), "xla_flags": os.environ.get("XLA_FLAGS", "")}
 
     def matmul(self) -> float:
         """FLOP/s of a float32 matrix product: the best of ten."""
@@ -62,10 +57,6 @@ class TorchProbe:
     def cuda(self) -> bool:
         """Whether there is a GPU for it."""
         return self.device == "cuda"
-
-    def device_memory(self) -> int:
-        """Bytes of the GPU's memory."""
-        return int(self.torch.cuda.get_device_properties(0).total_memory)
 
     def bandwidth(self) -> float:
         """Bytes a second read from memory: the best of ten sums over an array that no cache holds."""
@@ -101,18 +92,18 @@ def describe() -> dict[str, Any]:
             devices, cuda = jax_probe.ask("devices"), torch_probe.ask("cuda")
     except FailedError as e:
         raise UserError(f"the libraries do not start: {e}") from e
-    on_cpu = devices["platform"] == "cpu"
+    on_cpu, cores = devices["platform"] == "cpu", available_cores()
     if (devices["platform"] == "gpu") != cuda:
         raise UserError(
             f"JAX runs on {devices['device']} and PyTorch on {'a GPU' if cuda else 'the CPU'}, which is no comparison; "
             "install both for the GPU (extra cuda12 or cuda13), or hide it with CUDA_VISIBLE_DEVICES="
         )
     flags = {"XLA_FLAGS": devices.pop("xla_flags"), **ENVIRONMENT}
-    count, unit = (available_cores(), "core") if on_cpu else (devices["devices"], "device")
+    count, unit = (cores, "core") if on_cpu else (devices["devices"], "device")
     return {
         "name": f"{cpu_name() if on_cpu else devices['device']}, {count} {unit}{'s' if count > 1 else ''}",
         "cpu": cpu_name(),
-        "cores": available_cores(),
+        "cores": cores,
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         **devices,
         "python": platform.python_version(),
@@ -134,14 +125,11 @@ def file_name(machine: dict[str, Any]) -> str:
 
 
 @functools.cache
-def measure(what: str) -> float:
-    """The machine's "device_memory", as PyTorch tells it, or the better "matmul" of both libraries.
-
-    Measured once a run, each in a process of its own, which is gone afterwards: what shares are of is then the same in
-    all rows.
-    """
+def fastest_matmul() -> float:
+    """FLOP/s of a float32 matrix product, in the better of both libraries; measured once a run, so that what shares are
+    of is the same in all rows."""
     found = []
-    for probe in ("TorchProbe", "JaxProbe") if what == "matmul" else ("TorchProbe",):
+    for probe in ("TorchProbe", "JaxProbe"):
         with Worker(f"benchmarks.machine:{probe}") as worker:
-            found.append(float(worker.ask(what)))
+            found.append(float(worker.ask("matmul")))
     return max(found)

@@ -1,34 +1,20 @@
-"""Measurements as Markdown: tables of columns that are declared, lists, and numbers with their units."""
+"""Measurements as Markdown: tables, lists, and numbers with their units."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
 
 from benchmarks.results import Row
 
 NOTHING = "–"  # noqa: RUF001
 
 
-class Column(NamedTuple):
-    """A column of a table: its title, and what stands in it on a line."""
-
-    title: str
-    cell: Callable[[Any], str]
-
-
-def table(columns: Sequence[Column], lines: Iterable[Any]) -> str:
-    """Markdown; empty where there are no lines."""
-    cells = [[column.cell(line).replace("|", "\\|") for column in columns] for line in lines]
-    rows = [[column.title for column in columns], ["---"] * len(columns), *cells]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows) if cells else ""
-
-
-def facts(title: str, lines: Mapping[str, str]) -> str:
-    """A table of named facts."""
-    return table([Column(title, lambda line: line[0]), Column("", lambda line: line[1])], lines.items())
+def table_of(cells: Sequence[Sequence[str]]) -> str:
+    """A table of cells, its titles first."""
+    titles, *rows = ([cell.replace("|", "\\|") for cell in row] for row in cells)
+    return "\n".join(f"| {' | '.join(row)} |" for row in (titles, ["---"] * len(titles), *rows))
 
 
 def bullets(lines: Iterable[str]) -> str:
-    """Markdown of a list; no two are the same, and none opens or closes a marker."""
+    """A list; no two lines are the same, and none opens or closes a marker."""
     return "\n".join(f"- {line.replace('<!--', '')}" for line in dict.fromkeys(lines))
 
 
@@ -46,28 +32,22 @@ def percent(value: float) -> str:
     return f"{value:.0%}" if value >= 0.1 else f"{value:.1%}"
 
 
-def with_range(found: Row | None, write: Callable[[float], str] = number) -> str:
-    """Median (min to max), or the median where there is no more to tell."""
-    if found is None:
-        return NOTHING
-    median = write(found["median"])
-    if "min" not in found:
-        return median
-    return f"{median} ({write(found['min'])} to {write(found['max'])})"
-
-
 def flops(per_second: float) -> str:
     """FLOP/s, in units that people read."""
     return f"{number(per_second / 1e12)} TFLOP/s" if per_second >= 1e12 else f"{number(per_second / 1e9)} GFLOP/s"
 
 
-def memory(n_bytes: float | None) -> str:
+def memory(n_bytes: float) -> str:
     """Bytes, in units that people read."""
-    if n_bytes is None:
-        return NOTHING
     return f"{number(n_bytes / 2**30)} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.0f} MiB"
 
 
-def seconds(value: float | None) -> str:
-    """Seconds, or a dash."""
-    return NOTHING if value is None else f"{number(value)} s"
+def as_spread(found: Row | float) -> Row:
+    """A spread as it is, and a number as a median of which there is no more to tell."""
+    return found if isinstance(found, dict) else {"median": found}
+
+
+def with_range(found: Row, write: Callable[[float], str] = number) -> str:
+    """Median (min to max), or the median where there is no more to tell."""
+    median = write(found["median"])
+    return f"{median} ({write(found['min'])} to {write(found['max'])})" if "min" in found else median

@@ -45,9 +45,9 @@ def peak_memory() -> int:
     return memory_of("self", "VmHWM")
 
 
-def resident_memory() -> int:
-    """Bytes of memory that this process holds."""
-    return memory_of("self", "VmRSS")
+def memory_of_libraries(on_cpu: bool) -> int:
+    """Bytes that this process holds, asked before there are arrays; on an accelerator it holds nothing then."""
+    return memory_of("self", "VmRSS") if on_cpu else 0
 
 
 def memory_of(pid: int | str, field: str) -> int:

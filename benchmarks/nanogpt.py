@@ -5,14 +5,13 @@ https://github.com/karpathy/nanoGPT, model.py and train.py
 """
 
 import math
-from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from benchmarks.contestants import Arrays
-from benchmarks.recipe import read_text, recipe_from
+from benchmarks.recipe import Recipe, read_text
 from benchmarks.torch_gpt import TorchGPT, to_ours
 from gpt_jax.config import ModelConfig
 
@@ -20,28 +19,27 @@ from gpt_jax.config import ModelConfig
 class Draws:
     """A contestant in form only: PyTorch has a process of its own here, too."""
 
-    def write(self, recipe: dict[str, Any], path: str, parameters: str, draws: str) -> None:
-        """Writes the draws for a recipe's fields and a text to .npz files.
+    def draw(self, recipe: Recipe, path: str) -> tuple[Arrays, Arrays]:
+        """The draws for a recipe and a text: the initial parameters, and the starts of windows.
 
-        parameters: the initial parameters, by their paths in our tree. draws: the starts of windows, int64: "train"
-        (steps + 1, B), of which the last is not used; "train_eval" and "val_eval" (evaluations, batches, B).
+        The starts are int64: "train" (steps + 1, B), of which the last is not used; "train_eval" and "val_eval"
+        (evaluations, batches, B).
         """
-        r, text = recipe_from(recipe), read_text(path)
-        c, steps = r.preset.model, r.preset.schedule_steps
-        torch.manual_seed(r.seed)
-        np.savez(parameters, **draw_parameters(c))  # type: ignore[arg-type]
+        text, c, steps = read_text(path), recipe.preset.model, recipe.preset.schedule_steps
+        torch.manual_seed(recipe.seed)
+        parameters = draw_parameters(c)
 
-        def draw(tokens: np.ndarray) -> np.ndarray:
-            return torch.randint(len(tokens) - c.context_length, (r.preset.batch_size,)).numpy()
+        def starts(tokens: np.ndarray) -> np.ndarray:
+            return torch.randint(len(tokens) - c.context_length, (recipe.preset.batch_size,)).numpy()
 
-        train, evaluations = [draw(text.train)], []
+        train, evaluations = [starts(text.train)], []
         for iterations in range(steps + 1):
-            if r.evaluates(iterations):
+            if recipe.evaluates(iterations):
                 splits = (text.train, text.val)
-                evaluations.append([[draw(split) for _ in range(r.eval_batches)] for split in splits])
-            train.append(draw(text.train))
+                evaluations.append([[starts(split) for _ in range(recipe.eval_batches)] for split in splits])
+            train.append(starts(text.train))
         train_eval, val_eval = np.array(evaluations).swapaxes(0, 1)
-        np.savez(draws, train=np.array(train[: steps + 1]), train_eval=train_eval, val_eval=val_eval)
+        return parameters, {"train": np.array(train[: steps + 1]), "train_eval": train_eval, "val_eval": val_eval}
 
 
 def draw_parameters(c: ModelConfig) -> Arrays:
@@ -57,4 +55,4 @@ def draw_parameters(c: ModelConfig) -> Arrays:
     for name, parameter in model.named_parameters():
         if name.endswith("c_proj.weight"):
             nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * c.n_layer))
-    return to_ours(dict(model.named_parameters()), c)
+    return to_ours(model.named(), c)

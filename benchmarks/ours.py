@@ -5,7 +5,7 @@ What learning does not need is imported where it is used: the time of imports is
 
 import functools
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -15,14 +15,12 @@ import optax
 from flax import traverse_util
 
 from benchmarks import contestants
-from benchmarks.contestants import Arrays, prompts, read_arrays
-from benchmarks.measure import forget_peak, peak_memory, resident_memory
-from benchmarks.presets import from_spec
-from benchmarks.recipe import Windows
+from benchmarks.contestants import Arrays, prompts
+from benchmarks.measure import memory_of_libraries, peak_memory
+from benchmarks.presets import Preset
 from gpt_jax import runtime
-from gpt_jax.config import Config, DataConfig, ParallelConfig, config_from_dict
+from gpt_jax.config import Config, DataConfig, ModelConfig, ParallelConfig
 from gpt_jax.data.batch import Batch
-from gpt_jax.data.loader import Prefetch
 from gpt_jax.model.backend import resolve
 from gpt_jax.model.forward import init_params
 from gpt_jax.model.gpt import GPT
@@ -35,49 +33,52 @@ from gpt_jax.train.step import TrainState, init_state, make_eval_step, make_trai
 class Training(contestants.Training):
     """Trains a preset, placed as `train.py` would place it unless the arguments ask for something else."""
 
-    def __init__(
-        self, preset: dict[str, Any], parallel: dict[str, int] | None = None, parameters: str | None = None
-    ) -> None:
-        """preset: a Preset's spec; parallel: fields of ParallelConfig; parameters: a file of those to start from."""
-        self.preset, self.parallel, self.parameters = from_spec(preset), ParallelConfig(**(parallel or {})), parameters
-        model, data = self.preset.model, DataConfig(batch_size=self.preset.batch_size)
-        config = Config(model=model, data=data, parallel=self.parallel)
+    def __init__(self, preset: Preset, parallel: ParallelConfig | None = None) -> None:
+        self.preset, self.parallel, model = preset, parallel or ParallelConfig(), preset.model
+        config = Config(model=model, data=DataConfig(batch_size=preset.batch_size), parallel=self.parallel)
         runtime.setup(runtime.choose_cpu_devices(config))
         self.placement = choose_placement(self.parallel, model, runtime.choose_devices(config))
-        self.model = GPT(resolve(model, runtime.platform_name(self.placement.devices[0]), self.placement.context))
-        self.libraries = resident_memory()
-        self.optimizer = make_optimizer(self.preset.optimizer, self.preset.schedule_steps)
-        self.train_step, self.make_state = self.build(self.optimizer)
-        self.start()
+        self.device = self.placement.devices[0]
+        self.model = GPT(resolve(model, runtime.platform_name(self.device), self.placement.context))
+        self.libraries = memory_of_libraries(self.device.platform == "cpu")
+        self.optimizer = make_optimizer(preset.optimizer, preset.schedule_steps)
+        self.train_step = self.build(self.optimizer)
+        eval_step = make_eval_step(next_token, self.model, self.placement.axis_name)
+        self.eval_step = self.placement.jit(eval_step, donate=False)
 
-    def build(self, optimizer: optax.GradientTransformation) -> tuple[Callable[..., Any], Callable[[], TrainState]]:
-        """The jitted train step with an optimizer, and what makes its initial state."""
+    def build(self, optimizer: optax.GradientTransformation) -> Callable[..., Any]:
+        """The jitted train step with an optimizer."""
         schedule = learning_rate_schedule(self.preset.optimizer, self.preset.schedule_steps)
         step = make_train_step(next_token, self.model, optimizer, schedule, 0, self.placement.axis_name)
-        step_fn = self.placement.jit(step, donate=True)
-        return step_fn, lambda: self.placement.make(lambda: init_state(self.model, optimizer, 0))
+        return self.placement.jit(step, donate=True)
 
-    def start(self) -> None:
-        self.state: TrainState
-        if self.parameters is None:
-            self.state = self.make_state()
-        else:
-            initial = traverse_util.unflatten_dict(read_arrays(self.parameters), sep="/")
-            params = jax.device_put(initial, self.placement.state_shardings(initial))
-            self.state = TrainState(jnp.int32(0), params, jax.jit(self.optimizer.init)(params), {})
+    @functools.cached_property
+    def state(self) -> TrainState:
+        """That of a run with seed 0, until there is another."""
+        state: TrainState = self.placement.make(lambda: init_state(self.model, self.optimizer, 0))
+        return state
+
+    def initial(self) -> Arrays:
+        """The parameters to start from: those of `state`."""
+        return arrays_of(self.state.params)
+
+    def state_from(self, parameters: Arrays, optimizer: optax.GradientTransformation) -> TrainState:
+        """The initial state of an optimizer, with other parameters."""
+        initial = traverse_util.unflatten_dict(parameters, sep="/")
+        params = jax.device_put(initial, self.placement.state_shardings(initial))
+        return TrainState(jnp.int32(0), params, jax.jit(optimizer.init)(params), {})
+
+    def start(self, parameters: Arrays) -> None:
+        self.state = self.state_from(parameters, self.optimizer)
 
     def how(self) -> dict[str, Any]:
         """What "auto" came to."""
         of_model = {name: getattr(self.model.config, name) for name in ("attention", "unroll", "dtype", "loss_chunk")}
         return {"devices": self.placement.n_devices, "mesh": self.parallel.uses_mesh, **of_model}
 
-    def write_parameters(self, path: str) -> None:
-        """Writes the parameters, by path: the initial ones, before any step."""
-        np.savez(path, **arrays_of(self.state.params))  # type: ignore[arg-type]
-
-    def gradients(self, tokens: Batch) -> Arrays:
-        step, make_state = self.build(optax.trace(decay=0.0))  # Its state is the last gradients.
-        state, _ = step(make_state(), tokens)
+    def gradients(self, parameters: Arrays, tokens: Batch) -> Arrays:
+        optimizer = optax.trace(decay=0.0)  # Its state is the last gradients.
+        state, _ = self.build(optimizer)(self.state_from(parameters, optimizer), tokens)
         return arrays_of(state.opt_state.trace)
 
     def put(self, tokens: np.ndarray) -> Batch:
@@ -93,15 +94,6 @@ class Training(contestants.Training):
     def wait(self) -> None:
         jax.block_until_ready(self.state)
 
-    def batches(self, windows: Windows, steps: int) -> Iterator[Batch]:
-        with Prefetch(lambda step: self.put(windows.train(step)), range(steps)) as prefetched:
-            yield from prefetched
-
-    @functools.cached_property
-    def eval_step(self) -> Callable[..., Any]:
-        """The jitted evaluation step."""
-        return self.placement.jit(make_eval_step(next_token, self.model, self.placement.axis_name), donate=False)
-
     def mean_loss(self, batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> float:
         sums = []
         for tokens, mask_BT in batches:
@@ -111,58 +103,48 @@ class Training(contestants.Training):
         loss, count = np.asarray(jax.device_get(sums), np.float64).sum(axis=0)
         return float(loss / count)
 
-    def step_and_call_ms(self, count: int) -> tuple[float, float]:
-        """Milliseconds of a step on a batch that is on the devices already, and of its call alone, until it returns:
-        medians of so many steps, each of which is waited for."""
-        tokens, called, done = self.numbered(0), [], []
+    def call_ms(self, count: int) -> float:
+        """Milliseconds until the call of a step returns: the median of so many, each of which is then waited for."""
+        tokens, seconds = self.numbered(0), []
         for _ in range(count):
             begin = time.perf_counter()
             self.state, _ = self.train_step(self.state, tokens)
-            called.append(time.perf_counter() - begin)
+            seconds.append(time.perf_counter() - begin)
             self.wait()
-            done.append(time.perf_counter() - begin)
-        return 1e3 * float(np.median(done)), 1e3 * float(np.median(called))
+        return 1e3 * float(np.median(seconds))
 
-    def peak_bytes(self) -> int:
-        return peak_bytes(self.placement.devices[0])
-
-    def state_and_temporaries(self, **_: int) -> dict[str, int]:
-        on_a_device = temporary_bytes(self.train_step, self.state, self.numbered(0))
-        return {"state": bytes_of(self.state), "temporaries": on_a_device * self.placement.n_devices}
+    def memory(self) -> dict[str, Any]:
+        peak = peak_bytes(self.device)
+        temporaries = temporary_bytes(self.train_step, self.state, self.numbered(0)) * self.placement.n_devices
+        kinds = {"libraries": self.libraries, "state": bytes_of(self.state), "temporaries": temporaries}
+        return {"peak_bytes": peak, "memory": kinds}
 
 
 class Decoding(contestants.Decoding):
     """Answers prompts as `gpt_jax.sample.generate` does: the prompt in one call, then a call for every CHUNK tokens."""
 
-    def __init__(self, model: dict[str, Any]) -> None:
-        """model: a ModelConfig's fields. The weights are held in its dtype, and random.
-
-        They are made and laid out on the host: the peak of a GPU's memory cannot be counted anew, and is then that of
-        the answers alone.
-        """
+    def __init__(self, model: ModelConfig) -> None:
+        """model: the weights are held in its dtype."""
         runtime.setup()
         self.device = runtime.local_devices()[0]
-        self.libraries = resident_memory()
-        config = config_from_dict({"model": model}, "a benchmark").model
-        self.model = GPT(resolve(config, runtime.platform_name(self.device)))
-        dtype = self.model.config.dtype
-        make = jax.jit(lambda: jax.tree.map(lambda x: x.astype(dtype), init_params(self.model, jax.random.key(0))))
+        self.libraries = memory_of_libraries(self.device.platform == "cpu")
+        self.model = GPT(resolve(model, runtime.platform_name(self.device)))
         self.host = jax.local_devices(backend="cpu")[0]
+
+    def initial(self) -> Arrays:
+        """Random weights, made on the host: the peak of a GPU's memory cannot be counted anew, and is then that of the
+        answers alone."""
         with jax.default_device(self.host):
-            self.params = make()
+            return arrays_of(jax.jit(lambda: init_params(self.model, jax.random.key(0)))())
 
-    def write_parameters(self, path: str) -> None:
-        """Writes the weights, float32, by path. To be called before `ready`, which lays them out anew."""
-        np.savez(path, **{name: x.astype(np.float32) for name, x in arrays_of(self.params).items()})  # type: ignore[arg-type]
-
-    def ready(self) -> None:
-        """Lays out the weights for decoding. What was needed for that and is not needed any more is given back."""
+    def ready(self, parameters: Arrays) -> None:
         from gpt_jax.sample.decode import prepare_params
 
+        c = self.model.config
         with jax.default_device(self.host):
-            self.params = prepare_params(self.params, self.model.config)
-        self.params = jax.block_until_ready(jax.device_put(self.params, self.device))
-        forget_peak()
+            params = {path: jnp.asarray(x, c.dtype) for path, x in parameters.items()}
+            laid_out = prepare_params(traverse_util.unflatten_dict(params, sep="/"), c)
+        self.params = jax.block_until_ready(jax.device_put(laid_out, self.device))
 
     def prepare(self, batch: int, prompt: int, new: int, top_k: int = 0) -> tuple[Any, tuple[Any, ...], int]:
         """What decodes, greedily or from the top_k; the arguments of its `prefill`; and the length of the cache."""
@@ -194,19 +176,19 @@ class Decoding(contestants.Decoding):
     def answer(self, batch: int, prompt: int, new: int, top_k: int) -> np.ndarray:
         return self.decode(batch, prompt, new, top_k)[0]
 
-    def logprobs(self, batch: int, prompt: int, new: int) -> np.ndarray:
-        return self.decode(batch, prompt, new, 0)[1]
+    def greedy(self, batch: int, prompt: int, new: int) -> tuple[np.ndarray, np.ndarray]:
+        return self.decode(batch, prompt, new, 0)
 
-    def peak_bytes(self) -> int:
-        return peak_bytes(self.device)
-
-    def state_and_temporaries(self, **case: int) -> dict[str, int]:
+    def memory(self, **case: int) -> dict[str, Any]:
         """The temporaries are those of the program that needs the most."""
+        peak = peak_bytes(self.device)
         decoder, inputs, cache_length = self.prepare(**case)
         state, _ = decoder.prefill(*inputs, cache_length=cache_length)
         prefill = temporary_bytes(decoder.prefill, *inputs, cache_length=cache_length)
         temporaries = max(prefill, temporary_bytes(decoder.decode, self.params, state, 1))
-        return {"state": bytes_of((self.params, state.cache)), "temporaries": temporaries}
+        held = bytes_of((self.params, state.cache))
+        kinds = {"libraries": self.libraries, "state": held, "temporaries": temporaries}
+        return {"peak_bytes": peak, "memory": kinds}
 
 
 def peak_bytes(device: jax.Device) -> int:

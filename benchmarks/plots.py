@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.markdown import as_spread
 from benchmarks.results import Row
-from benchmarks.tables import SIZED, scaled
+from benchmarks.tables import of_axis
 from gpt_jax.errors import UserError
 from gpt_jax.files import replacing
 
@@ -31,7 +32,7 @@ def draw(measured: Row, stem: Path) -> list[Path]:
     """
     rows, title = measured["rows"], measured["machine"]["name"]
     figures = {}
-    if any(f"scale/{axis}" in rows for axis in PANELS):
+    if any(of_axis(rows, axis) for axis in PANELS):
         figures["scaling"] = scaling(rows, title)
     if learned := [row for name, row in rows.items() if name.startswith("learn/")]:
         figures["learning"] = learning(learned[0], title)
@@ -52,27 +53,25 @@ def make_figure(**options: Any) -> Any:
     return Figure(layout="constrained", **options)
 
 
-def scaling(rows: Mapping[str, Row], title: str) -> Any:
+def scaling(rows: dict[str, Row], title: str) -> Any:
     """Four panels, in powers of two along and of ten up: ms a step against context, batch and depth; seconds compiling.
 
-    A panel whose row is not there says so; a contestant that failed at a point has a gap there.
+    A panel without rows says so; a contestant that failed at a size has a gap there.
     """
     figure = make_figure(figsize=(9, 6.6))
     figure.suptitle(title)
     for axes, (axis, label) in zip(figure.subplots(2, 2).flat, PANELS.items(), strict=True):
-        axes.set_xlabel(label)
-        axes.set_ylabel("s to compile" if axis == "compile" else "ms a training step")
-        if (row := rows.get(f"scale/{axis}")) is None:
+        kind, unit = ("compile_seconds", "s to compile") if axis == "compile" else ("step_ms", "ms a training step")
+        axes.set(xlabel=label, ylabel=unit, yscale="log")
+        if not (races := of_axis(rows, axis)):
             axes.text(0.5, 0.5, "not measured yet", ha="center", transform=axes.transAxes)
             continue
-        xs, lines = [point["x"] for point in row["points"]], scaled(axis, row)
-        for name in SIZED.values():
-            times = [line.contestants.get(name, {}).get("time", {"median": np.nan}) for line in lines]
-            median, low, high = (np.array([t.get(k, t["median"]) for t in times]) for k in ("median", "min", "max"))
-            if not np.isnan(median).all():
-                axes.errorbar(xs, median, yerr=[median - low, high - median], capsize=3, **STYLES[name])
+        xs = [int(race.name) for race in races]
+        for name in dict.fromkeys(name for race in races for name in race.figures):
+            found = [as_spread(race.figures.get(name, {}).get(kind, np.nan)) for race in races]
+            median, low, high = (np.array([x.get(k, x["median"]) for x in found]) for k in ("median", "min", "max"))
+            axes.errorbar(xs, median, yerr=[median - low, high - median], capsize=3, **STYLES[name])
         axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
         axes.set_xticks(xs, [str(x) for x in xs])
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
         # Of the smaller ticks, those at 2 and 5 have a number.
@@ -90,8 +89,8 @@ def learning(row: Row, title: str) -> Any:
         times, _, losses = zip(*found["curve"], strict=True)
         axes.plot(times, losses, **STYLES.get(name, {"label": name}))
     axes.axhline(row["target"], color="black", linewidth=1, label=f"target: {row['target']:g}")
-    axes.set_xlim(left=0)
     axes.set(title=title, xlabel="seconds since the start of the process", ylabel="validation loss (nats a token)")
+    axes.set_xlim(left=0)
     axes.grid(alpha=0.3)
     axes.legend()
     return figure

@@ -1,12 +1,10 @@
 """The models and batches that are compared, by platform."""
 
-import dataclasses
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from gpt_jax.config import ModelConfig, OptimizerConfig, config_from_dict
+from gpt_jax.config import ModelConfig, OptimizerConfig
 from gpt_jax.model.presets import GPT2, GPT2_MEDIUM
 
 OPTIMIZER = OptimizerConfig(learning_rate=1e-4, warmup_steps=0, schedule="constant", beta2=0.99)
@@ -30,13 +28,6 @@ class Preset:
         """Tokens of a batch."""
         return self.batch_size * self.model.context_length
 
-    @property
-    def flops_per_token(self) -> float:
-        """FLOPs a token of a training step, as gpt_jax counts them."""
-        from gpt_jax.model.flops import flops_per_token
-
-        return flops_per_token(self.model)
-
     def describe(self) -> str:
         """The preset in a line."""
         c = self.model
@@ -45,16 +36,6 @@ class Preset:
             f"batch {self.batch_size}, {c.n_params / 1e6:.1f} million parameters, {c.dtype}"
         )
 
-    def spec(self) -> dict[str, Any]:
-        """As JSON can hold it, for `from_spec`."""
-        return dataclasses.asdict(self)
-
-
-def from_spec(spec: dict[str, Any]) -> Preset:
-    """The preset that `spec` was made of."""
-    config = config_from_dict({name: spec[name] for name in ("model", "optimizer")}, "a preset")
-    return Preset(**{**spec, "model": config.model, "optimizer": config.optimizer})
-
 
 def small(n_layer: int, n_head: int, d_model: int, context_length: int, dtype: str) -> ModelConfig:
     """One of nanoGPT's character models: 65 tokens, no biases."""
@@ -62,26 +43,21 @@ def small(n_layer: int, n_head: int, d_model: int, context_length: int, dtype: s
     return ModelConfig(vocab_size=65, bias=False, dtype=dtype, **sizes)  # type: ignore[arg-type]
 
 
-TINY = Preset("tiny", small(4, 2, 16, 8, "float32"), 2, 200)
-"""So small that there is little to a step but its call."""
-
-
 def presets(platform: str) -> dict[str, Preset]:
-    """The presets of a platform (cpu, gpu, tpu), the most telling first.
-
-    float32 on CPU, where the bfloat16 row shows what it would cost, and bfloat16 on accelerators.
-    """
+    """The presets of a platform (cpu, gpu, tpu), the most telling first: on CPU in float32, and one in bfloat16, which
+    shows what it would cost; on accelerators in bfloat16."""
     if platform == "cpu":
-        gpt2 = dataclasses.replace(GPT2, context_length=256, dtype="float32")
+        gpt2 = replace(GPT2, context_length=256, dtype="float32")
         chosen = [
             Preset("nano", small(4, 4, 128, 64, "float32"), 12, 60),
             Preset("baby", small(6, 6, 384, 256, "float32"), 8, 5),
             Preset("gpt2", gpt2, 2, 3, hugging_face=True),
             Preset("baby-bfloat16", small(6, 6, 384, 256, "bfloat16"), 8, 3),
+            Preset("tiny", small(4, 2, 16, 8, "float32"), 2, 2000),  # There is little to its step but the call.
         ]
     else:
-        gpt2 = dataclasses.replace(GPT2, dtype="bfloat16")
-        medium = dataclasses.replace(GPT2_MEDIUM, dtype="bfloat16", unroll=True)
+        gpt2 = replace(GPT2, dtype="bfloat16")
+        medium = replace(GPT2_MEDIUM, dtype="bfloat16", unroll=True)
         chosen = [
             Preset("gpt2", gpt2, 12, 30, hugging_face=True),
             Preset("baby", small(6, 6, 384, 256, "bfloat16"), 64, 100),

@@ -1,8 +1,8 @@
 """The tables in the documents and the plots, from what was measured: python -m benchmarks report
 
 A table stands in a document between the markers `<!-- benchmarks: FILE PART -->` and `<!-- end -->`: FILE is a file of
-results without its .json, and PART one of those of `tables`; a file of ALONE has one table only, and no part. What
-stands there is replaced by what was measured.
+results without its .json, and PART one of those of `tables`; a file that holds one table, the cells that "table" has in
+it, has no part. What stands there is replaced by what was measured.
 """
 
 import json
@@ -10,9 +10,9 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks import plots
+from benchmarks import markdown, plots
 from benchmarks.results import Row
-from benchmarks.tables import ALONE, PARTS
+from benchmarks.tables import PARTS
 from benchmarks.worker import ROOT
 from gpt_jax.errors import UserError
 from gpt_jax.files import replacing
@@ -20,8 +20,8 @@ from gpt_jax.files import replacing
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "speed.md")
 NOT_MEASURED = "not measured yet"
 
-MARKER = re.compile(r"^<!-- benchmarks: ([^\n]*?) -->$", re.MULTILINE)
-BLOCK = re.compile(r"^(<!-- benchmarks: ([^\n]*?) -->\n)(?:(?!<!--).)*?(^<!-- end -->$)", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^(<!-- benchmarks: ([^\n]*?) -->\n)((?:(?!<!--).)*?^<!-- end -->$)?", re.MULTILINE | re.DOTALL)
+"""A marker, what it names, and what stands there, until and with its end, if it has one."""
 
 
 def report(results_folder: Path, documents: Sequence[Path]) -> None:
@@ -33,7 +33,7 @@ def report(results_folder: Path, documents: Sequence[Path]) -> None:
     texts = {document: document.read_text(encoding="utf-8") for document in documents}
     rendered = {document: render(text, files, document.name) for document, text in texts.items()}
     for name, measured in files.items():
-        for path in () if name in ALONE else plots.draw(measured, results_folder / name):
+        for path in () if "table" in measured else plots.draw(measured, results_folder / name):
             print(f"{path} drawn", flush=True)
     for document, text in rendered.items():
         if text != texts[document]:
@@ -45,7 +45,7 @@ def report(results_folder: Path, documents: Sequence[Path]) -> None:
 def read_results(folder: Path) -> dict[str, Row]:
     """The files of results, by their names without .json; other JSON in the folder is passed over."""
     files = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json"))}
-    return {name: content for name, content in files.items() if "rows" in content or name in ALONE}
+    return {name: content for name, content in files.items() if "rows" in content or "table" in content}
 
 
 def render(text: str, files: Mapping[str, Row], document: str) -> str:
@@ -55,23 +55,22 @@ def render(text: str, files: Mapping[str, Row], document: str) -> str:
     """
 
     def block(match: re.Match[str]) -> str:
-        marker, name, end = match.groups()
+        marker, name, content = match.groups()
         file, _, part = name.partition(" ")
+        if content is None:
+            raise UserError(f"{document}: the marker {name!r} has no <!-- end -->")
         if file not in files:
             raise UserError(f"{document}: the marker {name!r} names no file of results; there are: {', '.join(files)}")
-        parts = {"": ALONE[file](files[file])} if file in ALONE else tables(files[file])
-        if part not in parts:
+        if part not in (parts := tables(files[file])):
             raise UserError(f"{document}: the marker {name!r} names no part; there are: {', '.join(parts)}")
-        return f"{marker}{parts[part]}\n{end}"
+        return f"{marker}{parts[part]}\n<!-- end -->"
 
-    ended = {match.start() for match in BLOCK.finditer(text)}
-    for marker in MARKER.finditer(text):
-        if marker.start() not in ended:
-            raise UserError(f"{document}: the marker {marker[1]!r} has no <!-- end -->")
     return BLOCK.sub(block, text)
 
 
 def tables(measured: Row) -> dict[str, str]:
     """The markdown of each part, from the content of a file of results; "not measured yet" where there is no row."""
-    found = {part: make(measured["machine"], measured["rows"]) for part, make in PARTS.items()}
+    if "table" in measured:
+        return {"": markdown.table_of(measured["table"])}
+    found = {part: make(measured["rows"]) for part, make in PARTS.items()}
     return {part: "\n\n".join(filter(None, blocks)) or NOT_MEASURED for part, blocks in found.items()}

@@ -1,7 +1,8 @@
 """PyTorch's contestants: our PyTorch GPT, eager or compiled, with or without a cache, and Hugging Face's GPT-2."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -10,12 +11,13 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812 (as everybody calls it)
 
 from benchmarks import contestants
-from benchmarks.contestants import Arrays, prompts, read_arrays
+from benchmarks.contestants import MODES, Arrays, prompts
 from benchmarks.machine import torch_device
-from benchmarks.measure import forget_peak, peak_memory, resident_memory
-from benchmarks.presets import from_spec
+from benchmarks.measure import memory_of_libraries, peak_memory
+from benchmarks.presets import Preset
 from benchmarks.torch_gpt import TorchGPT, generate, make_adamw, mean_loss, to_ours, to_theirs
-from gpt_jax.config import ModelConfig, OptimizerConfig, config_from_dict
+from gpt_jax.config import ModelConfig, OptimizerConfig
+from gpt_jax.interop.families.gpt2 import FAMILY
 
 
 class HuggingFace(nn.Module):
@@ -25,19 +27,15 @@ class HuggingFace(nn.Module):
         super().__init__()
         from transformers import GPT2Config, GPT2LMHeadModel
 
-        if not (c.bias and c.tied_head) or c.dropout:
-            raise ValueError("Hugging Face's GPT-2 has biases and a tied head; dropout is not compared")
-        sizes = {"n_embd": c.d_model, "n_layer": c.n_layer, "n_head": c.n_head, "n_positions": c.context_length}
-        off = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-        config = GPT2Config(vocab_size=c.vocab_size, layer_norm_epsilon=c.norm_eps, **sizes, **off)
+        if not (c.bias and FAMILY.can_express(c)) or c.dropout:
+            raise ValueError("Hugging Face's GPT-2 is another architecture, or has dropout, which is not compared")
+        config = GPT2Config(**FAMILY.to_settings(c), resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
         config._attn_implementation = "sdpa"
         self.config, self.gpt2 = c, GPT2LMHeadModel(config)
         self.gpt2.generation_config.eos_token_id = None  # Every answer is as long as was asked for.
 
     def named(self, of: Callable[[nn.Parameter], Any] = lambda p: p) -> dict[str, torch.Tensor]:
-        """As TorchGPT's: a matrix that is (D, F) here is a view (F, D)."""
-        tensors = {name.removeprefix("transformer."): of(p) for name, p in self.gpt2.named_parameters()}
-        return {name: x.T if ".c_" in name and x.ndim == 2 else x for name, x in tensors.items()}
+        return {name: of(p) for name, p in self.gpt2.named_parameters()}
 
     def forward(self, inputs_BT: torch.Tensor) -> torch.Tensor:
         return self.gpt2(inputs_BT, use_cache=False).logits
@@ -59,23 +57,20 @@ def load(model: Model, arrays: Arrays) -> None:
 class Training(contestants.Training):
     """Trains a preset: in float32, or in bfloat16 by autocast."""
 
-    def __init__(
-        self, preset: dict[str, Any], parameters: str, compiled: bool = False, hugging_face: bool = False
-    ) -> None:
-        """preset: a Preset's spec; parameters: the file with gpt_jax's, to start from; hugging_face: transformers'
-        GPT2LMHeadModel in place of our PyTorch GPT."""
-        self.preset, self.parameters, self.compiled = from_spec(preset), parameters, compiled
-        self.device, self.synchronize = torch_device()
-        self.libraries = resident_memory()
+    def __init__(self, preset: Preset, compiled: bool = False, hugging_face: bool = False) -> None:
+        """hugging_face: transformers' GPT2LMHeadModel in place of our PyTorch GPT."""
+        self.preset, self.compiled = preset, compiled
+        self.device, self.wait = torch_device()
+        self.libraries = memory_of_libraries(self.device == "cpu")
         fastest = "bfloat16" if self.device == "cuda" else "float32"
-        dtype = self.preset.model.dtype
-        self.bfloat16 = (fastest if dtype == "auto" else dtype) == "bfloat16"
+        self.bfloat16 = preset.model.dtype.replace("auto", fastest) == "bfloat16"
+        self.autocast = partial(torch.autocast, self.device, torch.bfloat16, enabled=self.bfloat16)
         self.loss = torch.compile(mean_loss) if compiled else mean_loss
-        self.model = (HuggingFace if hugging_face else TorchGPT)(self.preset.model).to(self.device).train()
-        self.start()
+        self.model = (HuggingFace if hugging_face else TorchGPT)(preset.model).to(self.device).train()
+        self.optimizer, self.iteration = make_adamw(self.model, preset.optimizer), 0
 
-    def start(self) -> None:
-        load(self.model, read_arrays(self.parameters))
+    def start(self, parameters: Arrays) -> None:
+        load(self.model, parameters)
         self.optimizer, self.iteration = make_adamw(self.model, self.preset.optimizer), 0
 
     def how(self) -> dict[str, Any]:
@@ -83,10 +78,6 @@ class Training(contestants.Training):
 
     def put(self, tokens: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(tokens).to(self.device, non_blocking=True).long()
-
-    def autocast(self) -> torch.autocast:
-        """In which the forward pass runs."""
-        return torch.autocast(self.device, torch.bfloat16, enabled=self.bfloat16)
 
     def backward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Gradients of the loss on a batch; returns the loss, on its way."""
@@ -96,7 +87,8 @@ class Training(contestants.Training):
         loss.backward()
         return loss.detach()
 
-    def gradients(self, tokens: torch.Tensor) -> Arrays:
+    def gradients(self, parameters: Arrays, tokens: torch.Tensor) -> Arrays:
+        load(self.model, parameters)
         self.backward(tokens)
         return to_ours(self.model.named(lambda p: p.grad), self.preset.model)
 
@@ -110,9 +102,6 @@ class Training(contestants.Training):
         self.optimizer.step()
         self.iteration += 1
         return loss
-
-    def wait(self) -> None:
-        self.synchronize()
 
     @torch.no_grad()
     def mean_loss(self, batches: Iterable[tuple[np.ndarray, np.ndarray]]) -> float:
@@ -129,12 +118,10 @@ class Training(contestants.Training):
         self.model.train()
         return total.item() / count
 
-    def peak_bytes(self) -> int:
-        return peak_bytes(self.device)
-
-    def state_and_temporaries(self, **_: int) -> dict[str, int]:
+    def memory(self) -> dict[str, Any]:
         kept = [x for values in self.optimizer.state.values() for x in values.values() if isinstance(x, torch.Tensor)]
-        return {"state": sum(x.nbytes for x in (*self.model.parameters(), *kept))}
+        kinds = {"libraries": self.libraries, "state": sum(x.nbytes for x in (*self.model.parameters(), *kept))}
+        return {"peak_bytes": peak_bytes(self.device), "memory": kinds}
 
 
 class Decoding(contestants.Decoding):
@@ -142,18 +129,19 @@ class Decoding(contestants.Decoding):
 
     architecture: type[Model] = TorchGPT
 
-    def __init__(self, model: dict[str, Any], parameters: str, cached: bool = True) -> None:
-        """model: a ModelConfig's fields, in whose dtype the weights are held; parameters: the file with gpt_jax's."""
-        self.config, self.cached = config_from_dict({"model": model}, "a benchmark").model, cached
+    def __init__(self, model: ModelConfig, cached: bool = True, modes: Sequence[str] = tuple(MODES)) -> None:
+        """model: the weights are held in its dtype."""
+        self.config, self.cached, self.modes = model, cached, modes
         self.device, _ = torch_device()
-        self.libraries = resident_memory()
+        self.libraries = memory_of_libraries(self.device == "cpu")
+
+    def ready(self, parameters: Arrays) -> None:
         made = self.architecture(self.config)
-        load(made, read_arrays(parameters))
+        load(made, parameters)
         self.model: Any = made.to(self.device, getattr(torch, self.config.dtype)).eval()
 
-    def ready(self) -> None:
-        """What was needed to load the weights and is not needed any more is given back."""
-        forget_peak()
+    def begin(self) -> None:
+        super().begin()
         if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
 
@@ -161,32 +149,21 @@ class Decoding(contestants.Decoding):
         """The prompts on the device, int64 (B, T)."""
         return torch.from_numpy(prompts(self.config.vocab_size, batch, prompt)).to(self.device).long()
 
-    def tokens(self, batch: int, prompt: int, new: int, top_k: int) -> torch.Tensor:
-        """New tokens, int64 (B, new), on the device."""
-        stream = generate(self.model, self.prompts(batch, prompt), new, top_k, self.cached)
-        return torch.stack([tokens_B for tokens_B, _ in stream], dim=1)
-
-    def logits(self, batch: int, prompt: int, new: int) -> Iterable[torch.Tensor]:
-        """The logits (B, V) of each token of a greedy answer."""
-        return (logits_BV for _, logits_BV in generate(self.model, self.prompts(batch, prompt), new, 0, self.cached))
-
     def answer(self, batch: int, prompt: int, new: int, top_k: int) -> np.ndarray:
-        return self.tokens(batch, prompt, new, top_k).cpu().numpy()
+        stream = generate(self.model, self.prompts(batch, prompt), new, top_k, self.cached)
+        return torch.stack([tokens_B for tokens_B, _ in stream], dim=1).cpu().numpy()
 
-    def logprobs(self, batch: int, prompt: int, new: int) -> np.ndarray:
-        """Of the most probable tokens, which a greedy answer has."""
-        best = [x_BV.float().log_softmax(dim=-1).amax(dim=-1).cpu() for x_BV in self.logits(batch, prompt, new)]
-        return torch.stack(best, dim=1).numpy()
+    def greedy(self, batch: int, prompt: int, new: int) -> tuple[np.ndarray, np.ndarray]:
+        return chosen(
+            logits_BV for _, logits_BV in generate(self.model, self.prompts(batch, prompt), new, 0, self.cached)
+        )
 
-    def peak_bytes(self) -> int:
-        return peak_bytes(self.device)
-
-    def state_and_temporaries(self, **case: int) -> dict[str, int]:
+    def memory(self, batch: int, prompt: int, new: int) -> dict[str, Any]:
         """The state is the weights and the cache of so many tokens."""
         c, weights = self.config, [*self.model.parameters()]
-        n_tokens = case["batch"] * (case["prompt"] + case["new"])
-        cache = 2 * c.n_layer * c.d_model * n_tokens * weights[0].element_size() if self.cached else 0
-        return {"state": sum(x.nbytes for x in weights) + cache}
+        cache = 2 * c.n_layer * c.d_model * batch * (prompt + new) * weights[0].element_size() if self.cached else 0
+        kinds = {"libraries": self.libraries, "state": sum(x.nbytes for x in weights) + cache}
+        return {"peak_bytes": peak_bytes(self.device), "memory": kinds}
 
 
 class HuggingFaceDecoding(Decoding):
@@ -201,13 +178,20 @@ class HuggingFaceDecoding(Decoding):
         with torch.inference_mode():
             return self.model.gpt2.generate(x_BT, **how)
 
-    def tokens(self, batch: int, prompt: int, new: int, top_k: int) -> torch.Tensor:
+    def answer(self, batch: int, prompt: int, new: int, top_k: int) -> np.ndarray:
         how = {"do_sample": True, "top_k": top_k} if top_k else {"do_sample": False}
-        return self.generate(batch, prompt, new, **how)[:, prompt:]
+        return self.generate(batch, prompt, new, **how)[:, prompt:].cpu().numpy()
 
-    def logits(self, batch: int, prompt: int, new: int) -> Iterable[torch.Tensor]:
+    def greedy(self, batch: int, prompt: int, new: int) -> tuple[np.ndarray, np.ndarray]:
         how = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True}
-        return self.generate(batch, prompt, new, **how).logits
+        return chosen(self.generate(batch, prompt, new, **how).logits)
+
+
+def chosen(logits: Iterable[torch.Tensor]) -> tuple[np.ndarray, np.ndarray]:
+    """The most probable tokens (B, new), and their log-probabilities in nats, from the logits (B, V) of each."""
+    best = [x_BV.float().log_softmax(dim=-1).max(dim=-1) for x_BV in logits]
+    logprobs_BN, tokens_BN = (torch.stack(x, dim=1).cpu().numpy() for x in zip(*best, strict=True))
+    return tokens_BN, logprobs_BN
 
 
 def cosine(c: OptimizerConfig, steps: int, iteration: int) -> float:

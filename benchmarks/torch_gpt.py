@@ -10,32 +10,10 @@ from torch.nn import functional as F  # noqa: N812 (as everybody calls it)
 
 from benchmarks.contestants import Arrays
 from gpt_jax.config import ModelConfig, OptimizerConfig
+from gpt_jax.interop.families.gpt2 import FAMILY
 
 LayerCache = tuple[torch.Tensor, torch.Tensor]
 """Keys and values of one layer, each (B, H, S, K), with room for S tokens."""
-
-LAYER_NAMES = {
-    "layers/norm_1/scale": "ln_1.weight",
-    "layers/norm_1/bias": "ln_1.bias",
-    "layers/attention/qkv/kernel": "attn.c_attn.weight",
-    "layers/attention/qkv/bias": "attn.c_attn.bias",
-    "layers/attention/out/kernel": "attn.c_proj.weight",
-    "layers/attention/out/bias": "attn.c_proj.bias",
-    "layers/norm_2/scale": "ln_2.weight",
-    "layers/norm_2/bias": "ln_2.bias",
-    "layers/mlp/up/kernel": "mlp.c_fc.weight",
-    "layers/mlp/up/bias": "mlp.c_fc.bias",
-    "layers/mlp/down/kernel": "mlp.c_proj.weight",
-    "layers/mlp/down/bias": "mlp.c_proj.bias",
-}
-NAMES = {
-    "tokens_VD": "wte.weight",
-    "positions_TD": "wpe.weight",
-    "final_norm/scale": "ln_f.weight",
-    "final_norm/bias": "ln_f.bias",
-    "head_VD": "lm_head.weight",
-}
-"""Paths of our parameters, and GPT-2's names for them, which nanoGPT and transformers have, too."""
 
 
 class Block(nn.Module):
@@ -74,13 +52,17 @@ class TorchGPT(nn.Module):
         if c.positions != "learned" or c.norm != "layer" or c.gated or c.kv_heads != c.n_head or c.window or c.dropout:
             raise ValueError("this PyTorch model is GPT-2's architecture only, without dropout")
         self.config = c
-        self.wte = nn.Embedding(c.vocab_size, c.d_model)
-        self.wpe = nn.Embedding(c.context_length, c.d_model)
-        self.h = nn.ModuleList(Block(c) for _ in range(c.n_layer))
-        self.ln_f = nn.LayerNorm(c.d_model, c.norm_eps, bias=c.bias)
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(c.vocab_size, c.d_model),
+                "wpe": nn.Embedding(c.context_length, c.d_model),
+                "h": nn.ModuleList(Block(c) for _ in range(c.n_layer)),
+                "ln_f": nn.LayerNorm(c.d_model, c.norm_eps, bias=c.bias),
+            }
+        )
         self.lm_head = nn.Linear(c.d_model, c.vocab_size, bias=False)
         if c.tied_head:
-            self.lm_head.weight = self.wte.weight
+            self.lm_head.weight = self.transformer.wte.weight
 
     def forward(self, inputs_BT: torch.Tensor) -> torch.Tensor:
         """Logits (B, T, V) of int64 tokens (B, T)."""
@@ -91,20 +73,23 @@ class TorchGPT(nn.Module):
 
         With caches, one a layer, the tokens stand at positions `start` and on: a whole prompt from 0 on, or one token.
         """
-        x_BTD = self.wte(inputs_BT) + self.wpe.weight[start : start + inputs_BT.shape[1]]
-        for i, block in enumerate(self.h):
+        parts = self.transformer
+        x_BTD = parts.wte(inputs_BT) + parts.wpe.weight[start : start + inputs_BT.shape[1]]
+        for i, block in enumerate(parts.h):
             x_BTD = block(x_BTD, caches[i] if caches else None, start)
-        return self.ln_f(x_BTD)
+        return parts.ln_f(x_BTD)
 
     def named(self, of: Callable[[nn.Parameter], Any] = lambda p: p) -> dict[str, torch.Tensor]:
-        """The parameters, or what `of` makes of them, by GPT-2's names; a tied head is there once, as the embedding."""
-        return {name: of(p) for name, p in self.named_parameters()}
+        """The parameters, or what `of` makes of them, by GPT-2's names, with views (D, F) of the matrices (F, D) that
+        are (D, F) there; a tied head is there once, as the embedding."""
+        tensors = {name: of(p) for name, p in self.named_parameters()}
+        return {name: x.T if ".c_" in name and x.ndim == 2 else x for name, x in tensors.items()}
 
     def empty_caches(self, batch: int, length: int) -> list[LayerCache]:
         """A cache a layer, for `batch` sequences of up to `length` tokens, in the weights' dtype and where they are."""
         shape = (batch, self.config.n_head, length, self.config.head_dim)
         new = self.lm_head.weight.new_empty
-        return [(new(shape), new(shape)) for _ in self.h]
+        return [(new(shape), new(shape)) for _ in self.transformer.h]
 
 
 @torch.inference_mode()
@@ -121,20 +106,16 @@ def generate(
     inputs_BT, start = prompts_BT, 0
     for _ in range(new):
         logits_BV = model.lm_head(model.hidden(inputs_BT, caches, start)[:, -1])
-        next_B1 = choose(logits_BV, top_k)
+        if top_k:
+            logits_BK, tokens_BK = logits_BV.topk(top_k)
+            next_B1 = tokens_BK.gather(1, torch.multinomial(logits_BK.float().softmax(dim=-1), 1))
+        else:
+            next_B1 = logits_BV.argmax(dim=-1, keepdim=True)
         yield next_B1[:, 0], logits_BV
         if cached:
             start, inputs_BT = start + inputs_BT.shape[1], next_B1
         else:
             inputs_BT = torch.cat([inputs_BT, next_B1], dim=1)
-
-
-def choose(logits_BV: torch.Tensor, top_k: int) -> torch.Tensor:
-    """The most probable token, or with top_k one drawn from so many, int64 (B, 1)."""
-    if not top_k:
-        return logits_BV.argmax(dim=-1, keepdim=True)
-    logits_BK, tokens_BK = logits_BV.topk(top_k)
-    return tokens_BK.gather(1, torch.multinomial(logits_BK.float().softmax(dim=-1), 1))
 
 
 def mean_loss(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
@@ -152,36 +133,38 @@ def make_adamw(model: nn.Module, c: OptimizerConfig) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, c.learning_rate, betas=(c.beta1, c.beta2), eps=c.eps, fused=True)
 
 
-def regroup(x: np.ndarray, groups: tuple[int, int]) -> np.ndarray:
-    """The outputs of qkv, the last axis: ours (H, 3, K) in the order of theirs, (3, H, K), or back; groups: the first
-    two sizes of the order that they are in."""
-    return x.reshape(*x.shape[:-1], *groups, -1).swapaxes(-3, -2).reshape(x.shape)
+def names_of(path: str, c: ModelConfig) -> list[str]:
+    """GPT-2's names for an array of ours: one a layer, or one."""
+    (name,) = FAMILY.tensors[path].names
+    return [name.format(i=i) for i in range(c.n_layer)] if path.startswith("layers/") else [name]
 
 
 def to_theirs(arrays: Arrays, c: ModelConfig) -> dict[str, torch.Tensor]:
-    """Our arrays by GPT-2's names: layers one by one, kernels (D, F) as weights (F, D)."""
+    """Our arrays by GPT-2's names, laid out as gpt_jax exports them."""
     theirs = {}
     for path, array in arrays.items():
-        if "/qkv/" in path:
-            array = regroup(array, (c.n_head, 3))
-        if path.endswith("kernel"):
-            array = array.swapaxes(1, 2)
-        named = (
-            {NAMES[path]: array} if path in NAMES else {f"h.{i}.{LAYER_NAMES[path]}": x for i, x in enumerate(array)}
-        )
-        theirs.update({name: torch.tensor(np.ascontiguousarray(x)) for name, x in named.items()})
+        names = names_of(path, c)
+        for name, part in zip(names, array if "layers/" in path else [array], strict=True):
+            (x,) = FAMILY.tensors[path].write(part, c)
+            theirs[name] = torch.tensor(np.ascontiguousarray(x))
     return theirs
 
 
 def to_ours(tensors: dict[str, torch.Tensor], c: ModelConfig) -> Arrays:
     """The other direction; float32."""
     theirs = {name: x.detach().float().cpu().numpy() for name, x in tensors.items()}
-    ours = {path: theirs[name] for path, name in NAMES.items() if name in theirs}
-    for path, name in LAYER_NAMES.items():
-        if f"h.0.{name}" not in theirs:
-            continue
-        array = np.stack([theirs[f"h.{i}.{name}"] for i in range(c.n_layer)])
-        if path.endswith("kernel"):
-            array = array.swapaxes(1, 2)
-        ours[path] = regroup(array, (3, c.n_head)) if "/qkv/" in path else array
+    ours = {}
+    for path, layout in FAMILY.tensors.items():
+        parts = []
+        for x in (theirs[name] for name in names_of(path, c) if name in theirs):
+
+            def read(_: str, out: np.ndarray | None = None, x: np.ndarray = x) -> np.ndarray:
+                if out is not None:
+                    out[...] = x
+                return x
+
+            parts.append(np.empty(x.shape, np.float32))
+            layout.fill(parts[-1], read, c)
+        if parts:
+            ours[path] = np.stack(parts) if "layers/" in path else parts[0]
     return ours

@@ -1,21 +1,22 @@
 """A contestant's process, and how the referee talks to it.
 
 Every contestant is a process of its own, so that neither library holds the other's threads or memory. The process is
-started with the name of a class and its arguments. The referee sends lines of JSON, which name a method to call, and
-gets a line for each; the object is made when the first one comes.
+started with the name of a class. Over a connection, which carries Python's objects, it gets the arguments of the class,
+then methods to call with their arguments, and gives an answer to each; the object is made when the first one comes.
 """
 
+import contextlib
 import importlib
-import json
 import math
 import os
-import selectors
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Mapping
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,11 +24,9 @@ from gpt_jax.system import HUGE_PAGES
 
 ROOT = Path(__file__).parent.parent
 
-TUNABLES = "GLIBC_TUNABLES"
-
 ENVIRONMENT = {
     # Huge pages, as `gpt_jax train` gives itself, and what `runtime.keep_freed_memory` asks of glibc: for all.
-    TUNABLES: f"{HUGE_PAGES[TUNABLES]}:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold={2**30}",
+    "GLIBC_TUNABLES": f"{HUGE_PAGES['GLIBC_TUNABLES']}:glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold={2**30}",
     "JAX_ENABLE_COMPILATION_CACHE": "false",  # Compile times are those of a first run, on both sides.
     "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1",
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",  # The contestants share the GPU's memory.
@@ -72,18 +71,21 @@ class Worker:
     """A contestant, as the referee sees it. A context manager: leaving it ends the process."""
 
     def __init__(self, target: str, environment: Mapping[str, str] | None = None, **arguments: Any) -> None:
-        """target: "module:class"; environment: variables besides ENVIRONMENT; arguments: those of the class, as JSON
-        can hold them."""
+        """target: "module:class"; environment: variables besides ENVIRONMENT; arguments: those of the class."""
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (it lives as long as the worker)
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.worker", target, json.dumps(arguments)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.log,
-            text=True,
-            cwd=ROOT,
-            env={**os.environ, **ENVIRONMENT, **(environment or {})},
-        )
+        self.connection, theirs = Pipe()
+        with theirs:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "benchmarks.worker", target, str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                stdout=self.log,
+                stderr=self.log,
+                pass_fds=[theirs.fileno()],
+                cwd=ROOT,
+                env={**os.environ, **ENVIRONMENT, **(environment or {})},
+            )
+        with contextlib.suppress(OSError):  # One that has ended already says so when it is asked.
+            self.connection.send(arguments)
 
     def __enter__(self) -> "Worker":
         return self
@@ -96,45 +98,32 @@ class Worker:
 
         Raises FailedError, or OutOfTimeError when the time of the whole run is over before there is an answer.
         """
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
+        limit = limit_seconds()
         try:
-            print(json.dumps({"method": method, "arguments": arguments}), file=self.process.stdin, flush=True)
-        except BrokenPipeError:
-            raise FailedError(self.last_words()) from None
-        with selectors.DefaultSelector() as selector:
-            selector.register(self.process.stdout, selectors.EVENT_READ)
-            limit = limit_seconds()
-            if not selector.select(limit):
+            self.connection.send((method, arguments))
+            if not self.connection.poll(limit):
                 self.close(at_once=True)
                 raise too_late(limit)
-        line = self.process.stdout.readline()
-        if not line.endswith("\n"):
-            raise FailedError(self.last_words())
-        answer = json.loads(line)
-        if "error" in answer:
+            value, error = self.connection.recv()
+        except (OSError, EOFError):
+            status = self.process.wait()
+            ended = f"killed by signal {-status}" if status < 0 else f"ended with status {status}"
+            raise FailedError(ended + last_line(self.log)) from None
+        if error:
             self.close(at_once=True)
-            raise FailedError(answer["error"])
-        return answer["value"]
-
-    def last_words(self) -> str:
-        """Why the process ended, as far as is known."""
-        status = self.process.wait()
-        self.close()
-        ended = f"killed by signal {-status}" if status < 0 else f"ended with status {status}"
-        return ended + last_line(self.log)
+            raise FailedError(error)
+        return value
 
     def close(self, at_once: bool = False) -> None:
         """Ends the process: when it has done what it was asked, or at once. It may have ended already."""
         if at_once:
             self.process.kill()
+        self.connection.close()
         try:
-            self.process.communicate(timeout=20)
-        except ValueError:  # It was closed before.
-            return
+            self.process.wait(timeout=20)
         except subprocess.TimeoutExpired:
             self.process.kill()
-            self.process.communicate()
+            self.process.wait()
 
 
 def last_line(log: IO[str]) -> str:
@@ -144,24 +133,25 @@ def last_line(log: IO[str]) -> str:
     return f": {lines[-1][:200]}" if lines else ""
 
 
-def serve(target: str, arguments: Mapping[str, Any]) -> None:
-    """A contestant's process: calls the methods that the lines on standard input name."""
-    replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # What libraries print must not get between the answers.
-    made: Any = None
-    for line in sys.stdin:
-        message: Mapping[str, Any] = json.loads(line)
+def serve(target: str, connection: Connection) -> None:
+    """A contestant's process: calls the methods that come over the connection, until it is closed."""
+    made, arguments = None, connection.recv()
+    while True:
+        try:
+            method, given = connection.recv()
+        except EOFError:
+            return
         try:
             if made is None:
                 module, _, name = target.partition(":")
                 made = getattr(importlib.import_module(module), name)(**arguments)
-            answer = {"value": getattr(made, message["method"])(**message["arguments"])}
+            answer = getattr(made, method)(**given), ""
         except Exception as e:
             traceback.print_exc()
-            first_line = str(e).strip().partition("\n")[0][:200]
-            answer = {"error": f"{type(e).__name__}: {first_line}"}
-        print(json.dumps(answer), file=replies, flush=True)
+            answer = None, f"{type(e).__name__}: {str(e).strip().partition(chr(10))[0][:200]}"
+        connection.send(answer)
+        del given, answer  # Which may be arrays, and would count as the contestant's memory until the next message.
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1], json.loads(sys.argv[2]))
+    serve(sys.argv[1], Connection(int(sys.argv[2])))

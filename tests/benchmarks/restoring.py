@@ -15,9 +15,10 @@ from typing import Any
 
 import jax
 
-from benchmarks.measure import forget_peak, peak_memory, resident_memory, spread
+from benchmarks.markdown import with_range
+from benchmarks.measure import forget_peak, memory_of_libraries, peak_memory, spread
 from benchmarks.results import FOLDER, Row
-from benchmarks.worker import TUNABLES, Worker
+from benchmarks.worker import Worker
 from gpt_jax import runtime
 from gpt_jax.config import OptimizerConfig, ParallelConfig
 from gpt_jax.files import save_json
@@ -34,6 +35,7 @@ PLACEMENTS: dict[str, dict[str, int]] = {
     "fsdp 8": {"devices": 8, "fsdp": 8},
     "tensor 4, fsdp 2": {"devices": 8, "fsdp": 2, "tensor": 4},
 }
+TUNABLES = "GLIBC_TUNABLES"
 AS_STARTED = {TUNABLES: os.environ.get(TUNABLES, "")}
 """Environment without the settings of the allocator that contestants have in common."""
 GIVE_BACK = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
@@ -75,7 +77,7 @@ class Restoring:
         """Seconds, the peak of memory in bytes above what the process had before, and the size of the state."""
         target = self.placement.abstract(jax.eval_shape(self.first_state))
         forget_peak()
-        before, begin = resident_memory(), time.perf_counter()
+        before, begin = memory_of_libraries(on_cpu=True), time.perf_counter()
         with Checkpoints(Path(folder), read_only=True) as checkpoints:
             restored = [checkpoints.restore(1, item, getattr(target, item)) for item in ("params", "opt_state")]
             jax.block_until_ready(restored)
@@ -110,7 +112,17 @@ def main(rounds: int) -> None:
             rows.append(row)
             kept = "freed memory kept" if keep else "given back"
             print(f"{writer} to {reader}, {kept}: {row['times_the_state']['median']:.2f} times the state", flush=True)
-    save_json(FOLDER / "restore.json", {"rows": rows})
+    save_json(FOLDER / "restore.json", {"rows": rows, "table": table(rows)})
+
+
+def table(rows: list[Row]) -> list[list[str]]:
+    """The cells of the table in docs/speed.md: a line for each writer and reader, which has two rows."""
+    title = "memory to restore GPT-2 124M, times its state (`python -m tests.benchmarks.restoring`)"
+    cells = {"": [title, "as in training", "if all that is freed goes back"]}
+    for row in sorted(rows, key=lambda row: not row["freed_memory_is_kept"]):
+        name = f"{row['written_by']} to {row['restored_to']}"
+        cells.setdefault(name, [name]).append(with_range(row["times_the_state"]))
+    return list(cells.values())
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """The part `decode` of the benchmarks: with and without a cache, PyTorch's answers are ours. Needs torch."""
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -23,38 +22,41 @@ TINY = ModelConfig(vocab_size=128, context_length=256, n_layer=2, n_head=2, d_mo
 MACHINE = {"platform": "cpu", "versions": {}, "flags": {}, "name": "test"}
 
 
-def test_all_contestants_choose_the_same_tokens(tmp_path: Path) -> None:
-    spec: dict[str, Any] = {"model": dataclasses.asdict(TINY)}
-    others: dict[str, Any] = {**spec, "parameters": str(tmp_path / "parameters.npz")}
-    with Worker("benchmarks.ours:Decoding", **spec) as ours:
-        ours.ask("write_parameters", path=others["parameters"])
-        expected = ours.ask("greedy", batch=3, prompt=5, new=40)
-    for contestant in (
-        theirs.Decoding(**others),
-        theirs.Decoding(**others, cached=False),
-        theirs.HuggingFaceDecoding(**others),
-    ):
-        answer = contestant.greedy(batch=3, prompt=5, new=40)
-        assert answer["tokens"] == expected["tokens"]
-        np.testing.assert_allclose(answer["logprobs"], expected["logprobs"], atol=1e-4)
+@pytest.fixture(scope="module")
+def ours() -> tuple[Any, Any]:
+    """The weights, and what gpt_jax answers greedily."""
+    with Worker("benchmarks.ours:Decoding", model=TINY) as worker:
+        parameters = worker.ask("initial")
+        worker.ask("ready", parameters=parameters)
+        return parameters, worker.ask("greedy", batch=3, prompt=5, new=40)
+
+
+def test_all_contestants_choose_the_same_tokens(ours: tuple[Any, Any]) -> None:
+    parameters, (tokens, logprobs) = ours
+    for contestant in (theirs.Decoding(TINY), theirs.Decoding(TINY, cached=False), theirs.HuggingFaceDecoding(TINY)):
+        contestant.ready(parameters)
+        their_tokens, their_logprobs = contestant.greedy(batch=3, prompt=5, new=40)
+        np.testing.assert_array_equal(their_tokens, tokens)
+        np.testing.assert_allclose(their_logprobs, logprobs, atol=1e-4)
 
 
 @pytest.mark.parametrize("top_k", [0, 1, 5])
-def test_a_cache_changes_nothing(tmp_path: Path, top_k: int) -> None:
-    with Worker("benchmarks.ours:Decoding", model=dataclasses.asdict(TINY)) as ours:
-        ours.ask("write_parameters", path=str(tmp_path / "parameters.npz"))
+def test_a_cache_changes_nothing(ours: tuple[Any, Any], top_k: int) -> None:
     answers = []
     for cached in (True, False):
-        torch.manual_seed(0)
-        contestant = theirs.Decoding(dataclasses.asdict(TINY), str(tmp_path / "parameters.npz"), cached)
+        contestant = theirs.Decoding(TINY, cached)
+        contestant.ready(ours[0])
         torch.manual_seed(1)
         answers.append(contestant.answer(batch=2, prompt=4, new=20, top_k=top_k))
     np.testing.assert_array_equal(answers[0], answers[1])
 
 
 def test_sequences_that_part_are_compared_until_they_do() -> None:
-    ours = {"tokens": [[1, 2, 3, 4], [5, 6, 7, 8]], "logprobs": [[-1.0, -2.0, -3.0, -4.0]] * 2}
-    others = {"tokens": [[1, 2, 9, 4], [5, 6, 7, 8]], "logprobs": [[-1.0, -2.0, -3.25, -9.0], [-1.0, -2.0, -3.0, -4.5]]}
+    ours = np.array([[1, 2, 3, 4], [5, 6, 7, 8]]), np.array([[-1.0, -2.0, -3.0, -4.0]] * 2)
+    others = (
+        np.array([[1, 2, 9, 4], [5, 6, 7, 8]]),
+        np.array([[-1.0, -2.0, -3.25, -9.0], [-1.0, -2.0, -3.0, -4.5]]),
+    )
     found = decode.difference(ours, others)
     assert found == {"same_tokens": 0.75, "logprobs": pytest.approx(np.sqrt((0.25**2 + 0.5**2) / 7))}
 
@@ -86,8 +88,7 @@ def test_the_part_measures_a_row_for_each_batch_and_none_twice(
 
 
 def test_no_parity_no_timing() -> None:
-    answers = {
-        name: {"tokens": [[token]], "logprobs": [[-1.0]]} for name, token in (("gpt_jax", 1), ("transformers", 2))
-    }
-    with pytest.raises(UserError, match="gpt_jax and transformers do not compute the same"):
+    answers = {name: (np.array([[token]]), np.array([[-1.0]])) for name, token in (("gpt_jax", 1), ("transformers", 2))}
+    with pytest.raises(UserError, match=r"gpt_jax and transformers do not compute the same.*: tokens differ"):
         decode.check_parity("float32", answers)
+    assert decode.check_parity("bfloat16", answers)["transformers"] == {"same_tokens": 0.0, "logprobs": 0.0}

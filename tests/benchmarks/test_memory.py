@@ -1,10 +1,10 @@
-"""Host memory to load a published model and to restore a state that is divided otherwise."""
+"""Host memory to load a published model, to restore a state that is divided otherwise, and to prepare a text."""
 
 from pathlib import Path
 
 import pytest
 
-from tests.benchmarks import loading, restoring
+from tests.benchmarks import loading, preparing, restoring
 
 pytestmark = pytest.mark.slow
 
@@ -22,3 +22,13 @@ def test_restoring_takes_little_more_memory_than_the_state(tmp_path: Path) -> No
     taken = restoring.work("restore", "fsdp 8", False, tmp_path / "checkpoints")
     assert taken["state_bytes"] > 12 * 124e6
     assert taken["peak_bytes"] < 1.3 * taken["state_bytes"]
+
+
+def test_preparing_takes_as_much_memory_for_a_longer_text(tmp_path: Path) -> None:
+    """Texts of 32 and 80 MiB: half of the difference would be seen. The largest process took 131 to 155 MiB."""
+    peaks = []
+    for mib in (32, 80):
+        corpus = tmp_path / f"{mib}.jsonl"
+        preparing.write_corpus(corpus, mib << 20)
+        peaks.append(preparing.prepare(corpus, tmp_path / str(mib))["peak_mib_largest_process"])
+    assert peaks[1] < peaks[0] + 24

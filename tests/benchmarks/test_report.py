@@ -10,14 +10,30 @@ import pytest
 from benchmarks import plots
 from benchmarks.markdown import percent
 from benchmarks.measure import spread
-from benchmarks.report import DOCUMENTS, MARKER, NOT_MEASURED, read_results, render, report, tables
+from benchmarks.report import BLOCK, DOCUMENTS, NOT_MEASURED, read_results, render, report, tables
 from benchmarks.results import FOLDER
-from benchmarks.tables import ALONE, PARTS, SUMMARY
+from benchmarks.tables import PARTS, SUMMARY
 from gpt_jax.errors import UserError
 
 MODEL = {"n_layer": 4, "n_head": 4, "d_model": 128, "context_length": 64, "vocab_size": 512, "dtype": "float32"}
 SPEC = {"name": "nano", "model": MODEL, "batch_size": 12, "steps": 60, "hugging_face": False}
-UNDER = {"commit": "abc", "versions": {"jax": "0.10.2", "torch": "2.13.0"}, "flags": {"XLA_FLAGS": ""}}
+MACHINE = {
+    "name": "A CPU, 2 cores",
+    "cpu": "A CPU",
+    "cores": 2,
+    "memory_gib": 7.8,
+    "platform": "cpu",
+    "device": "cpu",
+    "devices": 1,
+    "peak_flops": None,
+    "python": "3.11.9",
+}
+UNDER = {
+    "commit": "abc",
+    "versions": {"jax": "0.10.2", "torch": "2.13.0"},
+    "flags": {"XLA_FLAGS": "", "A": "1"},
+    "machine": MACHINE,
+}
 GIB = 2**30
 OUT_OF_MEMORY = "OutOfMemoryError: tried to allocate 6.00 GiB"
 
@@ -48,7 +64,6 @@ def train_row(contestants: dict[str, Any], times: float | None, notes: list[str]
         "parity": {},
         "flops_per_token": 1e6,
         "peak_flops": 2e11,
-        "peak_source": "a product",
         "contestants": contestants,
         "failed": {},
         "notes": notes,
@@ -78,9 +93,29 @@ def learned(seconds: float | None, offset: float) -> dict[str, Any]:
     }
 
 
-def scaled(x: str, points: list[dict[str, Any]], failed: dict[str, str]) -> dict[str, Any]:
-    """A row of scale."""
-    return {"base": SPEC, "rounds": 3, "x": x, "points": points, "failed": failed, "under": UNDER}
+def sized(figure: str, times: dict[str, Any], ratio: float | None = None) -> dict[str, Any]:
+    """A row of scale: a contestant without a time failed."""
+    row: dict[str, Any] = {
+        "preset": SPEC,
+        "dtype": "float32",
+        "contestants": {name: {figure: time} for name, time in times.items() if time},
+        "failed": {name: "out of memory" for name, time in times.items() if not time},
+        "notes": ["where it is not varied: 4 layers"],
+        "under": UNDER,
+    }
+    return row if ratio is None else {**row, "times_as_fast": {"over": "pytorch, eager", **around(ratio)}}
+
+
+def axis(name: str, sizes: tuple[int, ...], ours: float, theirs: float) -> dict[str, Any]:
+    """The rows of an axis of scale, whose times grow with the size, and PyTorch's with 20 ms more."""
+    return {
+        f"scale/{name}/{n}": sized(
+            "step_ms",
+            {"gpt_jax": around(ours * n), "pytorch, eager": around(theirs * n + 20)},
+            (theirs * n + 20) / (ours * n),
+        )
+        for n in sizes
+    }
 
 
 def made_up() -> dict[str, Any]:
@@ -99,21 +134,9 @@ def made_up() -> dict[str, Any]:
         "contestants": {"gpt_jax": decoded(50), "transformers": decoded(25)},
         "times_as_fast": {"transformers": around(2)},
     }
-    step = [{"x": n, "gpt_jax": around(0.3 * n), "pytorch": around(0.4 * n + 20)} for n in (64, 128, 256, 512, 1024)]
-    del step[-1]["pytorch"]
-    depth = [{"x": n, "gpt_jax": around(30 * n), "pytorch": around(45 * n)} for n in (1, 2, 4, 8, 16)]
+    depths = {n: (2 + 0.01 * n, 1 + 0.7 * n) for n in (1, 2, 4, 8, 16)}
     return {
-        "machine": {
-            "name": "A CPU, 2 cores",
-            "cpu": "A CPU",
-            "cores": 2,
-            "memory_gib": 7.8,
-            "platform": "cpu",
-            "device": "cpu",
-            "devices": 1,
-            "peak_flops": None,
-            "python": "3.11.9",
-        },
+        "machine": MACHINE,
         "rows": {
             "train/nano": train_row(nano, 1.5, []),
             "train/gpt2": train_row(
@@ -137,7 +160,6 @@ def made_up() -> dict[str, Any]:
                 "under": UNDER,
             },
             "learn/shakespeare-char": {
-                "recipe": "4 layers",
                 "target": 1.88,
                 "rounds": 3,
                 "notes": [],
@@ -150,71 +172,101 @@ def made_up() -> dict[str, Any]:
                 "times_as_fast": {"pytorch, eager": around(1.05), "pytorch, compiled": around(2)},
                 "under": UNDER,
             },
-            "scale/context": scaled("context", step, {"pytorch at 1024": "out of memory"}),
-            "scale/batch": scaled("batch", [{**point, "x": 2**i} for i, point in enumerate(step[:-1])], {}),
-            "scale/depth": scaled("depth", depth, {}),
-            "scale/compile": scaled(
-                "depth", [{"x": n, "scan": 2 + 0.01 * n, "unroll": 1 + 0.7 * n} for n in (1, 2, 4, 8, 16)], {}
-            ),
+            **axis("context", (1024, 64, 128, 256, 512), 0.3, 0.4),
+            "scale/context/1024": sized("step_ms", {"gpt_jax": around(300), "pytorch, eager": None}),
+            **axis("batch", (1, 2, 4, 8), 30, 40),
+            **axis("depth", (1, 2, 4, 8, 16), 30, 40),
+            **{
+                f"scale/compile/{n}": sized("compile_seconds", {"layers scanned": scan, "layers unrolled": unroll})
+                for n, (scan, unroll) in depths.items()
+            },
+            "startup/shakespeare-char": {
+                "contestants": {
+                    "empty compile cache": {"seconds": around(5)},
+                    "warm compile cache": {"seconds": around(2)},
+                },
+                "failed": {},
+                "notes": [],
+                "under": UNDER,
+            },
         },
     }
 
 
-def cells(text: str, begins: str) -> list[str]:
-    """The cells of the first line of a table that begins with a text."""
-    line = next(line for line in text.splitlines() if line.startswith(f"| {begins}"))
+def cells(text: str, begins: str, who: str = "") -> list[str]:
+    """The cells of the first line of a table that begins with a text, or of that of a contestant below it."""
+    lines = text.splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith(f"| {begins}"))
+    line = next(line for line in lines[at:] if not who or f"| {who} |" in line)
     return [cell.strip() for cell in line.strip("|").split(" | ")]
 
 
 def test_a_win_and_a_loss_are_told_alike() -> None:
     found = tables(made_up())
-    assert cells(found["train"], "nano (")[1:] == [
-        "**20.0 (18.0 to 22.0)**",
-        "30.0 (27.0 to 33.0)",
-        "40.0 (36.0 to 44.0)",
-        "–",  # noqa: RUF001
-        "1.50 (1.35 to 1.65)",
+    text = found["train"]
+    assert cells(text, "nano |")[1:5] == [
         "gpt_jax",
+        "**20.0 (18.0 to 22.0)**",
+        "38,400 (34,600 to 42,200)",
+        "40% (36% to 44%)",
     ]
-    gpt2 = cells(found["train"], "gpt2 (4/4/128, 64, 12, float32)")
-    assert gpt2[3:] == ["failed", "**900 (810 to 990)**", "0.50 (0.45 to 0.55)", "**PyTorch, eager**"]
-    assert cells(found["ratios"], "train gpt2")[1:] == ["PyTorch, eager", "0.50 (0.45 to 0.55)", "**PyTorch, eager**"]
-    assert cells(found["ratios"], "learn")[2:] == ["1.05 (0.95 to 1.16)", "neither, within the spread"]
-    assert cells(found["ratios"], "decode GPT-2, float32, batch 8, greedy")[3] == "gpt_jax"
+    assert cells(text, "nano |")[-2:] == ["–", "–"]  # noqa: RUF001
+    assert cells(text, "nano |", "PyTorch, eager")[2] == "30.0 (27.0 to 33.0)"
+    assert cells(text, "nano |", "PyTorch, eager")[-2:] == ["1.50 (1.35 to 1.65)", "gpt_jax"]
+    assert cells(text, "nano |", "PyTorch, compiled")[2] == "40.0 (36.0 to 44.0)"
+    assert cells(text, "gpt2 |", "PyTorch, eager")[-2:] == ["0.50 (0.45 to 0.55)", "**PyTorch, eager**"]
+    assert cells(text, "gpt2 |", "transformers")[2] == "**900 (810 to 990)**"
+    assert cells(text, "gpt2 |", "PyTorch, compiled")[2:4] == ["failed", "–"]  # noqa: RUF001
+    lost = ["2,000", "1,000, PyTorch, eager", "0.50 (0.45 to 0.55)", "**PyTorch, eager**"]
+    assert cells(found["ratios"], "train gpt2: ms a step")[1:] == lost
+    assert cells(found["ratios"], "learn")[3:] == ["1.05 (0.95 to 1.16)", "neither, within the spread"]
+    assert cells(found["ratios"], "decode batch 8, greedy: tokens/s")[4] == "gpt_jax"
     assert found["ratios"].endswith("gpt_jax is the faster at all 13 sizes")
     slower = made_up()
-    slower["rows"]["scale/batch"]["points"][1]["gpt_jax"] = around(80)
-    lost = "**PyTorch, eager, is the faster** at 1 of 13 sizes: batch 2 (0.89 times as fast)"
-    assert tables(slower)["ratios"].endswith(lost)
+    slower["rows"]["scale/batch/2"]["times_as_fast"] |= around(0.89)
+    lost_at = "**PyTorch, eager, is the faster** at 1 of 13 sizes: batch 2 (0.89 times as fast)"
+    assert tables(slower)["ratios"].endswith(lost_at)
 
 
 def test_failures_and_notes_stand_below_the_table() -> None:
     found = tables(made_up())
     assert f"- gpt2: PyTorch, compiled failed: {OUT_OF_MEMORY}" in found["train"].splitlines()
     assert "- gpt2: attention keeps its scores" in found["train"].splitlines()
-    assert "- nano: MFU is of 200 GFLOP/s in float32: a product" in found["train"].splitlines()
-    assert "- batch 8: no cache: greedy only" in found["decode"].splitlines()
-    assert "- PyTorch at 1024: out of memory" in found["scale"].splitlines()
-    assert cells(found["scale"], "1,024")[2:] == ["failed", "–"]  # noqa: RUF001
+    assert "- batch 8, greedy: no cache: greedy only" in found["decode"].splitlines()
+    assert "- 1024: PyTorch, eager failed: out of memory" in found["scale"].splitlines()
+    assert "- where it is not varied: 4 layers" in found["scale"].splitlines()  # Of all rows, so that none is named.
+    assert cells(found["scale"], "1024", "PyTorch, eager")[2:] == ["failed", "–", "–"]  # noqa: RUF001
 
 
-def test_more_memory_than_pytorch_is_marked() -> None:
+def test_sizes_are_in_their_order() -> None:
+    lines = tables(made_up())["scale"].splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:12:2]] == ["| 64", "| 128", "| 256", "| 512", "| 1024"]
+
+
+def test_compiling_is_told_for_both_kinds_of_layers() -> None:
+    text = tables(made_up())["scale"]
+    assert [cells(text[text.rindex("| depth") :], "8 |", who)[2] for who in ("layers scanned", "layers unrolled")] == [
+        "**2.08**",
+        "6.60",
+    ]
+
+
+def test_memory_is_told_by_kind_and_the_least_is_bold() -> None:
     results = made_up()
     text = tables(results)["train"]
-    assert cells(text, "gpt2 |")[3:5] == ["5.00 GiB, more", "4.00 GiB"]
-    assert cells(tables(results)["train"], "nano |")[3:5] == ["1.00 GiB", "2.00 GiB"]
-    assert "- gpt2: gpt_jax needs more memory, 5.00 GiB, by kind not recorded, than PyTorch, eager" in text
-    assert cells(tables(results)["decode"], "batch 8 |")[1:] == ["3.00 GiB, more", "1.00 GiB"]
-    decoded_8 = results["rows"]["decode/8"]
-    decoded_8["memory"] = {
+    unknown = ["–"] * 4  # noqa: RUF001
+    assert cells(text, "gpt2 |")[6:11] == ["5.00 GiB", *unknown]
+    assert cells(text, "gpt2 |", "transformers")[6:11] == ["**1.00 GiB**", *unknown]
+    assert cells(text, "nano |")[6] == "**1.00 GiB**"
+    assert cells(text, "nano |", "PyTorch, eager")[6] == "2.00 GiB"
+    results["rows"]["decode/8"]["memory"] = {
         "gpt_jax": {"libraries": GIB / 4, "state": GIB, "temporaries": GIB / 2},
         "transformers": {"libraries": GIB / 4, "state": GIB / 2},
     }
-    assert (
-        "- batch 8: gpt_jax needs more memory, 3.00 GiB (libraries 256 MiB, state 1.00 GiB, the rest 1.75 GiB, XLA's "
-        "own account of temporaries 512 MiB), than transformers, 1.00 GiB (libraries 256 MiB, state 512 MiB, the rest "
-        "256 MiB)"
-    ) in tables(results)["decode"].splitlines()
+    text = tables(results)["decode"]
+    assert cells(text, "batch 8, greedy")[5:10] == ["3.00 GiB", "256 MiB", "1.00 GiB", "1.75 GiB", "512 MiB"]
+    theirs = ["**1.00 GiB**", "256 MiB", "512 MiB", "256 MiB", "–"]  # noqa: RUF001
+    assert cells(text, "batch 8, greedy", "transformers")[5:10] == theirs
 
 
 def test_one_bandwidth_is_the_roofline_of_all_rows() -> None:
@@ -222,26 +274,46 @@ def test_one_bandwidth_is_the_roofline_of_all_rows() -> None:
     results = made_up()
     results["rows"]["decode/1"] = {**results["rows"]["decode/8"], "batch": 1, "bandwidth": spread([1e10, 2.5e10])}
     text = tables(results)["decode"]
-    line = [line for line in text.splitlines() if line.startswith("| batch 8, greedy")][1]
-    assert line.endswith("| 12% (11% to 14%) |")
+    assert cells(text, "batch 8, greedy")[4] == "12% (11% to 14%)"
     assert "in any round, 25.0 GB/s; the slowest round had 10.0" in text
 
 
 def test_the_fastest_of_our_settings_is_bold() -> None:
-    text = tables(made_up())["variants"]
-    assert cells(text, "nano") == ["nano", "as chosen by itself", "20.0 (18.0 to 22.0)", "1.00", "1.00 GiB", "2.50 s"]
-    assert "| attention xla | **16.0 (14.4 to 17.6)** | 1.25 |" in text
+    results = made_up()
+    results["rows"]["variants/nano"]["contestants"]["attention xla"]["call_ms"] = around(0.25)
+    text = tables(results)["variants"]
+    unknown = "–"  # noqa: RUF001
+    assert cells(text, "nano") == ["nano", "gpt_jax", "20.0 (18.0 to 22.0)", unknown, "2.50", "**1.00 GiB**"]
+    assert "| attention xla | **16.0 (14.4 to 17.6)** | 0.25 (0.23 to 0.28) |" in text
 
 
 def test_a_loss_that_was_not_reached_is_told() -> None:
     text = tables(made_up())["learn"]
-    assert cells(text, "PyTorch, compiled")[1] == "not reached"
-    assert "- where the loss is not reached, times as fast is by the seconds in all" in text
+    assert cells(text, "shakespeare-char", "PyTorch, compiled")[2] == "not reached"
+    assert cells(text, "shakespeare-char", "PyTorch, eager")[-2:] == [
+        "1.05 (0.95 to 1.16)",
+        "neither, within the spread",
+    ]
+
+
+def test_starting_and_the_machine_are_told() -> None:
+    found = tables(made_up())
+    assert cells(found["startup"], "shakespeare-char")[1:] == ["empty compile cache", "5.00 (4.50 to 5.50)"]
+    assert cells(found["startup"], "", "warm compile cache") == ["", "warm compile cache", "2.00 (1.80 to 2.20)"]
+    assert cells(found["machine"], "machine")[1] == "A CPU, 2 cores, 7.8 GiB, Python 3.11.9"
+    assert cells(found["machine"], "packages")[1] == "jax 0.10.2, torch 2.13.0"
+    assert cells(found["machine"], "flags")[1] == "`A=1`"
+    results = made_up()
+    gpu = {**MACHINE, "platform": "gpu", "device": "A GPU", "devices": 2, "peak_flops": 1e15}
+    results["rows"]["startup/shakespeare-char"]["under"] = {**UNDER, "commit": "def", "machine": gpu}
+    told = tables(results)["machine"]
+    assert "; A CPU, 2 cores, 7.8 GiB, 2 x A GPU, 1,000 TFLOP/s in bfloat16 each, Python 3.11.9 |" in told
+    assert "| measured at | abc; def |" in told
 
 
 def test_parts_without_rows_are_not_measured_yet() -> None:
     empty = {**made_up(), "rows": {}}
-    assert {part: text for part, text in tables(empty).items() if text != NOT_MEASURED}.keys() == {"machine"}
+    assert set(tables(empty).values()) == {NOT_MEASURED}
     assert tables(made_up()).keys() == PARTS.keys()
 
 
@@ -261,7 +333,7 @@ def test_render_replaces_what_is_between_its_markers_only_and_is_stable() -> Non
     files = {"a-cpu": made_up(), "other": {**made_up(), "rows": {}}}
     rendered = render(readme, files, "README.md")
     assert rendered.startswith(
-        "# Title\n<!-- tests -->\nkeep me\n<!-- end -->\n\n<!-- benchmarks: a-cpu train -->\n| preset |"
+        "# Title\n<!-- tests -->\nkeep me\n<!-- end -->\n\n<!-- benchmarks: a-cpu train -->\n| training |"
     )
     assert rendered.endswith(
         f"\n<!-- end -->\nbetween\n<!-- benchmarks: other scale -->\n{NOT_MEASURED}\n<!-- end -->\nlast\n"
@@ -295,7 +367,12 @@ def test_percent_keeps_a_digit_of_small_shares() -> None:
 
 def test_the_summary_has_both_figures_of_six_contests_and_says_who_wins() -> None:
     text = tables(made_up())["summary"]
-    assert cells(text, "training nano")[1:] == ["20.0", "30.0, PyTorch, eager", "1.50 (1.35 to 1.65)", "gpt_jax"]
+    assert cells(text, "training nano, 0.8 million parameters: ms a step")[1:] == [
+        "20.0",
+        "30.0, PyTorch, eager",
+        "1.50 (1.35 to 1.65)",
+        "gpt_jax",
+    ]
     lost = ["2,000", "1,000, PyTorch, eager", "0.50 (0.45 to 0.55)", "**PyTorch, eager**"]
     assert cells(text, "training GPT-2")[1:] == lost
     assert cells(text, "learning")[1:4] == ["40.0", "50.0, PyTorch, eager", "1.05 (0.95 to 1.16)"]
@@ -305,10 +382,16 @@ def test_the_summary_has_both_figures_of_six_contests_and_says_who_wins() -> Non
 
 def test_the_documents_have_every_table() -> None:
     """All tables of one machine at least, and those that are of no machine."""
-    markers = {marker for document in DOCUMENTS for marker in MARKER.findall(document.read_text(encoding="utf-8"))}
+    markers = {name for path in DOCUMENTS for _, name, _ in BLOCK.findall(path.read_text(encoding="utf-8"))}
     files = read_results(FOLDER)
-    assert markers >= ALONE.keys() & files.keys() == ALONE.keys()
-    assert any(markers >= {f"{name} {part}" for part in PARTS} for name in files if name not in ALONE)
+    alone = {name for name, content in files.items() if "table" in content}
+    assert markers >= alone == {"prepare", "restore"}
+    assert any(markers >= {f"{name} {part}" for part in PARTS} for name in files.keys() - alone)
+
+
+def test_a_file_may_have_a_table_of_its_own() -> None:
+    measured = {"table": [["what", "how much"], ["one | two", "3"]]}
+    assert tables(measured) == {"": "| what | how much |\n| --- | --- |\n| one \\| two | 3 |"}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
@@ -346,9 +429,7 @@ def test_report_writes_tables_and_plots(tmp_path: Path) -> None:
 def test_plots_of_half_a_machine(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     results = made_up()
-    results["rows"] = {
-        "scale/context": scaled("context", [{"x": 64, "gpt_jax": around(1)}, {"x": 128, "gpt_jax": around(2)}], {})
-    }
+    results["rows"] = {f"scale/context/{n}": sized("step_ms", {"gpt_jax": around(n)}) for n in (64, 128)}
     assert [path.name for path in plots.draw(results, tmp_path / "a-tpu")] == ["a-tpu-scaling.png"]
     assert plots.draw({**results, "rows": {}}, tmp_path / "none") == []
 

@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks import scale
-from benchmarks.measure import spread
 from benchmarks.presets import Preset
-from benchmarks.results import Results, Row
+from benchmarks.results import Results
 from gpt_jax.config import ModelConfig
 
 TINY = ModelConfig(
@@ -32,45 +31,27 @@ def test_the_axes_meet_at_the_base(base: Preset, axes: dict[str, tuple[int, ...]
 
 
 @pytest.mark.parity
-def test_rows_have_a_point_for_each_size_and_gaps_where_a_contestant_failed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_each_size_is_a_row_with_both_contestants(tmp_path: Path) -> None:
     pytest.importorskip("torch")
-    measured = []
-    measure = scale.measure
-
-    def counted(preset: Preset, *args: object, **options: object) -> Row:
-        measured.append(preset)
-        if preset.batch_size == 3:
-            ours = {"step_ms": spread([2.0]), "compile_seconds": 1.0}
-            return {"contestants": {scale.OURS: ours}, "failed": {scale.PYTORCH: "out of memory"}}
-        return measure(preset, *args, **options)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(scale, "measure", counted)
     results = Results(tmp_path / "machine.json", MACHINE)
     scale.run(results, MACHINE, 2, BASE, {"batch": (2, 3), "depth": (1,)})
-
     rows = Results(tmp_path / "machine.json", MACHINE).rows
-    assert list(rows) == ["scale/batch", "scale/depth", "scale/compile"]
-    (at_base, at_three), (base_again,) = rows["scale/batch"]["points"], rows["scale/depth"]["points"]
-    assert at_base["x"] == 2
-    assert all(
-        0 < at_base[name]["min"] <= at_base[name]["median"] <= at_base[name]["max"]
-        for name in (scale.OURS, scale.PYTORCH)
-    )
-    assert at_three == {"x": 3, "gpt_jax": {"median": 2.0, "min": 2.0, "max": 2.0}}
-    assert rows["scale/batch"]["failed"] == {"pytorch at 3": "out of memory"}
-    assert {**base_again, "x": 2} == at_base
-    assert rows["scale/compile"]["points"][0]["scan"] > 0.01
-    assert rows["scale/compile"]["points"][0]["unroll"] > 0.01
-    scanned = dataclasses.replace(BASE, model=dataclasses.replace(TINY, unroll=False))
-    assert measured == [BASE, dataclasses.replace(BASE, batch_size=3), scanned]
+    assert list(rows) == ["scale/batch/2", "scale/batch/3", "scale/depth/1", "scale/compile/1"]
+    for name, row in rows.items():
+        both = scale.LAYERS if name == "scale/compile/1" else (scale.OURS, scale.PYTORCH[0])
+        assert (row["failed"], set(row["contestants"])) == ({}, set(both))
+        for found in row["contestants"].values():
+            assert 0 < found["step_ms"]["min"] <= found["step_ms"]["median"] <= found["step_ms"]["max"]
+    assert [row["preset"]["batch_size"] for row in rows.values()] == [2, 3, 2, 2]
+    assert all(found["compile_seconds"] > 0.01 for found in rows["scale/compile/1"]["contestants"].values())
+    assert [bool(row["parity"]) for row in rows.values()] == [True, False, True, False]
 
 
 @pytest.mark.parity
 def test_a_contestant_that_cannot_run_tells_why() -> None:
     pytest.importorskip("torch")
     impossible = dataclasses.replace(BASE, model=dataclasses.replace(TINY, attention="splash"))
-    row = scale.measure(impossible, MACHINE, 1)
+    row = scale.compare_sizes(BASE, impossible, MACHINE, 1)
     assert row["contestants"] == {}
     assert "splash" in row["failed"]["gpt_jax"]
+    assert "there are no parameters" in row["failed"]["pytorch, eager"]

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from benchmarks import parity, train
-from benchmarks.presets import Preset, from_spec, presets, random_tokens, small
+from benchmarks.contest import Contest
+from benchmarks.presets import Preset, random_tokens, small
 from benchmarks.results import Results
-from benchmarks.worker import FailedError
 from gpt_jax.config import DTypeName, ModelConfig
 from gpt_jax.errors import UserError
 from tests.commands import ROOT
@@ -21,12 +21,6 @@ from tests.commands import ROOT
 MACHINE: dict[str, Any] = {"platform": "cpu", "cores": 2, "devices": 1, "versions": {}, "flags": {}}
 WITH_BIASES = ModelConfig(vocab_size=97, context_length=16, n_layer=2, n_head=2, d_model=32, dtype="float32")
 TINY = Preset("tiny", WITH_BIASES, 4, 2, hugging_face=True)
-
-
-def test_presets_survive_json() -> None:
-    for platform in ("cpu", "gpu", "tpu"):
-        for preset in presets(platform).values():
-            assert from_spec(json.loads(json.dumps(preset.spec()))) == preset
 
 
 def test_batches_are_the_same_for_all() -> None:
@@ -38,12 +32,12 @@ def test_batches_are_the_same_for_all() -> None:
 
 
 def test_every_choice_is_a_variant() -> None:
-    names = [name for name, _ in train.variants(TINY, MACHINE)]
-    assert names == [
+    assert list(train.variants(TINY, MACHINE)) == [
         *("gpt_jax", "1 device", "mesh, 1 device", "pmap, 2 devices", "mesh, 2 devices"),
         *("layers scanned", "attention xla", "attention block_causal"),
     ]
-    assert "attention cudnn" in [name for name, _ in train.variants(TINY, {**MACHINE, "platform": "gpu"})]
+    assert "attention cudnn" in train.variants(TINY, {**MACHINE, "platform": "gpu"})
+    assert "1 device" not in train.variants(TINY, {**MACHINE, "cores": 1})
 
 
 @pytest.mark.slow
@@ -52,47 +46,57 @@ def test_a_variant_that_comes_to_the_same_program_is_left_out() -> None:
     hows = [found["how"] for found in row["contestants"].values()]
     assert len(hows) > 2
     assert all(how not in hows[:i] for i, how in enumerate(hows))
+    assert all(found["call_ms"]["median"] > 0 for found in row["contestants"].values())
 
 
-@pytest.mark.parametrize(("holds", "largest"), [(20, 20), (23, 20), (40, 40), (16, 16), (12, None)])
-def test_the_largest_batch_is_looked_for_in_both_directions(
-    monkeypatch: pytest.MonkeyPatch, holds: int, largest: int | None
-) -> None:
-    """From a preset's batch of 12 and a guess of 24; how many the memory holds is made up."""
+def test_batches_grow_until_none_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How many sequences each contestant's memory holds is made up."""
+    holds = {"gpt_jax": 60, "pytorch, eager": 30, "pytorch, compiled": 20}
+    rates = {"gpt_jax": (20.0, 18.0, 24.0), "pytorch, eager": (10.0, 8.0, 12.0), "pytorch, compiled": (5.0, 5.0, 5.0)}
 
-    def alone(_: str, spec: dict[str, Any], preset: Preset, *__: object) -> dict[str, Any]:
-        if preset.batch_size > holds:
-            raise FailedError("out of memory")
-        return {"how": {"batch": preset.batch_size}}
+    def timed(contest: Contest, preset: Preset, *_: object) -> dict[str, Any]:
+        ((name, _),) = contest.contestants.items()
+        if preset.batch_size > holds[name]:
+            return {"contestants": {}, "failed": {name: "out of memory"}, "notes": ["12 layers"]}
+        rate = dict(zip(("median", "min", "max"), rates[name], strict=True))
+        return {"contestants": {name: {"tokens_per_second": rate}}, "failed": {}, "notes": ["12 layers"]}
 
-    monkeypatch.setattr(train, "time_alone", alone)
-    spec = {"target": "tests.benchmarks.contestants:Counter"}
-    preset = dataclasses.replace(TINY, batch_size=12)
-    found = train.with_largest_batch("gpt_jax", spec, preset, 24, MACHINE, 1)
-    assert found == ("batch 16: out of memory" if largest is None else {"how": {"batch": largest}})
+    monkeypatch.setattr(train, "time_training", timed)
+    monkeypatch.setattr(train, "TARGET", "tests.benchmarks.contestants:Counter")
+    counter = {"target": "tests.benchmarks.contestants:Counter"}
+    monkeypatch.setattr(train, "THEIRS", {name: counter for name in train.PYTORCH})  # noqa: C420
+    results = Results(tmp_path / "machine.json", MACHINE)
+    train.run_largest(results, MACHINE, 3)
+    assert results.rows == {}
+    train.run_largest(results, {**MACHINE, "platform": "gpu"}, 3)
+    assert list(results.rows) == [f"train/gpt2-batch-{batch}" for batch in (24, 48, 96)]
+    found = [(list(row["contestants"]), row.get("times_as_fast")) for row in results.rows.values()]
+    ratio = {"over": "pytorch, eager", "median": 2.0, "min": 1.5, "max": 3.0}
+    assert found == [(["gpt_jax", "pytorch, eager"], ratio), (["gpt_jax"], None), ([], None)]
+    assert results.rows["train/gpt2-batch-48"]["failed"] == dict.fromkeys(train.PYTORCH, "out of memory")
 
 
 def test_no_parity_is_one_line() -> None:
-    ours = parity.Computed({"a": np.ones(3)}, np.array([2.0, 1.0]))
-    theirs = parity.Computed({"a": np.array([1.0, 1.0, 1.001])}, np.array([2.0, 1.0]))
+    ours = {"a": np.ones(3)}, [2.0, 1.0]
+    theirs = {"a": np.array([1.0, 1.0, 1.001])}, [2.0, 1.0]
     differences = parity.compare(ours, theirs)
     assert differences["gradients"] == pytest.approx(1e-3 / 3**0.5, rel=1e-3)
-    parity.check(differences, "bfloat16", "ours and theirs")
-    with pytest.raises(UserError, match=r"ours and theirs do not compute the same.*gradients differ by 5.8e-04"):
-        parity.check(differences, "float32", "ours and theirs")
-    nothing = parity.Computed({"a": np.full(3, np.nan)}, np.array([np.nan, 1.0]))
+    parity.check(differences, parity.TOLERANCES["bfloat16"], "theirs")
+    with pytest.raises(UserError, match=r"gpt_jax and theirs do not compute the same.*gradients differ by 5.8e-04"):
+        parity.check(differences, parity.TOLERANCES["float32"], "theirs")
+    nothing = {"a": np.full(3, np.nan)}, [np.nan, 1.0]
     with pytest.raises(UserError, match="loss differ by nan"):
-        parity.check(parity.compare(nothing, theirs), "float32", "ours and theirs")
+        parity.check(parity.compare(nothing, theirs), parity.TOLERANCES["float32"], "theirs")
 
 
 def test_a_nan_or_a_gradient_of_one_side_only_is_no_parity() -> None:
-    losses = np.array([2.0, 1.0])
-    ours = parity.Computed({"a": np.ones(3), "b": np.ones(3)}, losses)
-    nan = parity.Computed({"a": np.ones(3), "b": np.array([1.0, np.nan, 1.0])}, losses)
+    losses = [2.0, 1.0]
+    ours = {"a": np.ones(3), "b": np.ones(3)}, losses
+    nan = {"a": np.ones(3), "b": np.array([1.0, np.nan, 1.0])}, losses
     for pair in ((ours, nan), (nan, ours)):
         with pytest.raises(UserError, match="gradients differ by nan"):
-            parity.check(parity.compare(*pair), "float32", "ours and theirs")
-    fewer = parity.Computed({"a": np.ones(3)}, losses)
+            parity.check(parity.compare(*pair), parity.TOLERANCES["float32"], "theirs")
+    fewer = {"a": np.ones(3)}, losses
     for pair in ((ours, fewer), (fewer, ours)):
         with pytest.raises(UserError, match="only one of the two has gradients of b"):
             parity.compare(*pair)
@@ -132,21 +136,17 @@ def test_all_contestants_compute_the_same(tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.parity
 @pytest.mark.slow
-def test_another_computation_is_not_timed(tmp_path: Path) -> None:
-    """An untied head, or other parameters, on one side only: a contest that must not take place."""
+def test_another_computation_is_not_timed() -> None:
+    """Other parameters on one side only: a contest that must not take place."""
     pytest.importorskip("torch")
     from benchmarks.worker import Worker
 
     preset = Preset("tiny", small(2, 2, 32, 16, "float32"), 4, 2)
-    parameters = str(tmp_path / "parameters.npz")
-    with Worker("benchmarks.ours:Training", preset=preset.spec()) as ours:
-        ours.ask("write_parameters", path=parameters)
-        computed = parity.compute(ours, tmp_path)
-    with np.load(parameters) as file:
-        arrays = dict(file)
-    arrays["layers/mlp/up/kernel"] *= 1.01
-    np.savez(parameters, **arrays)
-    with Worker("benchmarks.theirs:Training", preset=preset.spec(), parameters=parameters) as theirs:
-        differences = parity.compare(computed, parity.compute(theirs, tmp_path))
+    with Worker("benchmarks.ours:Training", preset=preset) as ours:
+        parameters = ours.ask("initial")
+        computed = ours.ask("compute", parameters=parameters, steps=parity.STEPS)
+    parameters["layers/mlp/up/kernel"] = 1.01 * parameters["layers/mlp/up/kernel"]
+    with Worker("benchmarks.theirs:Training", preset=preset) as theirs:
+        others = theirs.ask("compute", parameters=parameters, steps=parity.STEPS)
     with pytest.raises(UserError, match="gradients differ"):
-        parity.check({"gradients": differences["gradients"]}, "float32", "they")
+        parity.check({"gradients": parity.compare(computed, others)["gradients"]}, parity.TOLERANCES["float32"], "they")

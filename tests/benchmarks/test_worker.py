@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from benchmarks import worker
-from benchmarks.contest import take_turns
+from benchmarks.contest import Contest
 from benchmarks.measure import ratios, spread
 from benchmarks.results import Results
 from benchmarks.worker import FailedError, OutOfTimeError, Worker
@@ -55,20 +55,26 @@ def test_one_that_takes_too_long_is_ended(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_turns_alternate_and_who_fails_is_out() -> None:
     order: list[str] = []
-    workers = {"a": Worker(COUNTER, start=0), "b": Worker(COUNTER, start=10), "c": Worker(COUNTER, start=20)}
-    failed: dict[str, str] = {}
 
     def ask(asked: Worker) -> int:
-        fails = asked is workers.get("b") and len(order) > 3
+        fails = asked is b and len(order) > 3
         return int(asked.ask("fail" if fails else "next"))
 
-    answers = take_turns(workers, 3, ask, lambda turn, name, _: order.append(f"{name}{turn}"), failed)
-    for each in workers.values():
-        each.close()
+    with Contest(needs="a") as contest:
+        _, b, _ = (contest.add(name, COUNTER, start=start) for name, start in (("a", 0), ("b", 10), ("c", 20)))
+        answers = contest.turns(3, ask, lambda turn, name, _: order.append(f"{name}{turn}"))
     assert answers == {"a": [1, 2, 3], "c": [21, 22, 23]}
     assert order == ["a0", "b0", "c0", "c1", "a1", "a2", "c2"]
-    assert list(failed) == ["b"]
-    assert list(workers) == ["a", "c"]
+    assert list(contest.failed) == ["b"]
+    assert list(contest.contestants) == ["a", "c"]
+
+
+def test_there_is_no_contest_without_the_one_that_is_needed() -> None:
+    with Contest(needs="a") as contest:
+        contest.add("a", COUNTER, start=0)
+        contest.add("b", COUNTER, start=0)
+        with pytest.raises(FailedError, match=r"^a failed: MemoryError: out of memory:$"):
+            contest.once("fail")
 
 
 def test_results_are_kept_row_by_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -137,7 +143,6 @@ def test_a_row_that_fails_is_a_line_and_the_next_has_its_turn(
 def test_the_whole_rounds_until_the_deadline_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """In the third round a contestant does not answer any more, and the time is over while it is waited for."""
     monkeypatch.setattr(worker, "GRACE_SECONDS", 0.5)
-    counters = {"a": Worker(COUNTER, start=0), "b": Worker(COUNTER, start=10)}
     asked: list[str] = []
 
     def ask(counter: Worker) -> int:
@@ -146,13 +151,15 @@ def test_the_whole_rounds_until_the_deadline_count(monkeypatch: pytest.MonkeyPat
             monkeypatch.setattr(worker, "deadline", time.monotonic())
         return int(counter.ask("sleep" if asked[-1] else "next"))
 
-    failed: dict[str, str] = {}
-    assert take_turns(counters, 9, ask, lambda *_: None, failed) == {"a": [1, 2], "b": [11, 12]}
-    assert failed == {}
-    with pytest.raises(OutOfTimeError):
-        take_turns({"c": Worker(COUNTER, start=0)}, 1, lambda counter: counter.ask("sleep"), lambda *_: None, failed)
-    for counter in counters.values():
-        counter.close()
+    with Contest() as contest:
+        contest.add("a", COUNTER, start=0)
+        contest.add("b", COUNTER, start=10)
+        assert contest.turns(9, ask) == {"a": [1, 2], "b": [11, 12]}
+        assert contest.failed == {}
+    with Contest() as contest:
+        contest.add("c", COUNTER, start=0)
+        with pytest.raises(OutOfTimeError):
+            contest.once("sleep")
 
 
 @pytest.mark.slow

@@ -1,11 +1,14 @@
-"""Commands of gpt_jax by themselves, run as a user starts them: python -m benchmarks startup, and prepare."""
+"""How fast `gpt_jax prepare` is, and how much memory it takes: python -m tests.benchmarks.preparing [GIB]
+
+Of so much text (default: 1 GiB), with the default tokenizer, run as a user starts it; and SentencePiece alone. Writes
+benchmarks/results/prepare.json; `test_memory` holds the memory within bounds.
+"""
 
 import contextlib
 import json
 import platform
 import random
 import resource
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -13,45 +16,43 @@ import time
 from pathlib import Path
 
 from benchmarks.machine import cpu_name
-from benchmarks.measure import memory_of, run_command, seconds_of
-from benchmarks.results import Row
-from benchmarks.worker import FailedError
+from benchmarks.measure import memory_of, seconds_of
+from benchmarks.results import FOLDER, Row
+from gpt_jax.files import save_json
 from gpt_jax.system import available_cores
 
 
-def startup(rounds: int, text: Path | None) -> Row:
-    """Seconds from starting train.py with configs/shakespeare_char_cpu.py to the end of its first step: cold, with an
-    empty compile cache, and warm, with the one that the cold start filled. text: in place of tiny Shakespeare."""
-    seconds: dict[str, list[float]] = {"cold": [], "warm": []}
-    with tempfile.TemporaryDirectory() as folder:
-        data = f"{folder}/data"
-        run_command("-m", "gpt_jax", "prepare", str(text or "shakespeare"), "--out", data, "--model-type", "char")
-        train = ("train.py", "configs/shakespeare_char_cpu.py", f"--data.dir={data}")
-        for turn in range(rounds):
-            cache = {"JAX_COMPILATION_CACHE_DIR": f"{folder}/cache-{turn}"}
-            for kind, values in seconds.items():
-                out = f"--out-dir={folder}/{kind}-{turn}"
-                values.append(run_command(*train, out, environment=cache, until="first step:").lines[-1][0])
-                print(f"round {turn + 1}: {kind} {values[-1]:.1f} s", flush=True)
-    return {"seconds": seconds, "medians": {kind: statistics.median(values) for kind, values in seconds.items()}}
-
-
-def prepare(gib: float) -> Row:
-    """How fast `prepare` of so much text is, and how much memory it takes, against SentencePiece alone."""
+def main(gib: float) -> None:
+    """Measures, and writes the results."""
     with tempfile.TemporaryDirectory() as folder:
         corpus, out = Path(folder, "corpus.jsonl"), Path(folder, "out")
         write_corpus(corpus, int(gib * 2**30))
-        prepared = run_prepare(corpus, out)
+        prepared = prepare(corpus, out)
         alone = run_sentencepiece(corpus, out / "tokenizer.model")
-    for name, row in (("prepare", prepared), ("SentencePiece alone, encoding", alone)):
-        print(f"{name}: {row['mb_per_second']:.1f} MB/s, {row['tokens_per_second']:,.0f} tokens/s", flush=True)
-    return {
-        "command": f"python -m benchmarks prepare --gib {gib:g}",
+    row: Row = {
         "machine": {"cpu": cpu_name(), "cores": available_cores(), "python": platform.python_version()},
         "prepare": prepared,
         "sentencepiece_alone_on_one_core": alone,
         "times_as_fast": prepared["tokens_per_second"] / alone["tokens_per_second"],
     }
+    row["table"] = table(row)
+    for line in row["table"]:
+        print(": ".join(filter(None, line)))
+    save_json(FOLDER / "prepare.json", row)
+
+
+def table(row: Row) -> list[tuple[str, str]]:
+    """The cells of the table in docs/speed.md."""
+    found, alone = row["prepare"], row["sentencepiece_alone_on_one_core"]
+    rate = f"{found['mb_per_second']:.1f} MB/s, {found['tokens_per_second'] / 1e6:.1f} million tokens/s"
+    title = f"`prepare` of {found['text_bytes'] / 2**30:.1f} GiB of text (`python -m tests.benchmarks.preparing`)"
+    return [
+        (title, ""),
+        ("time", f"{found['seconds']:.0f} s: {rate}"),
+        ("cores busy, reading twice included", f"{found['cores_busy']:.2f} of {row['machine']['cores']}"),
+        ("memory at most, all processes", f"{found['peak_mib_all_processes']:.0f} MiB"),
+        ("SentencePiece alone on one core", f"{alone['tokens_per_second'] / 1e6:.1f} million tokens/s"),
+    ]
 
 
 def write_corpus(path: Path, n_bytes: int) -> None:
@@ -74,7 +75,7 @@ def write_corpus(path: Path, n_bytes: int) -> None:
                 f.write(json.dumps({"text": " ".join(words)}) + "\n")
 
 
-def run_prepare(corpus: Path, out: Path) -> dict[str, float]:
+def prepare(corpus: Path, out: Path) -> dict[str, float]:
     """Runs `prepare` as a process; every 0.1 s the memory of it and of its workers is added up."""
     from gpt_jax.data.shards import load_meta
 
@@ -87,7 +88,7 @@ def run_prepare(corpus: Path, out: Path) -> dict[str, float]:
         time.sleep(0.1)
     seconds = time.perf_counter() - begin
     if process.returncode:
-        raise FailedError(f"prepare ended with status {process.returncode}")
+        raise subprocess.CalledProcessError(process.returncode, process.args)
     after, meta = resource.getrusage(resource.RUSAGE_CHILDREN), load_meta(out)
     cpu_seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return {
@@ -130,3 +131,7 @@ def rates(seconds: float, text_bytes: int, tokens: int) -> dict[str, float]:
     """What was tokenised in that time, and how fast."""
     per_second = {"mb_per_second": text_bytes / 1e6 / seconds, "tokens_per_second": tokens / seconds}
     return {"seconds": seconds, "text_bytes": text_bytes, "tokens": tokens, **per_second}
+
+
+if __name__ == "__main__":
+    main(float(sys.argv[1]) if len(sys.argv) > 1 else 1.0)

