@@ -16,7 +16,7 @@ from benchmarks.worker import Worker  # noqa: E402
 from gpt_jax.config import ModelConfig  # noqa: E402
 from gpt_jax.errors import UserError  # noqa: E402
 
-pytestmark = pytest.mark.parity
+pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("quick_contestants")]
 
 TINY = ModelConfig(vocab_size=128, context_length=256, n_layer=2, n_head=2, d_model=32, dtype="float32")
 MACHINE = {"platform": "cpu", "versions": {}, "flags": {}, "name": "test"}

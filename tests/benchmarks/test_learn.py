@@ -15,7 +15,7 @@ pytest.importorskip("torch")
 
 from benchmarks import learn, recipe
 
-pytestmark = [pytest.mark.parity, pytest.mark.slow]
+pytestmark = [pytest.mark.parity, pytest.mark.slow, pytest.mark.usefixtures("quick_contestants")]
 
 ADAMW = OptimizerConfig(learning_rate=1e-3, warmup_steps=5, beta2=0.99)
 PRESET = Preset("learn", small(1, 2, 16, 16, "auto"), 4, 30, optimizer=ADAMW, schedule_steps=30)

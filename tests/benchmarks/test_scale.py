@@ -10,6 +10,8 @@ from benchmarks.presets import Preset
 from benchmarks.results import Results
 from gpt_jax.config import ModelConfig
 
+pytestmark = pytest.mark.usefixtures("quick_contestants")
+
 TINY = ModelConfig(
     vocab_size=16, context_length=8, n_layer=1, n_head=1, d_model=8, bias=False, dtype="float32", attention="xla"
 )

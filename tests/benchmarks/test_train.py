@@ -18,6 +18,8 @@ from gpt_jax.config import DTypeName, ModelConfig
 from gpt_jax.errors import UserError
 from tests.commands import ROOT
 
+pytestmark = pytest.mark.usefixtures("quick_contestants")
+
 MACHINE: dict[str, Any] = {"platform": "cpu", "cores": 2, "devices": 1, "versions": {}, "flags": {}}
 WITH_BIASES = ModelConfig(vocab_size=97, context_length=16, n_layer=2, n_head=2, d_model=32, dtype="float32")
 TINY = Preset("tiny", WITH_BIASES, 4, 2, hugging_face=True)

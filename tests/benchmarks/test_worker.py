@@ -19,6 +19,8 @@ from benchmarks.worker import FailedError, OutOfTimeError, Worker
 from gpt_jax.errors import UserError
 from tests.commands import ROOT
 
+pytestmark = pytest.mark.usefixtures("quick_contestants")
+
 COUNTER = "tests.benchmarks.contestants:Counter"
 
 
