@@ -28,10 +28,11 @@ TINY = [
 """Flags of a model that trains in milliseconds, on any prepared data."""
 
 
-def start(*args: object) -> subprocess.Popen[str]:
-    """Starts `gpt-jax ARGS`."""
+def start(*args: object, first: str = "") -> subprocess.Popen[str]:
+    """Starts `gpt-jax ARGS`, after the statement `first`, which may change a constant."""
+    program = ("-c", f"{first}; from gpt_jax.cli.main import run; run()") if first else ("-m", "gpt_jax")
     return subprocess.Popen(
-        [sys.executable, "-m", "gpt_jax", *map(str, args)],
+        [sys.executable, *program, *map(str, args)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,10 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="gpt_jax-tests-")
     os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+
+# Threads of OpenMP, which are torch's, spin while they wait for each other. Where several processes share the cores,
+# they wait for long: 2,400 small products took 20 seconds of two cores beside two busy processes, and 1.2 like this.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import jax
 
@@ -50,10 +55,20 @@ def quick_compilation() -> None:
     """XLA:CPU leaves out LLVM's optimisations in the processes of the tests, where a program runs a few times only:
     compiling takes nine tenths of their time, and a third as long like this.
 
-    Commands in processes of their own compile as a user's do; so does everything with JAX_DISABLE_MOST_OPTIMIZATIONS=0.
+    Commands in processes of their own compile as a user's do, but for the modules that use `quick_commands`; so does
+    everything with JAX_DISABLE_MOST_OPTIMIZATIONS=0.
     """
     if "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ and jax.default_backend() == "cpu":
         jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture(scope="module")
+def quick_commands() -> Iterator[None]:
+    """Commands in processes of their own compile as quickly as the processes of the tests, in a module that uses this:
+    for commands that compile for longer than they compute."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS", "1"))
+        yield
 
 
 @pytest.fixture

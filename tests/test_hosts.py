@@ -6,7 +6,6 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +14,10 @@ import pytest
 from gpt_jax import hosts
 from tests.commands import TINY, records, refused, refused_here, run, run_here, start
 
+pytestmark = pytest.mark.usefixtures("quick_commands")
+
 ARGS = [
     *TINY,
-    "--model.n-layer=2",
     "--model.no-bias",  # The gradient of a key's bias is rounding alone, which Adam would blow up.
     "--model.vocab-multiple=8",
     "--optimizer.eps=1e-4",
@@ -27,24 +27,16 @@ MESH_2 = ["--parallel.devices=2", "--parallel.fsdp=2", "--parallel.tensor=2"]  #
 CONTEXT_2 = ["--parallel.devices=2", "--parallel.context=4"]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation_of_hosts() -> Iterator[None]:
-    """Each host compiles what it runs for a few steps, and none shares it: as quickly as the processes of the tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS", "1"))
-        yield
-
-
 def free_port() -> int:
     with socket.socket() as s:
         s.bind(("localhost", 0))
         return int(s.getsockname()[1])
 
 
-def start_hosts(n: int, *args: object) -> list[subprocess.Popen[str]]:
-    """Starts `gpt-jax train ARGS` on n hosts."""
-    coordinator = f"--coordinator=localhost:{free_port()}"
-    return [start("train", *ARGS, *args, coordinator, f"--n-hosts={n}", f"--host-id={i}") for i in range(n)]
+def start_hosts(n: int, *args: object, first: str = "") -> list[subprocess.Popen[str]]:
+    """Starts `gpt-jax train ARGS` on n hosts, on each after the statement `first`."""
+    args = ("train", *ARGS, *args, f"--coordinator=localhost:{free_port()}", f"--n-hosts={n}")
+    return [start(*args, f"--host-id={i}", first=first) for i in range(n)]
 
 
 def finish(processes: list[subprocess.Popen[str]], status: int = 0) -> list[str]:
@@ -112,15 +104,16 @@ def test_a_signal_to_one_host_saves_and_ends_all(tiny_data: Path, tmp_path: Path
 @pytest.mark.slow
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_host_that_dies_ends_the_others(tiny_data: Path, tmp_path: Path, killed: int) -> None:
-    """Soon, with a message that says so, and what was saved is whole."""
-    out = tmp_path / "run"
+    """Soon, with a message that says so, and what was saved is whole. A missing heartbeat counts sooner than in use."""
+    out, heartbeat = tmp_path / "run", hosts.HEARTBEAT_SECONDS // 3
+    shorter = f"from gpt_jax import hosts; hosts.HEARTBEAT_SECONDS = {heartbeat}"
     args = [f"--data.dir={tiny_data}", f"--out-dir={out}", "--train.steps=1000000", "--train.checkpoint-every=2"]
-    processes = start_hosts(2, *args, "--train.eval-every=0")
+    processes = start_hosts(2, *args, "--train.eval-every=0", first=shorter)
     wait_for_steps(out, 5)
     processes[killed].kill()
     begin = time.monotonic()
     _, err = processes[1 - killed].communicate(timeout=2 * hosts.HEARTBEAT_SECONDS)
-    assert time.monotonic() - begin < hosts.HEARTBEAT_SECONDS + 10
+    assert time.monotonic() - begin < heartbeat + 10
     assert processes[1 - killed].returncode not in (0, None)
     assert "another host has gone" in err or "another task died" in err
     assert "Traceback" not in err

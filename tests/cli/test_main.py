@@ -18,6 +18,8 @@ from gpt_jax.cli.parse import default_config_path
 from gpt_jax.cli.train import train_arguments
 from tests.commands import ROOT, TINY, records, refused, refused_here, run, run_here, start
 
+pytestmark = pytest.mark.usefixtures("quick_commands")
+
 
 @pytest.fixture(scope="module")
 def trained(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from gpt_jax.errors import UserError
-from gpt_jax.interop.hub import find_model
+from gpt_jax.interop.hub import TIMEOUT, find_model
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FILES = {
@@ -88,12 +88,12 @@ def hub() -> Iterator[str]:
     server.server_close()
 
 
-def find(cache: Path, name: str, hub: str, **environment: str) -> str:
+def find(cache: Path, name: str, hub: str, timeout: float = TIMEOUT, **environment: str) -> str:
     """What find_model gives, or the line that it tells the user, in a process of its own, as huggingface_hub reads the
     environment once."""
     program = (
-        "import sys\nfrom gpt_jax.errors import UserError\nfrom gpt_jax.interop.hub import find_model\n"
-        "try:\n    print(find_model(sys.argv[1]))\nexcept UserError as e:\n    print(f'UserError: {e}')\n"
+        f"import sys\nfrom gpt_jax.errors import UserError\nfrom gpt_jax.interop import hub\nhub.TIMEOUT = {timeout}\n"
+        "try:\n    print(hub.find_model(sys.argv[1]))\nexcept UserError as e:\n    print(f'UserError: {e}')\n"
     )
     inherited = {
         key: value for key, value in os.environ.items() if not key.startswith("HF_") and "proxy" not in key.lower()
@@ -183,7 +183,7 @@ class TestHub:
             server.bind(("127.0.0.1", 0))
             server.listen()
             port = server.getsockname()[1]
-            told = find(tmp_path, "gpt2", f"http://127.0.0.1:{port}")
+            told = find(tmp_path, "gpt2", f"http://127.0.0.1:{port}", timeout=2.0)
         assert told == f"{CANNOT} http://127.0.0.1:{port} (timed out)"
 
     def test_offline_mode(self, tmp_path: Path, hub: str) -> None:

@@ -49,7 +49,8 @@ def test_a_window_is_the_last_tokens(rng: np.random.Generator, n_groups: int, wi
     seen = (s <= t) & ((t - s < window) | (window == 0))
     expected = reference(np.asarray(q), np.asarray(k), np.asarray(v), seen[None])
     for attend in (causal_by_mask, causal_by_blocks):
-        np.testing.assert_allclose(attend(q, k, v, window, 0.0, None), expected, atol=1e-5)
+        ours = jax.jit(attend, static_argnums=(3, 4))(q, k, v, window, 0.0, None)
+        np.testing.assert_allclose(ours, expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("window", [0, 30, 100])
@@ -72,8 +73,9 @@ def test_blocks_equal_the_full_mask(rng: np.random.Generator, T: int, window: in
 def test_splash_kernel_equals_the_full_mask(rng: np.random.Generator, n_groups: int, window: int) -> None:
     """The TPU kernel, interpreted on CPU."""
     q, k, v = random_qkv(rng, 1, 256, 4, n_groups, 64)
-    splash = causal_by_splash(q, k, v, window, interpret=True)
-    np.testing.assert_allclose(splash, causal_by_mask(q, k, v, window, 0.0, None), rtol=1e-4, atol=1e-5)
+    splash = jax.jit(lambda q, k, v: causal_by_splash(q, k, v, window, interpret=True))(q, k, v)
+    full = jax.jit(lambda q, k, v: causal_by_mask(q, k, v, window, 0.0, None))(q, k, v)
+    np.testing.assert_allclose(splash, full, rtol=1e-4, atol=1e-5)
 
 
 def test_a_token_sees_no_later_one(rng: np.random.Generator) -> None:

@@ -22,6 +22,10 @@ batches = st.integers(1, 4).flatmap(
 )
 
 
+top_k = jax.jit(keep_top_k, static_argnames="k")
+top_p = jax.jit(keep_top_p)
+
+
 def softmax(x: np.ndarray) -> np.ndarray:
     e = np.exp(x.astype(np.float64) - x.max())
     return e / e.sum()
@@ -39,7 +43,7 @@ def by_row(reference: Callable[[np.ndarray], set[int]], logits: np.ndarray) -> n
 @given(batches, st.integers(1, 20))
 def test_top_k(logits: np.ndarray, k: int) -> None:
     expected = by_row(lambda row: set(np.argsort(-row)[:k]), logits)
-    np.testing.assert_array_equal(keep_top_k(jnp.asarray(logits), k), expected)
+    np.testing.assert_array_equal(top_k(jnp.asarray(logits), k), expected)
 
 
 @pytest.mark.parametrize("k", [1, 7, 50, 999, 1000])
@@ -80,7 +84,7 @@ def test_top_p(logits: np.ndarray, p: float) -> None:
 
     sums = np.cumsum(np.sort(softmax(logits[0]))[::-1])
     if np.min(np.abs(sums - p)) > 1e-5:
-        np.testing.assert_array_equal(keep_top_p(jnp.asarray(logits), p), by_row(reference, logits))
+        np.testing.assert_array_equal(top_p(jnp.asarray(logits), p), by_row(reference, logits))
 
 
 @given(batches, st.floats(0.01, 1))

@@ -28,6 +28,7 @@ CONFIG = dataclasses.replace(
 )
 MODEL = GPT(CONFIG)
 GREEDY = Filters(temperature=0)
+HOT = Filters(temperature=1.5)  # The same wherever texts are drawn, since other filters are another program.
 
 
 @pytest.fixture(scope="module")
@@ -102,18 +103,17 @@ def test_padding_of_the_vocabulary_changes_nothing(params: Params) -> None:
 
 
 def test_same_seed_same_text_and_another_seed_another(params: Params) -> None:
-    hot = Filters(temperature=1.5)
-    [a], [b], [c] = (run(params, "Once", filters=hot, seed=seed) for seed in (7, 7, 8))
+    [a], [b], [c] = (run(params, "Once", filters=HOT, seed=seed) for seed in (7, 7, 8))
     assert a == b
     assert a.tokens != c.tokens
-    first, second = run(params, "Once", filters=hot, num_samples=2)
+    first, second = run(params, "Once", filters=HOT, num_samples=2)
     assert first.tokens != second.tokens
 
 
 def test_what_is_streamed_is_the_text(params: Params) -> None:
     """Pieces concatenate to the text, and none of them holds a part of a character that was still arriving."""
     pieces: dict[int, list[str]] = {0: [], 1: []}
-    settings = Settings(max_new_tokens=60, filters=Filters(temperature=1.0))
+    settings = Settings(max_new_tokens=60, filters=HOT)
     results = generate(
         MODEL, params, TOKENIZER, ["x", "生成"], settings, on_text=lambda row, text: pieces[row].append(text)
     )
@@ -123,7 +123,7 @@ def test_what_is_streamed_is_the_text(params: Params) -> None:
 
 
 def test_stop_strings_end_the_text_and_are_not_part_of_it(params: Params) -> None:
-    settings = {"filters": Filters(temperature=1.2), "n": 80, "seed": 1}
+    settings = {"filters": HOT, "n": 80, "seed": 1}
     [whole] = run(params, "Stop", **settings)  # type: ignore[arg-type]
     stop = whole.text[20:23]
     expected = whole.text[: whole.text.index(stop)]
@@ -133,7 +133,7 @@ def test_stop_strings_end_the_text_and_are_not_part_of_it(params: Params) -> Non
         params,
         TOKENIZER,
         ["Stop"],
-        Settings(80, 1, (stop, "never in it"), Filters(temperature=1.2)),
+        Settings(80, 1, (stop, "never in it"), HOT),
         on_text=lambda row, text: pieces.append(text),
     )
     assert (result.text, result.finish_reason) == (expected, "stop")
@@ -188,8 +188,7 @@ def test_programs_are_compiled_once_a_bucket(params: Params) -> None:
 
 def test_a_long_row_that_has_ended_does_not_slow_the_others(params: Params, monkeypatch: pytest.MonkeyPatch) -> None:
     """It does not fill the context of the batch: one prefill, and one more when the first row ends."""
-    hot = Filters(temperature=1.5)
-    decoder = decoder_for(MODEL, hot, TOKENIZER.vocab_size)
+    decoder = decoder_for(MODEL, HOT, TOKENIZER.vocab_size)
     prefills: list[int] = []
     prefill = decoder.prefill
 
@@ -198,9 +197,9 @@ def test_a_long_row_that_has_ended_does_not_slow_the_others(params: Params, monk
         return prefill(*args, **kwargs)
 
     monkeypatch.setattr(decoder, "prefill", counted)
-    [whole] = run(params, "x" * 50, n=40, filters=hot)
+    [whole] = run(params, "x" * 50, n=40, filters=HOT)
     prefills.clear()
-    long, short = run(params, "x" * 50, "a", n=40, filters=hot, stop=(whole.text[:8],))
+    long, short = run(params, "x" * 50, "a", n=40, filters=HOT, stop=(whole.text[:8],))
     assert long.finish_reason == "stop"
     assert len(short.tokens) == 40
     assert len(prefills) <= 2

@@ -87,25 +87,26 @@ def assert_same(ours: tuple[TrainState, list[StepMetrics]], expected: tuple[Trai
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), ours, expected)
 
 
-@pytest.fixture(scope="module", params=MODELS)
-def alone(request: pytest.FixtureRequest) -> tuple[ModelConfig, tuple[TrainState, list[StepMetrics]]]:
-    """A model, and what becomes of it on one device."""
-    config = MODELS[request.param]
-    return config, Run(config, placement(None, config, n_devices=1)).train()
+@functools.cache
+def trained_alone(config: ModelConfig) -> tuple[TrainState, list[StepMetrics]]:
+    """What becomes of a model on one device. Not to be called with kernels that are patched."""
+    return Run(config, placement(None, config, n_devices=1)).train()
 
 
 @pytest.mark.parametrize("mesh", [*MESHES, None], ids=str)
+@pytest.mark.parametrize("name", MODELS)
 def test_every_mesh_and_pmap_agree_with_one_device(
-    alone: Any, mesh: tuple[int, int, int, int] | None, monkeypatch: pytest.MonkeyPatch
+    name: str, mesh: tuple[int, int, int, int] | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, expected = alone
+    config = MODELS[name]
+    expected = trained_alone(config)
     if mesh and mesh[2] > 1:
         monkeypatch.setattr("gpt_jax.model.kernels.QUERY_BLOCK", 6)  # Several, of which the last is not whole.
     run = Run(config, placement(mesh, config))
+    first = jax.device_get(run.state.params["tokens_VD"])
     ours = run.train()
     assert_same(ours, expected)
     assert str(run.on).startswith("pmap" if mesh is None else "mesh")
-    first = jax.device_get(run.first_state()).params["tokens_VD"]
     assert not np.allclose(ours[0].params["tokens_VD"], first, atol=1e-3)  # Something was learnt.
 
 
@@ -113,18 +114,12 @@ def test_every_mesh_and_pmap_agree_with_one_device(
 @pytest.mark.parametrize(("remat", "unroll"), [("none", True), ("full", False), ("dots", True)])
 def test_microbatches_dropout_and_rematerialisation_agree(remat: Any, unroll: bool) -> None:
     config = dataclasses.replace(GPT2, dropout=0.2)
-    expected = Run(config, placement(None, config, n_devices=1)).train()
     other = dataclasses.replace(config, remat=remat, unroll=unroll)
-    assert_same(Run(other, placement((2, 2, 1, 2), other)).train(n_micro=2), expected)
-    of_parts = dataclasses.replace(other, attention="xla")  # The one that drops weights where sequences are divided.
-    assert_same(Run(of_parts, placement((1, 2, 2, 2), of_parts)).train(n_micro=2), expected_of_xla(config))
-
-
-@functools.cache
-def expected_of_xla(config: ModelConfig) -> tuple[TrainState, list[StepMetrics]]:
-    """What becomes of a model on one device that draws the weights to drop of all queries at one time."""
-    config = dataclasses.replace(config, attention="xla")
-    return Run(config, placement(None, config, n_devices=1)).train()
+    assert_same(Run(other, placement((2, 2, 1, 2), other)).train(n_micro=2), trained_alone(config))
+    # The one that drops weights where sequences are divided. It draws those of all queries at one time.
+    of_parts = dataclasses.replace(other, attention="xla")
+    expected = trained_alone(dataclasses.replace(config, attention="xla"))
+    assert_same(Run(of_parts, placement((1, 2, 2, 2), of_parts)).train(n_micro=2), expected)
 
 
 @pytest.mark.slow
@@ -134,7 +129,7 @@ def test_windows_and_norms_of_heads_agree(
     mesh: tuple[int, int, int, int], unroll: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = dataclasses.replace(GEMMA, unroll=unroll)
-    expected = Run(config, placement(None, config, n_devices=1)).train()
+    expected = trained_alone(config)
     if mesh[2] > 1:
         monkeypatch.setattr("gpt_jax.model.kernels.QUERY_BLOCK", 3)
     assert_same(Run(config, placement(mesh, config)).train(), expected)
@@ -248,7 +243,7 @@ def test_devices_of_several_hosts_or_slices_are_taken_in_order() -> None:
 def test_adapters_agree() -> None:
     """Those of all matrices, beside a base that is divided, too."""
     config = dataclasses.replace(LLAMA, lora=LoraConfig(rank=4))
-    base = jax.device_get(init_params(GPT(LLAMA), jax.random.key(1)))
+    base = jax.device_get(tiny.initial_params(LLAMA))
 
     def train(mesh: tuple[int, int, int, int] | None) -> tuple[TrainState, list[StepMetrics]]:
         run = Run(config, placement(mesh, config, n_devices=1))
@@ -317,10 +312,11 @@ def test_a_long_sequence_takes_each_device_a_part_of_the_memory(
     attention: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An eighth of its tokens is all that there is of it on a device, but for ids, and for keys and values."""
-    monkeypatch.setattr("gpt_jax.model.kernels.QUERY_BLOCK", 16)
     config = dataclasses.replace(LLAMA, context_length=1024, n_kv_head=8, d_head=8, d_ff=192, attention=attention)
     step = {}
     for name, mesh in {"whole": (1, 1, 1, 1), "parts": (1, 1, 8, 1)}.items():
+        if name == "parts":  # The whole has larger blocks, since each takes a part of a second to compile.
+            monkeypatch.setattr("gpt_jax.model.kernels.QUERY_BLOCK", 16)
         run = Run(config, placement(mesh, config))
         batch = run.on.split(Batch(np.zeros((1, 1025), np.int32)), 1)
         step[name] = run.step.lower(run.state, batch).compile()
@@ -358,7 +354,7 @@ def test_gradients_of_keys_are_added_up_in_float32(rng: np.random.Generator, mon
         return jax.grad(lambda *qkv: jnp.vdot(attend(*qkv), out).astype(jnp.float32), argnums=(1, 2))(*qkv)
 
     plain = functools.partial(causal_by_mask, window=0, dropout_rate=0, keys_B=None)
-    expected = gradients(plain, *(x.astype(jnp.float32) for x in (q, k, v)))
+    expected = jax.jit(functools.partial(gradients, plain))(*(x.astype(jnp.float32) for x in (q, k, v)))
     with jax.set_mesh(placement((1, 1, 8, 1), config).mesh):
         found = jax.jit(functools.partial(gradients, functools.partial(causal_attention, config=config)))(q, k, v)
     for ours, exact in zip(found, expected, strict=True):

@@ -22,6 +22,8 @@ from tests.commands import TINY, records, run, run_here, start
 
 STEPS = 300
 KILLS, KILLS_IN_CHECKPOINT = 10, 3
+NO_CHECKPOINTS = "--train.checkpoint-every=1000"
+"""None but after the last step, or after a signal: thirty take twice as long as the steps do."""
 
 
 def arguments(data: Path, out: Path) -> list[object]:
@@ -43,7 +45,7 @@ def arguments(data: Path, out: Path) -> list[object]:
 @pytest.fixture(scope="module")
 def uninterrupted(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "uninterrupted"
-    run("train", *arguments(tiny_data, out))
+    run("train", *arguments(tiny_data, out), NO_CHECKPOINTS)
     return out
 
 
@@ -152,7 +154,7 @@ def test_ten_times_killed_and_resumed_is_bit_for_bit_the_same(
         in_checkpoint += kind == "checkpoint" and ours.has_unfinished()
     assert kills >= KILLS
     assert in_checkpoint >= KILLS_IN_CHECKPOINT
-    run("train", *continued(tiny_data, runs[-1]))
+    run("train", *continued(tiny_data, runs[-1]), NO_CHECKPOINTS)
     for out in runs:
         assert_same(out, uninterrupted)
 
@@ -162,7 +164,7 @@ def test_a_signal_saves_and_ends_and_the_run_goes_on(
     tiny_data: Path, uninterrupted: Path, tmp_path: Path, signum: signal.Signals
 ) -> None:
     out = tmp_path / "stopped"
-    process = start("train", *arguments(tiny_data, out), "--train.checkpoint-every=1000")
+    process = start("train", *arguments(tiny_data, out), NO_CHECKPOINTS)
     assert kill_when(process, lambda: any(step >= 60 for step, *_ in losses(out)), signum)
     assert process.returncode == 128 + signum
     with Checkpoints(out / "checkpoints", read_only=True) as checkpoints:
@@ -175,8 +177,8 @@ def test_a_signal_saves_and_ends_and_the_run_goes_on(
 def test_resuming_on_another_number_of_devices(tiny_data: Path, uninterrupted: Path, tmp_path: Path) -> None:
     """Begun on two, ended on one: within 1e-5."""
     out = tmp_path / "moved"
-    process = start("train", *arguments(tiny_data, out))
-    assert kill_when(process, lambda: any(step >= 100 for step, *_ in losses(out)), signal.SIGTERM)
+    process = start("train", *arguments(tiny_data, out), NO_CHECKPOINTS)
+    assert kill_when(process, lambda: any(step >= 60 for step, *_ in losses(out)), signal.SIGTERM)
     run("train", "--resume", f"--out-dir={out}", "--parallel.devices=1")
     for ours, expected in zip(losses(out), losses(uninterrupted), strict=True):
         np.testing.assert_allclose(np.array(ours, float), np.array(expected, float), rtol=1e-5, atol=1e-5)

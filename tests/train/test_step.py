@@ -1,6 +1,8 @@
 """The step gives the same result on one device, on many, and in microbatches."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -66,15 +68,26 @@ def test_devices_and_microbatches_agree(one_device: Any, n_devices: int, n_micro
     assert not np.allclose(ours[0].params["tokens_VD"], run_init()["tokens_VD"], atol=1e-3)  # Something was learnt.
 
 
+@functools.cache
 def run_init() -> Any:
-    return init_state(GPT(CONFIG), make_optimizer(OPTIMIZER, STEPS), SEED).params
+    return jax.jit(lambda: init_state(GPT(CONFIG), make_optimizer(OPTIMIZER, STEPS), SEED).params)()
 
 
-def test_dropout_does_not_depend_on_devices_and_microbatches() -> None:
+def loss_and_grad_norm(loss: Callable[[Any], jax.Array], params: Any) -> tuple[jax.Array, jax.Array]:
+    """A loss of parameters, and the norm of its gradient."""
+
+    def compute(params: Any) -> tuple[jax.Array, jax.Array]:
+        value, grads = jax.value_and_grad(loss)(params)
+        return value, optax.tree.norm(grads)
+
+    return jax.jit(compute)(params)
+
+
+def test_dropout_does_not_depend_on_devices_and_microbatches(one_device: Any) -> None:
     config = dataclasses.replace(CONFIG, dropout=0.2)
     alone = run(1, 1, config)
     assert_same(run(2, 2, config), alone)
-    assert not np.allclose([m.loss for m in alone[1]], [m.loss for m in run(1)[1]], atol=1e-3)
+    assert not np.allclose([m.loss for m in alone[1]], [m.loss for m in one_device[1]], atol=1e-3)
 
 
 @pytest.mark.parametrize("forgotten", ["gradients", "everything"])
@@ -101,9 +114,9 @@ def test_gradient_accumulation_equals_the_gradient_of_the_mean_loss(one_device: 
         logits = forward(model, params, jnp.asarray(tokens[:, :-1])) @ params["tokens_VD"].T
         return optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(tokens[:, 1:])).mean()
 
-    loss, grads = jax.jit(jax.value_and_grad(mean_loss))(params)
+    loss, grad_norm = loss_and_grad_norm(mean_loss, params)
     np.testing.assert_allclose(one_device[1][0].loss, loss, rtol=1e-5)
-    np.testing.assert_allclose(one_device[1][0].grad_norm, optax.tree.norm(grads), rtol=1e-5)
+    np.testing.assert_allclose(one_device[1][0].grad_norm, grad_norm, rtol=1e-5)
 
 
 @pytest.mark.parametrize("n_devices", [1, 4])
@@ -114,10 +127,14 @@ def test_evaluation_counts_only_what_is_not_masked(rng: np.random.Generator, n_d
     mask = rng.random((8, 16)) < 0.5
     eval_step = placement.jit(make_eval_step(next_token, model, placement.axis_name), donate=False)
     total, count, _ = eval_step(params, placement.split(Batch(tokens, mask)))
-    logits = forward(model, params, jnp.asarray(tokens[:, :-1])) @ params["tokens_VD"].T
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(tokens[:, 1:]))
+
+    @jax.jit
+    def losses(params: Any) -> jax.Array:
+        logits = forward(model, params, jnp.asarray(tokens[:, :-1])) @ params["tokens_VD"].T
+        return optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(tokens[:, 1:]))
+
     assert int(count) == mask.sum()
-    np.testing.assert_allclose(total, np.sum(np.asarray(losses)[mask]), rtol=1e-5)
+    np.testing.assert_allclose(total, np.sum(np.asarray(losses(params))[mask]), rtol=1e-5)
 
 
 def some_targets(step: int) -> Batch:
@@ -128,17 +145,22 @@ def some_targets(step: int) -> Batch:
     return Batch(rng.integers(0, CONFIG.vocab_size, (BATCH, CONFIG.context_length + 1), dtype=np.int32), mask)
 
 
-def step_on(n_devices: int, n_micro: int, batch: Batch, objective: Objective = next_token) -> Any:
-    """The state before a step that follows another, and the state and metrics after it."""
+@functools.cache
+def first_step(n_devices: int, n_micro: int, objective: Objective) -> tuple[Placement, Any, TrainState]:
+    """A placement, a step on it, and the state after the step that comes first."""
     placement = Placement(jax.devices()[:n_devices])
     model, optimizer = GPT(CONFIG), make_optimizer(OPTIMIZER, STEPS)
     schedule = learning_rate_schedule(OPTIMIZER, STEPS)
     step = placement.jit(
         make_train_step(objective, model, optimizer, schedule, SEED, placement.axis_name), donate=False
     )
-    before, _ = step(
-        placement.make(lambda: init_state(model, optimizer, SEED)), placement.split(some_targets(0), n_micro)
-    )
+    state = placement.make(lambda: init_state(model, optimizer, SEED))
+    return placement, step, step(state, placement.split(some_targets(0), n_micro))[0]
+
+
+def step_on(n_devices: int, n_micro: int, batch: Batch, objective: Objective = next_token) -> Any:
+    """The state before a step that follows another, and the state and metrics after it."""
+    placement, step, before = first_step(n_devices, n_micro, objective)
     return jax.device_get((before, *step(before, placement.split(batch, n_micro))))
 
 
@@ -152,9 +174,9 @@ def test_only_targets_that_count_are_learnt() -> None:
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(batch.tokens[:, 1:]))
         return losses.mean(where=jnp.asarray(batch.mask))
 
-    loss, grads = jax.jit(jax.value_and_grad(mean_loss))(before.params)
+    loss, grad_norm = loss_and_grad_norm(mean_loss, before.params)
     np.testing.assert_allclose(metrics.loss, loss, rtol=1e-5)
-    np.testing.assert_allclose(metrics.grad_norm, optax.tree.norm(grads), rtol=1e-5)
+    np.testing.assert_allclose(metrics.grad_norm, grad_norm, rtol=1e-5)
     ours = step_on(2, 2, batch)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), ours, (before, after, metrics))
 
@@ -181,7 +203,7 @@ def test_what_an_objective_logs_is_divided_after_it_is_added_up() -> None:
             "mean_even": (jnp.sum(targets, where=even), n_even),
             "nothing": (jnp.float32(0), jnp.float32(0)),
         }
-        return next_token(model, params, batch, keys_B)._replace(logged=logged)
+        return Sums(jnp.sum(params["tokens_VD"][batch.tokens]), jnp.float32(batch.tokens.size), logged)
 
     batch = some_targets(1)
     targets = batch.tokens[:, 1:]
