@@ -55,13 +55,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         status: int = importlib.import_module(f"gpt_jax.cli.{command}").command(argv[1:])
         return status
     except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
+        return interrupted()
     except BrokenPipeError:  # The reader, such as head, has closed the pipe.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except Exception as e:
         line = user_message(e)
+        if line is None and comes_of_an_interrupt(e):
+            return interrupted()
         if line is None or os.environ.get("GPT_JAX_TRACEBACK"):
             raise
         print(f"error: {line}", file=sys.stderr)
@@ -85,16 +86,30 @@ def user_message(e: Exception) -> str | None:
     return None
 
 
+def interrupted() -> int:
+    """Says that the command was interrupted; returns the exit status."""
+    print("\ninterrupted", file=sys.stderr)
+    return 128 + signal.SIGINT
+
+
+def comes_of_an_interrupt(e: BaseException | None) -> bool:
+    """Whether an exception was raised because of a KeyboardInterrupt, as C code does that an interrupt reaches."""
+    return e is not None and (isinstance(e, KeyboardInterrupt) or comes_of_an_interrupt(e.__cause__ or e.__context__))
+
+
 def interrupt(signum: int, frame: FrameType | None) -> None:
     """A handler of SIGINT that raises KeyboardInterrupt, but not where it would be lost.
 
-    Python prints and drops exceptions that are raised in callbacks of its garbage collector, of which JAX has one.
-    There, the handler sends the signal again a little later.
+    Python prints and drops exceptions that are raised in destructors and in callbacks of its garbage collector, of
+    which JAX has one. There, the handler sends the signal again a little later.
     """
-    if frame is not None and any(frame.f_code is getattr(callback, "__code__", None) for callback in gc.callbacks):
-        threading.Timer(0.01, os.kill, (os.getpid(), signum)).start()
-    else:
-        raise KeyboardInterrupt
+    callbacks = [getattr(callback, "__code__", None) for callback in gc.callbacks]
+    while frame is not None:
+        if frame.f_code in callbacks or frame.f_code.co_name == "__del__":
+            threading.Timer(0.01, os.kill, (os.getpid(), signum)).start()
+            return
+        frame = frame.f_back
+    raise KeyboardInterrupt
 
 
 def run(argv: Sequence[str] | None = None) -> None:

@@ -139,32 +139,63 @@ def test_ctrl_c_while_sampling_ends_quietly(trained: Path) -> None:
     assert process.stdout.read(8)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert err.strip() == "interrupted"
+    assert (process.returncode, err.strip()) == (130, "interrupted")
 
 
-def test_an_interrupt_is_not_lost_in_the_garbage_collector() -> None:
-    """What a callback of the collector raises is printed and forgotten."""
+@pytest.mark.parametrize("where", ["callback", "called by a callback", "destructor"])
+def test_an_interrupt_is_not_lost_where_python_drops_what_is_raised(where: str) -> None:
+    """In callbacks of the garbage collector, and in destructors."""
     inside = []
 
-    def callback(phase: str, info: dict[str, int]) -> None:
-        if phase == "start":
-            inside.append(phase)
-            signal.raise_signal(signal.SIGINT)
+    def send() -> None:
+        inside.append(where)
+        signal.raise_signal(signal.SIGINT)
 
-    def collect() -> None:
-        gc.collect()
+    def callback(phase: str, info: dict[str, int]) -> None:
+        if phase == "start" and where == "callback":
+            inside.append(where)
+            signal.raise_signal(signal.SIGINT)
+        elif phase == "start":
+            send()
+
+    class Dropped:
+        def __del__(self) -> None:
+            send()
+
+    def drop() -> None:
+        if where == "destructor":
+            Dropped()
+        else:
+            gc.callbacks.append(callback)
+            gc.collect()
+            gc.callbacks.remove(callback)
         time.sleep(1)
 
     before = signal.signal(signal.SIGINT, interrupt)
-    gc.callbacks.append(callback)
     try:
         with pytest.raises(KeyboardInterrupt):
-            collect()
+            drop()
     finally:
-        gc.callbacks.remove(callback)
         signal.signal(signal.SIGINT, before)
+        if callback in gc.callbacks:
+            gc.callbacks.remove(callback)
     assert inside
+
+
+def test_an_error_that_comes_of_an_interrupt_is_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As where C code is interrupted: SystemError, "returned a result with an exception set"."""
+
+    def command(argv: list[str]) -> int:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt as e:
+            raise SystemError("returned a result with an exception set") from e
+
+    monkeypatch.setattr("gpt_jax.cli.plan.command", command)
+    assert main(["plan"]) == 130
+    assert capsys.readouterr().err == "\ninterrupted\n"
 
 
 @pytest.mark.parametrize(
