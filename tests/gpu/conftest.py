@@ -18,7 +18,7 @@ from gpt_jax.runtime import platform_name
 os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
 
 
-@pytest.fixture(params=["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
+@pytest.fixture(params=[pytest.param("cpu", marks=pytest.mark.exhaustive), pytest.param("gpu", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[jax.Device]:
     """The GPU, or the CPU as what stands in for one."""
     device, asked = jax.devices()[0], request.param
