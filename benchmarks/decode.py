@@ -87,8 +87,9 @@ def compare(model: ModelConfig, platform: str, case: Case, rounds: int) -> Row:
         elif platform == "cpu" and case.name == "decode/1":
             contest.add(NO_CACHE, "benchmarks.theirs:Decoding", model=model, cached=False, modes=("greedy",))
             notes.append(f"{NO_CACHE}: greedy and one sequence only, because on CPU it takes long")
+        contest.once("begin")  # They are made before there are arrays, so that what libraries hold is known.
         contest.once("ready", parameters=parameters)
-        contest.once("begin")  # A message of its own, after what came with the one before is gone.
+        contest.once("begin")  # Once more, when what came with that message is gone.
         answers = contest.once("greedy", batch=case.batch, prompt=case.prompt, new=PARITY_TOKENS)
         differences = check_parity(model.dtype, answers)
         contest.once("seconds", **case._asdict())  # To warm up.

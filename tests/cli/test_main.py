@@ -63,6 +63,7 @@ def test_an_evaluation_is_the_same_number_every_time(trained: Path, tiny_data: P
     assert expected.items() <= ours.items()
 
 
+@pytest.mark.slow
 def test_same_seed_same_text(trained: Path) -> None:
     args = ("sample", f"--run={trained}", "--prompt", "the cat", "--max-new-tokens=30")
     first, _ = run(*args)

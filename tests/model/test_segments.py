@@ -144,7 +144,9 @@ def alone(batch: Batch) -> tuple[Batch, list[np.ndarray]]:
     [
         (CONFIG, "xla"),
         (LLAMA, "block_causal"),
-        (dataclasses.replace(GEMMA, unroll=False, remat="full"), "block_causal"),
+        pytest.param(
+            dataclasses.replace(GEMMA, unroll=False, remat="full"), "block_causal", marks=pytest.mark.exhaustive
+        ),
     ],
 )
 def test_a_packed_row_equals_its_documents_run_alone(

@@ -159,7 +159,7 @@ def test_ten_times_killed_and_resumed_is_bit_for_bit_the_same(
         assert_same(out, uninterrupted)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.exhaustive)])
 def test_a_signal_saves_and_ends_and_the_run_goes_on(
     tiny_data: Path, uninterrupted: Path, tmp_path: Path, signum: signal.Signals
 ) -> None:
@@ -174,6 +174,7 @@ def test_a_signal_saves_and_ends_and_the_run_goes_on(
     assert_same(out, uninterrupted)
 
 
+@pytest.mark.slow
 def test_resuming_on_another_number_of_devices(tiny_data: Path, uninterrupted: Path, tmp_path: Path) -> None:
     """Begun on two, ended on one: within 1e-5."""
     out = tmp_path / "moved"
