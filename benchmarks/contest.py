@@ -1,4 +1,4 @@
-"""A contest: contestants, each in a process of its own, that take turns."""
+"""A contest: contestants, which are processes or start one each time, take turns."""
 
 from collections.abc import Callable
 from contextlib import ExitStack

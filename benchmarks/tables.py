@@ -154,9 +154,9 @@ SUMMARY = {
 def against_the_fastest(rows: Rows, words: Callable[[Race], str]) -> str:
     """The table of races, a line each in these words; those that have none are left out."""
     lines = [["", "gpt_jax", "best of PyTorch and transformers", "times as fast", "faster"]]
-    for part, (figure, unit) in FIGURES.items():
+    for part, (name, unit) in FIGURES.items():
         for race in (race for race in of_part(rows, part) if race.ratios and words(race)):
-            found = [race.figures[who][figure] for who in (OURS, race.rival)]
+            found = [race.figures[who][name] for who in (OURS, race.rival)]
             ours, theirs = (number(x["median"]) if x else "not reached" for x in found)
             result = [with_range(race.ratios[race.rival]), race.faster(race.rival)]
             lines.append([f"{words(race)}: {unit}", ours, f"{theirs}, {proper(race.rival)}", *result])

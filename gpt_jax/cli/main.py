@@ -60,10 +60,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     except Exception as e:
+        if os.environ.get("GPT_JAX_TRACEBACK"):
+            raise
         line = user_message(e)
         if line is None and comes_of_an_interrupt(e):
             return interrupted()
-        if line is None or os.environ.get("GPT_JAX_TRACEBACK"):
+        if line is None:
             raise
         print(f"error: {line}", file=sys.stderr)
         return 2 if isinstance(e, UsageError) else 1

@@ -42,8 +42,10 @@ def test_targets_that_are_not_there(name: str) -> None:
         parse_target(name)
 
 
-@pytest.mark.parametrize("parallel", [ParallelConfig(fsdp=8), ParallelConfig(fsdp=4, context=2)])
-@pytest.mark.parametrize("n_micro", [1, 2])
+@pytest.mark.parametrize(
+    "parallel", [pytest.param(ParallelConfig(fsdp=8), marks=pytest.mark.exhaustive), ParallelConfig(fsdp=4, context=2)]
+)
+@pytest.mark.parametrize("n_micro", [pytest.param(1, marks=pytest.mark.exhaustive), 2])
 def test_formula_and_program_agree_on_what_is_gathered(n_micro: int, parallel: ParallelConfig) -> None:
     """The kernels of scanned layers, and keys and values of divided sequences, for the forward and the backward pass of
     each microbatch: loops count as often as they turn."""
