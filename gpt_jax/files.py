@@ -28,10 +28,17 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
 
 
+def is_utf8(name: str) -> bool:
+    """False when a name stands for bytes that are not UTF-8, which `os.fsdecode` makes halves of surrogate pairs."""
+    return name.encode(errors="ignore").decode() == name
+
+
 def save_json(path: Path, value: Any) -> None:
-    """Writes `value` as JSON."""
+    """Writes `value` as JSON in UTF-8. The surrogates of file names that are not UTF-8 are escaped, which is JSON, too;
+    they come back when it is read."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def check_replaceable(folder: Path, marker: str, force: bool) -> None:

@@ -109,7 +109,7 @@ def any_of(flag: bool) -> bool:
 def broadcast(message: str) -> str:
     """The first host's message, on all hosts."""
     buffer = np.zeros(LONGEST_MESSAGE, np.uint8)
-    encoded = message.encode()[:LONGEST_MESSAGE]
+    encoded = message.encode(errors="backslashreplace")[:LONGEST_MESSAGE]
     buffer[: len(encoded)] = np.frombuffer(encoded, np.uint8)
     return bytes(multihost_utils.broadcast_one_to_all(buffer)).rstrip(b"\0").decode(errors="replace")
 

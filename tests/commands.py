@@ -48,9 +48,9 @@ def run(*args: object, status: int = 0) -> tuple[str, str]:
     return out, err
 
 
-def run_here(*args: object, status: int = 0) -> tuple[str, str]:
+def run_here(*args: object, status: int = 0, cwd: Path = ROOT) -> tuple[str, str]:
     """`run` in the process of the tests, since a new one takes seconds to start. The command gets as many of this
-    process's devices as it would set up.
+    process's devices as it would set up. cwd: its working folder.
 
     The output of Python is caught, that of libraries in other languages is not. Signals go to the process of the tests,
     not to the command.
@@ -58,7 +58,7 @@ def run_here(*args: object, status: int = 0) -> tuple[str, str]:
     out, err = io.StringIO(), io.StringIO()
     with (
         pytest.MonkeyPatch.context() as patch,
-        contextlib.chdir(ROOT),
+        contextlib.chdir(cwd),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
     ):
@@ -79,9 +79,9 @@ def refused(*args: object, status: int = 1) -> str:
     return _only_line(run(*args, status=status)[1])
 
 
-def refused_here(*args: object, status: int = 1) -> str:
+def refused_here(*args: object, status: int = 1, cwd: Path = ROOT) -> str:
     """`refused` in the process of the tests."""
-    return _only_line(run_here(*args, status=status)[1])
+    return _only_line(run_here(*args, status=status, cwd=cwd)[1])
 
 
 def _only_line(err: str) -> str:

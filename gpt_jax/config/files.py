@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -101,11 +102,26 @@ def config_from_dict(values: dict[str, Any], where: str) -> Config:
 
 
 def load_saved_config(path: Path) -> Config:
-    """Reads a run's `config.json`. Raises UserError when it is missing, damaged or holds an impossible value."""
+    """Reads a run's `config.json`, and finds its data folder. Raises UserError when it is missing, damaged or holds an impossible value."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path.parent} is not a run: it has no {path.name}") from None
     except (OSError, ValueError) as e:
         raise UserError(f"{path} cannot be read ({e})") from e
-    return config_from_dict(values, str(path))
+    config = config_from_dict(values, str(path))
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, dir=_find_data(config, path.parent)))
+
+
+def _find_data(config: Config, run: Path) -> str:
+    """Where the data of a saved run are: at the saved place if that is absolute, or as far from the run's folder as
+    they were, where both were moved together; else the saved place.
+
+    Older versions saved paths as they were given. A relative one means a folder beside the run before one of the same
+    name below the working folder, which may be another.
+    """
+    saved, out = Path(config.data.dir), Path(config.out_dir)
+    if not config.data.dir or (saved.is_absolute() and saved.exists()) or saved.is_absolute() != out.is_absolute():
+        return config.data.dir
+    beside = Path(os.path.normpath(run.absolute() / os.path.relpath(saved, out)))
+    return str(beside) if beside.exists() else config.data.dir

@@ -8,8 +8,10 @@ followed by one <|endoftext|>.
 
 import bisect
 import dataclasses
+import difflib
 import itertools
 import json
+import os
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -197,11 +199,23 @@ def load_meta(folder: Path) -> Meta:
                 "make one with: python -m gpt_jax prepare SOURCE --out DIR"
             ) from None
         command = f"python -m gpt_jax prepare SOURCE --out {shlex.quote(str(folder))}"
-        raise UserError(f"there is no data folder {folder}; make it with: {command}") from None
+        raise missing(folder, f"; make it with: {command}") from None
     except OSError as e:
         raise UserError(f"{path} cannot be read ({e.strerror})") from e
     except (ValueError, TypeError, KeyError, AttributeError) as e:
         raise UserError(f"{path} is damaged ({e}); prepare the data again") from e
+
+
+def missing(folder: Path, advice: str) -> UserError:
+    """Says that there is no such data folder, what to do, and which folder the user may have meant."""
+    absolute = folder.absolute()
+    there = next(parent for parent in absolute.parents if parent.is_dir())
+    wanted = absolute.relative_to(there)
+    metas = there.glob("/".join(["*"] * len(wanted.parts) + [META_FILE]))
+    near = difflib.get_close_matches(str(wanted), (str(meta.parent.relative_to(there)) for meta in metas), n=1)
+    place = there if folder.is_absolute() else os.path.relpath(there)
+    suggestion = f"; did you mean {Path(place, near[0])}?" if near else ""
+    return UserError(f"there is no data folder {folder}{advice}{suggestion}")
 
 
 def open_dataset(folder: Path) -> Dataset:

@@ -51,7 +51,7 @@ def export(
             records = [record for record in run.records() if record["step"] <= step]
             card = model_card(out.name, config, records, exported)
             with replacing(folder / "README.md") as temporary:
-                temporary.write_text(card, encoding="utf-8")
+                temporary.write_text(card, encoding="utf-8", errors="replace")  # It has names of files.
     except OSError as e:
         raise UserError(f"{out} could not be written ({e.strerror or e}); it is as it was before") from e
     return family, exported.n_params

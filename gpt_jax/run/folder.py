@@ -12,6 +12,8 @@
 `sample.py` needs the first two and a checkpoint.
 """
 
+import dataclasses
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -21,7 +23,7 @@ from typing import Any
 from gpt_jax import hosts
 from gpt_jax.config import Config, config_to_dict, load_saved_config
 from gpt_jax.errors import UserError
-from gpt_jax.files import locked, save_json
+from gpt_jax.files import is_utf8, locked, save_json
 from gpt_jax.run.records import read_records
 from gpt_jax.tokenizer.load import load_tokenizer
 from gpt_jax.tokenizer.tokenizer import Tokenizer
@@ -84,12 +86,19 @@ class RunFolder:
         return read_records(self.metrics_file)
 
     def check_usable(self, resume: bool) -> None:
-        """Raises UserError when a new run would overwrite the one in the folder, or there is no run to resume."""
+        """Raises UserError when a new run would overwrite the one in the folder, or there is no run to resume, and when
+        nothing could be written there, before that is noticed after hours."""
         exists = self.config_file.exists()
         if exists and not resume:
             raise UserError(f"{self} holds a run already; go on with it by --resume, or choose another --out-dir")
         if resume and not exists:
             raise UserError(f"{self} holds no run that could be resumed; leave out --resume to start one there")
+        path = self.path.absolute()
+        if not is_utf8(str(path)):
+            raise UserError(f"{str(path)!r} is not UTF-8, which names of checkpoints must be; choose another --out-dir")
+        there = next(folder for folder in (path, *path.parents) if folder.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            raise UserError(f"the run's folder {self} cannot be written: {there} is no folder that you may write to")
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -103,7 +112,10 @@ class RunFolder:
             yield
 
     def write(self, config: Config, tokenizer: Tokenizer) -> None:
-        """Writes the tokenizer and the configuration, which `sample` needs besides a checkpoint."""
+        """Writes the tokenizer and the configuration, which `sample` needs besides a checkpoint. Their folders are
+        saved in full, so that they hold from any working folder."""
+        data = dataclasses.replace(config.data, dir=str(Path(config.data.dir).absolute()))
+        config = dataclasses.replace(config, out_dir=str(self.path.absolute()), data=data)
         try:
             tokenizer.save(self.path)
             save_json(self.config_file, config_to_dict(config))

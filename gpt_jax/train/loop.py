@@ -85,8 +85,9 @@ def train(config: Config, data: Dataset, resume: bool = False, profile: bool = F
         if state is None:
             state = first_state(model, optimizer, seed, placement, pretrained)
         del pretrained  # The state holds these arrays, and the first step donates them.
-        hosts.on_first(lambda: run.write(config, data.tokenizer))
         steps = range(int(state.step), config.train.steps)
+        if steps:  # What trains nothing leaves the run as it is.
+            hosts.on_first(lambda: run.write(config, data.tokenizer))
 
         with (
             Recorder(run, config, steps.start, peak and peak * placement.n_devices, hosts.is_first()) as recorder,

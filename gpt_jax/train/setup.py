@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from gpt_jax import hosts
 from gpt_jax.config import Config, DataConfig, ModelConfig, check, with_vocabulary
 from gpt_jax.data.prepare import PrepareArgs, prepare, print_summary
-from gpt_jax.data.shards import Dataset, open_dataset
+from gpt_jax.data.shards import Dataset, missing, open_dataset
 from gpt_jax.errors import UserError
 from gpt_jax.interop.load import named_tokenizer
 from gpt_jax.run.folder import RunFolder
@@ -39,7 +39,7 @@ def set_up(config: Config, given: Set[str] = frozenset(), resume: bool = False) 
         tokenizer = RunFolder(Path(config.out_dir)).load_tokenizer()
     elif config.init_from:
         config, tokenizer = start_from(config, given)
-    data = open_or_prepare(config.data, given, tokenizer, config.init_from)
+    data = open_or_prepare(config.data, given, tokenizer, config.init_from, resume)
     return Setup(with_vocabulary(config, data.tokenizer.vocab_size), data)
 
 
@@ -65,12 +65,19 @@ def start_from(config: Config, given: Set[str] = frozenset()) -> tuple[Config, T
 
 
 def open_or_prepare(
-    config: DataConfig, given: Set[str] = frozenset(), tokenizer: Tokenizer | None = None, model: str = ""
+    config: DataConfig,
+    given: Set[str] = frozenset(),
+    tokenizer: Tokenizer | None = None,
+    model: str = "",
+    resume: bool = False,
 ) -> Dataset:
     """The data folder, prepared from `data.source` if it is missing; with `tokenizer`, that of `model`, if given.
 
-    Raises UserError when the folder was prepared with other settings than the given ones, or with another tokenizer
-    than `tokenizer`.
+    A folder that was named without a source, or that a run to resume was trained on, is not prepared: it is mistyped,
+    or was moved, and what the configuration would put there is another text than the one that is meant.
+
+    Raises UserError when the folder is missing and not prepared, and when it was prepared with other settings than the
+    given ones, or with another tokenizer than `tokenizer`.
     """
     check(bool(config.dir), "data.dir", config.dir, "a folder made by gpt-jax prepare")
     folder = Path(config.dir)
@@ -78,6 +85,9 @@ def open_or_prepare(
     def prepare_if_missing() -> None:
         if not config.source or folder.exists():
             return
+        if "data.source" not in given and (resume or "data.dir" in given):
+            whose = ", on which the run was trained" if resume and "data.dir" not in given else ""
+            raise missing(folder, f"{whose}; name it by --data.dir, or the text to prepare by --data.source")
         args = PrepareArgs(
             source=config.source,
             out=folder,

@@ -1,0 +1,136 @@
+"""The data that a run is trained on are those that were meant: nothing else is prepared in place of a mistyped folder,
+and a run finds its data from anywhere, and only the data that it began with."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from gpt_jax.config import DataConfig, load_saved_config
+from gpt_jax.errors import UserError
+from gpt_jax.train.setup import open_or_prepare
+from tests.commands import TINY, records, refused_here, run_here
+
+FLAGS = [*TINY, "--train.steps=2", "--optimizer.warmup-steps=0", "--parallel.devices=1"]
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("prepared")
+    (folder / "text.txt").write_text("the cat sat on the mat. " * 100)
+    run_here("prepare", folder / "text.txt", "--out", folder / "mine", "--tokenizer=bytes")
+    shutil.copytree(folder / "mine", folder / "data" / "web")
+    return folder
+
+
+@pytest.fixture
+def project(prepared: Path, tmp_path: Path) -> Path:
+    """A working folder with the data folders mine/ and data/web/, and text.txt."""
+    return Path(shutil.copytree(prepared, tmp_path / "project"))
+
+
+def entries(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("mien", "mine"), ("dat/web", "data/web"), ("data/wbe/", "data/web"), ("zzzz", "")]
+)
+def test_a_mistyped_folder_is_not_prepared(project: Path, typed: str, meant: str) -> None:
+    """quickstart's corpus would be prepared there, and trained on."""
+    before = entries(project), entries(project / "data")
+    error = refused_here("train", *FLAGS, "--data.dir", typed, "--out-dir=run", cwd=project)
+    suggestion = f"; did you mean {meant}?" if meant else ""
+    assert error == (
+        f"error: there is no data folder {Path(typed)}; name it by --data.dir, or the text to prepare by --data.source"
+        f"{suggestion}"
+    )
+    absolute = refused_here("train", *FLAGS, "--data.dir", project / typed, "--out-dir=run", cwd=project)
+    assert (f"did you mean {project / meant}?" in absolute) == bool(meant)
+    assert (entries(project), entries(project / "data")) == before
+
+
+def test_a_folder_is_prepared_where_its_text_is_known(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the configuration's own, or came with a source."""
+    monkeypatch.chdir(project)
+    config = DataConfig(dir="new", source=("text.txt",), tokenizer="bytes")
+    for given in ({"data.dir"}, {"data.dir", "train.steps"}):
+        with pytest.raises(UserError, match="there is no data folder new; name it by --data.dir, or the text"):
+            open_or_prepare(config, given)
+    with pytest.raises(UserError, match="there is no data folder new, on which the run was trained; name it by"):
+        open_or_prepare(config, resume=True)
+    assert not Path("new").exists()
+    for given in ({"data.dir", "data.source"}, {"data.source"}, {"train.steps"}):
+        assert len(open_or_prepare(config, given).train) > 1000
+        shutil.rmtree("new")
+    assert len(open_or_prepare(config, {"data.source"}, resume=True).train) > 1000
+
+
+def test_a_run_finds_its_data_from_another_folder_and_when_both_are_moved(project: Path, tmp_path: Path) -> None:
+    elsewhere, moved = tmp_path / "elsewhere", tmp_path / "moved"
+    run_here("train", *FLAGS, "--data.dir=mine", "--out-dir=runs/one", cwd=project)
+    saved = json.loads((project / "runs/one/config.json").read_text())
+    assert (saved["data"]["dir"], saved["out_dir"]) == (str(project / "mine"), str(project / "runs/one"))
+
+    (elsewhere / "mine").mkdir(parents=True)  # A folder of that name, which is not meant.
+    out, _ = run_here("train", "--resume", "--out-dir", project / "runs/one", "--train.steps=3", cwd=elsewhere)
+    assert "changed since step 2: train.steps from 2 to 3" in out
+    assert "data.dir" not in out
+    assert entries(elsewhere / "mine") == []
+    project.rename(moved)
+    run_here("train", "--resume", "--out-dir", "../moved/runs/one", "--train.steps=4", cwd=elsewhere)
+    assert [record["step"] for record in records(moved / "runs/one")] == [1, 2, 3, 4]
+    shutil.rmtree(moved / "mine")
+    error = refused_here("train", "--resume", "--out-dir", moved / "runs/one", "--train.steps=5", cwd=elsewhere)
+    assert f"there is no data folder {moved / 'mine'}, on which the run was trained; name it by --data.dir" in error
+
+
+@pytest.mark.parametrize(
+    ("saved", "out", "found"),
+    [
+        ("data/web", "runs/r", "project/data/web"),  # As older versions saved what was given.
+        ("gone", "runs/r", "gone"),
+        ("data/web", "/old/runs/r", "data/web"),
+        ("/old/data/web", "/old/runs/r", "project/data/web"),
+        ("/old/data/web", "runs/r", "/old/data/web"),
+        ("", "runs/r", ""),
+    ],
+)
+def test_the_place_of_the_data_is_found(project: Path, tmp_path: Path, saved: str, out: str, found: str) -> None:
+    config = project / "runs" / "r" / "config.json"
+    config.parent.mkdir(parents=True)
+    config.write_text(json.dumps({"out_dir": out, "data": {"dir": saved}}))
+    expected = str(tmp_path / found) if found.startswith("project") else found
+    assert load_saved_config(config).data.dir == expected
+
+
+def test_a_resume_that_trains_nothing_leaves_the_run_as_it_is(project: Path) -> None:
+    run_here("train", *FLAGS, "--data.dir=mine", "--out-dir=run", cwd=project)
+    before = (project / "run" / "config.json").read_bytes()
+    out, _ = run_here("train", "--resume", "--out-dir=run", "--train.steps=1", cwd=project)
+    assert "run has already been trained for 2 steps; raise train.steps to go on" in out
+    assert (project / "run" / "config.json").read_bytes() == before
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_prepared(project: Path) -> None:
+    (project / "file").write_text("")
+    new = ["--data.dir=new", "--data.source=text.txt"]
+    for out, message in (
+        ("file/run", "the run's folder file/run cannot be written: "),
+        (os.fsdecode(b"caf\xe9"), r"/project/caf\udce9' is not UTF-8, which names of checkpoints must be; choose"),
+    ):
+        assert message in refused_here("train", *FLAGS, *new, "--out-dir", out, cwd=project)
+    assert not (project / "new").exists()
+
+
+def test_data_whose_name_is_not_utf8_are_trained_on(project: Path) -> None:
+    """The name comes back from the run's configuration."""
+    name = os.fsdecode(b"caf\xe9")
+    (project / f"{name}.txt").write_text("the cat sat on the mat. " * 100)
+    run_here("prepare", f"{name}.txt", "--out", name, "--tokenizer=bytes", cwd=project)
+    assert json.loads((project / name / "meta.json").read_text())["settings"]["source"] == [f"{name}.txt"]
+    run_here("train", *FLAGS, "--data.dir", name, "--out-dir=run", cwd=project)
+    run_here("train", "--resume", "--out-dir=run", "--train.steps=3", cwd=project)
+    assert [record["step"] for record in records(project / "run")] == [1, 2, 3]
