@@ -102,7 +102,8 @@ def config_from_dict(values: dict[str, Any], where: str) -> Config:
 
 
 def load_saved_config(path: Path) -> Config:
-    """Reads a run's `config.json`, and finds its data folder. Raises UserError when it is missing, damaged or holds an impossible value."""
+    """Reads a run's `config.json`, and finds its data folder. Raises UserError when the file is missing, damaged or
+    holds an impossible value."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

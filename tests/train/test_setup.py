@@ -57,7 +57,7 @@ def test_a_folder_is_prepared_where_its_text_is_known(project: Path, monkeypatch
     monkeypatch.chdir(project)
     config = DataConfig(dir="new", source=("text.txt",), tokenizer="bytes")
     for given in ({"data.dir"}, {"data.dir", "train.steps"}):
-        with pytest.raises(UserError, match="there is no data folder new; name it by --data.dir, or the text"):
+        with pytest.raises(UserError, match=r"there is no data folder new; name it by --data\.dir, or the text"):
             open_or_prepare(config, given)
     with pytest.raises(UserError, match="there is no data folder new, on which the run was trained; name it by"):
         open_or_prepare(config, resume=True)
