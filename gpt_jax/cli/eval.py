@@ -59,7 +59,7 @@ def evaluate(args: EvalArgs) -> None:
     from gpt_jax import runtime
     from gpt_jax.evaluate.loss import evaluate_blocks, evaluate_split
     from gpt_jax.evaluate.score import Scorer
-    from gpt_jax.run.load import load_model
+    from gpt_jax.run.load import RunSource, load_model
 
     source = args.source()
     text_name, text = open_text(args, source)  # Raises before the model is loaded.
@@ -77,6 +77,11 @@ def evaluate(args: EvalArgs) -> None:
         tally = evaluate_blocks(scorer, text.blocks(lambda n_bytes: None), tokenizer, T, stride)
     else:
         check_tokenizer(text_name, text, tokenizer)
+        if isinstance(source, RunSource) and not args.data:
+            try:  # Prepared again with another division, the validation text would be what was trained on.
+                source.check_data(text.meta)
+            except UserError as e:
+                raise UserError(f"{e}; --data {source.saved.data.dir} evaluates on them as they are") from e
         tally = evaluate_split(scorer, text.train if args.split == "train" else text.val, T, stride)
 
     model_name = args.model or f"{source.where}, checkpoint {args.checkpoint}"

@@ -9,6 +9,7 @@ followed by one <|endoftext|>.
 import bisect
 import dataclasses
 import difflib
+import hashlib
 import itertools
 import json
 import os
@@ -49,6 +50,7 @@ class Split:
     bytes: int  # Of the text, in UTF-8.
     shards: tuple[Shard, ...]
     documents_file: str
+    fingerprint: str = ""  # SHA-256 of the shards, one after the other; empty in folders that older versions made.
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,11 @@ class Meta:
     train: Split
     val: Split
     settings: dict[str, Any]  # The arguments of `prepare`.
+
+    @property
+    def splits(self) -> dict[SplitName, Split]:
+        """Both splits by their names."""
+        return {"train": self.train, "val": self.val}
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -83,6 +90,7 @@ class SplitWriter:
         self._starts = (folder / self._documents_file).open("wb")
         self._shard: BinaryIO | None = None  # The last one, open; all others are full and closed.
         self._filled: list[int] = []  # Tokens in each shard.
+        self._sha256 = hashlib.sha256()
         self._tokens = self._documents = self._document_start = 0
 
     def __enter__(self) -> Self:
@@ -108,7 +116,9 @@ class SplitWriter:
                 self._shard = self._unfinished(len(self._filled)).open("wb")
                 self._filled.append(0)
             part, tokens = np.split(tokens, [SHARD_TOKENS - self._filled[-1]])
-            self._shard.write(part.astype(self._dtype).tobytes())
+            content = part.astype(self._dtype).tobytes()
+            self._shard.write(content)
+            self._sha256.update(content)
             self._filled[-1] += len(part)
 
     def finish(self, n_bytes: int) -> Split:
@@ -119,7 +129,8 @@ class SplitWriter:
             shard = Shard(f"{self._name}-{i:05d}-of-{len(self._filled):05d}.bin", filled)
             self._unfinished(i).rename(self._folder / shard.name)
             shards.append(shard)
-        return Split(self._tokens, self._documents, n_bytes, tuple(shards), self._documents_file)
+        fingerprint = self._sha256.hexdigest()
+        return Split(self._tokens, self._documents, n_bytes, tuple(shards), self._documents_file, fingerprint)
 
     def _unfinished(self, i: int) -> Path:
         return self._folder / f"{self._name}-{i:05d}.bin"

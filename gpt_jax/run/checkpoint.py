@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from gpt_jax import hosts
+from gpt_jax.data.shards import Meta
 from gpt_jax.errors import UserError
 
 # orbax logs its progress as warnings, and each error, which it also raises, with a traceback for each thread.
@@ -74,6 +75,28 @@ def leaf_shapes(tree: Any) -> dict[str, tuple[int, ...]]:
         jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
+
+
+def data_facts(meta: Meta) -> dict[str, Any]:
+    """The facts of a checkpoint that say which data it was trained on, and in which order they come."""
+    splits = {name: {"tokens": s.tokens, "fingerprint": s.fingerprint} for name, s in meta.splits.items()}
+    return {"tokenizer": meta.tokenizer_fingerprint, "data": meta.source_fingerprint, "splits": splits}
+
+
+def check_data(where: Path, saved: dict[str, Any], facts: dict[str, Any]) -> None:
+    """Raises UserError naming what differs between the data of a checkpoint and those of a data folder."""
+    for name in ("tokenizer", "data"):
+        if saved[name] != facts[name]:
+            raise UserError(f"checkpoint {where} was trained with another {name} than that of the data folder")
+    for name, split in saved.get("splits", {}).items():  # Older versions saved none.
+        now = facts["splits"][name]
+        other_count = split["tokens"] != now["tokens"]
+        if other_count or (split["fingerprint"] and now["fingerprint"] not in ("", split["fingerprint"])):
+            counts = f"{split['tokens']:,} tokens there and {now['tokens']:,} here" if other_count else "other tokens"
+            raise UserError(
+                f"checkpoint {where} was trained with another division of the text than that of the data folder: the "
+                f"{name} split has {counts}; prepare the data as they were"
+            )
 
 
 def in_chunks(tree: Any) -> ocp.args.StandardSave:

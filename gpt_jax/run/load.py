@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 
 from gpt_jax.config import HOW_IT_RUNS, Config, LoraConfig, ModelConfig, check
+from gpt_jax.data.shards import Meta
 from gpt_jax.errors import UserError
 from gpt_jax.interop import load as interop
 from gpt_jax.interop.load import open_named
@@ -21,7 +22,14 @@ from gpt_jax.model.forward import init_params
 from gpt_jax.model.gpt import GPT, Params
 from gpt_jax.model.lora import fold, join, split
 from gpt_jax.placement import Placement
-from gpt_jax.run.checkpoint import Checkpoints, choose_step, latest_step, tree_fingerprint
+from gpt_jax.run.checkpoint import (
+    Checkpoints,
+    check_data,
+    choose_step,
+    data_facts,
+    latest_step,
+    tree_fingerprint,
+)
 from gpt_jax.run.folder import RunFolder, newest_run
 from gpt_jax.runtime import local_devices, platform_name
 from gpt_jax.tokenizer.tokenizer import Tokenizer
@@ -140,6 +148,12 @@ class RunSource:
 
     def check(self) -> None:
         """See Source. Checkpoints are checked when they are read."""
+
+    def check_data(self, meta: Meta) -> None:
+        """Raises UserError when a data folder is not what the checkpoint was trained on."""
+        with Checkpoints(self.folder.checkpoints, read_only=True) as checkpoints:
+            step = choose_step(checkpoints, self.checkpoint)
+            check_data(checkpoints.folder / str(step), checkpoints.meta(step), data_facts(meta))
 
     def load_params(self, config: ModelConfig, placement: Placement) -> Params:
         """See Source."""

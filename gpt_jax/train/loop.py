@@ -18,7 +18,7 @@ from gpt_jax.model.flops import FLOPS_FORMULA, flops_per_token
 from gpt_jax.model.forward import init_params
 from gpt_jax.model.gpt import GPT, Params
 from gpt_jax.placement import Placement, choose_placement
-from gpt_jax.run.checkpoint import Checkpoints, tree_fingerprint
+from gpt_jax.run.checkpoint import Checkpoints, data_facts, tree_fingerprint
 from gpt_jax.run.folder import RunFolder
 from gpt_jax.sample.generate import encode_prompt, generate
 from gpt_jax.sample.settings import Settings
@@ -64,12 +64,8 @@ def train(config: Config, data: Dataset, resume: bool = False, profile: bool = F
     hosts.on_first(lambda: run.check_usable(resume))
     peak = runtime.peak_flops(placement.devices[0].device_kind)
     describe_run(config, data, model, placement, n_micro, peak)
-    meta: dict[str, Any] = {
-        "config": config_to_dict(config),
-        "tokenizer": data.meta.tokenizer_fingerprint,
-        "data": data.meta.source_fingerprint,
-    }
-    shards = json.dumps([meta["data"], len(data.train), len(data.val), data.meta.settings])
+    meta: dict[str, Any] = {"config": config_to_dict(config), **data_facts(data.meta)}
+    shards = json.dumps([meta["data"], meta["splits"], data.meta.settings])
     hosts.check_alike(data=shards, tokenizer=meta["tokenizer"], configuration=json.dumps(meta["config"]))
     encode_prompt(config.train.sample_prompt, data.tokenizer, config.model.context_length)  # Raises now, not later.
 

@@ -15,7 +15,7 @@ from gpt_jax.config import Config, config_from_dict
 from gpt_jax.errors import UserError
 from gpt_jax.model.gpt import GPT, Params
 from gpt_jax.placement import Placement
-from gpt_jax.run.checkpoint import Checkpoints, DamagedCheckpointError
+from gpt_jax.run.checkpoint import Checkpoints, DamagedCheckpointError, check_data
 from gpt_jax.run.load import open_source
 from gpt_jax.train.step import TrainState, init_state
 
@@ -87,9 +87,7 @@ DECIDE_THE_DATA_ORDER = ("data.batch_size", "train.seed")
 def check_fits(where: Path, saved: dict[str, Any], meta: dict[str, Any]) -> None:
     """Raises UserError when the facts of a checkpoint and of this run differ in what must be equal, naming it. Prints
     the other differences."""
-    for name in ("tokenizer", "data"):
-        if saved[name] != meta[name]:
-            raise UserError(f"checkpoint {where} was trained with another {name} than that of the data folder")
+    check_data(where, saved, meta)
     if saved.get("base") != meta.get("base"):
         raise UserError(f"the adapters in checkpoint {where} were trained on another model than init_from now is")
     configs = [config_from_dict(facts["config"], str(where)) for facts in (saved, meta)]

@@ -1,6 +1,7 @@
 """The data that a run is trained on are those that were meant: nothing else is prepared in place of a mistyped folder,
 and a run finds its data from anywhere, and only the data that it began with."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -13,7 +14,13 @@ from gpt_jax.errors import UserError
 from gpt_jax.train.setup import open_or_prepare
 from tests.commands import TINY, records, refused_here, run_here
 
-FLAGS = [*TINY, "--train.steps=2", "--optimizer.warmup-steps=0", "--parallel.devices=1"]
+FLAGS = [
+    *TINY,
+    "--train.steps=2",
+    "--optimizer.warmup-steps=0",
+    "--optimizer.schedule=constant",
+    "--parallel.devices=1",
+]
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +111,56 @@ def test_the_place_of_the_data_is_found(project: Path, tmp_path: Path, saved: st
     config.write_text(json.dumps({"out_dir": out, "data": {"dir": saved}}))
     expected = str(tmp_path / found) if found.startswith("project") else found
     assert load_saved_config(config).data.dir == expected
+
+
+OPTIONS = {"fraction": ["--val-fraction=0.3"], "order": []}
+
+
+@pytest.mark.parametrize("what", OPTIONS)
+def test_another_division_of_the_text_is_refused(project: Path, what: str) -> None:
+    """Validation text would be trained on, in another order; evaluating would score text that was trained on."""
+    rows = [json.dumps({"text": f"{i % 10} the cat sat on the mat"}) for i in range(200)]
+    (project / "rows.jsonl").write_text("\n".join(rows))
+    prepare = ["prepare", "rows.jsonl", "--out=mine", "--tokenizer=bytes", "--force"]
+    run_here(*prepare, *OPTIONS[what], cwd=project)
+    run_here("train", *FLAGS, "--data.dir=mine", "--out-dir=run", cwd=project)
+    if what == "order":  # As many tokens, which are others.
+        shard, meta = project / "mine" / "train-00000-of-00001.bin", project / "mine" / "meta.json"
+        content = shard.read_bytes()
+        shard.write_bytes(content[::-1])
+        values = json.loads(meta.read_text())
+        assert values["train"]["fingerprint"] == hashlib.sha256(content).hexdigest()
+        values["train"]["fingerprint"] = hashlib.sha256(content[::-1]).hexdigest()
+        meta.write_text(json.dumps(values))
+    else:
+        run_here(*prepare, cwd=project)
+    before = sorted((path, path.stat().st_mtime_ns) for path in (project / "run").rglob("*"))
+    error = refused_here("train", "--resume", "--out-dir=run", "--train.steps=4", cwd=project)
+    assert "checkpoints/2 was trained with another division of the text than that of the data folder: the " in error
+    there_and_here = "other tokens" if what == "order" else "4,000 tokens there and 4,500 here"
+    assert f"the train split has {there_and_here}; prepare the data as they were" in error
+    error = refused_here("eval", "--run=run", cwd=project)
+    assert error.endswith(f"prepare the data as they were; --data {project / 'mine'} evaluates on them as they are")
+    assert sorted((path, path.stat().st_mtime_ns) for path in (project / "run").rglob("*")) == before
+    assert "loss" in run_here("eval", "--run=run", "--data=mine", cwd=project)[0]
+
+
+def test_a_checkpoint_without_facts_of_the_division_is_resumed(project: Path) -> None:
+    """As older versions saved it, or from a data folder that they made; the next checkpoint has what is known."""
+    run_here("train", *FLAGS, "--data.dir=mine", "--out-dir=run", cwd=project)
+    meta = project / "mine" / "meta.json"
+    values = json.loads(meta.read_text())
+    known = {name: values[name].pop("fingerprint") for name in ("train", "val")}
+    for steps, saved in ((3, None), (4, known), (5, dict.fromkeys(known, ""))):
+        facts = project / "run" / "checkpoints" / str(steps - 1) / "meta" / "metadata"
+        before = json.loads(facts.read_text())
+        if saved is None:
+            del before["splits"]
+        else:
+            assert {name: split["fingerprint"] for name, split in before["splits"].items()} == saved
+        facts.write_text(json.dumps(before))
+        run_here("train", "--resume", "--out-dir=run", f"--train.steps={steps}", cwd=project)
+        meta.write_text(json.dumps(values))  # From now on without.
 
 
 def test_a_resume_that_trains_nothing_leaves_the_run_as_it_is(project: Path) -> None:
