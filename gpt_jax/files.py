@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,11 +42,19 @@ def save_json(path: Path, value: Any) -> None:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
+def check_writable(folder: Path) -> None:
+    """Raises OSError when no file can be made in `folder`, or in the nearest folder above it that is there."""
+    absolute = folder.absolute()
+    with tempfile.TemporaryFile(dir=next(path for path in (absolute, *absolute.parents) if path.exists())):
+        pass
+
+
 def check_replaceable(folder: Path, marker: str, force: bool) -> None:
     """Raises UserError unless `folder` may be written: it is missing or empty, or it is ours and `force` is set.
 
-    A folder is ours if it holds a file `marker`. Any other is never replaced.
+    A folder is ours if it holds a file `marker`. Any other is never replaced. Raises OSError when it cannot be written.
     """
+    check_writable(folder.parent)
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return
     if not (folder / marker).is_file():

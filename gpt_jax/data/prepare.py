@@ -77,15 +77,16 @@ def prepare(args: PrepareArgs, n_workers: int = 0, tokenizer: Tokenizer | None =
     with _exit_on_sigterm():
         try:
             check_replaceable(args.out, META_FILE, args.force)
+            tokenizer = tokenizer or _existing_tokenizer(args)
             corpus = open_corpus(args.source, args.text_field)
-            survey = _survey(corpus, args.val_fraction)
-            tokenizer = tokenizer or _make_tokenizer(args, survey.sample)
-            settings = {
-                **{name: value for name, value in asdict(args).items() if name not in ("out", "force")},
-                "source": list(args.source),  # A list, as JSON gives it back.
-                "split": "by document" if isinstance(survey.split, ByDocument) else "by position",
-            }
-            with whole_folder(args.out) as folder:
+            with whole_folder(args.out) as folder:  # Made and locked before the text is read, which may take hours.
+                survey = _survey(corpus, args.val_fraction)
+                tokenizer = tokenizer or _make_tokenizer(args, survey.sample)
+                settings = {
+                    **{name: value for name, value in asdict(args).items() if name not in ("out", "force")},
+                    "source": list(args.source),  # A list, as JSON gives it back.
+                    "split": "by document" if isinstance(survey.split, ByDocument) else "by position",
+                }
                 return _write(folder, corpus, survey, tokenizer, settings, n_workers or available_cores())
         except OSError as e:
             raise UserError(f"{args.out} could not be written ({e.strerror or e}); it is as it was before") from e
@@ -130,12 +131,15 @@ def _survey(corpus: Corpus, val_fraction: float) -> _Survey:
     return _Survey(str(fingerprint), choose_split(val_fraction, total_bytes, val_bytes), sample)
 
 
-def _make_tokenizer(args: PrepareArgs, sample: TextSample) -> Tokenizer:
-    """The tokenizer that `args` name: an existing one, or one trained on `sample`."""
+def _existing_tokenizer(args: PrepareArgs) -> Tokenizer | None:
+    """The tokenizer that `args` name; None when it is to be trained."""
     if args.tokenizer == "bytes":
         return ByteTokenizer()
-    if args.tokenizer != "sentencepiece":
-        return load_tokenizer(Path(args.tokenizer))
+    return None if args.tokenizer == "sentencepiece" else load_tokenizer(Path(args.tokenizer))
+
+
+def _make_tokenizer(args: PrepareArgs, sample: TextSample) -> Tokenizer:
+    """A tokenizer trained on `sample`."""
     print(f"training a {args.model_type} vocabulary on {sample.n_bytes / 1e6:.1f} MB of the text", file=sys.stderr)
     return SentencePieceTokenizer(train_sentencepiece(sample, args.model_type, args.vocab_size))
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gpt_jax.data.corpora import python_docs, shakespeare
-from gpt_jax.data.formats import Block, cut_document, has_text, read_blocks
+from gpt_jax.data.formats import Block, Kind, cut_document, kind_of, read_blocks
 from gpt_jax.data.shards import META_FILE
 from gpt_jax.errors import UserError
 
@@ -58,46 +58,87 @@ class Corpus:
 def open_corpus(names: Iterable[str], text_field: str = "text") -> Corpus:
     """The corpus of the files, folders, globs and built-in corpora in `names`, in their order.
 
-    A folder stands for all files below it in sorted order, without hidden ones. Data folders and binary and empty files
-    below it are skipped with a note on stderr, but naming such a file itself is an error. A file that is named twice is
-    read once. A path takes precedence over a built-in corpus of the same name.
+    A folder stands for all files below it in sorted order, without hidden ones; links are followed. What is no text
+    below it is passed over with a note on stderr, but naming such a file itself is an error. A file that is named twice
+    is read once. A path takes precedence over a built-in corpus of the same name.
     Raises UserError for a name that is none of these, and for a folder or glob without text.
     """
     sources: dict[str, Source] = {}
     for name in names:
+        notes: dict[str, list[Path]] = {}
         try:
             if name == "python-docs" and not Path(name).exists():
                 n_bytes = sum(len(document.encode()) for document in python_docs())
                 sources[name] = Source(n_bytes, _python_docs_blocks)
                 continue
-            paths = [shakespeare()] if name == "shakespeare" and not Path(name).exists() else _files(name)
+            paths = [shakespeare()] if name == "shakespeare" and not Path(name).exists() else _files(name, notes)
+            found = 0
             for path in paths:
+                kind = kind_of(path, text_field)
+                if Path(name).is_dir() and kind in PASSED_OVER:
+                    notes.setdefault(PASSED_OVER[kind], []).append(path)
+                    continue
+                if kind == "unlike":
+                    notes.setdefault(UNLIKE, []).append(path)
                 sources.setdefault(os.path.realpath(path), _file_source(path, text_field))
+                found += 1
         except OSError as e:
             raise UserError(f"{e.filename or name!r} cannot be read ({e.strerror or e})") from e
+        for what in [what for what in NOTES if what in notes]:
+            n, example = len(notes[what]), min(notes[what])
+            count = what.format(n=n, s="s" * (n > 1), field=text_field)
+            print(f"{name}: {count}, such as {example}", file=sys.stderr)
+        if not found:
+            raise UserError(f"there is no text in the folder {name}")
     return Corpus(tuple(sources.values()))
+
+
+PASSED_OVER: dict[Kind, str] = {
+    "empty": "passed over {n} empty or binary file{s}",
+    "binary": "passed over {n} empty or binary file{s}",
+    "unreadable": "passed over {n} file{s} that cannot be opened",
+}
+"""What is passed over in a folder."""
+
+DATA_FOLDER = "passed over {n} data folder{s}"
+DANGLING = "passed over {n} dangling link{s}"
+SPECIAL = "passed over {n} pipe{s}, socket{s} or device{s}"
+FOLDER = "passed over {n} folder{s}, which ** would go into"
+UNLIKE = "{n} file{s} of JSON or tables without a field {field!r}, which --text-field chooses, read as text"
+NOTES = (*dict.fromkeys(PASSED_OVER.values()), DATA_FOLDER, DANGLING, SPECIAL, FOLDER, UNLIKE)
+"""All notes, in the order in which they are printed."""
 
 
 def _file_source(path: Path, text_field: str) -> Source:
     return Source(path.stat().st_size, lambda: read_blocks(path, text_field))
 
 
-def _files(name: str) -> list[Path]:
-    """The files that `name` stands for."""
+def _files(name: str, notes: dict[str, list[Path]]) -> list[Path]:
+    """The files that `name` stands for. What is passed over is added to `notes`."""
     path = Path(name)
     if path.is_dir():
-        return _files_below(path)
+        return _files_below(path, notes)
     if path.is_file():
         return [path]
     if path.exists():
         raise UserError(f"{path} is not a regular file; text is read twice, so save it to one first")
+    if path.is_symlink():
+        raise UserError(f"{path} is a dangling link, to {path.readlink()}")
     if glob.has_magic(name):
         # Path.glob takes no absolute pattern, and matches hidden files.
-        found = [Path(p) for p in sorted(glob.glob(name, recursive=True)) if Path(p).is_file()]  # noqa: PTH207
+        matches = [Path(p) for p in sorted(glob.glob(name, recursive=True))]  # noqa: PTH207
+        found = [match for match in matches if match.is_file()]
         if not found:
             raise UserError(f"no file matches {name!r} in {Path.cwd()}")
+        for match in matches:
+            if not match.is_file() and not (match.is_dir() and "**" in name):
+                notes.setdefault(FOLDER if match.is_dir() else _no_file(match), []).append(match)
         return found
     raise UserError(f"there is no file or folder {name!r}{_suggestion(path)}")
+
+
+def _no_file(path: Path) -> str:
+    return SPECIAL if path.exists() else DANGLING
 
 
 def _suggestion(path: Path) -> str:
@@ -108,26 +149,31 @@ def _suggestion(path: Path) -> str:
     return f"; did you mean {path.parent / matches[0] if matches[0] in siblings else matches[0]}?"
 
 
-def _files_below(folder: Path) -> list[Path]:
+def _files_below(folder: Path, notes: dict[str, list[Path]]) -> list[Path]:
+    """All regular files below a folder, in sorted order. Links to folders are followed after the folders themselves,
+    and a folder that was seen already, such as one that holds the link, is not read again."""
+
     def refuse(e: OSError) -> None:
         raise e
 
     found: list[Path] = []
-    skipped: list[Path] = []
-    prepared: list[Path] = []
-    for parent, subfolders, names in os.walk(folder, onerror=refuse):
-        if META_FILE in names and any(name.endswith(".bin") for name in names):
-            prepared.append(Path(parent))
-            subfolders.clear()
-            continue
-        subfolders[:] = [s for s in subfolders if not s.startswith(".")]
-        for path in (Path(parent, name) for name in names if not name.startswith(".")):
-            if path.is_file():
-                (found if has_text(path) else skipped).append(path)
-    for kind, paths in (("empty or binary file", skipped), ("data folder", prepared)):
-        if paths:
-            n, example = len(paths), min(paths)
-            print(f"{folder}: passed over {n} {kind}{'s' * (n > 1)}, such as {example}", file=sys.stderr)
-    if not found:
-        raise UserError(f"there is no text in the folder {folder}")
+    seen: set[str] = set()
+    waiting = [folder]
+    while waiting:
+        for parent, subfolders, names in os.walk(waiting.pop(0), onerror=refuse):
+            if os.path.realpath(parent) in seen:
+                subfolders.clear()
+                continue
+            seen.add(os.path.realpath(parent))
+            if META_FILE in names and any(name.endswith(".bin") for name in names):
+                notes.setdefault(DATA_FOLDER, []).append(Path(parent))
+                subfolders.clear()
+                continue
+            subfolders[:] = [s for s in subfolders if not s.startswith(".")]
+            waiting += [path for s in subfolders if (path := Path(parent, s)).is_symlink()]
+            for path in (Path(parent, name) for name in names if not name.startswith(".")):
+                if path.is_file():
+                    found.append(path)
+                else:
+                    notes.setdefault(_no_file(path), []).append(path)
     return sorted(found)

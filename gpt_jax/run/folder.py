@@ -13,7 +13,6 @@
 """
 
 import dataclasses
-import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from typing import Any
 from gpt_jax import hosts
 from gpt_jax.config import Config, config_to_dict, load_saved_config
 from gpt_jax.errors import UserError
-from gpt_jax.files import is_utf8, locked, save_json
+from gpt_jax.files import check_writable, is_utf8, locked, save_json
 from gpt_jax.run.records import read_records
 from gpt_jax.tokenizer.load import load_tokenizer
 from gpt_jax.tokenizer.tokenizer import Tokenizer
@@ -96,9 +95,10 @@ class RunFolder:
         path = self.path.absolute()
         if not is_utf8(str(path)):
             raise UserError(f"{str(path)!r} is not UTF-8, which names of checkpoints must be; choose another --out-dir")
-        there = next(folder for folder in (path, *path.parents) if folder.exists())
-        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-            raise UserError(f"the run's folder {self} cannot be written: {there} is no folder that you may write to")
+        try:
+            check_writable(path)
+        except OSError as e:
+            raise UserError(f"the run's folder {self} cannot be written: {e.strerror}") from e
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt_jax.data import formats
-from gpt_jax.data.formats import Block, cut_before_space, cut_document, has_text, read_blocks
+from gpt_jax.data.formats import Block, cut_before_space, cut_document, kind_of, read_blocks
 from gpt_jax.errors import UserError
 
 TEXT = st.text(st.sampled_from("ab \n\r\t你🙂é▁"), min_size=1, max_size=200)
@@ -162,8 +162,13 @@ def test_a_file_that_is_gone_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "content", "expected"),
-    [("a", b"text", True), ("a", b"", False), ("a", b"a\0", False), ("a.gz", gzip.compress(b"\0", mtime=0), False)],
+    [
+        ("a", b"text", "text"),
+        ("a", b"", "empty"),
+        ("a", b"a\0", "binary"),
+        ("a.gz", gzip.compress(b"\0", mtime=0), "binary"),
+    ],
 )
-def test_text_is_told_from_other_files(tmp_path: Path, name: str, content: bytes, expected: bool) -> None:
+def test_text_is_told_from_other_files(tmp_path: Path, name: str, content: bytes, expected: str) -> None:
     (tmp_path / name).write_bytes(content)
-    assert has_text(tmp_path / name) == expected
+    assert kind_of(tmp_path / name, "text") == expected
