@@ -146,14 +146,17 @@ def _json_kind(path: Path, raw: io.BufferedReader, text_field: str, named_so: bo
         lines += [line] if line else []
     raw.seek(0)
     rows = [_parsed(line) for line in lines]
-    if any(isinstance(row, dict) for row in rows) and (named_so or all(line.startswith(b"{") for line in lines)):
-        return "lines" if len(lines) == 2 or named_so or _field(rows[0], text_field) is not MISSING else "unlike"
+    is_list = lines[0].startswith(b"[")
+    if named_so and not is_list:
+        return "lines"
+    if any(isinstance(row, dict) for row in rows) and all(line.startswith(b"{") for line in lines):
+        return "lines" if len(lines) == 2 or _field(rows[0], text_field) is not MISSING else "unlike"
     try:
         value = next(_json_values(path, _unpacked(path, raw)), None)
     except UserError:
         value = None
     raw.seek(0)
-    is_list = lines[0].startswith(b"[") and isinstance(value, dict)
+    is_list = is_list and isinstance(value, dict)
     return "values" if is_list or _field(value, text_field) is not MISSING else "unlike"
 
 
@@ -230,10 +233,11 @@ def _read_json_lines(path: Path, file: io.BufferedIOBase, tell: Callable[[], int
         where = f"{path}, line {number}"
         if len(line) == MAX_LINE_BYTES:
             raise UserError(f"{where} is longer than {MAX_LINE_BYTES >> 20} MiB")
+        line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
         if not line.strip():
             continue
         try:
-            row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+            row = json.loads(line.decode())
         except UnicodeDecodeError as e:
             raise UserError(f"{where} is not UTF-8 text: byte {e.start} of the line is 0x{line[e.start]:02x}") from None
         except (ValueError, RecursionError) as e:

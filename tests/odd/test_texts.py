@@ -1,0 +1,621 @@
+"""Odd texts, archives, records and names: each is read as it should be, or refused in one line that says what to do."""
+
+import bz2
+import gzip
+import io
+import json
+import lzma
+import os
+import socket
+import tarfile
+import tracemalloc
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gpt_jax.data import formats
+from gpt_jax.data.prepare import PrepareArgs, prepare
+from gpt_jax.data.shards import open_dataset
+from gpt_jax.data.sources import open_corpus
+from gpt_jax.errors import UserError
+from tests.commands import refused_here, run_here
+
+
+def read(*names: object, field: str = "text") -> list[str]:
+    """The documents of the sources."""
+    documents, parts = [], []
+    for block in open_corpus(map(str, names), field).blocks(lambda _: None):
+        parts.append(block.text)
+        if block.ends_document:
+            documents.append(b"".join(parts).decode())
+            parts = []
+    assert not parts
+    return documents
+
+
+def check(path: Path, expected: list[str] | str, field: str = "text") -> None:
+    """The documents are those that are expected, or the error of one line has the expected part."""
+    if isinstance(expected, list):
+        assert read(path, field=field) == expected
+        return
+    with pytest.raises(UserError) as caught:
+        read(path, field=field)
+    assert expected in str(caught.value)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+LONG = "x" * (3 << 20)
+CUT = "你🙂" * 200_000  # A block ends within a character.
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        pytest.param(b"\xef\xbb\xbfabc", ["abc"], id="byte order mark"),
+        pytest.param(b"\xef\xbb\xbf\xef\xbb\xbfabc", ["\ufeffabc"], id="two byte order marks"),
+        pytest.param(b"a\r\nb\r\n", ["a\r\nb\r\n"], id="CRLF"),
+        pytest.param(b"a\rb\r", ["a\rb\r"], id="lone CR"),
+        pytest.param("a\u2028b\u2029c\x85d\x0be\x0c".encode(), ["a\u2028b\u2029c\x85d\x0be\x0c"], id="line separators"),
+        pytest.param(b"\x1b[31mred\x7f\x01\x1a", ["\x1b[31mred\x7f\x01\x1a"], id="control characters"),
+        pytest.param("\ufffe\U0010ffff\ue000".encode(), ["\ufffe\U0010ffff\ue000"], id="noncharacters"),
+        pytest.param("e\u0301 👩\u200d👩\u200d👧".encode(), ["e\u0301 👩\u200d👩\u200d👧"], id="not normalised"),
+        pytest.param(b" \n\t \r\n", [" \n\t \r\n"], id="white space only"),
+        pytest.param(b"\n", ["\n"], id="one newline"),
+        pytest.param(b"<|endoftext|><s>\xe2\x96\x81", ["<|endoftext|><s>▁"], id="names of special tokens"),
+        pytest.param(LONG.encode(), [LONG], id="one line of 3 MiB"),
+        pytest.param(CUT.encode(), [CUT], id="1.4 MB without a space"),
+        pytest.param(b"a" * 9000 + b"\0b", ["a" * 9000 + "\0b"], id="NUL far behind"),
+        pytest.param(b"a\0b", "is a binary file, not text", id="NUL"),
+        pytest.param(b"", "is empty", id="empty"),
+        pytest.param(b"\xef\xbb\xbf", "is empty", id="only a byte order mark"),
+        pytest.param(b"caf\xe9", "is not UTF-8 text: byte 3 is 0xe9; convert it", id="latin-1"),
+        pytest.param(b"\xc0\x80", "byte 0 is 0xc0", id="overlong NUL"),
+        pytest.param(b"ab\xed\xa0\x80", "byte 2 is 0xed", id="surrogate in UTF-8"),
+        pytest.param(b"ab\xf4\x90\x80\x80", "byte 2 is 0xf4", id="beyond Unicode"),
+        pytest.param("abc你".encode()[:-1], "byte 3 is 0xe4", id="cut within a character"),
+        pytest.param(b"x" * (1 << 20) + b" \xff", f"byte {(1 << 20) + 1} is 0xff", id="wrong after 1 MiB"),
+        pytest.param("hello".encode("utf-16-le"), "is a binary file, not text", id="UTF-16 without a mark"),
+        pytest.param(b"\xff\xfe" + "hé".encode("utf-16-le"), "UTF-16: iconv -f utf-16 -t utf-8 a.txt", id="UTF-16 LE"),
+        pytest.param(b"\xfe\xff" + "hé".encode("utf-16-be"), "UTF-16: iconv -f utf-16 -t utf-8 a.txt", id="UTF-16 BE"),
+        pytest.param("hé".encode("utf-32"), "UTF-32: iconv -f utf-32 -t utf-8 a.txt", id="UTF-32"),
+        pytest.param(b"%PDF-1.7\nstream", "it is a PDF: pdftotext extracts the text", id="PDF"),
+    ],
+)
+def test_texts(tmp_path: Path, content: bytes, expected: list[str] | str) -> None:
+    path = tmp_path / "a.txt"
+    path.write_bytes(content)
+    check(path, expected)
+
+
+def gz(content: bytes) -> bytes:
+    return gzip.compress(content, 1, mtime=0)
+
+
+def short(value: object) -> str:
+    """A name of a case: its short strings."""
+    return value if isinstance(value, str) and len(value) < 20 else ""
+
+
+def zst(content: bytes, **parameters: Any) -> bytes:
+    return zstandard.ZstdCompressor(**parameters).compress(content)
+
+
+def zst_long(content: bytes) -> bytes:
+    """Packed as by zstd --long=31, as large dumps are."""
+    parameters = zstandard.ZstdCompressionParameters(window_log=31, write_content_size=False)
+    packer = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    return packer.compress(content) + packer.flush()
+
+
+def zst_dictionary(content: bytes) -> bytes:
+    samples = [json.dumps({"id": i, "text": f"sample {i * i} of the text {i % 7}"}).encode() for i in range(2000)]
+    return zst(content, dict_data=zstandard.train_dictionary(1024, samples))
+
+
+def tar(content: bytes) -> bytes:
+    out, member = io.BytesIO(), tarfile.TarInfo("inner.txt")
+    member.size = len(content)
+    with tarfile.open(fileobj=out, mode="w") as archive:
+        archive.addfile(member, io.BytesIO(content))
+    return out.getvalue()
+
+
+def zipped(content: bytes) -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        archive.writestr("inner.txt", content)
+    return out.getvalue()
+
+
+TEXT = b"some text\nand more"
+ROWS = b'{"text": "a"}\n{"text": "b"}\n'
+SKIPPED_FRAME = b"\x5a\x2a\x4d\x18\x03\0\0\0abc"
+ARCHIVE = "is a binary file, not text; it is an archive: unpack it, and name the folder"
+
+
+def broken(content: bytes) -> bytes:
+    """With another checksum."""
+    return content[:-8] + bytes([content[-8] ^ 1]) + content[-7:]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.txt", gz(TEXT), [TEXT.decode()]),
+        ("a.txt.gz", zst(TEXT), [TEXT.decode()]),
+        ("a.txt.bz2", bz2.compress(TEXT), [TEXT.decode()]),
+        ("a.xz", lzma.compress(TEXT), [TEXT.decode()]),
+        ("a", zst(TEXT), [TEXT.decode()]),
+        ("a.jsonl", gz(ROWS), ["a", "b"]),
+        ("a.jsonl.xz", lzma.compress(ROWS), ["a", "b"]),
+        ("a.jsonl.zst", zst_long(ROWS), ["a", "b"]),
+        ("a.gz", gz(b"one ") + gz(b"two"), ["one two"]),
+        ("a.bz2", bz2.compress(b"one ") + bz2.compress(b"two"), ["one two"]),
+        ("a.xz", lzma.compress(b"one ") + lzma.compress(b"two"), ["one two"]),
+        ("a.zst", zst(b"one ") + SKIPPED_FRAME + zst(b"two"), ["one two"]),
+        ("a.zst", SKIPPED_FRAME + zst(TEXT), [TEXT.decode()]),
+        ("a.gz", gz(TEXT) + b"\0" * 512, [TEXT.decode()]),
+        ("a.gz", gz(b"\xef\xbb\xbfabc"), ["abc"]),
+        ("a.gz", gz(TEXT) + b"garbage", "is damaged or cut short"),
+        ("a.gz", gz(TEXT)[:-9], "is damaged or cut short"),
+        ("a.gz", broken(gz(TEXT)), "is damaged or cut short (CRC check failed"),
+        ("a.bz2", bz2.compress(TEXT)[:-9], "is damaged or cut short"),
+        ("a.xz", lzma.compress(TEXT)[:-9], "is damaged or cut short"),
+        ("a.xz", broken(lzma.compress(TEXT)), "is damaged or cut short"),
+        ("a.zst", zst(TEXT)[:-3], "is damaged or cut short"),
+        ("a.zst", zst_dictionary(ROWS), "unpack it first, with its dictionary: zstd -d -D"),
+        ("a.gz", TEXT, "is damaged or cut short (Not a gzipped file"),
+        ("a.xz", TEXT, "is damaged or cut short"),
+        ("a.gz", b"", "is empty"),
+        ("a.zst", b"", "is empty"),
+        ("a.gz", gz(b""), "is empty"),
+        ("a.txt.gz.gz", gz(gz(TEXT)), "it is packed twice: unpack it once"),
+        ("a.gz", gz(zst(TEXT)), "it is packed twice: unpack it once"),
+        ("a.zip", zipped(TEXT), ARCHIVE),
+        ("a.docx", zipped(TEXT), ARCHIVE),
+        ("a.tar", tar(TEXT), ARCHIVE),
+        ("a.tar.gz", gz(tar(TEXT)), ARCHIVE),
+        ("a.tar.zst", zst(tar(TEXT)), ARCHIVE),
+        ("a.parquet.gz", gz(b"PAR1\0"), "it is packed Parquet: unpack it"),
+    ],
+    ids=short,
+)
+def test_packed_files(tmp_path: Path, name: str, content: bytes, expected: list[str] | str) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    check(path, expected)
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        pytest.param(b'\n{"text": "a"}\n\n \t\n{"text": "b"}', ["a", "b"], id="blank lines, no newline at the end"),
+        pytest.param(b'\xef\xbb\xbf{"text": "a"}\r\n{"text": "b"}\r\n', ["a", "b"], id="byte order mark and CRLF"),
+        pytest.param(b'{"text": null}\n{"text": ""}\n{"text": "a"}', ["a"], id="null and empty"),
+        pytest.param(b'{"text": "a", "text": "b"}', ["b"], id="a key twice: the last, as everywhere in Python"),
+        pytest.param(b'{"x": NaN, "y": -Infinity, "text": "a"}', ["a"], id="NaN elsewhere"),
+        pytest.param(b'{"n": %d, "text": "a"}' % 2**70, ["a"], id="2**70"),
+        pytest.param(b'{"x": %s0%s, "text": "a"}' % (b"[" * 500, b"]" * 500), ["a"], id="500 lists in each other"),
+        pytest.param(b'{"text": "\\ud83d\\ude42 \\u0000 \\u2028\\n"}', ["🙂 \0 \u2028\n"], id="escapes"),
+        pytest.param('{"text": "a\u2028b\x85"}'.encode(), ["a\u2028b\x85"], id="separators that end no line"),
+        pytest.param(b'{"t\\u0065xt": "a"}', ["a"], id="an escaped key"),
+        pytest.param(
+            b'[\n {"text": "a"},\n {"text": "b"}\n]\n', ["a", "b"], id="an array under the name of JSON Lines"
+        ),
+        pytest.param(b'{"text": "a",}', "line 1 is not JSON", id="trailing comma"),
+        pytest.param(b'{"text": "a"}\n{"text": "b"},\n', "line 2 is not JSON (Extra data", id="comma after the row"),
+        pytest.param(b'{"text": "a"} {"text": "b"}', "line 1 is not JSON (Extra data", id="two rows on a line"),
+        pytest.param(b"{'text': 'a'}", "line 1 is not JSON", id="single quotes"),
+        pytest.param(b'# rows\n{"text": "a"}', "line 1 is not JSON", id="comment"),
+        pytest.param(b'{"text": "a"}\n{"text": "b', "line 2 is not JSON (Unterminated string", id="cut short"),
+        pytest.param(
+            b'{"text": "a\nb"}', "line 1 is not JSON (Invalid control character", id="newline within a string"
+        ),
+        pytest.param(b'{"text": "a\tb"}', "line 1 is not JSON (Invalid control character", id="tab within a string"),
+        pytest.param(b'{"body": "a", "meta": {"id": 1}}', "--text-field: body, meta, meta.id", id="no such field"),
+        pytest.param(b"{}", "has no field 'text'; choose one of its fields with --text-field: (there", id="no field"),
+        pytest.param(b'{"text": 5}', "line 1: 'text' is not text but of type int", id="number"),
+        pytest.param(b'{"text": NaN}', "line 1: 'text' is not text but of type float", id="NaN"),
+        pytest.param(b'{"text": true}', "line 1: 'text' is not text but of type bool", id="bool"),
+        pytest.param(b'{"text": ["a"]}', "line 1: 'text' is not text but of type list", id="list"),
+        pytest.param(b'{"text": {"a": 1}}', "line 1: 'text' is not text but of type dict", id="object"),
+        pytest.param(b'{"text": "a"}\nnull', "line 2 is not a JSON object", id="null row"),
+        pytest.param(b'{"text": "a"}\n"b"', "line 2 is not a JSON object", id="string row"),
+        pytest.param(b'{"text": "ab\\udfff"}', "line 1: character 2 of 'text' is half of a surrogate", id="surrogate"),
+        pytest.param(b'{"text": "caf\xe9"}', "line 1 is not UTF-8 text: byte 13 of the line is 0xe9", id="latin-1"),
+        pytest.param(b'{"text": "a"}'.decode().encode("utf-16"), "is a binary file, not text; it looks", id="UTF-16"),
+        pytest.param(b'{"n": %s, "text": "a"}' % (b"9" * 5000), "line 1 is not JSON (Exceeds the limit", id="long int"),
+        pytest.param(b"[" * 100_000, "line 1 is not JSON", id="100,000 lists in each other"),
+        pytest.param(b'{"x": ' * 100_000, "line 1 is not JSON", id="100,000 objects in each other"),
+    ],
+)
+def test_json_lines(tmp_path: Path, content: bytes, expected: list[str] | str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(content)
+    check(path, expected)
+
+
+PRETTY = json.dumps({"id": 1, "text": "a"}, indent=2).encode()
+SETTINGS = b'{\n  "compilerOptions": {"strict": true}\n}\n'
+UNLIKE = "1 file of JSON or tables without a field 'text', which --text-field chooses, read as text, such as "
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("c4.json.gz", gz(ROWS), ["a", "b"]),
+        ("a.json", ROWS, ["a", "b"]),
+        ("a.txt", ROWS, ["a", "b"]),
+        ("a", b"\xef\xbb\xbf\n" + ROWS, ["a", "b"]),
+        ("a.JSONL", ROWS, ["a", "b"]),
+        ("a.json", b'{"text": "a"}', ["a"]),
+        ("a.json", PRETTY, ["a"]),
+        ("a.json", PRETTY + b"\n" + PRETTY, ["a", "a"]),
+        ("a.json", b'[{"text": "a"}, {"text": null}, {"text": "b"}]', ["a", "b"]),
+        ("a.json.zst", zst(json.dumps([{"text": "你" * n} for n in range(99)], indent=1).encode()), None),
+        ("a.json", b'[{"text": "a"} {"text": "b"}]', "record 2 is not JSON: '{' follows the one before"),
+        ("a.json", b'[{"text": "a"}, 5]', "record 2 is not a JSON object with a field 'text'"),
+        ("a.json", b'[{"text": "a"},]', "record 2 is not JSON (Expecting value)"),
+        ("a.json", b'[{"text": "a"}, {"text": "b"}', "is cut short: its list of records does not end"),
+        ("a.json", b'[{"text": "a"}, {"text": "b', "record 2 is not JSON (Unterminated string"),
+        ("a.json", b'[{"text": "a"}] []', "record 2 is not JSON: '[' follows the one before"),
+        ("a.json", b'[{"text": "a"}, {"text": "caf\xe9"}]', "is not UTF-8 text"),
+        (
+            "a.json",
+            b'[{"body": "a"}]',
+            "record 1 has no field 'text'; choose one of its fields with --text-field: body",
+        ),
+        ("a.json", b'{"body": "a"}\n{"body": "b"}', "line 1 has no field 'text'; choose one of its fields with --text"),
+        ("a.json", ROWS + b'{"text": "c"', "line 3 is not JSON"),
+        ("a.csv", b'id,text\n1,"a"\n', "is a table with a column 'text'; convert it to JSON Lines or Parquet"),
+        ("a.tsv", b"id\ttext\n1\ta\n", "is a table with a column 'text'; convert it to JSON Lines or Parquet"),
+        ("a.csv", b"id,body\n1,a\n", UNLIKE),
+        ("tsconfig.json", SETTINGS, UNLIKE),
+        ("map.json", b'{"version": 3, "sources": []}\n', UNLIKE),
+        ("words.json", b'["a", "b"]', UNLIKE),
+        ("broken.json", b'{"a": 1, "text": }', UNLIKE),
+        ("a.tex", b"{\\bf Bold} text", [r"{\bf Bold} text"]),
+        ("a.py", b"{1: 2}\n{3: 4}\n", ["{1: 2}\n{3: 4}\n"]),
+        ("a.md", b"[1] A reference\n[2] Another\n", ["[1] A reference\n[2] Another\n"]),
+        ("a.txt", b"id,text\n1,a\n", ["id,text\n1,a\n"]),
+    ],
+    ids=short,
+)
+def test_records_under_any_name(
+    tmp_path: Path, name: str, content: bytes, expected: list[str] | str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    if expected == UNLIKE:
+        check(path, [content.decode()])
+        assert capsys.readouterr().err == f"{path}: {UNLIKE}{path}\n"
+    else:
+        check(path, ["你" * n for n in range(1, 99)] if expected is None else expected)
+        assert isinstance(expected, str) or capsys.readouterr().err == ""
+
+
+def test_without_a_field_every_file_is_a_document(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(ROWS)
+    check(path, [ROWS.decode()], field="")
+
+
+@pytest.mark.parametrize(
+    ("row", "field", "expected"),
+    [
+        ({"meta": {"text": "a"}}, "meta.text", ["a"]),
+        ({"meta": {"deep": {"text": "a"}}}, "meta.deep.text", ["a"]),
+        ({"meta.text": "a", "meta": {"text": "b"}}, "meta.text", ["a"]),
+        ({"meta": None}, "meta.text", []),
+        ({"meta": {"text": None}}, "meta.text", []),
+        (
+            {"meta": {"title": "a"}},
+            "meta.text",
+            "has no field 'meta.text'; choose one of its fields with --text-field: m",
+        ),
+        ({"meta": "a"}, "meta.text", "has no field 'meta.text'"),
+        ({f"f{i}": i for i in range(99)}, "text", "f18, f19, ..."),
+    ],
+    ids=short,
+)
+def test_nested_fields_of_json(tmp_path: Path, row: Any, field: str, expected: list[str] | str) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(row))
+    check(path, expected, field)
+
+
+def columns() -> dict[str, Any]:
+    pa = pytest.importorskip("pyarrow")
+    return {
+        "meta": pa.array([{"text": "a", "deep": {"text": "x"}}, None, {"text": None, "deep": None}]),
+        "bytes": pa.array([b"a", None, "é".encode()], pa.binary()),
+        "large": pa.array(["a", "", "b"], pa.large_string()),
+        "view": pa.array(["a", None, "b"], pa.string_view()),
+        "words": pa.array(["a", "b", "a"]).dictionary_encode(),
+        "fixed": pa.array([b"ab", b"cd", b"ef"], pa.binary(2)),
+        "nothing": pa.nulls(3),
+        "latin": pa.array([b"a", b"b", b"caf\xe9"], pa.binary()),
+        "list": pa.array([["a"], ["b"], []]),
+        "time": pa.array([1, 2, 3], pa.timestamp("s")),
+        "dot.ted": pa.array(["a", "b", "c"]),
+        "dot": pa.array([{"ted": "x"}] * 3),
+    }
+
+
+@pytest.mark.parametrize(
+    ("field", "expected"),
+    [
+        ("meta.text", ["a"]),
+        ("meta.deep.text", ["x"]),
+        ("bytes", ["a", "é"]),
+        ("large", ["a", "b"]),
+        ("view", ["a", "b"]),
+        ("words", ["a", "b", "a"]),
+        ("fixed", ["ab", "cd", "ef"]),
+        ("nothing", []),
+        ("dot.ted", ["a", "b", "c"]),
+        ("latin", "row 3: byte 3 of 'latin' is 0xe9: no UTF-8"),
+        ("list", "row 1: 'list' is not text but of type list"),
+        ("time", "row 1: 'time' is not text but of type datetime"),
+        ("meta", "row 1: 'meta' is not text but of type dict"),
+        (
+            "meta.title",
+            "has no column 'meta.title'; choose one of its fields with --text-field: meta, meta.text, meta.d",
+        ),
+        ("bytes.text", "has no column 'bytes.text'"),
+        ("text", "has no column 'text'; choose one of its fields with --text-field: meta, meta.text, meta.deep, bytes"),
+    ],
+    ids=short,
+)
+@pytest.mark.parametrize("name", ["a.parquet", "named otherwise"])
+def test_parquet(tmp_path: Path, name: str, field: str, expected: list[str] | str) -> None:
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table(columns()), tmp_path / name)
+    check(tmp_path / name, expected, field)
+
+
+def test_odd_parquet_files(tmp_path: Path) -> None:
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), path)
+    check(path, [])
+    pq.write_table(pa.table([["a"], ["b"]], names=["text", "text"]), path)
+    check(path, ["a"])  # The first, as pandas and datasets take it.
+    pq.write_table(pa.table({"text": ["a"]}), path)
+    whole = path.read_bytes()
+    for content in (whole[:-5], whole[: len(whole) // 2], b"PAR1", b"", b"no Parquet", gz(b"text")):
+        path.write_bytes(content)
+        check(path, "cannot be read as Parquet" if content[:2] != b"\x1f\x8b" else ["text"])
+
+
+NAMES = [
+    "with space.txt",
+    "new\nline.txt",
+    "-dash.txt",
+    ".hidden.txt",
+    "a[1]*?.txt",
+    "~",
+    "$HOME",
+    "é.txt",
+    "e\u0301",
+    "%s",
+]
+NOT_UTF8 = os.fsdecode(b"caf\xe9.txt")
+
+
+@pytest.mark.parametrize("name", [*NAMES, NOT_UTF8], ids=ascii)
+def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    """Prepared as a file, in a folder of that name, and into one; a damaged one is named in one line."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "in" / name
+    folder.mkdir(parents=True)
+    (folder / name.removeprefix(".")).write_text("some words " * 20)
+    (tmp_path / name).write_text("some words " * 20)
+    assert read(name) == ["some words " * 20]
+    assert read(folder) == ["some words " * 20]
+    meta = prepare(PrepareArgs(source=(name,), out=Path("out", name), tokenizer="bytes"), n_workers=1)
+    data = open_dataset(Path("out", name))
+    assert data.meta == meta
+    assert data.meta.settings["source"] == [name]
+    (tmp_path / name).write_text("")
+    error = refused_here("prepare", "--out", "new", "--", name, cwd=tmp_path)
+    assert error == f"error: {name} is empty".replace("\n", " ")
+
+
+def test_a_name_that_is_not_utf8_as_a_command_prints_it(tmp_path: Path) -> None:
+    (tmp_path / NOT_UTF8).write_text("some words " * 20)
+    out, _ = run_here("prepare", NOT_UTF8, "--out", NOT_UTF8 + ".d", "--tokenizer=bytes", cwd=tmp_path)
+    assert "next: python train.py --data.dir" in out
+
+
+def loops(folder: Path) -> None:
+    (folder / "deep").mkdir()
+    (folder / "deep" / "b.txt").write_text("b")
+    (folder / "deep" / "loop").symlink_to("..")
+    (folder / "self").symlink_to(".")
+    (folder / "again").symlink_to("deep")
+
+
+def outside(folder: Path) -> None:
+    other = folder.parent / "other"
+    (other / "deeper").mkdir(parents=True)
+    (other / "deeper" / "c.txt").write_text("c")
+    (other / "back").symlink_to(folder)
+    (folder / "link").symlink_to(other)
+    (folder / "twice").symlink_to(other / "deeper")
+
+
+def dangling(folder: Path) -> None:
+    for name in ("gone1", "gone2"):
+        (folder / name).symlink_to("nowhere")
+    (folder / "circle").symlink_to("circle")
+
+
+def special(folder: Path) -> None:
+    os.mkfifo(folder / "pipe")
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(str(folder / "s"))
+    server.close()
+
+
+def archives(folder: Path) -> None:
+    (folder / "a.zip").write_bytes(zipped(TEXT))
+    (folder / "b.tar.gz").write_bytes(gz(tar(TEXT)))
+    (folder / "empty").write_bytes(b"")
+    (folder / "utf16.txt").write_text("text", encoding="utf-16")
+
+
+@pytest.mark.parametrize(
+    ("make", "expected", "notes"),
+    [
+        (loops, ["a", "b"], []),
+        (outside, ["a", "c"], []),
+        (dangling, ["a"], ["passed over 3 dangling links, such as texts/circle"]),
+        (special, ["a"], ["passed over 2 pipes, sockets or devices, such as texts/pipe"]),
+        (archives, ["a"], ["passed over 4 empty or binary files, such as texts/a.zip"]),
+    ],
+)
+def test_folders(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    make: Callable[[Path], None],
+    expected: list[str],
+    notes: list[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("a")
+    make(tmp_path / "texts")
+    assert read("texts") == expected
+    assert capsys.readouterr().err.splitlines() == [f"texts: {note}" for note in notes]
+
+
+def test_files_that_cannot_be_opened_are_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Root may read all files, so the error is made."""
+    for name in ("a", "b", "c"):
+        (tmp_path / name).write_text(name)
+    open_path = Path.open
+
+    def refuse(path: Path, *args: Any) -> Any:
+        if path.name in ("a", "c"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return open_path(path, *args)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    assert read(tmp_path) == ["b"]
+    assert f"passed over 2 files that cannot be opened, such as {tmp_path / 'a'}\n" in capsys.readouterr().err
+    check(tmp_path / "a", "cannot be read (Permission denied)")
+
+
+def test_globs_tell_what_they_leave_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "b.txt").write_text("b")
+    (tmp_path / "a.txt").write_text("a")
+    (tmp_path / "gone").symlink_to("nowhere")
+    assert read("*") == ["a"]
+    assert capsys.readouterr().err.splitlines() == [
+        "*: passed over 1 dangling link, such as gone",
+        "*: passed over 1 folder, which ** would go into, such as x",
+    ]
+    assert read("**") == ["a", "b"]
+    assert capsys.readouterr().err == "**: passed over 1 dangling link, such as gone\n"
+    check(tmp_path / "gone", "is a dangling link, to nowhere")
+
+
+ROW = st.dictionaries(st.sampled_from(["text", "id", ""]), st.none() | st.text(max_size=9) | st.integers(), max_size=3)
+LINE = st.one_of(
+    ROW.map(lambda row: json.dumps(row).encode()),
+    ROW.map(lambda row: json.dumps(row, ensure_ascii=False).encode(errors="surrogatepass")),
+    st.recursive(st.none() | st.floats() | st.text(max_size=5), st.lists, max_leaves=5).map(
+        lambda v: json.dumps(v).encode()
+    ),
+    st.binary(max_size=12),
+    st.sampled_from([b"", b" ", b"\r", b"{", b"[", b'{"text":', b"\xef\xbb\xbf", b"\\ud800", b'{"text": "\\ud800"}']),
+)
+
+
+def reference(content: bytes) -> list[str] | None:
+    """The texts of JSON Lines, read in the plainest way; None where they are not as they should be."""
+    texts = []
+    for line in content.removeprefix(b"\xef\xbb\xbf").split(b"\n"):
+        if line.strip():
+            try:
+                text = json.loads(line.decode())["text"]
+                texts.append("" if text is None else text)
+                texts[-1].encode()
+            except (ValueError, LookupError, TypeError, AttributeError):
+                return None
+    return [text for text in texts if text]
+
+
+def read_or_refuse(path: Path) -> list[str] | None:
+    """The documents of a file; None if it is refused, in one line that names it."""
+    try:
+        return read(path)
+    except UserError as e:
+        message = str(e)
+    assert str(path) in message
+    assert "\n" not in message
+    return None
+
+
+@settings(max_examples=300)
+@given(lines=st.lists(LINE, max_size=4), end=st.sampled_from([b"", b"\n"]), cut=st.integers(0, 200))
+def test_json_lines_fuzzed(tmp_path_factory: pytest.TempPathFactory, lines: list[bytes], end: bytes, cut: int) -> None:
+    """Under its own name, as the plainest reading; under any other, records or a text, or an error of one line."""
+    content = (b"\n".join(lines) + end)[: 2 * cut]
+    path = tmp_path_factory.getbasetemp() / "fuzzed.jsonl"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(formats, "BLOCK_BYTES", 16)
+        path.write_bytes(content)
+        expected, is_binary = reference(content), b"\0" in content or content.startswith(b"%PDF-")
+        found = read_or_refuse(path)
+        is_list = content.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"[")  # Read as such.
+        if content not in (b"", b"\xef\xbb\xbf") and not is_binary and not is_list:
+            assert found == expected
+        other = path.rename(path.with_suffix(".txt"))
+        assert read_or_refuse(other) in (None, expected, [content.decode("utf-8-sig", errors="replace")])
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"[" + b",".join([b'{"text": "%s"}' % (b"x" * 99)] * 30_000) + b"]",
+        b'{"text": "%s"}\n' % (b"x" * 99) * 30_000,
+        b'{"data": [' + b'{"a": [1, 2, 3]}, ' * 200_000,
+        b'{"text": "' + b"x" * (4 << 20),
+        b" " * (4 << 20),
+    ],
+    ids=["array", "lines", "one long object", "cut short", "spaces"],
+)
+def test_memory_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
+    """3 MB and more in at most 1.5 MB, in blocks and records of at most 64 KiB."""
+    monkeypatch.setattr(formats, "BLOCK_BYTES", 64 << 10)
+    monkeypatch.setattr(formats, "MAX_LINE_BYTES", 64 << 10)
+    path = tmp_path / "a.json.gz"
+    path.write_bytes(gz(content))
+    del content
+    tracemalloc.start()
+    try:
+        for block in open_corpus([str(path)]).blocks(lambda _: None):
+            assert len(block.text) <= 64 << 10
+        assert tracemalloc.get_traced_memory()[1] < 1_500_000
+    finally:
+        tracemalloc.stop()
