@@ -23,6 +23,7 @@ from gpt_jax.data.prepare import PrepareArgs
 from gpt_jax.data.shards import Dataset, Meta, open_dataset
 from gpt_jax.data.train_tokenizer import train_sentencepiece
 from gpt_jax.errors import UserError
+from gpt_jax.files import locked
 
 
 def prepare(source: Path, out: Path, n_workers: int = 0, **settings: Any) -> Meta:
@@ -154,6 +155,27 @@ def test_no_source_and_no_place_are_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("text " * 100)
     with pytest.raises(UserError, match=r"file/out could not be written \(Not a directory\)|File exists"):
         prepare(tmp_path / "file", tmp_path / "file" / "out", tokenizer="bytes")
+
+
+def test_what_would_fail_at_the_end_fails_before_the_text_is_read(
+    corpus: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which may take hours."""
+    monkeypatch.setattr(prepare_module, "_survey", lambda *_: pytest.fail("the text was read"))
+    text, out = corpus[0], tmp_path / "out"
+    with pytest.raises(UserError, match="there is no tokenizer gone"):
+        prepare(text, out, tokenizer="gone")
+    with pytest.raises(UserError, match=r"out could not be written \(Not a directory\)"):
+        prepare(text, text / "out")
+    with (
+        locked(tmp_path / ".out.partial", ""),
+        pytest.raises(UserError, match=r"another process is writing .*out; wait for it"),
+    ):
+        prepare(text, out)
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(UserError, match=r"reading Parquet needs pyarrow: pip install 'gpt-jax\[parquet\]'"):
+        prepare(tmp_path / "a.parquet", out)
 
 
 def test_text_that_changes_meanwhile_is_noticed(

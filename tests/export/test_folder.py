@@ -1,6 +1,7 @@
 """Exports as transformers loads them, with no code of ours. Needs the extra `parity`."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +62,12 @@ def test_transformers_reads_and_writes_as_we_do(trained: Path, tmp_path: Path) -
 
 
 def test_the_card_tells_how_it_was_trained(trained: Path, tmp_path: Path) -> None:
-    run_here("export", "--run", trained, "--out", tmp_path / "bard")
-    card = (tmp_path / "bard" / "README.md").read_text(encoding="utf-8")
+    """Also in a folder whose name is not UTF-8."""
+    out = tmp_path / os.fsdecode(b"b\xe4rd")
+    run_here("export", "--run", trained, "--out", out)
+    card = (out / "README.md").read_text(encoding="utf-8")
     record = json.loads((trained / "metrics.jsonl").read_text().splitlines()[-1])
-    for part in ("# bard", "20 of 20", "learning rate 0.01", f"{record['val_loss']:.4f}", f"{record['tokens']:,}"):
+    for part in ("# b?rd", "20 of 20", "learning rate 0.01", f"{record['val_loss']:.4f}", f"{record['tokens']:,}"):
         assert part in card
 
 

@@ -115,7 +115,9 @@ def zst_long(content: bytes) -> bytes:
 
 
 def zst_dictionary(content: bytes) -> bytes:
-    samples = [json.dumps({"id": i, "text": f"sample {i * i} of the text {i % 7}"}).encode() for i in range(2000)]
+    samples: list[Any] = [
+        json.dumps({"id": i, "text": f"sample {i * i} of the text {i % 7}"}).encode() for i in range(2000)
+    ]
     return zst(content, dict_data=zstandard.train_dictionary(1024, samples))
 
 
