@@ -122,7 +122,7 @@ def _find_data(config: Config, run: Path) -> str:
     name below the working folder, which may be another.
     """
     saved, out = Path(config.data.dir), Path(config.out_dir)
-    if not config.data.dir or (saved.is_absolute() and saved.exists()) or saved.is_absolute() != out.is_absolute():
+    if not config.data.dir or (saved.is_absolute() and saved.exists()) or saved.anchor != out.anchor:
         return config.data.dir
     beside = Path(os.path.normpath(run.absolute() / os.path.relpath(saved, out)))
     return str(beside) if beside.exists() else config.data.dir

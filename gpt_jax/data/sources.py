@@ -75,7 +75,7 @@ def open_corpus(names: Iterable[str], text_field: str = "text") -> Corpus:
             found = 0
             for path in paths:
                 kind = kind_of(path, text_field)
-                if Path(name).is_dir() and kind in PASSED_OVER:
+                if kind in PASSED_OVER and Path(name).is_dir():
                     notes.setdefault(PASSED_OVER[kind], []).append(path)
                     continue
                 if kind == "unlike":

@@ -11,6 +11,7 @@ import pytest
 
 from gpt_jax.config import DataConfig, load_saved_config
 from gpt_jax.errors import UserError
+from gpt_jax.tokenizer.bytes import ByteTokenizer
 from gpt_jax.train.setup import open_or_prepare
 from tests.commands import TINY, records, refused_here, run_here
 
@@ -66,6 +67,8 @@ def test_a_folder_is_prepared_where_its_text_is_known(project: Path, monkeypatch
     for given in ({"data.dir"}, {"data.dir", "train.steps"}):
         with pytest.raises(UserError, match=r"there is no data folder new; name it by --data\.dir, or the text"):
             open_or_prepare(config, given)
+        with pytest.raises(UserError, match="there is no data folder new; name it by"):  # With init_from.
+            open_or_prepare(config, given, ByteTokenizer(), "model")
     with pytest.raises(UserError, match="there is no data folder new, on which the run was trained; name it by"):
         open_or_prepare(config, resume=True)
     assert not Path("new").exists()
