@@ -341,7 +341,8 @@ def _record(record: object, where: str, text_field: str, position: int) -> Itera
         raise UserError(f"{where} is not a JSON object with a field {text_field!r}")
     text = _field(record, text_field)
     if text is MISSING:
-        raise UserError(f"{where} has no field {text_field!r}; {_choose_field(record)}")
+        choice = f"{_choose_field(record)}; with '' files are read as they are"
+        raise UserError(f"{where} has no field {text_field!r}; {choice}")
     if text is None:
         return
     try:
