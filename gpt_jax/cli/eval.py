@@ -32,7 +32,7 @@ class EvalArgs(ModelArgs):
     data: str = ""  # Folder made by prepare; empty: the one that the run was trained on.
     split: SplitName = "val"  # Split of that folder: val or train, read as one stream of tokens.
     text: tuple[str, ...] = ()  # Instead of --data: files, folders, globs or corpora, each document scored on its own.
-    # Field or column of JSON and Parquet that holds the text, nested as in meta.text; empty: files are read as they are.
+    # Field or column of JSON and Parquet with the text, nested as in meta.text; empty: files are read as they are.
     text_field: str = "text"
     # Tokens from the start of one window to the start of the next; None: context_length. With a smaller stride, each
     # token after the first window is predicted from at least context_length - stride tokens, which takes longer.

@@ -49,7 +49,7 @@ class PrepareArgs(TextConfig):
 
     source: tyro.conf.Positional[tuple[str, ...]]  # Files, folders, globs, or the corpora python-docs and shakespeare.
     out: Path  # Folder to make.
-    # Field or column of JSON and Parquet that holds the text, nested as in meta.text; empty: files are read as they are.
+    # Field or column of JSON and Parquet with the text, nested as in meta.text; empty: files are read as they are.
     text_field: str = "text"
     # Replace --out, if it is a data folder, once the new one is complete.
     force: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
