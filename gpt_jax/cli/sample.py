@@ -13,7 +13,7 @@ from gpt_jax.cli.parse import ModelArgs, Switch, parse
 from gpt_jax.cli.terminal import ask, say
 from gpt_jax.config import check
 from gpt_jax.errors import UserError
-from gpt_jax.sample.settings import Filters, Settings
+from gpt_jax.sample.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class SampleArgs(ModelArgs):
     prompt: tuple[str, ...] = ()  # Texts to continue, all in one batch; none: the start of a document.
     prompt_file: str = ""  # File whose whole text is the prompt.
     num_samples: int = 1  # Texts for each prompt.
-    settings: tyro.conf.OmitArgPrefixes[Settings] = field(default_factory=lambda: Settings(filters=Filters(top_p=0.95)))
+    settings: tyro.conf.OmitArgPrefixes[Settings] = field(default_factory=Settings)
     json: Switch = False  # Print one JSON object a text: tokens, their log-probabilities, why it ended.
     chat: Switch = False  # Talk with the model, which must have a chat template; each line of input is a message.
     system: str = ""  # With --chat: the system prompt, which may say how to behave.
