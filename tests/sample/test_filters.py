@@ -142,7 +142,7 @@ TOP = [{4}, {0, 4}]
 def chances(filters: Filters) -> np.ndarray:
     """The probability of each token, by a compiled program, as in decoding."""
     probabilities = np.asarray(jax.jit(lambda x_BV: jax.nn.softmax(apply(filters, x_BV, None)))(EDGES))
-    assert np.all(probabilities[EDGES == -np.inf] == 0)
+    assert np.all(probabilities[np.isneginf(EDGES)] == 0)
     np.testing.assert_allclose(probabilities.sum(-1), 1, rtol=1e-6)
     return probabilities
 
