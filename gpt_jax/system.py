@@ -1,5 +1,6 @@
 """Facts and settings of the machine that are needed before JAX is imported, or without it."""
 
+import errno
 import os
 import shlex
 import shutil
@@ -13,8 +14,19 @@ def available_cores() -> int:
 
 
 def cache_folder() -> Path:
-    """The folder of this user's downloads and compiled programs: gpt_jax in XDG_CACHE_HOME, or in ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt_jax"
+    """The folder of this user's downloads and compiled programs: gpt_jax in XDG_CACHE_HOME, or in ~/.cache.
+
+    Raises OSError for a user without a home folder, as in a container under a number that has no name.
+    """
+    folder = user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "gpt_jax"
+    if folder.parts[0].startswith("~"):
+        raise OSError(errno.ENOENT, "this user has no home folder; set XDG_CACHE_HOME", str(folder))
+    return folder
+
+
+def user_path(name: str) -> Path:
+    """The path that a user names, in which ~ is the home folder; ~ stays where there is none, or no such user."""
+    return Path(os.path.expanduser(name))  # noqa: PTH111  # Path.expanduser raises then.
 
 
 def open_closed_streams() -> None:

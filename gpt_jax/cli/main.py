@@ -6,6 +6,7 @@ other errors, and 128 + the signal's number after a signal.
 
 import contextlib
 import difflib
+import errno
 import gc
 import importlib
 import io
@@ -81,6 +82,8 @@ def user_message(e: Exception) -> str | None:
     if isinstance(e, ModuleNotFoundError) and (package := (e.name or "").split(".")[0]) in EXTRAS:
         return f"this needs the package {package}, which is not installed: pip install 'gpt-jax[{EXTRAS[package]}]'"
     if isinstance(e, OSError) and e.errno is not None:  # Such as a full or read-only disk, at any point.
+        if e.errno == errno.ENOENT and not e.filename:  # From getcwd().
+            return "the working folder does not exist any more; change to one that does"
         return f"{e.filename}: {e.strerror}" if e.filename else os.strerror(e.errno)
     from gpt_jax import hosts  # Here, since it imports JAX, which the cases above do not need.
 

@@ -65,7 +65,7 @@ def parse(args_type: type[Args], argv: Sequence[str], command: str, default: Arg
         with contextlib.redirect_stderr(stderr), bounded_width(not {"-h", "--help"}.isdisjoint(argv)):
             return tyro.cli(args_type, args=list(argv), prog=f"gpt-jax {command}", **given)
     except SystemExit as e:
-        if e.code == 0:  # --help
+        if not e.code:  # --help, or tyro's own --tyro-print-completion
             sys.stdout.flush()  # Here, where errors of writing are told, and not when the process ends.
             raise
         raise UsageError(f"{in_one_line(stderr.getvalue())}; see {command_line(command, '--help')}") from None
