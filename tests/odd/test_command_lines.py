@@ -411,6 +411,7 @@ def shell(command: str) -> "subprocess.CompletedProcess[str]":
             "PYTHONPATH": str(ROOT),
             "gpt": f"{sys.executable} -m gpt_jax",
             "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+            "PYTHONUNBUFFERED": "",
         },
     )
 
@@ -455,5 +456,8 @@ def test_a_training_with_closed_descriptors(tmp_path: Path) -> None:
     [("> /dev/full", 1, "error: No space left on device\n"), ("| exec true", 141, "")],
 )
 def test_output_that_cannot_be_written(reader: str, status: int, told: str) -> None:
+    """Even when Python writes it at the end only."""
+    done = shell(f"set -o pipefail; $gpt {reader}")
+    assert (done.returncode, done.stderr) == (status, told)
     done = shell(f"set -o pipefail; $gpt eval --help {reader}")
     assert (done.returncode, done.stderr) == (status, told)
