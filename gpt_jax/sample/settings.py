@@ -49,6 +49,8 @@ class Settings:
 def check_numbers(settings: Any) -> None:
     """Raises UserError unless the fields of type int and float are numbers, Python's or NumPy's."""
     for each in dataclasses.fields(settings):
-        kind, what = {int: (Integral, "a whole number"), float: (Real, "a number")}.get(each.type, (object, ""))
         value = getattr(settings, each.name)
-        check(isinstance(value, kind), each.name, value, what)
+        if each.type is int:
+            check(isinstance(value, Integral), each.name, value, "a whole number")
+        elif each.type is float:
+            check(isinstance(value, Real), each.name, value, "a number")
