@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from gpt_jax.api import settings_of
+from gpt_jax.cli.parse import parse
+from gpt_jax.cli.sample import SampleArgs
+from gpt_jax.config import Config
 from gpt_jax.errors import UserError
+from gpt_jax.model.gpt import GPT
 from gpt_jax.sample.filters import apply, draw, keep_min_p, keep_top_k, keep_top_p, penalise_repetition
-from gpt_jax.sample.settings import Filters
+from gpt_jax.sample.generate import Result
+from gpt_jax.sample.settings import Filters, Settings
+from gpt_jax.train import loop
+from tests import tiny
 
 # Distinct by a good margin: with ties, or sums at the edge of p, float32 and float64 may rightly disagree.
 batches = st.integers(1, 4).flatmap(
@@ -206,3 +216,26 @@ def test_no_filter_leads_out_of_the_vocabulary(temperature: float, others: dict[
 def test_impossible_settings_are_refused(arguments: dict[str, float], message: str) -> None:
     with pytest.raises(UserError, match=message):
         Filters(**arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("stop", ["END", ("",), (b"END",), (3,), None])
+def test_stop_strings_are_a_list_of_strings(stop: Any) -> None:
+    """One string would be taken for a list of its characters."""
+    with pytest.raises(UserError, match="is not possible: it must be a list of strings, each of one character or more"):
+        Settings(stop=stop)
+
+
+def test_there_is_one_default_of_each_filter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the command, from Python, and in the samples of a training. Only lm_eval has its own, of transformers."""
+    used: list[Settings] = []
+
+    def generate(*args: Any) -> list[Result]:
+        used.append(args[-1])
+        return [Result([])]
+
+    monkeypatch.setattr(loop, "generate", generate)
+    placement: Any = SimpleNamespace(on_one_device=lambda params: params)
+    loop.write_sample(GPT(tiny.GPT2), placement, {}, SimpleNamespace(tokenizer=None), Config())  # type: ignore[arg-type]
+    command = parse(SampleArgs, [], "sample").settings
+    assert used[0].filters == command.filters == settings_of({}).filters == Filters()
+    assert Filters().top_p == 0.95
