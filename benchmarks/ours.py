@@ -152,7 +152,8 @@ class Decoding(contestants.Decoding):
         from gpt_jax.sample.settings import Filters
 
         c = self.model.config
-        decoder = decoder_for(self.model, Filters(temperature=1.0 if top_k else 0.0, top_k=top_k), c.vocab_size)
+        filters = Filters(temperature=1.0 if top_k else 0.0, top_k=top_k, top_p=1.0)
+        decoder = decoder_for(self.model, filters, c.vocab_size)
         cache_length = bucket(prompt + new, c.context_length)
         tokens_BT = np.zeros((batch, bucket(prompt, cache_length)), np.int32)
         tokens_BT[:, :prompt] = prompts(c.vocab_size, batch, prompt)

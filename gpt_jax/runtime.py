@@ -99,12 +99,12 @@ def use_compile_cache() -> None:
     The folder is private, because anyone who can write to it can run code as this user.
     """
     if not jax.config.values["jax_compilation_cache_dir"]:
-        folder = cache_folder() / "xla"
         try:
+            folder = cache_folder() / "xla"
             folder.mkdir(parents=True, exist_ok=True)
             folder.chmod(0o700)
         except OSError as e:
-            print(f"no compile cache: {folder} cannot be made ({e.strerror})", file=sys.stderr)
+            print(f"no compile cache: {e.filename} cannot be made ({e.strerror})", file=sys.stderr)
             return
         jax.config.update("jax_compilation_cache_dir", str(folder))
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:

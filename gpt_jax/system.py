@@ -1,6 +1,9 @@
 """Facts and settings of the machine that are needed before JAX is imported, or without it."""
 
+import errno
 import os
+import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,8 +14,49 @@ def available_cores() -> int:
 
 
 def cache_folder() -> Path:
-    """The folder of this user's downloads and compiled programs: gpt_jax in XDG_CACHE_HOME, or in ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gpt_jax"
+    """The folder of this user's downloads and compiled programs: gpt_jax in XDG_CACHE_HOME, or in ~/.cache.
+
+    Raises OSError for a user without a home folder, as in a container under a number that has no name.
+    """
+    folder = user_path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "gpt_jax"
+    if folder.parts[0].startswith("~"):
+        raise OSError(errno.ENOENT, "this user has no home folder; set XDG_CACHE_HOME", str(folder))
+    return folder
+
+
+def user_path(name: str) -> Path:
+    """The path that a user names, in which ~ is the home folder; ~ stays where there is none, or no such user."""
+    return Path(os.path.expanduser(name))  # noqa: PTH111  # Path.expanduser raises then.
+
+
+def open_closed_streams() -> None:
+    """Opens /dev/null as standard input, output or error where the caller has closed it, as with >&- in a shell.
+
+    Call it before any file is opened: the first one would get the descriptor, and what C code and child processes print
+    would be written to that file.
+    """
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            mode = "r" if name == "stdin" else "w"
+            stream = open(os.devnull, mode, encoding="utf-8")  # noqa: PTH123, SIM115  # With the lowest free descriptor.
+            os.set_inheritable(stream.fileno(), True)
+            setattr(sys, name, stream)
+            setattr(sys, f"__{name}__", stream)
+
+
+def command_line(command: str, *args: object) -> str:
+    """The line for a shell that runs a command of this project with `args`, called in the way this program was called:
+    as gpt-jax, as train.py or sample.py, or as python -m gpt_jax."""
+    called, python = Path(sys.argv[0]), (sys.orig_argv or ["python"])[0]
+    checkout = Path(__file__).resolve().parents[1]
+    script = called.with_name(f"{command}.py")
+    if called.stem == "gpt-jax":
+        words = [called.stem if shutil.which(called.stem) == str(called) else str(called), command]
+    elif called.name in ("train.py", "sample.py") and called.resolve().parent == checkout and script.exists():
+        words = [python, str(script)]
+    else:
+        words = [python, "-m", "gpt_jax", command]
+    return shlex.join([*words, *map(str, args)])
 
 
 HUGE_PAGES = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
@@ -29,4 +73,4 @@ def restart_with_huge_pages() -> None:
     on_request = setting.exists() and "[madvise]" in setting.read_text()
     if on_request and not any(name in os.environ for name in HUGE_PAGES) and sys.executable:
         sys.stdout.flush()
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, **HUGE_PAGES})
+        os.execve(sys.executable, sys.orig_argv, {**os.environ, **HUGE_PAGES})

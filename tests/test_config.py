@@ -253,6 +253,9 @@ def test_what_is_no_python_file_is_named(tmp_path: Path, name: str) -> None:
         ("data", {"model_type": "words"}, "bpe or unigram or char"),
         ("optimizer", {"learning_rate": 0.0}, "more than 0"),
         ("optimizer", {"learning_rate": float("nan")}, "more than 0"),
+        ("optimizer", {"learning_rate": float("inf")}, "a finite number"),
+        ("optimizer", {"clip_norm": 10**400}, "a finite number"),
+        ("model", {"norm_eps": float("inf")}, "a finite number"),
         ("optimizer", {"schedule": "step"}, "cosine or linear or wsd or constant"),
         ("optimizer", {"warmup_steps": -1}, "0 or more"),
         *(

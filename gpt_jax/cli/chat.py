@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from gpt_jax.cli.terminal import print_error
 from gpt_jax.errors import UserError
 from gpt_jax.model.gpt import GPT, Params
 from gpt_jax.sample.chat import Message, answer, check_chat, message
@@ -9,7 +10,7 @@ from gpt_jax.sample.settings import Settings
 from gpt_jax.tokenizer.tokenizer import Tokenizer
 
 HELP = (
-    "/system TEXT  tell the model how to behave; /reset  begin anew; "
+    "/system TEXT  tell the model how to behave; /reset  begin anew; /help  print this; "
     "Ctrl-C  stop the answer, twice: leave; /exit, Ctrl-D  leave"
 )
 
@@ -22,38 +23,48 @@ def chat(
     system: str | None,
     ask: Callable[[], str],
     say: Callable[[str], None],
-) -> None:
+) -> bool:
     """Answers messages from `ask` until it raises EOFError, or KeyboardInterrupt twice. `say` shows text to the user.
 
+    Only the commands of HELP, as they stand there, are commands: any other line that begins with "/" is a message, such
+    as /no_think, or a path. Errors are printed on standard error, and the conversation goes on; returns False if there
+    was one.
     A KeyboardInterrupt during an answer ends the answer, and its text so far stays in the conversation. When the
     conversation leaves no room for an answer in the context, its oldest turns are forgotten; the system prompt is
-    kept. Raises UserError when the tokenizer has no chat template, or the template does not accept the system prompt.
+    kept. Raises UserError when the tokenizer has no chat template, or the system prompt is too long or not accepted.
     """
-    check_chat(tokenizer, system)
+    T, n = model.config.context_length, settings.max_new_tokens
+    check_chat(tokenizer, system, T, n)
     history: list[Message] = []
+    succeeds = True
     interrupted = False  # By one Ctrl-C at the prompt, which may have been meant for an answer that had just ended.
     while True:
         try:
             text = ask().strip()
             interrupted = False
-            command, _, argument = text.partition(" ")
-            if command == "/exit":
-                return
-            if command == "/reset":
+            if not text:
+                continue
+            command, *argument = text.split(maxsplit=1)
+            if text == "/exit":
+                return succeeds
+            if text == "/reset":
                 history.clear()
-            elif command == "/system":
-                system = argument.strip() or None
-            elif command.startswith("/"):
+            elif text == "/help":
                 say(f"{HELP}\n")
-            elif text:
+            elif command == "/system":
+                asked_for = argument[0] if argument else None
+                check_chat(tokenizer, asked_for, T, n)
+                system = asked_for
+            else:
                 asked = [*history, message("user", text)]
                 history = answer(model, params, tokenizer, settings, system, asked, say)
         except EOFError:
-            return
+            return succeeds
         except UserError as e:
-            say(f"error: {e}\n")
+            print_error(str(e))
+            succeeds = False
         except KeyboardInterrupt:
             if interrupted:
-                return
+                return succeeds
             interrupted = True
             say(f"\n{HELP}\n")

@@ -1,6 +1,5 @@
 """`gpt-jax eval`: loads a model, evaluates it on a text, and prints the numbers."""
 
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gpt_jax.cli.parse import ModelArgs, Switch, parse
-from gpt_jax.cli.terminal import print_table
+from gpt_jax.cli.terminal import print_json, print_table
 from gpt_jax.config import check
 from gpt_jax.data.shards import Dataset, SplitName, open_dataset
 from gpt_jax.data.sources import Corpus, open_corpus
@@ -88,7 +87,7 @@ def evaluate(args: EvalArgs) -> None:
     model_name = args.model or f"{source.where}, checkpoint {args.checkpoint}"
     if args.json:
         settings = {"model": model_name, "text": text_name, "context_length": T, "stride": stride}
-        print(json.dumps({**settings, **report(tally)}, ensure_ascii=False))
+        print_json({**settings, **report(tally)})
     else:
         print_table(table(model_name, text_name, f"{T} tokens, {stride} from one to the next", report(tally)), 18)
 

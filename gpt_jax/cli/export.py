@@ -6,6 +6,7 @@ from pathlib import Path
 
 from gpt_jax.cli.parse import RunArgs, Switch, parse
 from gpt_jax.config import StoredDType, check
+from gpt_jax.system import command_line
 
 
 @dataclass(frozen=True)
@@ -33,5 +34,6 @@ def command(argv: Sequence[str]) -> int:
     run, out = RunFolder(Path(args.run)) if args.run else newest_run(), Path(args.out)
     family, n_params = export(run, out, args.checkpoint, args.dtype, args.context_length, args.force)
     print(f"{out}: {family.architecture}, {n_params:,} parameters in {args.dtype}")
-    print(f"load it: transformers.AutoModelForCausalLM.from_pretrained({str(out)!r}); python sample.py --model {out}")
+    next_command = command_line("sample", "--model", out)
+    print(f"load it: transformers.AutoModelForCausalLM.from_pretrained({str(out)!r}); {next_command}")
     return 0

@@ -4,7 +4,9 @@ Errors that the user can fix are printed as one line on standard error. The exit
 other errors, and 128 + the signal's number after a signal.
 """
 
+import contextlib
 import difflib
+import errno
 import gc
 import importlib
 import io
@@ -17,8 +19,9 @@ from collections.abc import Sequence
 from types import FrameType
 
 from gpt_jax.cli.parse import UsageError
+from gpt_jax.cli.terminal import print_error
 from gpt_jax.errors import UserError
-from gpt_jax.system import restart_with_huge_pages
+from gpt_jax.system import open_closed_streams, restart_with_huge_pages
 
 EXTRAS = {"tokenizers": "interop", "jinja2": "interop", "gguf": "interop", "google": "interop", "lm_eval": "lm-eval"}
 """Optional packages, and the extra that installs each. `google` is protobuf."""
@@ -46,13 +49,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.reconfigure(errors="replace")  # A character that the terminal lacks must not raise.
     try:
         if command in ("-h", "--help"):
-            print(USAGE)
+            print(USAGE, flush=True)
             return 0
         if command not in COMMANDS:
             near = difflib.get_close_matches(command, COMMANDS, n=1)
             hint = f"; did you mean {near[0]}?" if near else "."
             raise UsageError(f"there is no command {command!r}{hint} The commands are {', '.join(COMMANDS)}")
         status: int = importlib.import_module(f"gpt_jax.cli.{command}").command(argv[1:])
+        sys.stdout.flush()  # Here, where errors of writing are told.
         return status
     except KeyboardInterrupt:
         return interrupted()
@@ -67,17 +71,19 @@ def main(argv: Sequence[str] | None = None) -> int:
             return interrupted()
         if line is None:
             raise
-        print(f"error: {line}", file=sys.stderr)
+        print_error(line)
         return 2 if isinstance(e, UsageError) else 1
 
 
 def user_message(e: Exception) -> str | None:
-    """The message of an exception for the user, in one line; None for a bug, which needs its traceback."""
+    """The message of an exception for the user; None for a bug, which needs its traceback."""
     if isinstance(e, UserError):
-        return " ".join(str(e).split("\n"))  # It may quote a library's message of several lines.
+        return str(e)
     if isinstance(e, ModuleNotFoundError) and (package := (e.name or "").split(".")[0]) in EXTRAS:
         return f"this needs the package {package}, which is not installed: pip install 'gpt-jax[{EXTRAS[package]}]'"
     if isinstance(e, OSError) and e.errno is not None:  # Such as a full or read-only disk, at any point.
+        if e.errno == errno.ENOENT and not e.filename:  # From getcwd().
+            return "the working folder does not exist any more; change to one that does"
         return f"{e.filename}: {e.strerror}" if e.filename else os.strerror(e.errno)
     from gpt_jax import hosts  # Here, since it imports JAX, which the cases above do not need.
 
@@ -120,6 +126,7 @@ def run(argv: Sequence[str] | None = None) -> None:
     A failure ends the process at once: after a failed save, a normal exit of the interpreter would let abandoned
     threads and coroutines of the checkpoint library print their tracebacks below the one line that matters.
     """
+    open_closed_streams()
     argv = sys.argv[1:] if argv is None else argv
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # Background jobs ignore SIGINT.
         signal.signal(signal.SIGINT, interrupt)
@@ -133,7 +140,8 @@ def run(argv: Sequence[str] | None = None) -> None:
             raise
         traceback.print_exc()
         status = 1  # With os._exit below: in a normal exit, JAX would wait for the other hosts, which wait for this.
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError):  # Of a full disk, which was told.
+        sys.stdout.flush()
+        sys.stderr.flush()
     if status:
         os._exit(status)

@@ -3,8 +3,11 @@
 import contextlib
 import io
 import itertools
+import os
 import re
-from collections.abc import Sequence
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
@@ -14,6 +17,7 @@ import tyro
 import gpt_jax
 from gpt_jax.config import check
 from gpt_jax.errors import UserError
+from gpt_jax.system import command_line
 
 if TYPE_CHECKING:
     from gpt_jax.run.load import Source
@@ -28,17 +32,43 @@ class UsageError(UserError):
     """Arguments that a command cannot be built from."""
 
 
+WIDTHS = range(40, 401)
+"""Characters of a line of help, at least and at most, whatever the width of the terminal is.
+
+For a report to tyro: version 1.0.17 never returns, and takes all memory, when it draws help for a terminal of few
+columns, as with `def f(x: int) -> None: ...` and `COLUMNS=5 python -c "...; tyro.cli(f, args=['--help'])"`. The box
+leaves no column for its text, and `_Text.render(width)` in _fmtlib.py, asked for a width of 0 or less, cuts off pieces
+of a word of which none gets shorter. A width of at least 1 there, or the 40 columns that `__str__` takes at least,
+would end it."""
+
+
+@contextlib.contextmanager
+def bounded_width(is_help: bool) -> Iterator[None]:
+    """Tells tyro the width of the terminal, within WIDTHS. Messages of errors are not shown as tyro draws them, and get
+    the 80 characters that it takes at most, since it would cut long flags in narrower lines."""
+    with contextlib.ExitStack() as stack:
+        columns = os.environ.get("COLUMNS")
+        if columns is None:
+            stack.callback(os.environ.pop, "COLUMNS", None)
+        else:
+            stack.callback(os.environ.__setitem__, "COLUMNS", columns)
+        width = shutil.get_terminal_size().columns if is_help else 80
+        os.environ["COLUMNS"] = str(min(max(width, WIDTHS[0]), WIDTHS[-1]))
+        yield
+
+
 def parse(args_type: type[Args], argv: Sequence[str], command: str, default: Args | None = None) -> Args:
     """The arguments as an object. Raises UsageError with tyro's message, in one line."""
     stderr = io.StringIO()
     given: dict[str, Any] = {} if default is None else {"default": default}
     try:
-        with contextlib.redirect_stderr(stderr):
+        with contextlib.redirect_stderr(stderr), bounded_width(not {"-h", "--help"}.isdisjoint(argv)):
             return tyro.cli(args_type, args=list(argv), prog=f"gpt-jax {command}", **given)
     except SystemExit as e:
-        if e.code == 0:  # --help
+        if not e.code:  # --help, or tyro's own --tyro-print-completion
+            sys.stdout.flush()  # Here, where errors of writing are told, and not when the process ends.
             raise
-        raise UsageError(f"{in_one_line(stderr.getvalue())}; see gpt-jax {command} --help") from None
+        raise UsageError(f"{in_one_line(stderr.getvalue())}; see {command_line(command, '--help')}") from None
 
 
 def in_one_line(box: str) -> str:

@@ -1,9 +1,9 @@
 """`gpt-jax prepare`."""
 
-import shlex
 from collections.abc import Sequence
 
 from gpt_jax.cli.parse import parse
+from gpt_jax.system import command_line
 
 
 def command(argv: Sequence[str]) -> int:
@@ -17,5 +17,5 @@ def command(argv: Sequence[str]) -> int:
 
         tokenizer = named_tokenizer(args.tokenizer)
     print_summary(args.out, prepare(args, tokenizer=tokenizer))
-    print(f"next: python train.py --data.dir {shlex.quote(str(args.out))}")
+    print(f"next: {command_line('train', '--data.dir', args.out)}")
     return 0

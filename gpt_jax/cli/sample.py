@@ -1,7 +1,6 @@
 """`gpt-jax sample`, and sample.py."""
 
 import dataclasses
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,10 +9,10 @@ from pathlib import Path
 import tyro
 
 from gpt_jax.cli.parse import ModelArgs, Switch, parse
-from gpt_jax.cli.terminal import ask, say
+from gpt_jax.cli.terminal import ask, decoded, print_json, say
 from gpt_jax.config import check
 from gpt_jax.errors import UserError
-from gpt_jax.sample.settings import Filters, Settings
+from gpt_jax.sample.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -21,9 +20,9 @@ class SampleArgs(ModelArgs):
     """Let a trained GPT continue prompts. The same arguments and seed give the same text."""
 
     prompt: tuple[str, ...] = ()  # Texts to continue, all in one batch; none: the start of a document.
-    prompt_file: str = ""  # File whose whole text is the prompt.
+    prompt_file: str = ""  # File whose whole text is the prompt; -: standard input.
     num_samples: int = 1  # Texts for each prompt.
-    settings: tyro.conf.OmitArgPrefixes[Settings] = field(default_factory=lambda: Settings(filters=Filters(top_p=0.95)))
+    settings: tyro.conf.OmitArgPrefixes[Settings] = field(default_factory=Settings)
     json: Switch = False  # Print one JSON object a text: tokens, their log-probabilities, why it ended.
     chat: Switch = False  # Talk with the model, which must have a chat template; each line of input is a message.
     system: str = ""  # With --chat: the system prompt, which may say how to behave.
@@ -48,7 +47,7 @@ def command(argv: Sequence[str]) -> int:
     from gpt_jax.sample.decode import prepare_params
     from gpt_jax.sample.generate import encode_prompt, generate
 
-    prompts = [read_prompt(Path(args.prompt_file))] if args.prompt_file else list(args.prompt) or [""]
+    prompts = [read_prompt(args.prompt_file)] if args.prompt_file else list(args.prompt) or [""]
     runtime.setup()
     model, params, tokenizer = load_model(args.source(), args.context_length)
     params = prepare_params(params, model.config, donate=True)  # Once for all answers; the first copy is freed.
@@ -58,8 +57,8 @@ def command(argv: Sequence[str]) -> int:
 
         if sys.stdin.isatty():
             print(HELP, file=sys.stderr)
-        chat(model, params, tokenizer, args.settings, args.system or None, ask, say)
-        return 0
+        succeeds = chat(model, params, tokenizer, args.settings, args.system or None, ask, say)
+        return 0 if succeeds or sys.stdin.isatty() else 1  # At a terminal, errors have been read by the user.
 
     streams = len(prompts) * args.num_samples == 1 and not args.json
     if streams:
@@ -80,17 +79,16 @@ def command(argv: Sequence[str]) -> int:
     for i, result in enumerate(results):
         prompt = prompts[i // args.num_samples]
         if args.json:
-            print(json.dumps({"prompt": prompt, **dataclasses.asdict(result)}, ensure_ascii=False))
+            print_json({"prompt": prompt, **dataclasses.asdict(result)})
         else:
             print(f"--- {i + 1} of {len(results)}\n{prompt}{result.text}")
     return 0
 
 
-def read_prompt(path: Path) -> str:
-    """The text of a prompt file. Raises UserError when it cannot be read as UTF-8."""
+def read_prompt(name: str) -> str:
+    """The text of a prompt file, as it is; "-": standard input. Raises UserError when it cannot be read as UTF-8."""
     try:
-        return path.read_text(encoding="utf-8")
+        content = sys.stdin.buffer.read() if name == "-" else Path(name).read_bytes()
     except OSError as e:
-        raise UserError(f"prompt file {path} cannot be read: {e.strerror}") from e
-    except UnicodeDecodeError as e:
-        raise UserError(f"prompt file {path} is not UTF-8 text: byte {e.start} is not; convert it first") from e
+        raise UserError(f"prompt file {name} cannot be read: {e.strerror}") from e
+    return decoded(content, f"prompt file {name}")

@@ -11,6 +11,7 @@ import tyro
 
 from gpt_jax.cli.parse import Switch, default_config_path, flag_value, given_fields, parse
 from gpt_jax.config import Config, check, load_config, load_saved_config
+from gpt_jax.system import command_line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +62,7 @@ def command(argv: Sequence[str]) -> int:
     try:
         train(config, data, resume=args.resume, profile=args.profile)
     except Interrupted as e:
-        print(f"stopped, and saved; go on with: python train.py --resume --out-dir {config.out_dir}")
+        print(f"stopped, and saved; go on with: {command_line('train', '--resume', '--out-dir', config.out_dir)}")
         return 128 + e.signum
     return 0
 

@@ -25,7 +25,7 @@ def load_config(path: Path) -> Config:
         spec.loader.exec_module(module)
     except UserError as e:
         raise UserError(f"{path}: {e}") from e
-    except Exception as e:
+    except (Exception, SystemExit) as e:
         raise UserError(f"{path} could not be run: {type(e).__name__}: {e}") from e
     config = getattr(module, "config", None)
     if not isinstance(config, Config):

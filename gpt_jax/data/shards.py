@@ -13,7 +13,6 @@ import hashlib
 import itertools
 import json
 import os
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Self
@@ -22,6 +21,7 @@ import numpy as np
 
 from gpt_jax.errors import UserError
 from gpt_jax.files import save_json
+from gpt_jax.system import command_line
 from gpt_jax.tokenizer.load import load_tokenizer
 from gpt_jax.tokenizer.tokenizer import Tokenizer
 
@@ -207,10 +207,9 @@ def load_meta(folder: Path) -> Meta:
         if folder.exists():
             raise UserError(
                 f"{folder} is not a data folder: it has no {META_FILE}; "
-                "make one with: python -m gpt_jax prepare SOURCE --out DIR"
+                f"make one with: {command_line('prepare', 'SOURCE', '--out', 'DIR')}"
             ) from None
-        command = f"python -m gpt_jax prepare SOURCE --out {shlex.quote(str(folder))}"
-        raise missing(folder, f"; make it with: {command}") from None
+        raise missing(folder, f"; make it with: {command_line('prepare', 'SOURCE', '--out', folder)}") from None
     except OSError as e:
         raise UserError(f"{path} cannot be read ({e.strerror})") from e
     except (ValueError, TypeError, KeyError, AttributeError) as e:

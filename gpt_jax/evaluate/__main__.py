@@ -4,10 +4,12 @@ import sys
 
 from gpt_jax import runtime
 from gpt_jax.errors import UserError
+from gpt_jax.system import open_closed_streams
 
 
 def main() -> int:
     """Returns the exit status. Errors that the user can fix are printed as one line."""
+    open_closed_streams()
     runtime.setup()
     try:
         from gpt_jax.evaluate.harness import command_line

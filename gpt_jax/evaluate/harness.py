@@ -210,7 +210,8 @@ def generation_settings(arguments: dict[str, Any], seed: int) -> Settings:
     sampled = options.pop("do_sample")
     temperature = float(options.pop("temperature", 1.0)) if sampled else 0.0
     options.pop("temperature", None)
-    filters = {name: options.pop(name) for name in FILTERS if name in options}
+    # Where a task does not set top_p, it is 1, as in transformers.
+    filters = {"top_p": 1.0} | {name: options.pop(name) for name in FILTERS if name in options}
     if options:
         raise UserError(f"the task asks for {', '.join(options)} in generation, which gpt_jax does not have")
     return Settings(max_new_tokens, seed, stop, Filters(temperature, **filters))

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from gpt_jax.errors import UserError
+from gpt_jax.system import user_path
 
 # Weights in one format, configuration, tokenizer and chat template; no subfolders, which are for other programs.
 ALLOW_PATTERNS = ["model*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
@@ -21,7 +22,7 @@ def find_model(name: str) -> Path:
 
     Raises UserError when there is neither, or the hub cannot be reached or denies access.
     """
-    path = Path(name).expanduser()
+    path = user_path(name)
     if path.exists():
         return path
     if not HUB_NAME.fullmatch(name) or name.startswith((".", "~")) or name.endswith((".gguf", ".safetensors")):

@@ -24,6 +24,7 @@ from gpt_jax.config import Config, config_to_dict, load_saved_config
 from gpt_jax.errors import UserError
 from gpt_jax.files import check_writable, is_utf8, locked, save_json
 from gpt_jax.run.records import read_records
+from gpt_jax.system import command_line
 from gpt_jax.tokenizer.load import load_tokenizer
 from gpt_jax.tokenizer.tokenizer import Tokenizer
 
@@ -127,5 +128,7 @@ def newest_run(folder: Path = Path("runs")) -> RunFolder:
     """The run in `folder` whose metrics were written last. Raises UserError when there is none."""
     runs = [run for run in map(RunFolder, folder.glob("*")) if run.metrics_file.exists()]
     if not runs:
-        raise UserError(f"there is no run in {folder.absolute()}; train one with train.py, or name one with --run")
+        raise UserError(
+            f"there is no run in {folder.absolute()}; train one with {command_line('train')}, or name one with --run"
+        )
     return max(runs, key=lambda run: run.metrics_file.stat().st_mtime)

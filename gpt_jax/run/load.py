@@ -32,6 +32,7 @@ from gpt_jax.run.checkpoint import (
 )
 from gpt_jax.run.folder import RunFolder, newest_run
 from gpt_jax.runtime import local_devices, platform_name
+from gpt_jax.system import user_path
 from gpt_jax.tokenizer.tokenizer import Tokenizer
 
 KEPT_FIELDS = (*HOW_IT_RUNS, "context_length")
@@ -85,7 +86,7 @@ class PublishedSource:
     @property
     def pinned(self) -> str:
         """See Source."""
-        path = Path(self.name).expanduser()
+        path = user_path(self.name)
         return str(path.absolute()) if path.exists() else self.name
 
     @property
@@ -196,7 +197,7 @@ def open_source(name: str, checkpoint: str = "latest") -> Source:
     checkpoint: of a run, "latest", "best" (the lowest validation loss) or a step. Raises UserError when there is no
     such model, or a part is missing or damaged.
     """
-    path = Path(name).expanduser()
+    path = user_path(name)
     if path.parent.name == "checkpoints" and path.name.isdecimal():
         return open_run(RunFolder(path.parent.parent), path.name)
     folder = RunFolder(path)

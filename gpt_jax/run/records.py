@@ -42,7 +42,7 @@ class RecordWriter:
         """Adds a record. Raises UserError when it cannot be written."""
         self.records.append(record)
         try:
-            self.file.write(json.dumps(record) + "\n")
+            self.file.write(json.dumps(record, allow_nan=False) + "\n")
             self.file.flush()
         except OSError as e:
             raise UserError(f"{self.path} cannot be written: {e.strerror}") from e

@@ -11,11 +11,11 @@ from gpt_jax.tokenizer.tokenizer import NO_CHAT, Tokenizer
 Message = dict[str, str]
 
 
-def check_chat(tokenizer: Tokenizer, system: str | None) -> None:
-    """Raises UserError when there is no chat template, or it does not accept the system prompt."""
+def check_chat(tokenizer: Tokenizer, system: str | None, context_length: int, max_new_tokens: int) -> None:
+    """Raises UserError when there is no chat template, or the system prompt is too long, or not accepted by it."""
     if tokenizer.chat_template is None:
         raise UserError(NO_CHAT)
-    tokenizer.encode_chat(conversation(system, [message("user", "Hello")]))
+    fit(tokenizer, system, [message("user", "Hello")], context_length, max_new_tokens)
 
 
 def answer(
@@ -54,8 +54,8 @@ def fit(
 ) -> tuple[list[Message], list[int]]:
     """The last turns of `history` that leave room for an answer, and their tokens.
 
-    The answer's room is max_new_tokens, but at most half of the context. Raises UserError when the last message alone
-    does not fit into the rest.
+    The answer's room is max_new_tokens, but at most half of the context. Raises UserError when the last message alone,
+    or the system prompt, does not fit into the rest.
     """
     allowed = context_length - min(max_new_tokens, context_length // 2)
     while True:
@@ -63,10 +63,12 @@ def fit(
         if len(tokens) <= allowed:
             return history, tokens
         if len(history) <= 1:
-            raise UserError(
-                f"the message has {len(tokens)} tokens, and the context has room for {allowed} beside the answer; "
-                "shorten it"
-            )
+            n, what = len(tokens), "the message has"
+            if system is not None:
+                n_system = len(tokenizer.encode(system))
+                what = "the system prompt and the message have"
+                n, what = (n_system, "the system prompt has") if n_system > allowed else (n, what)
+            raise UserError(f"{what} {n} tokens, and the context has room for {allowed} beside the answer; shorten it")
         history = history[2:]  # A question and its answer.
 
 

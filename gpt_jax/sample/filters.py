@@ -12,12 +12,18 @@ from gpt_jax.sample.settings import Filters
 
 
 def apply(filters: Filters, logits_BV: jax.Array, seen_BV: jax.Array | None) -> jax.Array:
-    """The logits to draw from. Each filter gets the result of the one before. seen_BV: bool, tokens seen before."""
+    """The logits to draw from. Each filter gets the result of the one before. seen_BV: bool, tokens seen before.
+
+    With a temperature, the largest logit becomes 0, so that none overflows: as the temperature goes to 0, what is left
+    is the most probable token, and as it goes to infinity, all tokens become as probable.
+    """
     if seen_BV is not None:
         logits_BV = penalise_repetition(logits_BV, seen_BV, filters.repetition_penalty)
     if filters.temperature == 0:
         return logits_BV
-    logits_BV = logits_BV / filters.temperature
+    # Beyond these bounds, float32 has no normal number, or no normal reciprocal, by which XLA may multiply instead.
+    temperature = float(min(max(filters.temperature, 2.0**-126), 2.0**126))
+    logits_BV = (logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)) / temperature
     if filters.top_k:
         logits_BV = keep_top_k(logits_BV, filters.top_k)
     if filters.top_p < 1:
@@ -76,7 +82,8 @@ def keep_top_p(logits_BV: jax.Array, p: float) -> jax.Array:
     sorted_BV = jnp.sort(logits_BV, axis=-1, descending=True)
     probabilities_BV = jax.nn.softmax(sorted_BV, axis=-1)
     before_BV = jnp.cumsum(probabilities_BV, axis=-1) - probabilities_BV  # The sum over all more probable tokens.
-    least_B = jnp.min(jnp.where(before_BV < p, sorted_BV, jnp.inf), axis=-1)
+    is_kept_BV = (before_BV < p).at[:, 0].set(True)  # Also where float32 rounds p to 0.
+    least_B = jnp.min(jnp.where(is_kept_BV, sorted_BV, jnp.inf), axis=-1)
     return jnp.where(logits_BV < least_B[:, None], -jnp.inf, logits_BV)
 
 

@@ -1,5 +1,6 @@
 """Generation of text: batches of prompts, stop strings, streaming, texts longer than the context."""
 
+import math
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -51,19 +52,28 @@ class Row:
         return self.tokens[self.window_start :]
 
     def add(self, token: int, logprob: float) -> str:
-        """Takes the next token and returns the text that is now certain. Does nothing once the row has ended."""
+        """Takes the next token and returns the text that is now certain. Does nothing once the row has ended.
+
+        The row ends at the first token with which its text contains a stop string, be it in the middle of the token, or
+        in one that may still change since a character lacks bytes. As in llama.cpp, and unlike in transformers, a stop
+        string that begins in the prompt is none. Raises UserError when the model's logits are not numbers.
+        """
         result = self.result
         if result.finish_reason:
             return ""
+        if not math.isfinite(logprob):
+            raise UserError(f"the log-probability of a token is {logprob}: the model's weights are damaged")
         if token in self.stop_ids:
             return self.finish("end_of_text")
         result.tokens.append(token)
         result.logprobs.append(logprob)
         self.held += self.decoder.push(token)
-        cut = min((i for i in (self.held.find(s) for s in self.settings.stop) if i >= 0), default=-1)
-        if cut >= 0:
-            self.held = self.held[:cut]
-            return self.finish("stop", flush=False)
+        if self.settings.stop:
+            text = self.held + self.decoder.held()
+            cut = min((i for i in (text.find(s) for s in self.settings.stop) if i >= 0), default=-1)
+            if cut >= 0:
+                self.held = text[:cut]
+                return self.finish("stop", flush=False)
         if len(result.tokens) == self.settings.max_new_tokens:
             return self.finish("length")
         certain = len(self.held) - longest_overlap(self.held, self.settings.stop)

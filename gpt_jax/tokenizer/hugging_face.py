@@ -162,6 +162,10 @@ class WindowDecoder:
         self._shown, self._held = self._held, []
         return text
 
+    def held(self) -> str:
+        """See IncrementalDecoder."""
+        return self._new_text().rstrip("\ufffd")
+
     def flush(self) -> str:
         """See IncrementalDecoder."""
         return self._new_text()

@@ -89,6 +89,10 @@ class IncrementalDecoder(Protocol):
     def push(self, token: int) -> str:
         """The text that `token` completes; empty while a character lacks bytes."""
 
+    def held(self) -> str:
+        """The text of tokens that `push` holds back, as it stands now, without U+FFFD for an incomplete character at
+        its end. Tokens to come may change it."""
+
     def flush(self) -> str:
         """The rest at the end: U+FFFD if the last character is incomplete."""
 
@@ -103,6 +107,10 @@ class ByteDecoder:
     def push(self, token: int) -> str:
         """See IncrementalDecoder."""
         return self._utf8.decode(self._token_bytes[token])
+
+    def held(self) -> str:
+        """See IncrementalDecoder. Only bytes of an incomplete character are held back."""
+        return ""
 
     def flush(self) -> str:
         """See IncrementalDecoder."""

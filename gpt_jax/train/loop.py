@@ -22,6 +22,7 @@ from gpt_jax.run.checkpoint import Checkpoints, data_facts, tree_fingerprint
 from gpt_jax.run.folder import RunFolder
 from gpt_jax.sample.generate import encode_prompt, generate
 from gpt_jax.sample.settings import Settings
+from gpt_jax.system import command_line
 from gpt_jax.train.evaluate import make_evaluate
 from gpt_jax.train.metrics import Recorder
 from gpt_jax.train.objectives.next_token import next_token
@@ -176,4 +177,4 @@ def conclude(run: RunFolder, recorder: Recorder) -> None:
         best = min(evaluated, key=lambda record: record["val_loss"])
         print(f"validation loss {evaluated[-1]['val_loss']:.4f}, best {best['val_loss']:.4f} at step {best['step']}")
     curve = f"; its loss curve is {run.loss_curve}" if run.loss_curve.exists() else ""
-    print(f"the run is in {run}{curve}; read what it writes: python sample.py --run {run}")
+    print(f"the run is in {run}{curve}; read what it writes: {command_line('sample', '--run', run)}")

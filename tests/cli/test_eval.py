@@ -129,7 +129,7 @@ def test_what_cannot_be_is_told(
 
 def test_the_command_tells_it_in_one_line(trained: Path) -> None:
     assert "must be between 1 and context_length = 16" in refused_here("eval", "--run", trained, "--stride=17")
-    assert "see gpt-jax eval --help" in refused("eval", "--split=test", status=2)
+    assert "-m gpt_jax eval --help" in refused("eval", "--split=test", status=2)
 
 
 @pytest.mark.usefixtures("in_process")

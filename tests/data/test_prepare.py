@@ -122,7 +122,7 @@ def test_the_command_prints_what_there_is_and_what_is_next(tmp_path: Path, capsy
     printed = capsys.readouterr().out
     assert printed.startswith(f"{out}\n  training ")
     assert "  vocabulary             261 tokens         1.00 bytes a token\n" in printed
-    assert printed.endswith(f"next: python train.py --data.dir '{out}'\n")
+    assert printed.endswith(f" -m gpt_jax train --data.dir '{out}'\n")
 
 
 @pytest.mark.parametrize(

@@ -146,8 +146,9 @@ def test_a_folder_that_is_not_there_says_how_to_make_it(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         open_dataset(tmp_path / "not here")
     folder = tmp_path / "not here"
-    command = f"python -m gpt_jax prepare SOURCE --out '{folder}'"
-    assert str(caught.value) == f"there is no data folder {folder}; make it with: {command}"
+    told = f"there is no data folder {folder}; make it with: "
+    assert str(caught.value).startswith(told)
+    assert str(caught.value).endswith(f"-m gpt_jax prepare SOURCE --out '{folder}'")
 
 
 def test_meta_is_json_of_the_dataclass(folder: Path) -> None:

@@ -24,7 +24,8 @@ from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.tasks import TaskManager  # noqa: E402
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # noqa: E402
 
-from gpt_jax.evaluate.harness import HarnessModel  # noqa: E402
+from gpt_jax.evaluate.harness import HarnessModel, generation_settings  # noqa: E402
+from gpt_jax.sample.settings import Filters  # noqa: E402
 
 T = 32
 MODEL = GPT(dataclasses.replace(tiny.ONE_LAYER, context_length=T))
@@ -156,6 +157,13 @@ def test_samples_differ_and_come_back(harness_model: HarnessModel) -> None:
     texts = harness_model.generate_until(asked, disable_tqdm=True)
     assert len(set(texts)) == 4
     assert harness_model.generate_until(asked, disable_tqdm=True) == texts
+
+
+def test_a_task_draws_from_all_tokens_unless_it_says_otherwise() -> None:
+    """As in transformers."""
+    asked = {"do_sample": True, "temperature": 1.5}
+    assert generation_settings(asked, 0).filters == Filters(1.5, top_p=1.0)
+    assert generation_settings({**asked, "top_p": 0.5}, 0).filters == Filters(1.5, top_p=0.5)
 
 
 def test_an_answer_may_be_longer_than_the_context(harness_model: HarnessModel) -> None:

@@ -62,8 +62,9 @@ def talk(
     settings: Settings = SETTINGS,
     tokenizer: Tokenizer = TOKENIZER,
     say: Callable[[str], None] = lambda text: None,
+    succeeds: bool = True,
 ) -> str:
-    """Says the lines one after the other, and returns all that was answered."""
+    """Says the lines one after the other, and returns all that was answered. succeeds: False when errors are told."""
     said: list[str] = []
     waiting: Iterator[str] = iter(lines)
 
@@ -76,7 +77,7 @@ def talk(
         said.append(text)
         say(text)
 
-    chat(MODEL, params, tokenizer, settings, system, ask, both)
+    assert chat(MODEL, params, tokenizer, settings, system, ask, both) is succeeds
     return "".join(said)
 
 
@@ -106,6 +107,16 @@ def test_commands(params: Params, prompts: list[str]) -> None:
     prompts.clear()
     talk(params, "", "  ", "/exit", "never said")
     assert prompts == []
+
+
+LIKE_COMMANDS = ["/no_think", "/etc/passwd is a file", "/", "/Exit", "/exit now", "/resett", "/reset all", "/systemd x"]
+
+
+@pytest.mark.parametrize("line", LIKE_COMMANDS)
+def test_a_line_that_only_looks_like_a_command_is_a_message(params: Params, prompts: list[str], line: str) -> None:
+    said = talk(params, line, settings=dataclasses.replace(SETTINGS, max_new_tokens=1))
+    assert prompts == [turn("user", line) + BEGIN]
+    assert HELP not in said
 
 
 def test_an_answer_that_is_interrupted_stays_as_far_as_it_was_said(params: Params, prompts: list[str]) -> None:
@@ -177,14 +188,34 @@ def test_the_oldest_turns_are_forgotten_and_the_system_prompt_is_kept() -> None:
     assert fit(TOKENIZER, None, history(1), 128, 10**6)[0] == history(1)  # Half of the context is for the prompt.
 
 
-def test_what_cannot_be_answered_is_told_and_the_talk_goes_on(params: Params, prompts: list[str]) -> None:
-    said = talk(params, "word " * 200, "Hello")
-    assert said.startswith("error: the message has ")
-    assert "the context has room for 120 beside the answer; shorten it\n" in said
+def test_what_cannot_be_answered_is_told_and_the_talk_goes_on(
+    params: Params, prompts: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    long = "word " * 200
+    n = len(TOKENIZER.encode_chat([{"role": "user", "content": long.strip()}]))
+    said = talk(params, long, "Hello", succeeds=False)
+    told = f"error: the message has {n} tokens, and the context has room for 120 beside the answer; shorten it\n"
+    assert capsys.readouterr().err == told
+    assert "error" not in said
     assert prompts == [turn("user", "Hello") + BEGIN]
 
 
-def test_a_template_may_refuse_the_system_prompt(params: Params) -> None:
+def test_a_system_prompt_that_is_too_long_is_called_so(
+    params: Params, prompts: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before the first message; a later one is refused, and the one before it stays."""
+    long = ("word " * 200).strip()
+    too_long = f"the system prompt has {len(TOKENIZER.encode(long))} tokens, and the context has room for 120"
+    with pytest.raises(UserError, match=too_long):
+        talk(params, "Hello", system=long)
+    talk(params, "/system Be kind.", f"/system {long}", "Hello", succeeds=False)
+    assert too_long in capsys.readouterr().err
+    assert prompts == [turn("system", "Be kind.") + turn("user", "Hello") + BEGIN]
+    with pytest.raises(UserError, match="the system prompt and the message have 1"):
+        fit(TOKENIZER, "word " * 25, [{"role": "user", "content": "word " * 25}], 128, 64)
+
+
+def test_a_template_may_refuse_the_system_prompt(params: Params, capsys: pytest.CaptureFixture[str]) -> None:
     template = (
         "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}{% endfor %}"
     )
@@ -192,7 +223,8 @@ def test_a_template_may_refuse_the_system_prompt(params: Params) -> None:
     tokenizer = HuggingFaceTokenizer((byte_level() / "tokenizer.json").read_bytes(), settings)
     with pytest.raises(UserError, match="refuses this conversation: no system"):
         talk(params, "Hello", system="Be brief.", tokenizer=tokenizer)
-    assert "error: the chat template refuses" in talk(params, "/system x", "Hello", tokenizer=tokenizer)
+    talk(params, "/system x", "Hello", tokenizer=tokenizer, succeeds=False)
+    assert capsys.readouterr().err == "error: the chat template refuses this conversation: no system\n"
 
 
 def test_without_a_template_there_is_no_chat(params: Params) -> None:
@@ -246,10 +278,12 @@ def read_until_silent(pipe: IO[str], seconds: float = 3.0) -> None:
 
 @pytest.mark.slow
 def test_each_line_of_a_pipe_is_a_message(run_folder: Path) -> None:
+    """An error is told on standard error, and by the status; the other messages are answered."""
     process = start_chat(run_folder, "--max-new-tokens=4", "--system=Be brief.")
-    out, err = process.communicate("Hello\n/reset\nHello\n", timeout=120)
-    assert process.returncode == 0, err
-    assert "error" not in out + err
+    out, err = process.communicate(f"Hello\n/reset\n{'word ' * 200}\nHello\n", timeout=120)
+    assert process.returncode == 1, err
+    assert err.startswith("error: the system prompt and the message have ")
+    assert err.count("\n") == 1
     first, second = out[: len(out) // 2], out[len(out) // 2 :]
     assert first == second != "\n"  # After /reset, the same message gets the same answer.
 

@@ -1,6 +1,9 @@
 """Each filter against a reference in NumPy, on generated logits."""
 
+import math
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +13,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from gpt_jax.api import settings_of
+from gpt_jax.cli.parse import parse
+from gpt_jax.cli.sample import SampleArgs
+from gpt_jax.config import Config
 from gpt_jax.errors import UserError
+from gpt_jax.model.gpt import GPT
 from gpt_jax.sample.filters import apply, draw, keep_min_p, keep_top_k, keep_top_p, penalise_repetition
-from gpt_jax.sample.settings import Filters
+from gpt_jax.sample.generate import Result
+from gpt_jax.sample.settings import Filters, Settings
+from gpt_jax.train import loop
+from tests import tiny
 
 # Distinct by a good margin: with ties, or sums at the edge of p, float32 and float64 may rightly disagree.
 batches = st.integers(1, 4).flatmap(
@@ -117,7 +128,8 @@ def test_together_they_leave_the_most_probable_token(
     filtered = np.asarray(apply(Filters(temperature, k, p, min_p), jnp.asarray(logits), None))
     np.testing.assert_array_equal(np.argmax(filtered, -1), np.argmax(logits, -1))
     kept = np.isfinite(filtered)
-    np.testing.assert_allclose(filtered[kept], (logits / np.float32(temperature))[kept], rtol=1e-5, atol=1e-6)
+    expected = (logits - logits.max(-1, keepdims=True)) / np.float32(temperature)  # The same after softmax.
+    np.testing.assert_allclose(filtered[kept], expected[kept], rtol=1e-5, atol=1e-6)
     assert kept.sum(-1).max() <= (k or 17)
 
 
@@ -132,6 +144,57 @@ def test_draws_follow_the_filtered_distribution() -> None:
     assert np.sum((counts[1:4] - expected) ** 2 / expected) < 13.8  # 2 degrees of freedom: once in a thousand.
 
 
+# Logits of two rows, with masked tokens (as padding of a vocabulary is), ties, and magnitudes of any float32.
+EDGES = np.array([[-np.inf, 2, 3, -1, 3.0001, -np.inf], [1e30, -1e30, 1e-30, 0, 1e30, -np.inf]], np.float32)
+TOP = [{4}, {0, 4}]
+
+
+def chances(filters: Filters) -> np.ndarray:
+    """The probability of each token, by a compiled program, as in decoding."""
+    probabilities = np.asarray(jax.jit(lambda x_BV: jax.nn.softmax(apply(filters, x_BV, None)))(EDGES))
+    assert np.all(probabilities[np.isneginf(EDGES)] == 0)
+    np.testing.assert_allclose(probabilities.sum(-1), 1, rtol=1e-6)
+    return probabilities
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-46, 1e-45, 1e-40, 1e-38, 2.0**-126, 1e-30])
+def test_a_temperature_that_goes_to_zero_is_greedy(temperature: float) -> None:
+    """Also where float32 rounds it to 0, and where logits divided by it overflow."""
+    assert [set(np.flatnonzero(row)) for row in chances(Filters(temperature, top_p=1))] == TOP
+
+
+@pytest.mark.parametrize("temperature", [1e36, 3e38, 1e39, 1e300, 10**400, math.inf])
+def test_a_temperature_that_goes_to_infinity_is_uniform(temperature: float) -> None:
+    probabilities = chances(Filters(temperature, top_p=1))
+    np.testing.assert_allclose(probabilities[0], [0, 0.25, 0.25, 0.25, 0.25, 0], rtol=1e-5)
+    np.testing.assert_allclose(probabilities[1], [0.2, 0.2, 0.2, 0.2, 0.2, 0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("p", [5e-324, 1e-46, 1e-40, 1e-38, 1e-7])
+def test_a_top_p_that_goes_to_zero_leaves_the_most_probable_token(p: float) -> None:
+    assert [set(np.flatnonzero(row)) for row in chances(Filters(1.0, top_p=p))] == TOP
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"min_p": 5e-324}, {"min_p": 1e-46}, {"min_p": -0.0}, {"top_p": 1 - 1e-16}, {"top_k": 10**400}]
+)
+def test_filters_that_go_to_their_other_end_change_nothing(arguments: dict[str, float]) -> None:
+    filters = Filters(1.0, **{"top_p": 1, **arguments})  # type: ignore[arg-type]
+    kept_BV = np.isfinite(apply(filters, jnp.asarray(EDGES[:1]), None))
+    np.testing.assert_array_equal(kept_BV, np.isfinite(EDGES[:1]))
+
+
+@pytest.mark.parametrize("temperature", [0.0, -0.0, 1e-46, 1e-38, 0.8, 1e38, math.inf])
+@pytest.mark.parametrize("others", [{}, {"top_k": 2, "top_p": 1e-46, "min_p": 5e-324, "repetition_penalty": 1e6}])
+def test_no_filter_leads_out_of_the_vocabulary(temperature: float, others: dict[str, float]) -> None:
+    seen = jnp.array([[False, True, True, True, True, True]] * 2)
+    filtered = apply(Filters(temperature, **others), jnp.asarray(EDGES), seen)  # type: ignore[arg-type]
+    keys = jax.random.split(jax.random.key(0), 20)
+    for row in (0, 1):
+        ids = np.asarray(jax.vmap(draw, in_axes=(0, None))(keys, filtered[row]))
+        assert np.all(np.isfinite(EDGES[row][ids]))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -141,8 +204,38 @@ def test_draws_follow_the_filtered_distribution() -> None:
         ({"top_p": 1.1}, "top_p = 1.1"),
         ({"min_p": 1.5}, "min_p = 1.5"),
         ({"repetition_penalty": 0.0}, "repetition_penalty = 0.0"),
+        ({"repetition_penalty": 1e-38}, "repetition_penalty = 1e-38 is not possible: it must be between 1e-06 and 1e"),
+        ({"repetition_penalty": math.inf}, "repetition_penalty = inf"),
+        ({"top_p": -0.0}, "top_p = -0.0"),
+        ({"top_p": 10**400}, "top_p = 1000"),
+        ({"temperature": "0.5"}, "temperature = '0.5' is not possible: it must be a number"),
+        ({"top_k": 2.0}, "top_k = 2.0 is not possible: it must be a whole number"),
+        *[({name: math.nan}, f"{name} = nan is not possible") for name in vars(Filters())],
     ],
 )
 def test_impossible_settings_are_refused(arguments: dict[str, float], message: str) -> None:
     with pytest.raises(UserError, match=message):
         Filters(**arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("stop", ["END", ("",), (b"END",), (3,), None])
+def test_stop_strings_are_a_list_of_strings(stop: Any) -> None:
+    """One string would be taken for a list of its characters."""
+    with pytest.raises(UserError, match="is not possible: it must be a list of strings, each of one character or more"):
+        Settings(stop=stop)
+
+
+def test_there_is_one_default_of_each_filter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the command, from Python, and in the samples of a training. Only lm_eval has its own, of transformers."""
+    used: list[Settings] = []
+
+    def generate(*args: Any) -> list[Result]:
+        used.append(args[-1])
+        return [Result([])]
+
+    monkeypatch.setattr(loop, "generate", generate)
+    placement: Any = SimpleNamespace(on_one_device=lambda params: params)
+    loop.write_sample(GPT(tiny.GPT2), placement, {}, SimpleNamespace(tokenizer=None), Config())  # type: ignore[arg-type]
+    command = parse(SampleArgs, [], "sample").settings
+    assert used[0].filters == command.filters == settings_of({}).filters == Filters()
+    assert Filters().top_p == 0.95

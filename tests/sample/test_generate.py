@@ -28,7 +28,7 @@ CONFIG = dataclasses.replace(
 )
 MODEL = GPT(CONFIG)
 GREEDY = Filters(temperature=0)
-HOT = Filters(temperature=1.5)  # The same wherever texts are drawn, since other filters are another program.
+HOT = Filters(temperature=1.5, top_p=1)  # The same wherever texts are drawn, since others are another program.
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +140,13 @@ def test_stop_strings_end_the_text_and_are_not_part_of_it(params: Params) -> Non
     assert "".join(pieces) == expected
 
 
+def test_logits_that_are_no_numbers_are_no_text(params: Params) -> None:
+    damaged = {**params, "tokens_VD": params["tokens_VD"].at[3, 0].set(jnp.nan)}
+    for filters in (GREEDY, HOT):
+        with pytest.raises(UserError, match="the log-probability of a token is nan: the model's weights are damaged"):
+            run(damaged, "x", filters=filters)
+
+
 def test_end_of_text_ends_the_text(params: Params) -> None:
     certain = jax.tree.map(lambda x: x, params)
     row = certain["tokens_VD"][TOKENIZER.end_of_text]
@@ -173,7 +180,7 @@ def test_a_prompt_follows_what_begins_a_text(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_padding_of_the_vocabulary_is_never_drawn(params: Params) -> None:
     tempting = {**params, "tokens_VD": params["tokens_VD"].at[-3:].set(100.0)}
-    [result] = run(tempting, "x", n=50, filters=Filters(temperature=2.0))
+    [result] = run(tempting, "x", n=50, filters=Filters(temperature=2.0, top_p=1))
     assert max(result.tokens) < TOKENIZER.vocab_size
 
 
