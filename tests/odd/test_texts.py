@@ -438,7 +438,7 @@ def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> No
 def test_a_name_that_is_not_utf8_as_a_command_prints_it(tmp_path: Path) -> None:
     (tmp_path / NOT_UTF8).write_text("some words " * 20)
     out, _ = run_here("prepare", NOT_UTF8, "--out", NOT_UTF8 + ".d", "--tokenizer=bytes", cwd=tmp_path)
-    assert "next: python train.py --data.dir" in out
+    assert f"gpt_jax train --data.dir '{NOT_UTF8}.d'\n" in out
 
 
 def loops(folder: Path) -> None:
