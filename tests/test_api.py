@@ -1,9 +1,11 @@
 """`gpt_jax.load` and `gpt_jax.train`, as a program uses them."""
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -72,6 +74,24 @@ def test_scores_and_logits_agree_with_the_model(trained: Path) -> None:
     hidden = forward(model.model, model.params, jnp.array([ids[:-1]]))[0]
     np.testing.assert_allclose(logits_TV, logits_NV(model.model, model.params, hidden), atol=1e-5, rtol=0)
     assert model.score([text, text]).nats == pytest.approx(2 * score.nats, rel=1e-6)
+
+
+def test_a_notebook_that_computes_in_float64_gets_the_same(trained: Path, tiny_data: Path, tmp_path: Path) -> None:
+    """And keeps its own settings of JAX."""
+    config = gpt_jax.run.folder.RunFolder(trained).load_config()
+
+    def results() -> list[object]:
+        model = gpt_jax.load(trained)
+        drawn = model.generate("the cat", max_new_tokens=5, seed=3)
+        return [drawn.tokens, drawn.logprobs, model.score("the cat sat").nats, model.logits("the cat").tolist()]
+
+    before = results()
+    with jax.enable_x64(True), jax.numpy_rank_promotion("raise"), jax.default_prng_impl("rbg"):
+        assert results() == before
+        gpt_jax.train(dataclasses.replace(config, out_dir=str(tmp_path / "again")))
+        assert jnp.zeros(1).dtype == jnp.float64
+    losses, again = ([r["loss"] for r in records(run)] for run in (trained, tmp_path / "again"))
+    assert again == losses
 
 
 def test_a_published_model_answers(tmp_path: Path) -> None:

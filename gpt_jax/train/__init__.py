@@ -35,7 +35,8 @@ class _CallablePackage(ModuleType):
         RunFolder(Path(config.out_dir)).check_usable(resume)  # Before data are prepared, which may take minutes.
         config, data = set_up(config, changed_fields(config), resume)
         runtime.setup_once(runtime.choose_cpu_devices(config))
-        train(config, data, resume)
+        with runtime.own_numerics():
+            train(config, data, resume)
         return Path(config.out_dir)
 
 
