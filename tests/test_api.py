@@ -143,6 +143,30 @@ assert not xla_bridge.backends_are_initialized(), "devices"
     assert done.returncode == 0, done.stderr
 
 
+def test_importing_changes_no_setting_of_the_program_around() -> None:
+    """Nor does importing all modules: no level of a log, hook, handler, filter, variable or setting of JAX."""
+    code = """
+import importlib, logging, os, pkgutil, signal, sys, warnings
+import flax.linen, jax, optax, orbax.checkpoint, sentencepiece, tqdm, tyro
+import gpt_jax
+
+def settings():
+    levels = [logging.getLogger(name).level for name in ("", "absl", "asyncio", "jax", "huggingface_hub", "tokenizers")]
+    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    hooks = [sys.unraisablehook, sys.excepthook]
+    return levels, handlers, hooks, dict(os.environ), list(warnings.filters), dict(jax.config.values)
+
+before = settings()
+for module in pkgutil.walk_packages(gpt_jax.__path__, "gpt_jax."):
+    if "evaluate." not in module.name and not module.name.endswith("__main__"):  # lm_eval is another matter.
+        importlib.import_module(module.name)
+for a, b in zip(before, settings()):
+    assert a == b, (a, b)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_jax_that_was_started_before_is_told() -> None:
     code = "import jax; jax.devices(); from gpt_jax import runtime; runtime.setup_once(2); runtime.setup_once(2)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

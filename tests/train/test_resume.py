@@ -1,5 +1,6 @@
 """A run that was killed, stopped or moved to other devices goes on as if nothing had happened."""
 
+import json
 import random
 import signal
 import time
@@ -190,15 +191,19 @@ def test_resuming_on_another_number_of_devices(tiny_data: Path, uninterrupted: P
     )
 
 
-def test_resuming_passes_over_a_damaged_checkpoint_and_says_so(tiny_data: Path, tmp_path: Path) -> None:
+def test_resuming_passes_over_damaged_checkpoints_and_says_so(tiny_data: Path, tmp_path: Path) -> None:
+    """One with a byte changed in an array, and one whose facts are not whole."""
     out = tmp_path / "damaged"
-    run_here("train", *arguments(tiny_data, out), "--train.steps=40", "--train.eval-every=20")
+    run_here("train", *arguments(tiny_data, out), "--train.steps=40", "--train.keep-checkpoints=3")
     largest = max((out / "checkpoints" / "40" / "params").rglob("*"), key=lambda p: p.stat().st_size)
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 1
     largest.write_bytes(content)
+    meta = out / "checkpoints" / "30" / "meta" / "metadata"
+    meta.write_text(json.dumps({**json.loads(meta.read_text()), "checksums": {}}))
     stdout, stderr = run_here("train", "--resume", f"--out-dir={out}")
     assert "checkpoints/40 is damaged: params" in stderr
-    assert stderr.count("\n") == 1
-    assert "resuming after step 30" in stdout
+    assert "checkpoints/30 is damaged: meta is not whole; going back to the one before" in stderr
+    assert stderr.count("\n") == 2
+    assert "resuming after step 20" in stdout
     assert [step for step, *_ in losses(out)] == list(range(1, 41))
