@@ -204,10 +204,8 @@ class Checkpoints:
         """The facts saved with a step. Raises DamagedCheckpointError."""
         facts = self.restore_item(step, "meta", ocp.JsonCheckpointHandler(), ocp.args.JsonRestore())
         sums = facts.get("checksums") if isinstance(facts, dict) else None
-        whole = (
-            isinstance(sums, dict) and isinstance(sums.get("params"), dict) and isinstance(sums.get("opt_state"), dict)
-        )
-        if not whole or not facts.keys() >= {"config", "tokenizer", "data"}:
+        has_sums = isinstance(sums, dict) and all(isinstance(sums.get(item), dict) for item in ("params", "opt_state"))
+        if not has_sums or not facts.keys() >= {"config", "tokenizer", "data"}:
             raise DamagedCheckpointError(f"checkpoint {self.folder / str(step)} is damaged: meta is not whole")
         return facts
 

@@ -150,9 +150,14 @@ def test_facts_that_are_not_whole_are_damage(tmp_path: Path, facts: Any) -> None
         checkpoints.restore(1, "opt_state", target(make(1)[1]))
 
 
-def test_reports_of_orbax_are_kept_back_in_its_time_only(tmp_path: Path) -> None:
+def test_reports_of_orbax_are_kept_back_in_its_time_only(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The program around, such as a notebook, keeps its own levels and hook."""
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    caplog.set_level(logging.INFO, "absl")
+    caplog.set_level(logging.ERROR, "asyncio")
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: None)
 
     def settings() -> list[object]:
         return [sys.unraisablehook, *(logger.level for logger in loggers)]
