@@ -147,7 +147,7 @@ def test_importing_changes_no_setting_of_the_program_around() -> None:
     """Nor does importing all modules: no level of a log, hook, handler, filter, variable or setting of JAX."""
     code = """
 import importlib, logging, os, pkgutil, signal, sys, warnings
-import flax.linen, jax, optax, orbax.checkpoint, sentencepiece, tqdm, tyro
+import filelock, flax.linen, jax, optax, orbax.checkpoint, sentencepiece, tqdm, tyro
 import gpt_jax
 
 def settings():
@@ -156,6 +156,8 @@ def settings():
     hooks = [sys.unraisablehook, sys.excepthook]
     return levels, handlers, hooks, dict(os.environ), list(warnings.filters), dict(jax.config.values)
 
+for posix in ("fcntl", "resource", "termios", "pwd", "grp"):  # Which Windows does not have.
+    sys.modules[posix] = None
 before = settings()
 for module in pkgutil.walk_packages(gpt_jax.__path__, "gpt_jax."):
     if "evaluate." not in module.name and not module.name.endswith("__main__"):  # lm_eval is another matter.

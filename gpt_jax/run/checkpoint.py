@@ -130,6 +130,7 @@ class Checkpoints:
             best_fn=lambda metrics: metrics["val_loss"],  # Without it, orbax does not write the metrics.
             best_mode="min",
             cleanup_tmp_directories=not read_only,
+            create=not read_only,
             read_only=read_only,
         )
         handlers = {
