@@ -118,6 +118,11 @@ class Checkpoints:
     def __init__(self, folder: Path, keep: int = 2, read_only: bool = False) -> None:
         self.folder = folder
         self.quiet, self.failed = ExitStack(), False
+        with quiet_orbax():
+            self.manager = self.make_manager(keep, read_only)
+
+    def make_manager(self, keep: int, read_only: bool) -> ocp.CheckpointManager:
+        """orbax's manager of the folder."""
         policies = ocp.checkpoint_managers
         best = policies.BestN(
             get_metric_fn=lambda metrics: metrics["val_loss"],
@@ -130,7 +135,6 @@ class Checkpoints:
             best_fn=lambda metrics: metrics["val_loss"],  # Without it, orbax does not write the metrics.
             best_mode="min",
             cleanup_tmp_directories=not read_only,
-            create=not read_only,
             read_only=read_only,
         )
         handlers = {
@@ -138,8 +142,7 @@ class Checkpoints:
             "opt_state": ocp.StandardCheckpointHandler(),
             "meta": ocp.JsonCheckpointHandler(),
         }
-        with quiet_orbax():
-            self.manager = ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=handlers)
+        return ocp.CheckpointManager(self.folder.absolute(), options=options, item_handlers=handlers)
 
     def __enter__(self) -> "Checkpoints":
         self.quiet.enter_context(quiet_orbax())

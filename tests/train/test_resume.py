@@ -80,11 +80,6 @@ def kill_when(process: Any, due: Any, signum: int) -> bool:
     return True
 
 
-def continued(data: Path, out: Path) -> list[object]:
-    """Arguments to begin the run, or to go on with it, where the rest of the configuration is its own."""
-    return ["--resume", f"--out-dir={out}"] if (out / "config.json").exists() else arguments(data, out)
-
-
 class Attempt:
     """A process that trains in `out`, or goes on there with what an older one left."""
 
@@ -94,7 +89,7 @@ class Attempt:
         saved = (path.name for path in (out / "checkpoints").glob("*"))
         self.begin = max((int(name) for name in saved if name.isdigit()), default=0)  # The step it will go on from.
         self.start = time.monotonic()
-        self.process = start("train", *continued(data, out))
+        self.process = start("train", "--auto-resume", *arguments(data, out))
 
     def records_file(self) -> int:
         """Which file metrics.jsonl is: every process makes its own, once it has restored the state and cleared away
@@ -155,7 +150,7 @@ def test_ten_times_killed_and_resumed_is_bit_for_bit_the_same(
         in_checkpoint += kind == "checkpoint" and ours.has_unfinished()
     assert kills >= KILLS
     assert in_checkpoint >= KILLS_IN_CHECKPOINT
-    run("train", *continued(tiny_data, runs[-1]), NO_CHECKPOINTS)
+    run("train", "--auto-resume", *arguments(tiny_data, runs[-1]), NO_CHECKPOINTS)
     for out in runs:
         assert_same(out, uninterrupted)
 
@@ -173,6 +168,23 @@ def test_a_signal_saves_and_ends_and_the_run_goes_on(
     stdout, _ = run("train", "--resume", f"--out-dir={out}")  # The rest of the configuration is the run's own.
     assert "resuming after step" in stdout
     assert_same(out, uninterrupted)
+
+
+IN_C = "import ctypes; mutex = ctypes.create_string_buffer(64); lock = ctypes.CDLL(None).pthread_mutex_lock"
+"""Defines `lock(mutex)`, which at its second call never returns, and lets Python handle no signal: as compilers do."""
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.exhaustive)])
+def test_a_signal_before_the_first_step_ends_at_once(tiny_data: Path, tmp_path: Path, signum: signal.Signals) -> None:
+    """While the step compiles, which takes minutes. There is nothing to save."""
+    block = "(print('now', flush=True), lock(mutex), lock(mutex))"
+    compiles = f"{IN_C}; from gpt_jax.train import loop; loop.Trace = lambda *_: {block}"
+    process = start("train", *arguments(tiny_data, tmp_path / "out"), first=compiles)
+    assert process.stdout is not None
+    assert "now\n" in iter(process.stdout.readline, "")
+    process.send_signal(signum)
+    _, err = process.communicate(timeout=10)
+    assert (process.returncode, err) == (128 + signum, "\ninterrupted\n")
 
 
 @pytest.mark.slow
