@@ -4,6 +4,7 @@ import json
 import random
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from gpt_jax.placement import Placement
 from gpt_jax.run.checkpoint import Checkpoints
 from gpt_jax.train.optimizer import make_optimizer
 from gpt_jax.train.step import init_state
+from gpt_jax.train.stop import StopSignals
 from tests.commands import TINY, records, run, run_here, start
 
 STEPS = 300
@@ -185,6 +187,25 @@ def test_a_signal_before_the_first_step_ends_at_once(tiny_data: Path, tmp_path: 
     process.send_signal(signum)
     _, err = process.communicate(timeout=10)
     assert (process.returncode, err) == (128 + signum, "\ninterrupted\n")
+
+
+def test_signals_are_taken_from_the_first_step_on_and_given_back() -> None:
+    """And in another thread than the main one, where Python allows no handlers, they are left alone."""
+
+    def handlers() -> list[object]:
+        return [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+
+    before = handlers()
+    with StopSignals() as stop:
+        assert handlers() == before
+        assert stop.after(1) == 0
+        assert handlers() == [stop.handle] * 2
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.after(2) == signal.SIGTERM
+        assert handlers() == before
+    with StopSignals() as stop, ThreadPoolExecutor(1) as pool:
+        assert pool.submit(stop.after, 1).result() == 0
+        assert handlers() == before
 
 
 @pytest.mark.slow
