@@ -19,6 +19,7 @@ from gpt_jax.model.forward import forward
 from gpt_jax.model.gpt import GPT, Params
 from gpt_jax.model.head import logits_NV
 from gpt_jax.run.load import LoadedModel, load_model, open_source
+from gpt_jax.runtime import own_numerics
 from gpt_jax.sample.chat import fit, message
 from gpt_jax.sample.decode import prepare_params
 from gpt_jax.sample.generate import Result, encode_prompt, generate, generate_tokens
@@ -51,6 +52,7 @@ class Model:
     @overload
     def generate(self, prompts: Sequence[str], **settings: Any) -> list[Result]: ...
 
+    @own_numerics()
     def generate(self, prompts: str | Sequence[str], **settings: Any) -> Result | list[Result]:
         """The continuation of a prompt, or of each of several: text, tokens and their log-probabilities.
 
@@ -62,6 +64,7 @@ class Model:
         results = generate(self.model, self._decoding_params, self.tokenizer, texts, settings_of(settings))
         return results[0] if isinstance(prompts, str) else results
 
+    @own_numerics()
     def chat(self, messages: str | Sequence[Mapping[str, str]], **settings: Any) -> str:
         """The answer to the last message of a conversation, or to one question.
 
@@ -75,6 +78,7 @@ class Model:
         [result] = generate_tokens(self.model, self._decoding_params, self.tokenizer, [prompt], chosen)
         return result.text.strip()
 
+    @own_numerics()
     def score(self, texts: str | Sequence[str], stride: int = 0) -> Tally:
         """The loss on a text, or on several, each on its own: nats a token, perplexity, bits.
 
@@ -86,6 +90,7 @@ class Model:
         blocks = [Block(text.encode(), True, 0) for text in ([texts] if isinstance(texts, str) else texts)]
         return evaluate_blocks(scorer, blocks, self.tokenizer, T, stride or T)
 
+    @own_numerics()
     def logits(self, text: str | Sequence[int]) -> np.ndarray:
         """The logits after each token of a text, or of token ids: float32 (T, V), V the tokenizer's vocabulary.
 
@@ -110,6 +115,7 @@ def settings_of(given: Mapping[str, Any]) -> Settings:
     return Settings(**others, filters=Filters(**filters))
 
 
+@own_numerics()
 def load_named(name: str | Path, checkpoint: str = "latest", context_length: int = 0) -> Model:
     """The model of a run, or a published one: a folder, a .gguf file, or a name on the hub. See `gpt_jax.load`."""
     runtime.setup_once()

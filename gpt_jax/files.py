@@ -1,14 +1,15 @@
 """Files and folders that are written whole or not at all, and locks that keep a folder to one process."""
 
-import fcntl
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from gpt_jax.errors import UserError
 
@@ -67,15 +68,16 @@ def check_replaceable(folder: Path, marker: str, force: bool) -> None:
 def whole_folder(folder: Path) -> Iterator[Path]:
     """A new folder for files, which replaces `folder` when the block ends, and is deleted when the block fails.
 
-    It is `.NAME.partial` beside `folder`, locked, and cleared of the files of a killed process. The old content of
-    `folder` is kept until it is replaced. Raises UserError while another process writes the folder.
+    It is `.NAME.partial` beside `folder`, cleared of the files of a killed process; `.NAME.lock` is its lock. The old
+    content of `folder` is kept until it is replaced. Raises UserError while another process writes the folder.
     """
     folder = folder.resolve()
     partial = folder.with_name(f".{folder.name}.partial")
     old = folder.with_name(f".{folder.name}.old")
-    with locked(partial, f"another process is writing {folder}; wait for it"):
+    with locked(folder.with_name(f".{folder.name}.lock"), f"another process is writing {folder}; wait for it"):
         try:
             _put_back(old, folder)  # A process may have been killed between the two renames below.
+            partial.mkdir(exist_ok=True)
             for leftover in partial.iterdir():
                 leftover.unlink()
             yield partial
@@ -94,32 +96,35 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def locked(folder: Path, message: str) -> Iterator[None]:
-    """Locks `folder`, created if need be, for the block. Raises UserError(message) while another process has it.
+def locked(file: Path, message: str) -> Iterator[None]:
+    """Locks `file`, made if need be and removed at the end, for the block. Raises UserError(message) while another
+    process has it.
 
-    The lock is advisory, and ends with the process that holds it, however that ends.
+    The lock is advisory, and ends with the process that holds it, however that ends; a file that is left means nothing.
     """
-    descriptor = _lock(folder, message)
+    lock = _lock(file, message)
     try:
         yield
     finally:
-        os.close(descriptor)
+        with suppress(OSError):
+            file.unlink()
+        lock.release()
 
 
-def _lock(folder: Path, message: str) -> int:
-    """Creates `folder` if need be, and locks it until the returned descriptor is closed."""
+def _lock(file: Path, message: str) -> FileLock:
     while True:
-        folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The process that held the lock before may have renamed or deleted the folder.
-            if folder.exists() and os.path.samestat(os.fstat(descriptor), folder.stat()):
-                return descriptor
-        except BlockingIOError:
-            os.close(descriptor)
-            raise UserError(message) from None
-        os.close(descriptor)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+        with suppress(FileNotFoundError):  # The process that held the lock before has removed the file.
+            before = file.stat()
+            lock = FileLock(file, timeout=0, thread_local=False)
+            try:
+                lock.acquire()
+            except Timeout:
+                raise UserError(message) from None
+            if file.exists() and os.path.samestat(before, file.stat()):
+                return lock
+            lock.release()
 
 
 def _put_back(old: Path, folder: Path) -> None:

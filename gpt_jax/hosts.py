@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
+from jax._src import distributed  # What `jax.distributed` does not offer: to begin sharing preemptions later.
 from jax.experimental import multihost_utils
 
 from gpt_jax.errors import UserError
@@ -43,6 +44,7 @@ def join(coordinator: str, n_hosts: int, host_id: int, timeout: int) -> None:
     timer = threading.Timer(timeout, give_up)
     timer.daemon = True
     timer.start()
+    jax.config.update("jax_enable_preemption_service", False)  # Until `share_preemptions`.
     try:
         jax.distributed.initialize(
             address,
@@ -58,6 +60,16 @@ def join(coordinator: str, n_hosts: int, host_id: int, timeout: int) -> None:
         raise UserError(f"the hosts could not be joined by --coordinator {coordinator}: {first_line}") from e
     finally:
         timer.cancel()
+
+
+def share_preemptions() -> None:
+    """Gives SIGTERM to the distributed runtime, which passes it on to all hosts at a step that it finds for them.
+
+    It would take SIGTERM as soon as the hosts are joined, and nothing would come of it until the first step is done.
+    """
+    if distributed.global_state.preemption_sync_manager is None:
+        jax.config.update("jax_enable_preemption_service", True)
+        distributed.global_state.initialize_preemption_sync_manager()
 
 
 def gpus_of_slurm() -> list[int] | None:

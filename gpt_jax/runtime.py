@@ -9,6 +9,9 @@ import os
 import re
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import jax
 
@@ -47,12 +50,39 @@ default is three quarters."""
 MEMORY_FRACTION_VARIABLES = ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION")
 """The variables by which a user sets that share: the older name, which all versions of JAX know, and the newer one."""
 
+NUMERICS: dict[str, Any] = {
+    "enable_x64": False,
+    "numpy_dtype_promotion": "standard",
+    "numpy_rank_promotion": "allow",
+    "default_prng_impl": "threefry2x32",
+    "threefry_partitionable": True,
+}
+"""Settings of JAX that would change, or refuse, what is computed and drawn: the code is written for JAX's defaults, so
+JAX_ENABLE_X64 and the like have no say. Precision of products (JAX_DEFAULT_MATMUL_PRECISION), debugging
+(JAX_DEBUG_NANS, JAX_DISABLE_JIT) and platforms stay the user's choice."""
+
+
+@contextmanager
+def own_numerics() -> Iterator[None]:
+    """Computes with NUMERICS inside, whatever the program around set for itself. Also a decorator."""
+    with ExitStack() as stack:
+        for name, value in NUMERICS.items():
+            stack.enter_context(getattr(jax, name)(value))
+        yield
+
+
 _is_set_up = False
 
 
 def setup(cpu_devices: int = 1) -> None:
-    """Sets XLA's flags, the share of GPUs' memory, the number of CPU devices, the allocator and the compile cache. Call
-    once, before any device is used."""
+    """Sets all that JAX needs for a process that is ours. Call once, before any device is used."""
+    for name, value in NUMERICS.items():
+        jax.config.update(f"jax_{name}", value)
+    set_up_devices(cpu_devices)
+
+
+def set_up_devices(cpu_devices: int) -> None:
+    """Sets XLA's flags, the share of GPUs' memory, the number of CPU devices, the allocator and the compile cache."""
     global _is_set_up
     _is_set_up = True
     if not any(name in os.environ for name in MEMORY_FRACTION_VARIABLES):  # Both at once are an error.
@@ -65,14 +95,15 @@ def setup(cpu_devices: int = 1) -> None:
 
 
 def setup_once(cpu_devices: int = 1) -> None:
-    """`setup` for programs that may have called it already; existing devices stay.
+    """`setup` for programs that may have called it already, or use JAX for other things, too; existing devices and
+    settings of numbers stay, see `own_numerics`.
 
     Warns when JAX was started before it could be set up, and computes on the CPU.
     """
     if _is_set_up:
         return
     try:
-        setup(cpu_devices)
+        set_up_devices(cpu_devices)
     except RuntimeError:  # The number of CPU devices can no longer be set.
         if platform_name(local_devices()[0]) == "cpu":
             message = f"JAX was started before gpt_jax could set {CPU_FLAG}; use gpt_jax first"

@@ -12,13 +12,12 @@ TPU slices have recipes of their own, since the order of their hosts cannot be c
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-RUN = "/shared/runs/gpt2"  # EDIT
-TRAIN = ["configs/gpt2_124m.py", "--data.dir", "/shared/data/web", "--out-dir", RUN, "--parallel.fsdp", "8"]  # EDIT
+TRAIN = ["configs/gpt2_124m.py", "--data.dir", "/shared/data/web", "--out-dir", "/shared/runs/gpt2"]  # EDIT
+TRAIN += ["--parallel.fsdp", "8", "--auto-resume"]  # EDIT
 
 
 @ray.remote(max_concurrency=2)  # So that stop() runs while train() waits.
@@ -47,7 +46,6 @@ def main() -> int:
     hosts = [start_host(node) for node in nodes]
     signal.signal(signal.SIGTERM, lambda *_: [host.stop.remote() for host in hosts])
     args = [*TRAIN, "--coordinator", f"{ray.get(hosts[0].address.remote())}:8476", "--n-hosts", str(len(hosts))]
-    args += ["--resume"] if (Path(RUN) / "config.json").exists() else []
     statuses = ray.get([host.train.remote([*args, "--host-id", str(i)]) for i, host in enumerate(hosts)])
     return next((status for status in statuses if status), 0)
 

@@ -42,13 +42,10 @@ case "${1:-}" in
             python3 -m uv pip install --python gpt_jax/.venv/bin/python './gpt_jax[tpu]'"
         ;;
     train)
-        # Training begins when all hosts have joined, so all of them test for the file before one writes it.
         on_each_host "
             cd gpt_jax
-            resume=()
-            if [ -e $run/config.json ]; then resume=(--resume); fi
             exec .venv/bin/python train.py configs/gpt2_124m.py --data.dir /shared/data/web --out-dir $run \
-                --coordinator auto --parallel.fsdp 16 \"\${resume[@]}\""
+                --coordinator auto --parallel.fsdp 16 --auto-resume"
         ;;
     stop) on_each_host "pkill -TERM -f '[t]rain\.py configs'" ;; # [t]: so that the pattern does not match itself
     *) sed -n '2,/^set/s/^# \{0,1\}//p' "$0" >&2; exit 2 ;;

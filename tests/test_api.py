@@ -1,9 +1,11 @@
 """`gpt_jax.load` and `gpt_jax.train`, as a program uses them."""
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -74,6 +76,24 @@ def test_scores_and_logits_agree_with_the_model(trained: Path) -> None:
     assert model.score([text, text]).nats == pytest.approx(2 * score.nats, rel=1e-6)
 
 
+def test_a_notebook_that_computes_in_float64_gets_the_same(trained: Path, tiny_data: Path, tmp_path: Path) -> None:
+    """And keeps its own settings of JAX."""
+    config = gpt_jax.run.folder.RunFolder(trained).load_config()
+
+    def results() -> list[object]:
+        model = gpt_jax.load(trained)
+        drawn = model.generate("the cat", max_new_tokens=5, seed=3)
+        return [drawn.tokens, drawn.logprobs, model.score("the cat sat").nats, model.logits("the cat").tolist()]
+
+    before = results()
+    with jax.enable_x64(True), jax.numpy_rank_promotion("raise"), jax.default_prng_impl("rbg"):
+        assert results() == before
+        gpt_jax.train(dataclasses.replace(config, out_dir=str(tmp_path / "again")))
+        assert jnp.zeros(1).dtype == jnp.float64
+    losses, again = ([r["loss"] for r in records(run)] for run in (trained, tmp_path / "again"))
+    assert again == losses
+
+
 def test_a_published_model_answers(tmp_path: Path) -> None:
     publish(tmp_path / "model")
     model = gpt_jax.load(tmp_path / "model")
@@ -118,6 +138,32 @@ from gpt_jax.train.optimizer import make_optimizer
 assert callable(gpt_jax.train), "shadowed"
 from jax._src import xla_bridge
 assert not xla_bridge.backends_are_initialized(), "devices"
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_importing_changes_no_setting_of_the_program_around() -> None:
+    """Nor does importing all modules: no level of a log, hook, handler, filter, variable or setting of JAX."""
+    code = """
+import importlib, logging, os, pkgutil, signal, sys, warnings
+import filelock, flax.linen, jax, optax, orbax.checkpoint, sentencepiece, tqdm, tyro
+import gpt_jax
+
+def settings():
+    levels = [logging.getLogger(name).level for name in ("", "absl", "asyncio", "jax", "huggingface_hub", "tokenizers")]
+    handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+    hooks = [sys.unraisablehook, sys.excepthook]
+    return levels, handlers, hooks, dict(os.environ), list(warnings.filters), dict(jax.config.values)
+
+for posix in ("fcntl", "resource", "termios", "pwd", "grp"):  # Which Windows does not have.
+    sys.modules[posix] = None
+before = settings()
+for module in pkgutil.walk_packages(gpt_jax.__path__, "gpt_jax."):
+    if "evaluate." not in module.name and not module.name.endswith("__main__"):  # lm_eval is another matter.
+        importlib.import_module(module.name)
+for a, b in zip(before, settings()):
+    assert a == b, (a, b)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

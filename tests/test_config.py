@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,8 @@ from gpt_jax.model.backend import resolve
 from gpt_jax.model.forward import init_params
 from gpt_jax.model.gpt import GPT
 from gpt_jax.model.lora import split
+from gpt_jax.train.optimizer import learning_rate_schedule
+from gpt_jax.train.setup import check_warmup, set_up
 from tests.commands import ROOT
 
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))
@@ -164,7 +167,6 @@ def test_a_whole_number_may_stand_for_a_float() -> None:
         ({"model": {"dropout": None}}, "model.dropout = None must be of type float"),
         ({"data": {"source": "shakespeare"}}, "data.source = 'shakespeare' must be of type tuple"),
         ({"model": {"n_layer": 0}}, "model.n_layer = 0 is not possible: it must be 1 or more"),
-        ({"train": {"steps": 5}}, "optimizer.warmup_steps = 100 is not possible: it must be less than train.steps = 5"),
     ],
 )
 def test_what_cannot_be_loaded_is_named(values: Any, message: str) -> None:
@@ -315,11 +317,70 @@ def test_an_int_is_accepted_for_a_float() -> None:
     assert ModelConfig(dropout=0) == ModelConfig(dropout=0.0)
 
 
-def test_the_warmup_ends_before_the_last_step() -> None:
+def test_the_warmup_ends_before_the_last_step(capsys: pytest.CaptureFixture[str]) -> None:
+    """One that was given is refused, a default gives way."""
+    config = Config(optimizer=OptimizerConfig(warmup_steps=10), train=TrainConfig(steps=10))
     with pytest.raises(UserError, match=r"optimizer.warmup_steps = 10 is .* it must be less than train.steps = 10$"):
-        Config(optimizer=OptimizerConfig(warmup_steps=10), train=TrainConfig(steps=10))
-    Config(optimizer=OptimizerConfig(warmup_steps=9), train=TrainConfig(steps=10))
-    Config(optimizer=OptimizerConfig(warmup_steps=0), train=TrainConfig(steps=1))
+        set_up(config, {"train.steps", "optimizer.warmup_steps"})
+    check_warmup(config, {"train.steps"})
+    assert capsys.readouterr().out == "the warmup of 10 steps is shortened to 9, since train.steps = 10\n"
+    for warmup, steps in ((9, 10), (0, 1)):
+        optimizer = OptimizerConfig(warmup_steps=warmup)
+        check_warmup(Config(optimizer=optimizer, train=TrainConfig(steps=steps)), {"optimizer.warmup_steps"})
+        assert optimizer.warmup_of(steps) == warmup
+    assert capsys.readouterr().out == ""
+
+
+UNLIKE_NUMBERS: dict[str, tuple[Any, ...]] = {
+    "model.lora.rank": (),  # Adapters go on a model that init_from names.
+    "model.d_model": (),  # With model.n_head, which divides it, see the next.
+    "model.n_head": (1,),
+    "model.n_kv_head": (1,),
+    "model.d_head": (2, 256),
+    "model.vocab_size": (10**6,),
+    "model.dropout": (0.0, 0.5),
+    "model.lora.dropout": (0.0, 0.5),
+    "data.val_fraction": (0.01, 0.5),
+    "optimizer.final_fraction": (0.0, 1.0),
+    "optimizer.decay_fraction": (0.0, 1.0),
+    "optimizer.beta1": (0.0, 0.999),
+    "optimizer.beta2": (0.0, 0.999),
+    "optimizer.warmup_steps": (0, 1),
+    "train.steps": (1, 5, 10**7),
+}
+"""Values to try of fields for which a third of the configured value and three times as much would not do."""
+
+
+@each_config
+def test_no_default_contradicts_a_value_that_is_given_alone(path: Path) -> None:
+    """Of each number of each section: a smaller and a larger one, where it is possible at all, make a configuration
+    that is set up, and whose learning rate rises to its peak within the run."""
+    config = load_config(path)
+
+    def vary(section: Any, prefix: str) -> Iterator[tuple[str, Any, Any]]:
+        """The full name of each number in the section, a value to try, and the section with it."""
+        for f in dataclasses.fields(section):
+            name, value = f"{prefix}{f.name}", getattr(section, f.name)
+            if dataclasses.is_dataclass(value):
+                yield from (
+                    (full, tried, dataclasses.replace(section, **{f.name: inner}))
+                    for full, tried, inner in vary(value, f"{name}.")
+                )
+            elif type(value) in (int, float):
+                third = type(value)(value / 3)
+                tries = UNLIKE_NUMBERS.get(name, (*((third,) if third else ()), 3 * value or type(value)(1)))
+                yield from ((name, tried, dataclasses.replace(section, **{f.name: tried})) for tried in tries)
+
+    tried = list(vary(config, ""))
+    assert {name for name, *_ in tried} >= {"train.steps", "model.n_layer", "optimizer.learning_rate", "parallel.fsdp"}
+    for name, _, changed in tried:
+        check_warmup(changed, {name})
+        if name in ("train.steps", "optimizer.warmup_steps"):
+            steps, peak = changed.train.steps, changed.optimizer.learning_rate
+            rate = learning_rate_schedule(changed.optimizer, steps)
+            rates = [float(rate(step)) for step in (0, changed.optimizer.warmup_of(steps) - 1, steps - 1) if step >= 0]
+            assert all(0 < r <= peak * (1 + 1e-6) for r in rates)
+            assert steps == 1 or max(rates) == pytest.approx(peak, rel=0.01)
 
 
 def test_the_vocabulary_is_the_tokenizers_unless_it_is_larger() -> None:

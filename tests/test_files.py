@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from gpt_jax.errors import UserError
 from gpt_jax.files import check_replaceable, locked, replacing, save_json, whole_folder
@@ -129,21 +130,39 @@ def test_two_at_once_are_refused(out: Path) -> None:
     assert (out / "file").read_text() == "first"
 
 
-def test_a_folder_is_locked_to_one_process_until_that_ends(tmp_path: Path) -> None:
-    folder = tmp_path / "run"
+def test_a_lock_holds_for_one_process_until_that_ends(tmp_path: Path) -> None:
+    file = tmp_path / "run" / ".lock"
     code = "import pathlib, sys; from gpt_jax.files import locked\n"
     code += "with locked(pathlib.Path(sys.argv[1]), ''): print('mine', flush=True); sys.stdin.read()"
-    with subprocess.Popen(
-        [sys.executable, "-c", code, folder], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as process:
+    with subprocess.Popen([sys.executable, "-c", code, file], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"mine\n"
-        with pytest.raises(UserError, match=r"^somebody is there$"), locked(folder, "somebody is there"):
+        with pytest.raises(UserError, match=r"^somebody is there$"), locked(file, "somebody is there"):
             pass
         process.kill()
-    for _ in range(2):
-        with locked(folder, "somebody is there"):
+    for i in range(2):
+        assert file.exists() == (i == 0)  # What the killed process left means nothing.
+        with locked(file, "somebody is there"):
             pass
+    assert list(tmp_path.rglob("*")) == [file.parent]
+
+
+def test_a_lock_that_was_removed_while_it_was_taken_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another process ends, and removes the file, when it has been opened and not yet locked. Then a third makes it
+    anew, and has the lock."""
+    file, acquire, others = tmp_path / ".lock", FileLock.acquire, []
+
+    def lose_the_race(self: FileLock) -> object:
+        monkeypatch.undo()
+        acquire(self)
+        file.unlink()
+        others.append(FileLock(file, timeout=0))
+        return others[0].acquire()
+
+    monkeypatch.setattr(FileLock, "acquire", lose_the_race)
+    with pytest.raises(UserError, match=r"^somebody is there$"), locked(file, "somebody is there"):
+        pass
+    others[0].release()
 
 
 def test_only_what_is_ours_is_replaced(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Several hosts, as processes that talk by gloo: they train as one does, stop together, and none waits for the dead."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -196,6 +197,18 @@ def test_hosts_that_do_not_meet_give_up_in_time(tiny_data: Path, tmp_path: Path,
     assert f"after 3 s, host {host} of 2 has not met the others at localhost:" in error
     assert time.monotonic() - begin < 60
     assert not (tmp_path / "run").exists()
+
+
+def test_a_signal_while_it_waits_for_others_ends_a_host(tiny_data: Path, tmp_path: Path) -> None:
+    port, args = free_port(), [f"--data.dir={tiny_data}", f"--out-dir={tmp_path / 'run'}", "--n-hosts=2", "--host-id=0"]
+    process = start("train", *ARGS, *args, f"--coordinator=localhost:{port}")
+    for _ in range(600):
+        with contextlib.suppress(ConnectionRefusedError), socket.create_connection(("localhost", port)):
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=10)
+    assert (process.returncode, err) == (128 + signal.SIGTERM, "\ninterrupted\n")
 
 
 @pytest.mark.parametrize(

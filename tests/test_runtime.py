@@ -1,6 +1,10 @@
 """How many CPU devices a run takes, and what a device can do at best."""
 
+import json
 import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -9,6 +13,7 @@ import pytest
 from gpt_jax import runtime
 from gpt_jax.config import Config, DataConfig, ModelConfig, ParallelConfig
 from gpt_jax.runtime import choose_cpu_devices, peak_flops
+from tests.commands import ROOT, TINY, records, run_here
 
 SMALL = ModelConfig(vocab_size=100, n_layer=1, n_head=2, d_model=16)
 LARGE = ModelConfig(vocab_size=50_304)  # 124 million parameters.
@@ -121,3 +126,42 @@ def test_a_share_of_memory_that_the_user_sets_is_the_only_one(name: str, monkeyp
     monkeypatch.setattr(jax.config, "update", lambda *_: None)
     runtime.setup()
     assert {v: os.environ.get(v) for v in runtime.MEMORY_FRACTION_VARIABLES if v in os.environ} == {name: "0.5"}
+
+
+def test_settings_of_jax_that_change_numbers_have_no_say(tiny_data: Path, tmp_path: Path) -> None:
+    """Training with dropout, sampling and evaluation, in a process of its own with such settings, give the same. They
+    even are the same programs, which that process finds compiled."""
+
+    def commands(out: Path) -> list[list[str]]:
+        train = [*TINY, f"--data.dir={tiny_data}", "--train.steps=4", "--model.dropout=0.1", "--parallel.devices=1"]
+        run = [f"--run={out}"]
+        return [
+            ["train", *train, f"--out-dir={out}"],
+            ["sample", *run, "--json", "--max-new-tokens=8", "--top-k=9"],
+            ["eval", *run, "--json"],
+        ]
+
+    ours = [run_here(*command)[0] for command in commands(tmp_path / "ours")]
+    code = f"import json, sys; from gpt_jax import runtime; runtime.setup({jax.device_count()})\n"
+    code += "from tests.commands import run_here\n"
+    code += "print(json.dumps([run_here(*command)[0] for command in json.loads(sys.argv[1])]))"
+    changed = {
+        "JAX_ENABLE_X64": "1",
+        "JAX_NUMPY_DTYPE_PROMOTION": "strict",
+        "JAX_NUMPY_RANK_PROMOTION": "raise",
+        "JAX_DEFAULT_PRNG_IMPL": "rbg",
+        "JAX_THREEFRY_PARTITIONABLE": "0",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": str(int(jax.config.values["jax_disable_most_optimizations"])),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(commands(tmp_path / "theirs"))],
+        cwd=ROOT,
+        env={**os.environ, **changed},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    theirs = [text.replace("theirs", "ours") for text in json.loads(done.stdout)]
+    assert theirs[1:] == ours[1:]
+    logged = [[(r["loss"], r["grad_norm"], r["lr"]) for r in records(tmp_path / name)] for name in ("ours", "theirs")]
+    assert logged[0] == logged[1]

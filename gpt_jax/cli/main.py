@@ -58,8 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         status: int = importlib.import_module(f"gpt_jax.cli.{command}").command(argv[1:])
         sys.stdout.flush()  # Here, where errors of writing are told.
         return status
-    except KeyboardInterrupt:
-        return interrupted()
+    except KeyboardInterrupt as e:
+        return interrupted(e)
     except BrokenPipeError:  # The reader, such as head, has closed the pipe.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
@@ -67,8 +67,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("GPT_JAX_TRACEBACK"):
             raise
         line = user_message(e)
-        if line is None and comes_of_an_interrupt(e):
-            return interrupted()
+        if line is None and (cause := interrupt_behind(e)):
+            return interrupted(cause)
         if line is None:
             raise
         print_error(line)
@@ -88,36 +88,65 @@ def user_message(e: Exception) -> str | None:
     from gpt_jax import hosts  # Here, since it imports JAX, which the cases above do not need.
 
     if hosts.lost(e):
-        return "another host has gone, see what it said; start all of them again, with --resume if there is a run"
+        return "another host has gone, see what it said; start all of them again, with --auto-resume"
     if isinstance(e, RuntimeError) and "RESOURCE_EXHAUSTED" in str(e):
         return "the device has too little memory; set a smaller data.microbatch_size, or model.remat to full"
     return None
 
 
-def interrupted() -> int:
+def interrupted(e: KeyboardInterrupt) -> int:
     """Says that the command was interrupted; returns the exit status."""
     print("\ninterrupted", file=sys.stderr)
-    return 128 + signal.SIGINT
+    return 128 + (e.args[0] if e.args else signal.SIGINT)
 
 
-def comes_of_an_interrupt(e: BaseException | None) -> bool:
-    """Whether an exception was raised because of a KeyboardInterrupt, as C code does that an interrupt reaches."""
-    return e is not None and (isinstance(e, KeyboardInterrupt) or comes_of_an_interrupt(e.__cause__ or e.__context__))
+def interrupt_behind(e: BaseException | None) -> KeyboardInterrupt | None:
+    """The KeyboardInterrupt because of which an exception was raised, as C code does that an interrupt reaches."""
+    return e if e is None or isinstance(e, KeyboardInterrupt) else interrupt_behind(e.__cause__ or e.__context__)
+
+
+noticed = threading.Event()
+"""Set when Python has called `interrupt`, which it does between two of its own instructions only."""
 
 
 def interrupt(signum: int, frame: FrameType | None) -> None:
-    """A handler of SIGINT that raises KeyboardInterrupt, but not where it would be lost.
+    """A handler of signals that raises KeyboardInterrupt(signum), but not where it would be lost.
 
     Python prints and drops exceptions that are raised in destructors and in callbacks of its garbage collector, of
     which JAX has one. There, the handler sends the signal again a little later.
     """
+    noticed.set()
     callbacks = [getattr(callback, "__code__", None) for callback in gc.callbacks]
     while frame is not None:
         if frame.f_code in callbacks or frame.f_code.co_name == "__del__":
             threading.Timer(0.01, os.kill, (os.getpid(), signum)).start()
             return
         frame = frame.f_back
-    raise KeyboardInterrupt
+    raise KeyboardInterrupt(signum)
+
+
+SECONDS_TO_NOTICE = 2.0
+
+
+def end_soon_after_signals() -> None:
+    """Ends the process when a signal is to `interrupt` it, and C code does not let Python notice for two seconds, as in
+    a compilation, which takes minutes, or while it waits for other hosts. Nothing is lost: what is written then takes
+    its place at the end, or never.
+    """
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    signal.set_wakeup_fd(write, warn_on_full_buffer=False)  # C code writes the number of the signal there, at once.
+
+    def watch() -> None:
+        while True:
+            [signum] = os.read(read, 1)
+            if signal.getsignal(signum) is interrupt and not noticed.wait(SECONDS_TO_NOTICE):
+                status = interrupted(KeyboardInterrupt(signum))
+                sys.stderr.flush()
+                os._exit(status)
+            noticed.clear()
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def run(argv: Sequence[str] | None = None) -> None:
@@ -132,6 +161,9 @@ def run(argv: Sequence[str] | None = None) -> None:
         signal.signal(signal.SIGINT, interrupt)
     if argv and argv[0] == "train":
         restart_with_huge_pages()
+        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, interrupt)
+        end_soon_after_signals()
     try:
         status = main(argv)
     except Exception:

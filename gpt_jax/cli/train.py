@@ -19,6 +19,8 @@ class TrainArgs:
     """Train a GPT. The first argument may be a configuration file; configs/quickstart.py is the default."""
 
     resume: Switch = False  # Go on with the run in --out-dir, with its saved configuration and these flags.
+    # Go on with the run in --out-dir if there is one, and start it if there is none: for jobs that may be restarted.
+    auto_resume: Switch = False
     profile: Switch = False  # Write a JAX profiler trace of a few steps to the run's folder.
     # HOST:PORT of the first of several hosts, or auto on TPU pods, Slurm, Kubernetes, Open MPI; empty: one host only.
     coordinator: str = ""
@@ -70,16 +72,21 @@ def command(argv: Sequence[str]) -> int:
 def train_arguments(argv: list[str]) -> tuple[Config, TrainArgs]:
     """The configuration with its out_dir, and the other arguments.
 
-    The flags override the configuration of a file, which may be the first argument or follow --resume or --profile.
-    With --resume, they override the configuration saved in the run.
+    The flags override the configuration of a file, which may be the first argument or follow a switch. With --resume,
+    and with --auto-resume if there is a run, they override the configuration saved in the run.
     """
+    switches = [a.replace("_", "-") for a in argv]
     positional = [
-        i for i, a in enumerate(argv) if not a.startswith("-") and argv[i - 1 : i] in ([], ["--resume"], ["--profile"])
+        i
+        for i, a in enumerate(argv)
+        if not a.startswith("-") and switches[i - 1 : i] in ([], ["--resume"], ["--auto-resume"], ["--profile"])
     ]
     path = Path(argv.pop(positional[0])) if positional else default_config_path()
     out_dir = flag_value(argv, "--out-dir") or load_config(path).out_dir or str(Path("runs") / path.stem)
     saved = Path(out_dir) / "config.json"
-    config = load_saved_config(saved) if "--resume" in argv and saved.exists() else load_config(path)
+    exists = saved.exists()  # Several hosts look before they meet, and the first writes the file after that.
+    resumes = "--resume" in argv or ("--auto-resume" in switches and exists)
+    config = load_saved_config(saved) if resumes and exists else load_config(path)
     config = dataclasses.replace(config, out_dir=out_dir)
     args = parse(TrainArgs, argv, "train", TrainArgs(config=config))
-    return args.config, args
+    return args.config, dataclasses.replace(args, resume=resumes)

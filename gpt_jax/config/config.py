@@ -22,12 +22,6 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
-        check(
-            self.optimizer.warmup_steps < self.train.steps or self.optimizer.warmup_steps == 0,
-            "optimizer.warmup_steps",
-            self.optimizer.warmup_steps,
-            f"less than train.steps = {self.train.steps}",
-        )
         has_base = self.model.lora.rank == 0 or self.init_from != ""
         check(has_base, "model.lora.rank", self.model.lora.rank, "0 without init_from, a model to put adapters on")
 

@@ -50,7 +50,7 @@ class OptimizerConfig:
 
     learning_rate: float = 6e-4  # Peak learning rate.
     schedule: ScheduleName = "cosine"  # Shape after the warmup; wsd: constant, then linear decay at the end.
-    warmup_steps: int = 100  # Steps over which the learning rate rises linearly from 0.
+    warmup_steps: int = 100  # Steps over which the learning rate rises linearly from 0; in shorter runs, all but one.
     final_fraction: float = 0.1  # Learning rate at the last step, as a fraction of the peak.
     decay_fraction: float = 0.2  # Share of all steps over which wsd decays.
     beta1: float = 0.9  # Decay of the first moment.
@@ -70,6 +70,10 @@ class OptimizerConfig:
         check(self.eps > 0, "optimizer.eps", self.eps, "more than 0")
         for name in ("weight_decay", "clip_norm"):
             check(getattr(self, name) >= 0, f"optimizer.{name}", getattr(self, name), "0 or more")
+
+    def warmup_of(self, steps: int) -> int:
+        """The steps of warmup in a run of `steps` steps, of which at least the last is none of them."""
+        return min(self.warmup_steps, steps - 1)
 
 
 @dataclass(frozen=True)

@@ -209,7 +209,8 @@ def _progress_bar(label: str, n_bytes: int) -> "tqdm[Any]":
 @contextmanager
 def _exit_on_sigterm() -> Iterator[None]:
     """Makes SIGTERM unwind the stack, as Ctrl-C does, instead of ending the process at once."""
-    if threading.current_thread() is not threading.main_thread():  # Handlers can be set in the main thread only.
+    # Handlers can be set in the main thread only. Training has one of its own.
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
         yield
         return
     before = signal.signal(signal.SIGTERM, lambda signum, _: sys.exit(128 + signum))

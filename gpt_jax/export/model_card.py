@@ -29,8 +29,9 @@ def model_card(name: str, config: Config, records: list[dict[str, Any]], exporte
         "steps": f"{last['step']:,} of {t.steps:,}" if last else None,
         "tokens": f"{last['tokens']:,}" if "tokens" in last else None,
         "batch": f"{d.batch_size} sequences of {m.context_length} tokens",
-        "optimizer": f"AdamW, learning rate {o.learning_rate:g} ({o.schedule}, {o.warmup_steps} steps of warmup), "
-        f"betas {o.beta1:g} and {o.beta2:g}, weight decay {o.weight_decay:g}, gradients clipped at {o.clip_norm:g}",
+        "optimizer": f"AdamW, learning rate {o.learning_rate:g} ({o.schedule}, {o.warmup_of(t.steps)} steps of "
+        f"warmup), betas {o.beta1:g} and {o.beta2:g}, "
+        f"weight decay {o.weight_decay:g}, gradients clipped at {o.clip_norm:g}",
         "dropout": f"{m.dropout:g}",
         "seed": str(t.seed),
         "training loss": f"{last['loss']:.4f} nats a token" if "loss" in last else None,

@@ -5,13 +5,15 @@ orbax notices missing and truncated files, but no changed byte inside an array. 
 saved with the facts, show that.
 """
 
+import gc
 import hashlib
 import json
 import logging
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +24,6 @@ import orbax.checkpoint as ocp
 from gpt_jax import hosts
 from gpt_jax.data.shards import Meta
 from gpt_jax.errors import UserError
-
-# orbax logs its progress as warnings, and each error, which it also raises, with a traceback for each thread.
-logging.getLogger("absl").setLevel(logging.CRITICAL)
-logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # It reports the tasks that orbax abandons after a failed save.
-
 
 CHUNK_BYTES = 8 * 2**20
 """Size of the chunks in which arrays are written. A chunk is always read whole: if each array were one chunk, every
@@ -43,16 +40,20 @@ class DamagedCheckpointError(UserError):
 
 @jax.jit
 def checksum(x: jax.Array) -> jax.Array:
-    """The uint32 checksum of an array of 32-bit numbers: the sum of a hash of each element's bits and index.
+    """The uint32 checksum of an array: the sum of a hash of each element's bits and index. An element of 64 bits counts
+    as two, smaller ones are filled up with zeros.
 
     Integer sums are exact in any order, so the sharding does not matter. The hash is MurmurHash3's 32-bit finaliser,
     a bijection: a change of one element is always detected, other changes are missed once in four billion times.
     """
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    if x.dtype == bool:
+        x = x.astype(jnp.uint8)
+    width = min(x.dtype.itemsize, 4) * 8
+    x = jax.lax.bitcast_convert_type(x, f"uint{width}").astype(jnp.uint32)
     # The flat index of each element, by dimension: flattening an array that is sharded would gather it.
     strides = [math.prod(x.shape[i + 1 :]) & 0xFFFFFFFF for i in range(x.ndim)]
     indices = sum((jax.lax.broadcasted_iota(jnp.uint32, x.shape, i) * jnp.uint32(s) for i, s in enumerate(strides)))
-    h = bits + jnp.uint32(indices) * jnp.uint32(0x9E3779B9)
+    h = x + jnp.uint32(indices) * jnp.uint32(0x9E3779B9)
     h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
     h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
     return jnp.sum(h ^ (h >> 16), dtype=jnp.uint32)
@@ -104,25 +105,47 @@ def in_chunks(tree: Any) -> ocp.args.StandardSave:
     return ocp.args.StandardSave(tree, jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree))
 
 
-def ignore_abandoned_io(unraisable: Any) -> None:
-    """An `unraisablehook` that ignores the errors of tasks that orbax abandoned.
+@contextmanager
+def quiet_orbax() -> Iterator[None]:
+    """Keeps from the terminal what orbax and its threads print beside the one exception that says what went wrong.
 
-    When one array cannot be read or written, orbax abandons the threads and coroutines of the others. Their tracebacks
-    would follow the one exception that says what went wrong.
+    orbax logs its progress as warnings, and each error, which it also raises, with a traceback for each thread. When
+    one array cannot be read or written, it abandons the threads and coroutines of the others, whose tracebacks asyncio
+    logs and Python's `unraisablehook` prints.
     """
-    of_orbax = "orbax" in getattr(getattr(unraisable.object, "cr_code", None), "co_filename", "")
-    loop_is_gone = isinstance(unraisable.exc_value, RuntimeError) and "loop is closed" in str(unraisable.exc_value)
-    if not (of_orbax or loop_is_gone):
-        sys.__unraisablehook__(unraisable)
+    before = sys.unraisablehook
+
+    def ignore_abandoned(unraisable: Any) -> None:
+        of_orbax = "orbax" in getattr(getattr(unraisable.object, "cr_code", None), "co_filename", "")
+        loop_is_gone = isinstance(unraisable.exc_value, RuntimeError) and "loop is closed" in str(unraisable.exc_value)
+        if not (of_orbax or loop_is_gone):
+            before(unraisable)
+
+    levels = {logger: logger.level for logger in (logging.getLogger("absl"), logging.getLogger("asyncio"))}
+    for logger in levels:
+        logger.setLevel(logging.CRITICAL)
+    sys.unraisablehook = ignore_abandoned
+    try:
+        yield
+    finally:
+        sys.unraisablehook = before
+        for logger, level in levels.items():
+            logger.setLevel(level)
 
 
 class Checkpoints:
     """The checkpoints of one run, in `folder`/STEP/{params,opt_state,meta}. A context manager: leaving it waits for the
-    last save. The `keep` latest checkpoints and the one with the lowest validation loss are kept."""
+    last save, and inside it, orbax is quiet. The `keep` latest checkpoints and the one with the lowest validation loss
+    are kept."""
 
     def __init__(self, folder: Path, keep: int = 2, read_only: bool = False) -> None:
         self.folder = folder
-        sys.unraisablehook = ignore_abandoned_io
+        self.quiet, self.failed = ExitStack(), False
+        with quiet_orbax():
+            self.manager = self.make_manager(keep, read_only)
+
+    def make_manager(self, keep: int, read_only: bool) -> ocp.CheckpointManager:
+        """orbax's manager of the folder."""
         policies = ocp.checkpoint_managers
         best = policies.BestN(
             get_metric_fn=lambda metrics: metrics["val_loss"],
@@ -142,15 +165,20 @@ class Checkpoints:
             "opt_state": ocp.StandardCheckpointHandler(),
             "meta": ocp.JsonCheckpointHandler(),
         }
-        self.manager = ocp.CheckpointManager(folder.absolute(), options=options, item_handlers=handlers)
+        return ocp.CheckpointManager(self.folder.absolute(), options=options, item_handlers=handlers)
 
     def __enter__(self) -> "Checkpoints":
+        self.quiet.enter_context(quiet_orbax())
         return self
 
     def __exit__(self, exception_type: type | None, exception: BaseException | None, *traceback: object) -> None:
-        if hosts.lost(exception):
-            return  # Closing would wait for the lost host's part of a save.
-        failure = self.attempt(self.manager.close)
+        with self.quiet:
+            if hosts.lost(exception):
+                return  # Closing would wait for the lost host's part of a save.
+            failure = self.attempt(self.manager.close)
+            if self.failed:  # What orbax abandoned is reported when it ends or is collected: now, while it is quiet.
+                gc.collect()
+                time.sleep(0.2)
         failed_before = exception_type is not None and issubclass(exception_type, Exception)
         if failure and not failed_before:  # It must not replace the first error.
             raise failure
@@ -162,6 +190,7 @@ class Checkpoints:
         except Exception as e:
             if hosts.lost(e):
                 raise
+            self.failed = True
             return UserError(
                 f"{self.folder}: the checkpoint could not be saved ({first_line(e)}); older ones are intact"
             )
@@ -201,7 +230,9 @@ class Checkpoints:
     def meta(self, step: int) -> dict[str, Any]:
         """The facts saved with a step. Raises DamagedCheckpointError."""
         facts = self.restore_item(step, "meta", ocp.JsonCheckpointHandler(), ocp.args.JsonRestore())
-        if not isinstance(facts, dict) or not facts.keys() >= {"config", "tokenizer", "data", "checksums"}:
+        sums = facts.get("checksums") if isinstance(facts, dict) else None
+        has_sums = isinstance(sums, dict) and all(isinstance(sums.get(item), dict) for item in ("params", "opt_state"))
+        if not has_sums or not facts.keys() >= {"config", "tokenizer", "data"}:
             raise DamagedCheckpointError(f"checkpoint {self.folder / str(step)} is damaged: meta is not whole")
         return facts
 
@@ -249,7 +280,7 @@ class Checkpoints:
         except Exception as e:
             if hosts.lost(e):
                 raise
-            failure = e
+            failure, self.failed = e, True
         if hosts.any_of(failure is not None):
             why = first_line(failure) if failure else "another host failed"
             raise DamagedCheckpointError(

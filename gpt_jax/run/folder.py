@@ -8,6 +8,7 @@
     profile/         a profiler trace, with --profile
     tensorboard/     event files, with train.tensorboard
     wandb_id         the id of the run at Weights & Biases, with train.wandb_project
+    .lock            while a process trains
 
 `sample.py` needs the first two and a checkpoint.
 """
@@ -103,13 +104,13 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Makes the folder if need be, and locks it for this process. With several hosts, the first one locks it.
+        """Makes the folder if need be, and keeps it to this process. With several hosts, the first one locks it.
 
         Raises UserError on all hosts when another process holds the lock.
         """
         with ExitStack() as stack:
             message = f"another process is training in {self}"
-            hosts.on_first(lambda: stack.enter_context(locked(self.path, message)))
+            hosts.on_first(lambda: stack.enter_context(locked(self.path / ".lock", message)))
             yield
 
     def write(self, config: Config, tokenizer: Tokenizer) -> None:

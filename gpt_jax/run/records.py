@@ -2,6 +2,8 @@
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,17 +43,25 @@ class RecordWriter:
     def append(self, record: dict[str, Any]) -> None:
         """Adds a record. Raises UserError when it cannot be written."""
         self.records.append(record)
-        try:
+        with self.writing():
             self.file.write(json.dumps(record, allow_nan=False) + "\n")
             self.file.flush()
-        except OSError as e:
-            raise UserError(f"{self.path} cannot be written: {e.strerror}") from e
 
     def sync(self) -> None:
-        """Forces the records to the disk."""
+        """Forces the records to the disk. Raises UserError as `append` does."""
         if self.writes:
-            os.fsync(self.file.fileno())
+            with self.writing():
+                os.fsync(self.file.fileno())
 
     def close(self) -> None:
-        """Closes the file."""
-        self.file.close()
+        """Closes the file. Raises UserError as `append` does, again for what it could not write."""
+        with self.writing():
+            self.file.close()
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Raises errors of the file as UserError, with its name."""
+        try:
+            yield
+        except OSError as e:
+            raise UserError(f"{self.path} cannot be written: {e.strerror}") from e

@@ -19,7 +19,7 @@ class _CallablePackage(ModuleType):
         config: a `Config` with an out_dir, or the path of a configuration file. Fields that differ from their defaults
         count as given by the user. resume: go on with the run in out_dir. Missing data are prepared from data.source.
         Raises UserError for errors that the user can fix, and `train.loop.Interrupted` after SIGINT or SIGTERM, when
-        the state has been saved.
+        the state has been saved; before the first step, when there is nothing to save, KeyboardInterrupt after SIGINT.
         """
         from gpt_jax import runtime
         from gpt_jax.config import Config, load_config
@@ -35,7 +35,8 @@ class _CallablePackage(ModuleType):
         RunFolder(Path(config.out_dir)).check_usable(resume)  # Before data are prepared, which may take minutes.
         config, data = set_up(config, changed_fields(config), resume)
         runtime.setup_once(runtime.choose_cpu_devices(config))
-        train(config, data, resume)
+        with runtime.own_numerics():
+            train(config, data, resume)
         return Path(config.out_dir)
 
 

@@ -30,7 +30,7 @@ from gpt_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from gpt_jax.train.profile import Trace
 from gpt_jax.train.state import first_state, load_pretrained_params, restore
 from gpt_jax.train.step import make_train_step
-from gpt_jax.train.stop import stop_signals
+from gpt_jax.train.stop import StopSignals
 
 
 class Interrupted(BaseException):
@@ -47,7 +47,8 @@ def train(config: Config, data: Dataset, resume: bool = False, profile: bool = F
     The runtime must be set up, and the configuration must have a vocabulary size. With several hosts, all of them call
     this; each writes its shards of the checkpoints, and the first one writes all other files.
 
-    Raises UserError for errors that the user can fix, and Interrupted after SIGINT or SIGTERM, with the state saved.
+    Raises UserError for errors that the user can fix, and Interrupted after SIGINT or SIGTERM, with the state saved;
+    before the first step is done, these signals do what they did before.
     """
     run, seed = RunFolder(Path(config.out_dir)), config.train.seed
     placement = choose_placement(config.parallel, config.model, runtime.choose_devices(config))
@@ -72,7 +73,7 @@ def train(config: Config, data: Dataset, resume: bool = False, profile: bool = F
 
     with (
         run.locked(),
-        stop_signals() as stop,
+        StopSignals() as stop,
         Checkpoints(run.checkpoints, config.train.keep_checkpoints) as checkpoints,
     ):
         pretrained = load_pretrained_params(config, model, placement, bool(resume and checkpoints.steps()))

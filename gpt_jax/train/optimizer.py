@@ -18,7 +18,7 @@ def learning_rate_schedule(config: OptimizerConfig, steps: int) -> optax.Schedul
     Step s, counted from 0, has the rate of s + 1, so that the first step moves the parameters and the last one has the
     final rate. Shapes: cosine (Loshchilov and Hutter 2017), linear, wsd (Hu et al. 2024), constant.
     """
-    peak, final, warmup = config.learning_rate, config.learning_rate * config.final_fraction, config.warmup_steps
+    peak, final, warmup = config.learning_rate, config.learning_rate * config.final_fraction, config.warmup_of(steps)
     after_warmup = max(1, steps - warmup)
     if config.schedule == "cosine":
         shape = optax.cosine_decay_schedule(peak, after_warmup, config.final_fraction)

@@ -34,6 +34,7 @@ def set_up(config: Config, given: Set[str] = frozenset(), resume: bool = False) 
 
     Raises UserError when the model or the data are missing, or differ from what the user asked for.
     """
+    check_warmup(config, given)
     tokenizer = None
     if config.init_from and resume:
         tokenizer = RunFolder(Path(config.out_dir)).load_tokenizer()
@@ -41,6 +42,17 @@ def set_up(config: Config, given: Set[str] = frozenset(), resume: bool = False) 
         config, tokenizer = start_from(config, given)
     data = open_or_prepare(config.data, given, tokenizer, config.init_from, resume)
     return Setup(with_vocabulary(config, data.tokenizer.vocab_size), data)
+
+
+def check_warmup(config: Config, given: Set[str]) -> None:
+    """Prints that the warmup is shortened, when it does not end before the run; raises UserError if it was given."""
+    asked, steps = config.optimizer.warmup_steps, config.train.steps
+    possible = config.optimizer.warmup_of(steps)
+    if asked != possible:
+        check(
+            "optimizer.warmup_steps" not in given, "optimizer.warmup_steps", asked, f"less than train.steps = {steps}"
+        )
+        print(f"the warmup of {asked:,} steps is shortened to {possible:,}, since train.steps = {steps:,}")
 
 
 def start_from(config: Config, given: Set[str] = frozenset()) -> tuple[Config, Tokenizer]:

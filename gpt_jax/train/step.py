@@ -66,9 +66,9 @@ def make_train_step(
 
     batch: this device's share of the global batch, in A microbatches that run one after the other. The objective's
     sums and gradients are summed over microbatches and devices and then divided, so the result does not depend on how
-    the batch was cut. A batch without counted targets changes nothing but the step number. The dropout of a sequence
-    depends on the seed, the step and its row in the global batch, but not on the devices; the dropout of attention
-    weights depends on the attention backend, too.
+    the batch was cut. A batch without counted targets changes nothing but the step number, and reports a loss of 0. The
+    dropout of a sequence depends on the seed, the step and its row in the global batch, but not on the devices; the
+    dropout of attention weights depends on the attention backend, too.
     """
 
     def numerator(trained: Params, frozen: Params, batch: Batch, keys_B: jax.Array | None) -> tuple[jax.Array, Sums]:

@@ -3,8 +3,7 @@
 import os
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
 from typing import Any
 
 from jax.experimental import multihost_utils
@@ -12,10 +11,24 @@ from jax.experimental import multihost_utils
 from gpt_jax import hosts
 
 
-class StopRequest:
-    """The signal that asked the run to stop; 0 before there is one."""
+class StopSignals:
+    """Turns the first SIGINT or SIGTERM after the first step into a request to stop after the current step; a second
+    one stops at once. Before that step, when there is nothing to save, signals do what they did before.
 
-    signum = 0
+    A context manager; leaving it gives the signals back. With several hosts, SIGINT becomes a SIGTERM, which the
+    distributed runtime handles and passes on to all hosts.
+    """
+
+    def __init__(self) -> None:
+        self.signum = 0  # The signal that asked the run to stop; 0 before there is one.
+        self.listens = False
+        self.before: dict[signal.Signals, Any] = {}  # The handlers that ours replaced.
+
+    def __enter__(self) -> "StopSignals":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.give_back()
 
     def after(self, step: int) -> int:
         """The signal that ends the run after `step` steps, the same on all hosts; 0 to go on.
@@ -23,32 +36,32 @@ class StopRequest:
         With several hosts, the distributed runtime passes a signal on to all of them, and finds a step to stop after
         that none of them has passed.
         """
+        if not self.listens:
+            self.listen()
         if hosts.several() and not self.signum and multihost_utils.reached_preemption_sync_point(step):
             self.signum = signal.SIGTERM
         return self.signum
 
+    def listen(self) -> None:
+        """Takes the signals over, in the main thread, where alone that is possible."""
+        self.listens = True
+        if hosts.several():
+            hosts.share_preemptions()
+        if threading.current_thread() is threading.main_thread():
+            caught = (signal.SIGINT,) if hosts.several() else (signal.SIGINT, signal.SIGTERM)
+            self.before = {s: signal.signal(s, self.handle) for s in caught}
 
-@contextmanager
-def stop_signals() -> Iterator[StopRequest]:
-    """Turns the first SIGINT or SIGTERM into a request to stop after the current step; a second one stops at once.
-
-    With several hosts, SIGINT becomes a SIGTERM, which the distributed runtime handles and passes on to all hosts.
-    """
-    request = StopRequest()
-    caught = (signal.SIGINT,) if hosts.several() else (signal.SIGINT, signal.SIGTERM)
-
-    def handle(signum: int, frame: object) -> None:
-        for s, handler in before.items():
-            signal.signal(s, handler)
+    def handle(self, signum: int, frame: object) -> None:
+        """Handles the first signal."""
+        self.give_back()
         if hosts.several():
             os.kill(os.getpid(), signal.SIGTERM)
         else:
-            request.signum = signum
+            self.signum = signum
         print("\nstopping after this step; again to stop at once, without saving", file=sys.stderr)
 
-    before: dict[signal.Signals, Any] = {s: signal.signal(s, handle) for s in caught}
-    try:
-        yield request
-    finally:
-        for s, handler in before.items():
+    def give_back(self) -> None:
+        """Restores the handlers that were there before."""
+        for s, handler in self.before.items():
             signal.signal(s, handler)
+        self.before = {}

@@ -279,7 +279,7 @@ def test_a_signal_in_the_middle_leaves_the_older_output(
     assert content(out) == before
     wait_for(lambda: not workers_of(out))
     left = {path.name for path in tmp_path.iterdir()} - {"a.txt", "out"}
-    assert left == ({".out.partial"} if signum == signal.SIGKILL else set())
+    assert left == ({".out.partial", ".out.lock"} if signum == signal.SIGKILL else set())
 
     prepare(tmp_path / "a.txt", out, tokenizer="bytes", force=True)  # It clears what was left.
     assert {path.name for path in tmp_path.iterdir()} == {"a.txt", "out"}

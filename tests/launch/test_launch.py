@@ -20,6 +20,8 @@ from typing import Any
 import pytest
 
 from gpt_jax.cli.train import train_arguments
+from gpt_jax.config import Config, config_to_dict
+from gpt_jax.files import save_json
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
@@ -64,7 +66,7 @@ class Machine:
     def begin_run(self) -> None:
         run = self.folder / "shared/runs/gpt2"
         run.mkdir(parents=True)
-        (run / "config.json").touch()
+        save_json(run / "config.json", config_to_dict(Config()))
 
     def environment(self, variables: Mapping[str, object]) -> dict[str, str]:
         path = f"{self.folder / 'bin'}:{os.environ['PATH']}"
@@ -205,15 +207,17 @@ def test_a_recipe_calls_train_py_with_arguments_that_it_knows(
 
 @each_recipe
 def test_a_recipe_resumes_a_run_that_exists_and_no_other(
-    train: Callable[[Machine], None], machine: Machine, tmp_path_factory: pytest.TempPathFactory
+    train: Callable[[Machine], None], machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """By the arguments alone, which are the same each time it is started."""
     train(machine)
-    assert all("--resume" not in arguments for arguments in machine.trained())
-    again = Machine(tmp_path_factory.mktemp("again"))
-    again.begin_run()
-    train(again)
-    assert len(again.trained()) == len(machine.trained())
-    assert all(arguments.count("--resume") == 1 for arguments in again.trained())
+    monkeypatch.chdir(ROOT)
+    assert machine.trained()
+    for arguments in machine.trained():
+        assert not train_arguments(list(arguments))[1].resume
+    machine.begin_run()
+    for arguments in machine.trained():
+        assert train_arguments(list(arguments))[1].resume
 
 
 @each_recipe

@@ -1,6 +1,8 @@
 import json
+import logging
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +91,86 @@ def test_a_change_of_any_one_element_changes_the_checksum() -> None:
             bits[i] ^= np.uint32(1 << bit)
             assert named_checksums({"x": jnp.asarray(bits.view(np.float32))})["x"] != checksum
     assert named_checksums({"x": jnp.asarray(base[::-1])})["x"] != checksum
+
+
+def reference_checksum(x: np.ndarray) -> int:
+    """The sum of MurmurHash3's finaliser of each 32-bit part plus a multiple of its index, modulo 2**32, by NumPy."""
+    bits = np.ascontiguousarray(x).view(f"u{min(x.itemsize, 4)}").ravel().astype(np.uint64)
+    h = (bits + np.arange(bits.size, dtype=np.uint64) * np.uint64(0x9E3779B9)) & np.uint64(0xFFFFFFFF)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        h = ((h ^ (h >> np.uint64(shift))) * np.uint64(factor)) & np.uint64(0xFFFFFFFF)
+    return int(np.sum(h ^ (h >> np.uint64(16)))) & 0xFFFFFFFF
+
+
+DTYPES = [
+    "float32",
+    "int32",
+    "uint32",
+    "bfloat16",
+    "float16",
+    "int8",
+    "uint8",
+    "int16",
+    "uint16",
+    "bool",
+    "float8_e4m3fn",
+    "float64",
+    "int64",
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_arrays_of_every_type_have_a_checksum(dtype: str, rng: np.random.Generator) -> None:
+    """That of the formula; and one changed bit changes it."""
+    values = np.asarray(rng.normal(scale=50, size=(3, 4))).astype(jnp.dtype(dtype))
+    other = values.copy()
+    other.view(np.uint8)[1, 2] ^= 1
+    with jax.enable_x64(True):  # So that the arrays of 64 bits are those.
+        sums = named_checksums({"x": jnp.asarray(values), "y": jnp.asarray(other)})
+    assert sums == {"x": reference_checksum(values), "y": reference_checksum(other)}
+    assert sums["x"] != sums["y"]
+
+
+@pytest.mark.parametrize("facts", [[], {"config": {}}, {"checksums": {"params": {}}}, {"checksums": None}, None])
+def test_facts_that_are_not_whole_are_damage(tmp_path: Path, facts: Any) -> None:
+    """So that resuming falls back to an older checkpoint; None: the file is cut short."""
+    save(tmp_path, {1: None})
+    meta = tmp_path / "1" / "meta" / "metadata"
+    whole = json.loads(meta.read_text())
+    if facts is None:
+        meta.write_text(meta.read_text()[:-1])
+    elif "checksums" in facts:
+        meta.write_text(json.dumps({**whole, **facts}))
+    else:
+        meta.write_text(json.dumps(facts))
+    with (
+        Checkpoints(tmp_path, read_only=True) as checkpoints,
+        pytest.raises(DamagedCheckpointError, match=r"/1 is damaged: meta (is not whole|cannot be read)"),
+    ):
+        checkpoints.restore(1, "opt_state", target(make(1)[1]))
+
+
+def test_reports_of_orbax_are_kept_back_in_its_time_only(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The program around, such as a notebook, keeps its own levels and hook."""
+    loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+    caplog.set_level(logging.INFO, "absl")
+    caplog.set_level(logging.ERROR, "asyncio")
+    monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: None)
+
+    def settings() -> list[object]:
+        return [sys.unraisablehook, *(logger.level for logger in loggers)]
+
+    before = settings()
+    checkpoints = Checkpoints(tmp_path)
+    assert settings() == before
+    with checkpoints:
+        assert [logger.level for logger in loggers] == [logging.CRITICAL] * 2
+    assert settings() == before
+    with pytest.raises(KeyboardInterrupt), Checkpoints(tmp_path, read_only=True):
+        raise KeyboardInterrupt
+    assert settings() == before
 
 
 def data_files(folder: Path) -> list[Path]:

@@ -209,7 +209,7 @@ def as_xla(attend: Any) -> Any:
     [("gpt2", (1, 2, 2, 2), 2), ("llama", (2, 1, 2, 2), 1), ("llama", None, 2)],
 )
 def test_packed_documents_agree(name: str, mesh: tuple[int, int, int, int] | None, n_micro: int) -> None:
-    """Steps on batches with masks, segments and positions, on a mesh and under pmap."""
+    """Steps on batches with masks, segments and positions, on a mesh and under pmap; the last has no target."""
     config = MODELS[name]
 
     def train(on: Placement, n_micro: int) -> tuple[TrainState, list[StepMetrics]]:
@@ -220,7 +220,10 @@ def test_packed_documents_agree(name: str, mesh: tuple[int, int, int, int] | Non
             run.state, m = run.step(run.state, batch)
             jax.block_until_ready(run.state)
             metrics.append(jax.device_get(m))
-        return jax.device_get(run.state), metrics
+        empty = batch._replace(mask=jnp.zeros_like(batch.mask))
+        state, m = run.step(run.state, empty)  # Changes nothing.
+        assert (float(m.loss), float(m.grad_norm)) == (0, 0)
+        return jax.device_get(state), metrics
 
     assert_same(train(placement(mesh, config), n_micro), train(placement(None, config, n_devices=1), 1))
 

@@ -13,7 +13,7 @@ from gpt_jax.errors import UserError
 from gpt_jax.model.flops import flops_per_token
 from gpt_jax.model.presets import GPT2
 from gpt_jax.run.folder import RunFolder
-from gpt_jax.run.records import read_records
+from gpt_jax.run.records import RecordWriter, read_records
 from gpt_jax.train import metrics as metrics_module
 from gpt_jax.train.metrics import Recorder
 from gpt_jax.train.step import StepMetrics
@@ -64,6 +64,16 @@ def test_flops_of_gpt2() -> None:
 
 
 # Reading metrics.jsonl.
+
+
+def test_a_full_disk_is_told_with_the_file_when_it_is_closed_too(tmp_path: Path) -> None:
+    """Closing tries again to write what is left: its error must not hide the first one behind one without a name."""
+    writer = RecordWriter(tmp_path / "metrics.jsonl", 0)
+    writer.file.close()
+    writer.file = Path("/dev/full").open("a", encoding="utf-8")  # noqa: SIM115
+    for fails in (lambda: writer.append({"step": 1}), writer.sync, writer.close):
+        with pytest.raises(UserError, match=r"metrics\.jsonl cannot be written: "):
+            fails()
 
 
 def test_no_file_has_no_records(tmp_path: Path) -> None:

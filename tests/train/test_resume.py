@@ -1,8 +1,10 @@
 """A run that was killed, stopped or moved to other devices goes on as if nothing had happened."""
 
+import json
 import random
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from gpt_jax.placement import Placement
 from gpt_jax.run.checkpoint import Checkpoints
 from gpt_jax.train.optimizer import make_optimizer
 from gpt_jax.train.step import init_state
+from gpt_jax.train.stop import StopSignals
 from tests.commands import TINY, records, run, run_here, start
 
 STEPS = 300
@@ -79,11 +82,6 @@ def kill_when(process: Any, due: Any, signum: int) -> bool:
     return True
 
 
-def continued(data: Path, out: Path) -> list[object]:
-    """Arguments to begin the run, or to go on with it, where the rest of the configuration is its own."""
-    return ["--resume", f"--out-dir={out}"] if (out / "config.json").exists() else arguments(data, out)
-
-
 class Attempt:
     """A process that trains in `out`, or goes on there with what an older one left."""
 
@@ -93,7 +91,7 @@ class Attempt:
         saved = (path.name for path in (out / "checkpoints").glob("*"))
         self.begin = max((int(name) for name in saved if name.isdigit()), default=0)  # The step it will go on from.
         self.start = time.monotonic()
-        self.process = start("train", *continued(data, out))
+        self.process = start("train", "--auto-resume", *arguments(data, out))
 
     def records_file(self) -> int:
         """Which file metrics.jsonl is: every process makes its own, once it has restored the state and cleared away
@@ -154,7 +152,7 @@ def test_ten_times_killed_and_resumed_is_bit_for_bit_the_same(
         in_checkpoint += kind == "checkpoint" and ours.has_unfinished()
     assert kills >= KILLS
     assert in_checkpoint >= KILLS_IN_CHECKPOINT
-    run("train", *continued(tiny_data, runs[-1]), NO_CHECKPOINTS)
+    run("train", "--auto-resume", *arguments(tiny_data, runs[-1]), NO_CHECKPOINTS)
     for out in runs:
         assert_same(out, uninterrupted)
 
@@ -174,6 +172,42 @@ def test_a_signal_saves_and_ends_and_the_run_goes_on(
     assert_same(out, uninterrupted)
 
 
+IN_C = "import ctypes; mutex = ctypes.create_string_buffer(64); lock = ctypes.CDLL(None).pthread_mutex_lock"
+"""Defines `lock(mutex)`, which at its second call never returns, and lets Python handle no signal: as compilers do."""
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.exhaustive)])
+def test_a_signal_before_the_first_step_ends_at_once(tiny_data: Path, tmp_path: Path, signum: signal.Signals) -> None:
+    """While the step compiles, which takes minutes. There is nothing to save."""
+    block = "(print('now', flush=True), lock(mutex), lock(mutex))"
+    compiles = f"{IN_C}; from gpt_jax.train import loop; loop.Trace = lambda *_: {block}"
+    process = start("train", *arguments(tiny_data, tmp_path / "out"), first=compiles)
+    assert process.stdout is not None
+    assert "now\n" in iter(process.stdout.readline, "")
+    process.send_signal(signum)
+    _, err = process.communicate(timeout=10)
+    assert (process.returncode, err) == (128 + signum, "\ninterrupted\n")
+
+
+def test_signals_are_taken_from_the_first_step_on_and_given_back() -> None:
+    """And in another thread than the main one, where Python allows no handlers, they are left alone."""
+
+    def handlers() -> list[object]:
+        return [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
+
+    before = handlers()
+    with StopSignals() as stop:
+        assert handlers() == before
+        assert stop.after(1) == 0
+        assert handlers() == [stop.handle] * 2
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.after(2) == signal.SIGTERM
+        assert handlers() == before
+    with StopSignals() as stop, ThreadPoolExecutor(1) as pool:
+        assert pool.submit(stop.after, 1).result() == 0
+        assert handlers() == before
+
+
 @pytest.mark.slow
 def test_resuming_on_another_number_of_devices(tiny_data: Path, uninterrupted: Path, tmp_path: Path) -> None:
     """Begun on two, ended on one: within 1e-5."""
@@ -190,15 +224,19 @@ def test_resuming_on_another_number_of_devices(tiny_data: Path, uninterrupted: P
     )
 
 
-def test_resuming_passes_over_a_damaged_checkpoint_and_says_so(tiny_data: Path, tmp_path: Path) -> None:
+def test_resuming_passes_over_damaged_checkpoints_and_says_so(tiny_data: Path, tmp_path: Path) -> None:
+    """One with a byte changed in an array, and one whose facts are not whole."""
     out = tmp_path / "damaged"
-    run_here("train", *arguments(tiny_data, out), "--train.steps=40", "--train.eval-every=20")
+    run_here("train", *arguments(tiny_data, out), "--train.steps=40", "--train.keep-checkpoints=3")
     largest = max((out / "checkpoints" / "40" / "params").rglob("*"), key=lambda p: p.stat().st_size)
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 1
     largest.write_bytes(content)
+    meta = out / "checkpoints" / "30" / "meta" / "metadata"
+    meta.write_text(json.dumps({**json.loads(meta.read_text()), "checksums": {}}))
     stdout, stderr = run_here("train", "--resume", f"--out-dir={out}")
     assert "checkpoints/40 is damaged: params" in stderr
-    assert stderr.count("\n") == 1
-    assert "resuming after step 30" in stdout
+    assert "checkpoints/30 is damaged: meta is not whole; going back to the one before" in stderr
+    assert stderr.count("\n") == 2
+    assert "resuming after step 20" in stdout
     assert [step for step, *_ in losses(out)] == list(range(1, 41))

@@ -191,6 +191,19 @@ def test_a_batch_without_a_target_changes_nothing(n_devices: int, n_micro: int) 
     assert (float(metrics.loss), float(metrics.grad_norm)) == (0, 0)
 
 
+@pytest.mark.parametrize("counts", ["none", "some"])
+def test_a_target_that_does_not_count_may_be_anything(counts: str) -> None:
+    """Also an id that the model does not have, whose loss is infinite."""
+    tokens, mask, *_ = some_targets(1)
+    mask = (
+        np.zeros_like(mask) if counts == "none" else np.where(np.arange(mask.shape[1]) < mask.shape[1] - 1, mask, False)
+    )
+    unknown = tokens.copy()
+    unknown[:, -1] = 10**6
+    ours, expected = (step_on(1, 1, Batch(ids, mask)) for ids in (unknown, tokens))
+    jax.tree.map(np.testing.assert_array_equal, ours, expected)
+
+
 def test_what_an_objective_logs_is_divided_after_it_is_added_up() -> None:
     """Over microbatches and devices, each value by its own denominator; one that is 0 gives 0."""
 

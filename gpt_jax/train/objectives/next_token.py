@@ -15,6 +15,8 @@ def next_token(model: GPT, params: Params, batch: Batch, keys_B: jax.Array | Non
     """The cross-entropy of the targets in nats, weighted by the mask, and the sum of the weights."""
     inputs_BT, targets_BT = batch.tokens[:, :-1], batch.tokens[:, 1:]
     hidden_BTD = forward(model, params, inputs_BT, keys_B, batch.segments, batch.positions)
+    if batch.mask is not None:
+        targets_BT = jnp.where(batch.mask != 0, targets_BT, 0)  # 0 times the infinite loss of an unknown id is NaN.
     c = model.config
     losses_BT = nats_BT(hidden_BTD, head_VD(params), targets_BT, c.vocab_size, c.loss_chunk)
     mask_BT = jnp.ones(targets_BT.shape) if batch.mask is None else batch.mask.astype(jnp.float32)
