@@ -4,7 +4,7 @@ import functools
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +25,17 @@ END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|eot|>"
 # Breaks the names of special tokens in a message, so that a user who types one does not end a turn.
 ZERO_WIDTH_SPACE = "\u200b"
 
-
-WINDOW = 16  # At most this many preceding tokens decide how the next one is decoded.
+# At most this many preceding tokens decide how the next one is decoded; if they begin in a run of byte tokens, also the
+# rest of the run.
+WINDOW = 16
 
 
 class HuggingFaceTokenizer:
     """A `tokenizer.json` with the settings of its `tokenizer_config.json`.
 
-    The published rules decide whether decode(encode(text)) == text: byte-level BPE is lossless; Llama's SentencePiece
-    loses a leading space; BERT's WordPiece keeps neither case nor white space.
+    The published rules decide whether decode(encode(text)) == text: byte-level BPE and SentencePiece models are
+    lossless, but for U+2581, which the latter take for a space; the `tokenizer.json` of some Llamas loses a leading
+    space; BERT's WordPiece keeps neither case nor white space.
     """
 
     def __init__(self, definition: bytes, settings: Mapping[str, Any]) -> None:
@@ -43,6 +45,7 @@ class HuggingFaceTokenizer:
         """
         self._definition = definition
         self._tokenizer = tokenizer = _parsed(definition)
+        tokenizer.encode_special_tokens = True  # Names of special tokens in a text stay text.
         ids = tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(ids.values(), default=-1) + 1
         parts = {part: settings[part] for part in PARTS if settings.get(part) in ids}
@@ -52,42 +55,46 @@ class HuggingFaceTokenizer:
         if not end_names:
             raise ValueError(f"it has no token that ends a text; name one as eos_token in {CONFIG_FILE}")
         self.parts = {**parts, "eos_token": end_names[0]}
-        _mark_special(tokenizer, self.parts.values())
+        others = settings.get("extra_special_tokens") or []
+        self._marked = _not_of_text(tokenizer, {*self.parts.values(), *others} & {*ids})
+        _mark_special(tokenizer, self._marked)
 
-        self.special_tokens = {
-            token.content: i for i, token in sorted(tokenizer.get_added_tokens_decoder().items()) if token.special
-        }
+        added = sorted(tokenizer.get_added_tokens_decoder().items())
+        self.special_tokens = {token.content: i for i, token in added if token.special}
         self.end_of_text: int = ids[end_names[0]]
         self.begin_of_text = _begin_of_text(tokenizer)
-        self._settings = {"stop_ids": stop_ids}
+        self._settings: dict[str, Any] = {"stop_ids": stop_ids}
+        if others:
+            self._settings["extra_special_tokens"] = others
         if "add_bos_token" in settings:
             self._settings["add_bos_token"] = settings["add_bos_token"]
             self.begin_of_text = ids.get(parts.get("bos_token")) if settings["add_bos_token"] else None
         turn_ends = [self.special_tokens[name] for name in END_OF_TURN if name in self.special_tokens]
         self.stop_ids = frozenset({self.end_of_text, *stop_ids, *turn_ends})
         self.chat_template: str | None = settings.get("chat_template")
-        boundaries = json.dumps([self.begin_of_text, self.end_of_text]).encode()
-        self.fingerprint = hashlib.sha256(definition + boundaries).hexdigest()
+        # SentencePiece puts a space before every text. The library's rule leaves out texts that begin with one.
+        self._spaced: tuple[str, ...] = ()
+        if settings.get("add_dummy_prefix") is True:
+            self._settings["add_dummy_prefix"] = True
+            pieces = tokenizer.get_vocab(with_added_tokens=False)
+            self._spaced = (" ", "▁", *(t.content for _, t in added if not t.special and t.content in pieces))
+        boundaries = json.dumps([self.begin_of_text, self.end_of_text, *(["add_dummy_prefix"] if self._spaced else [])])
+        self.fingerprint = hashlib.sha256(definition + boundaries.encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
         """See Tokenizer."""
-        return self._encode(text)
+        return self._encode(text, self._tokenizer)
 
     def encode_array(self, text: str) -> np.ndarray:
         """See Tokenizer."""
-        return np.array(self._encode(text), np.int32)
+        return np.array(self._encode(text, self._tokenizer), np.int32)
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """See Tokenizer. Names of special tokens in a message are broken by a zero-width space."""
         if self.chat_template is None:
             raise UserError(NO_CHAT)
-        plain = [{**message, "content": self._without_names(message["content"])} for message in messages]
-        text = chat_template.render(self.chat_template, plain, self.parts)
-        self._tokenizer.encode_special_tokens = False
-        try:
-            return self._encode(text)
-        finally:
-            self._tokenizer.encode_special_tokens = True
+        plain = chat_template.checked(messages, self._without_names)
+        return self._encode(chat_template.render(self.chat_template, plain, self.parts), self._chat_tokenizer)
 
     def decode(self, ids: Sequence[int]) -> str:
         """See Tokenizer."""
@@ -97,7 +104,10 @@ class HuggingFaceTokenizer:
     def decoder(self, after: Sequence[int] = ()) -> "WindowDecoder":
         """See Tokenizer. Tokens that start or end a document are no text that a space could follow."""
         boundaries = (self.begin_of_text, self.end_of_text)
-        return WindowDecoder(self, self._byte_tokens, [i for i in after[-WINDOW:] if i not in boundaries])
+        start = max(0, len(after) - WINDOW)
+        while start > 0 and after[start] in self._byte_tokens:
+            start -= 1
+        return WindowDecoder(self, self._byte_tokens, [i for i in after[start:] if i not in boundaries])
 
     def save(self, folder: Path) -> Path:
         """See Tokenizer. Also writes `tokenizer_config.json`."""
@@ -120,17 +130,37 @@ class HuggingFaceTokenizer:
             **template,
         }
 
-    def _encode(self, text: str) -> list[int]:
+    def _encode(self, text: str, tokenizer: Any) -> list[int]:
         utf8(text)
+        if text.startswith(self._spaced):
+            text = f" {text}"
         # The method for batches omits the tokens' offsets in the text, which take a third of the time.
-        [encoding] = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
+        [encoding] = tokenizer.encode_batch_fast([text], add_special_tokens=False)
         ids: list[int] = encoding.ids
         return ids
 
+    @functools.cached_property
+    def _chat_tokenizer(self) -> Any:
+        """The library's tokenizer to which names of special tokens are these tokens. It is an object of its own, since
+        threads may encode texts with the other one at the same time."""
+        tokenizer = _parsed(self._definition)
+        _mark_special(tokenizer, self._marked)
+        return tokenizer
+
+    @functools.cached_property
+    def _names(self) -> re.Pattern[str]:
+        """The first character of each name of a special token."""
+        return re.compile(f"(?s)(?={'|'.join(map(re.escape, self.special_tokens)) or '(?!)'}).")
+
     def _without_names(self, text: str) -> str:
-        longest_first = sorted(self.special_tokens, key=len, reverse=True)
-        names = "|".join(map(re.escape, longest_first)) or "(?!)"
-        return re.sub(names, lambda match: match[0][0] + ZERO_WIDTH_SPACE + match[0][1:], text)
+        """A text of a message in which no name of a special token is left. Raises UserError when one cannot be broken:
+        of one character, or one that the tokenizer's normalization puts together again."""
+        plain = self._names.sub(lambda match: match[0] + ZERO_WIDTH_SPACE, text)
+        control = {*self.special_tokens.values()} & {*self._encode(plain, self._chat_tokenizer)}
+        if control and (control := control - {*self.encode(plain)}):
+            [name, *_] = map(self._tokenizer.id_to_token, control)
+            raise UserError(f"a message contains the special token {name!r}, which only the chat template may write")
+        return plain
 
     @functools.cached_property
     def _byte_tokens(self) -> frozenset[int]:
@@ -226,16 +256,32 @@ def _parsed(definition: bytes) -> Any:
         raise ValueError(f"the library tokenizers refuses it ({e})") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    tokenizer.encode_special_tokens = True  # Names of special tokens in a text stay text.
     return tokenizer
 
 
-def _mark_special(tokenizer: Any, names: Any) -> None:
-    """Adds names that are no added tokens yet as special tokens, so that text does not yield them."""
+def _not_of_text(tokenizer: Any, names: Set[str]) -> list[str]:
+    """Those of the names, which settings call special, that the tokenizer takes for no part of a text.
+
+    A name that text yields by itself is ordinary text, such as a `"pad_token": "!"`. transformers makes a special token
+    of it, and cuts every text there.
+    """
+    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+
+    def of_text(name: str) -> bool:
+        encodings = ((c, tokenizer.encode(c + name, add_special_tokens=False)) for c in ("", "a", "1", " ", "\n"))
+        return any(
+            (tokenizer.token_to_id(name), (len(before), len(before + name))) in zip(e.ids, e.offsets, strict=True)
+            for before, e in encodings
+        )
+
+    return sorted(name for name in names - known if not of_text(name))
+
+
+def _mark_special(tokenizer: Any, names: Sequence[str]) -> None:
+    """Adds names of the vocabulary as special tokens."""
     from tokenizers import AddedToken
 
-    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in {*names} - known])
+    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
 
 
 def _begin_of_text(tokenizer: Any) -> int | None:

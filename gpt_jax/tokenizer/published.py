@@ -70,28 +70,33 @@ def from_vocabulary(path: Path) -> HuggingFaceTokenizer:
 
 
 def from_sentencepiece(path: Path) -> HuggingFaceTokenizer:
-    """The tokenizer of a SentencePiece model, which encodes as transformers' LlamaTokenizer does.
+    """The tokenizer of a SentencePiece model, which encodes as SentencePiece does, and chats as transformers'
+    LlamaTokenizer.
 
-    LlamaTokenizer differs from SentencePiece in one point: it puts no space before a text that begins with one, so that
-    decoding loses this space. Raises ValueError when the file is damaged or of a type other
-    than bpe and unigram.
+    LlamaTokenizer puts no space before a text that begins with one, so that decoding loses this space. Neither puts one
+    after a special token, as llama.cpp does. Raises ValueError when the file is damaged or of a type other than bpe and
+    unigram.
     """
     model = sentencepiece_proto(path.read_bytes())
     spec = model.trainer_spec
     if spec.model_type not in (spec.BPE, spec.UNIGRAM):
         raise ValueError("it is a SentencePiece model of words or characters; bpe and unigram are supported")
+    if spec.treat_whitespace_as_suffix:
+        raise ValueError("it is a SentencePiece model whose tokens end with their spaces, which is not supported")
     settings = read_settings(path.parent)
     ids = {"bos_token": spec.bos_id, "eos_token": spec.eos_id, "unk_token": spec.unk_id}
     names = {part: model.pieces[i].piece for part, i in ids.items() if 0 <= i < len(model.pieces)}
     settings = {**names, **{key: value for key, value in settings.items() if value is not None}}
+    space_before = settings.get("add_prefix_space", model.normalizer_spec.add_dummy_prefix)
     tokenizer = _sentencepiece(
         sentencepiece_pieces(model),
         unigram=spec.model_type == spec.UNIGRAM,
-        space_before=settings.get("add_prefix_space", model.normalizer_spec.add_dummy_prefix),
+        space_before=space_before,
         charsmap=model.normalizer_spec.precompiled_charsmap,
+        single_spaces=model.normalizer_spec.remove_extra_whitespaces,
     )
     _add_tokens(tokenizer, settings, path.parent)
-    return finished(tokenizer, {"add_bos_token": True, **settings})
+    return finished(tokenizer, {"add_bos_token": True, **settings, "add_dummy_prefix": space_before})
 
 
 def sentencepiece_proto(content: bytes) -> Any:
@@ -123,7 +128,8 @@ def gguf_tokenizer(fields: Mapping[str, Any]) -> HuggingFaceTokenizer:
         types = own.get("token_type") or [Kind.NORMAL] * len(tokens)
         if kind == "llama":
             pieces = [Piece(*piece) for piece in zip(tokens, own["scores"], types, strict=True)]
-            tokenizer = _sentencepiece(pieces, space_before=own.get("add_space_prefix", True))
+            space_before = own.get("add_space_prefix", True)
+            tokenizer = _sentencepiece(pieces, space_before)
         elif kind == "gpt2":
             tokenizer = _byte_level({token: i for i, token in enumerate(tokens)}, own["merges"], pre)
             _add_by_kind(tokenizer, tokens, types)
@@ -134,6 +140,7 @@ def gguf_tokenizer(fields: Mapping[str, Any]) -> HuggingFaceTokenizer:
         settings["stop_ids"] = [own[key] for key in ("eos_token_id", "eot_token_id", "eom_token_id") if key in own]
         settings["add_bos_token"] = own.get("add_bos_token", kind == "llama" or _PATTERNS.get(pre) == _LLAMA3)
         settings["chat_template"] = fields.get("tokenizer.chat_template")
+        settings["add_dummy_prefix"] = kind == "llama" and space_before
         return finished(tokenizer, settings)
     except KeyError as e:
         raise UserError(f"the GGUF file has no {prefix}{e.args[0]}, without which there is no tokenizer") from None
@@ -188,12 +195,21 @@ def unigram_model(pieces: Sequence[Piece]) -> Any:
     )
 
 
-def _sentencepiece(pieces: Sequence[Piece], space_before: bool, unigram: bool = False, charsmap: bytes = b"") -> Any:
-    from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
+def _sentencepiece(
+    pieces: Sequence[Piece],
+    space_before: bool,
+    unigram: bool = False,
+    charsmap: bytes = b"",
+    single_spaces: bool = False,
+) -> Any:
+    from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 
     tokenizer = Tokenizer(unigram_model(pieces) if unigram else bpe_model(pieces))
-    if charsmap:
-        tokenizer.normalizer = normalizers.Precompiled(charsmap)
+    steps: list[Any] = [normalizers.Precompiled(charsmap)] if charsmap else []
+    if single_spaces:  # Of spaces alone: SentencePiece leaves newlines and the like.
+        steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
+    if steps:
+        tokenizer.normalizer = normalizers.Sequence(steps) if len(steps) > 1 else steps[0]
     # Not "always", which would put a space after each special token within the text, too.
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first" if space_before else "never", split=False)
     strip = [decoders.Strip(" ", left=1)] if space_before else []

@@ -3,7 +3,7 @@
 import codecs
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -60,11 +60,12 @@ class Tokenizer(Protocol):
     def encode_array(self, text: str) -> np.ndarray:
         """`encode` as an int32 array, faster for long texts."""
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Token ids of a conversation, up to the start of the next answer.
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Token ids of a conversation, up to the start of the next answer. Threads may call it at the same time.
 
-        Each message has a "role" (system, user or assistant) and a "content", in which names of special tokens are
-        plain text. Raises UserError when there is no chat template, or when the template refuses the conversation.
+        Each message has a "role" (system, user, assistant, developer or tool) and a "content", a text or OpenAI's list
+        of text parts, and what else the template reads. Names of special tokens in it are plain text. Raises UserError
+        when there is no chat template, when the template refuses the conversation, and for other roles and contents.
         """
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -136,6 +137,6 @@ class WithoutChat:
         """See Tokenizer."""
         return frozenset({self.end_of_text})
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Raises UserError."""
         raise UserError(NO_CHAT)
