@@ -13,7 +13,8 @@ import numpy as np
 from gpt_jax.errors import UserError
 from gpt_jax.files import save_json
 from gpt_jax.tokenizer import chat_template
-from gpt_jax.tokenizer.tokenizer import END_OF_TEXT, JSON_FILE, NO_CHAT, save_bytes, utf8
+from gpt_jax.tokenizer.splitting import may_be_cut
+from gpt_jax.tokenizer.tokenizer import END_OF_TEXT, JSON_FILE, NO_CHAT, last_cut, save_bytes, utf8
 
 CONFIG_FILE = "tokenizer_config.json"
 TEMPLATE_FILE = "chat_template.jinja"
@@ -89,6 +90,10 @@ class HuggingFaceTokenizer:
         """See Tokenizer."""
         return np.array(self._encode(text, self._tokenizer), np.int32)
 
+    def cut(self, text: str) -> int:
+        """See Tokenizer."""
+        return last_cut(text) if self._may_be_cut else 0
+
     def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """See Tokenizer. Names of special tokens in a message are broken by a zero-width space."""
         if self.chat_template is None:
@@ -161,6 +166,11 @@ class HuggingFaceTokenizer:
             [name, *_] = map(self._tokenizer.id_to_token, control)
             raise UserError(f"a message contains the special token {name!r}, which only the chat template may write")
         return plain
+
+    @functools.cached_property
+    def _may_be_cut(self) -> bool:
+        unknown = self._tokenizer.token_to_id(getattr(self._tokenizer.model, "unk_token", None) or "")
+        return may_be_cut(self.rules(), unknown not in self.encode("a \na"))
 
     @functools.cached_property
     def _byte_tokens(self) -> frozenset[int]:

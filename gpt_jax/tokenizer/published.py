@@ -12,27 +12,8 @@ from typing import Any, NamedTuple
 
 from gpt_jax.errors import UserError
 from gpt_jax.tokenizer.hugging_face import PARTS, HuggingFaceTokenizer, read_json, read_settings
+from gpt_jax.tokenizer.splitting import GPT2_NAMES, LLAMA3, PATTERNS, QWEN2, SINGLE_DIGITS_NAMES, TEKKEN
 from gpt_jax.tokenizer.tokenizer import BYTE_LEVEL_FILE
-
-# How text is split before BPE, by the names in GGUF files. Each regular expression is from the models' own
-# tokenizer.json; GPT-2's is built into the library.
-_GPT2_NAMES = ("gpt-2", "default")
-_SINGLE_DIGITS_NAMES = ("smollm", "starcoder", "refact", "command-r", "codeshell")  # As GPT-2, with digits split off.
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
-_TEKKEN = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_PATTERNS = {
-    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3"), _LLAMA3),
-    **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), _QWEN2),
-    "tekken": _TEKKEN,  # Mistral's since Nemo.
-}
 
 
 class Kind(IntEnum):
@@ -138,7 +119,7 @@ def gguf_tokenizer(fields: Mapping[str, Any]) -> HuggingFaceTokenizer:
         ids = {part: own.get(key) for part, key in zip(PARTS, _GGUF_IDS, strict=True)}
         settings = {part: tokens[i] for part, i in ids.items() if i is not None}
         settings["stop_ids"] = [own[key] for key in ("eos_token_id", "eot_token_id", "eom_token_id") if key in own]
-        settings["add_bos_token"] = own.get("add_bos_token", kind == "llama" or _PATTERNS.get(pre) == _LLAMA3)
+        settings["add_bos_token"] = own.get("add_bos_token", kind == "llama" or PATTERNS.get(pre) == LLAMA3)
         settings["chat_template"] = fields.get("tokenizer.chat_template")
         settings["add_dummy_prefix"] = kind == "llama" and space_before
         return finished(tokenizer, settings)
@@ -225,23 +206,23 @@ def _byte_level(vocabulary: dict[str, int], merges: Sequence[str], pre: str) -> 
     from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
     from tokenizers.models import BPE
 
-    pattern = _PATTERNS.get(pre)
-    if pattern is None and pre not in (*_GPT2_NAMES, *_SINGLE_DIGITS_NAMES):
-        known = ", ".join(sorted([*_PATTERNS, *_GPT2_NAMES, *_SINGLE_DIGITS_NAMES]))
+    pattern = PATTERNS.get(pre)
+    if pattern is None and pre not in (*GPT2_NAMES, *SINGLE_DIGITS_NAMES):
+        known = ", ".join(sorted([*PATTERNS, *GPT2_NAMES, *SINGLE_DIGITS_NAMES]))
         raise UserError(f"the GGUF file's tokenizer.ggml.pre is {pre!r}, which is not known; supported are {known}")
     try:
         pairs = [(left, right) for left, right in (merge.split(" ") for merge in merges)]
-        model = BPE(vocabulary, pairs, ignore_merges=pattern in (_LLAMA3, _TEKKEN))
+        model = BPE(vocabulary, pairs, ignore_merges=pattern in (LLAMA3, TEKKEN))
     except Exception as e:  # The library raises nothing more definite.
         raise ValueError(f"its merges do not fit its vocabulary ({e})") from None
     tokenizer = Tokenizer(model)
-    if pattern == _QWEN2:
+    if pattern == QWEN2:
         tokenizer.normalizer = normalizers.NFC()
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)
     splitters: list[Any] = []
     if pattern is not None:
         splitters = [pre_tokenizers.Split(Regex(pattern), behavior="isolated")]
-    elif pre in _SINGLE_DIGITS_NAMES:
+    elif pre in SINGLE_DIGITS_NAMES:
         splitters = [pre_tokenizers.Digits(individual_digits=True)]
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splitters, byte_level])
     tokenizer.decoder = decoders.ByteLevel()

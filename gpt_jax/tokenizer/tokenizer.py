@@ -1,6 +1,7 @@
 """Text to token ids and back: the interface of every tokenizer, and code that several of them share."""
 
 import codecs
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -60,6 +61,13 @@ class Tokenizer(Protocol):
     def encode_array(self, text: str) -> np.ndarray:
         """`encode` as an int32 array, faster for long texts."""
 
+    def cut(self, text: str) -> int:
+        """The number of characters of `text`, a part of a longer text, after which that one may be cut in two: the ids
+        of what is before, then those of `encode_on` for the rest, are the ids of the whole. 0 if it may be nowhere.
+
+        It is as large as possible, and less than the length of `text` unless any place will do.
+        """
+
     def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Token ids of a conversation, up to the start of the next answer. Threads may call it at the same time.
 
@@ -108,6 +116,33 @@ class ByteDecoder:
     def flush(self) -> str:
         """See IncrementalDecoder."""
         return self._utf8.decode(b"", final=True)
+
+
+# The end of the longest beginning of a text whose next character is a space after another sign, or the first letter or
+# digit of a line after a line that is not blank.
+_LAST_CUT = re.compile(r"(?s:.*)(?:(?<=\S)(?= )|(?<=\S\n)(?=[^\W_]))")
+
+
+def last_cut(text: str) -> int:
+    """The last place where most tokenizers separate a text, whatever is before and after it; 0 if there is none.
+
+    Tokens begin with their space, and may end with newlines; a run of either may be one token, and how it is cut
+    depends on what follows.
+    """
+    found = _LAST_CUT.match(text)
+    return found.end() if found else 0
+
+
+def after_cut(tokenizer: Tokenizer, text: bytes) -> bytes:
+    """The end of a part of a text that may be encoded apart from what is before it; all of the part if none may."""
+    decoded = text.decode()
+    return decoded[tokenizer.cut(decoded) :].encode()
+
+
+def encode_on(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    """The ids of the rest of a text after `cut`: without what begins a text, such as a space that is put before it."""
+    before = "a" if text.startswith(" ") else "a\n"
+    return tokenizer.encode_array(before + text)[len(tokenizer.encode(before)) :]
 
 
 def utf8(text: str) -> bytes:
