@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
@@ -17,11 +18,15 @@ from gpt_jax.tokenizer.splitting import may_be_cut
 from gpt_jax.tokenizer.tokenizer import END_OF_TEXT, JSON_FILE, NO_CHAT, last_cut, save_bytes, utf8
 
 CONFIG_FILE = "tokenizer_config.json"
+TOKENS_FILE = "special_tokens_map.json"
 TEMPLATE_FILE = "chat_template.jinja"
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # Of added tokens.
 # The purposes of special tokens, as tokenizer_config.json and chat templates name them.
 PARTS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # Special tokens of these names end an answer, even when no setting says so.
 END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|eot|>")
+
+logger = logging.getLogger(__name__)
 
 # Breaks the names of special tokens in a message, so that a user who types one does not end a turn.
 ZERO_WIDTH_SPACE = "\u200b"
@@ -70,6 +75,13 @@ class HuggingFaceTokenizer:
         if "add_bos_token" in settings:
             self._settings["add_bos_token"] = settings["add_bos_token"]
             self.begin_of_text = ids.get(parts.get("bos_token")) if settings["add_bos_token"] else None
+        for part, ids_there in ((part, settings.get(f"{part}_ids")) for part in ("bos_token", "eos_token")):
+            name = self.parts.get(part)
+            if name in ids and ids_there and ids[name] not in ids_there:
+                both = "; both end a text" if part == "eos_token" else ", as the tokenizer has it"
+                logger.warning(
+                    "%s is %s (%d), and the model's configuration says %s%s", part, name, ids[name], ids_there, both
+                )
         turn_ends = [self.special_tokens[name] for name in END_OF_TURN if name in self.special_tokens]
         self.stop_ids = frozenset({self.end_of_text, *stop_ids, *turn_ends})
         self.chat_template: str | None = settings.get("chat_template")
@@ -211,29 +223,117 @@ class WindowDecoder:
         return self._tokenizer.decode(self._shown + self._held)[len(before) :]
 
 
+def from_tokenizer_json(definition: bytes, folder: Path) -> HuggingFaceTokenizer:
+    """The tokenizer of a `tokenizer.json`, with what the files in its folder say of it. Raises ValueError.
+
+    Where its tokenizer_config.json says something else, it is as in transformers 5: `tokenizer.json` decides what
+    begins a text and which ids tokens have, tokenizer_config.json how added tokens are matched, and whether GPT-2's
+    class puts a space before a text. Each difference is logged.
+    """
+    settings = read_settings(folder)
+    if "stop_ids" in read_json(folder / CONFIG_FILE):  # Both were written by `save`.
+        return HuggingFaceTokenizer(definition, settings)
+    rules = json.loads(definition)
+    changed = False
+    splitting = rules.get("pre_tokenizer") or {}
+    before = settings.get("add_prefix_space") is True
+    if settings["is_gpt2"] and splitting.get("type") == "ByteLevel" and splitting.get("add_prefix_space") != before:
+        logger.warning("add_prefix_space is %s, as %s has it, not as %s", before, CONFIG_FILE, JSON_FILE)
+        splitting["add_prefix_space"], changed = before, True
+    added = {token["content"]: token for token in rules.get("added_tokens") or ()}
+    for i, token in (settings.get("added_tokens_decoder") or {}).items():
+        name = token["content"]
+        here = added.get(name)
+        if here is None or here["id"] != int(i):
+            count = here["id"] if here else "no added token"
+            logger.warning("%s is %s, as %s has it, not %s, as %s has it", name, count, JSON_FILE, i, CONFIG_FILE)
+            continue
+        token = {**token, "special": token.get("special") or here.get("special")}  # Special for one is special.
+        if flags := {key: token[key] for key in FLAGS if token.get(key, here.get(key)) != here.get(key)}:
+            logger.warning("%s has the flags %s, as %s has them, not as %s", name, flags, CONFIG_FILE, JSON_FILE)
+            here.update(flags)
+            changed = True
+    asked = settings.pop("add_bos_token", None)
+    tokenizer = HuggingFaceTokenizer(json.dumps(rules).encode() if changed else definition, settings)
+    if asked is not None and asked != (tokenizer.begin_of_text is not None):
+        adds = "a token begins" if tokenizer.begin_of_text is not None else "no token begins"
+        logger.warning("%s every text, as %s has it, not as add_bos_token in %s", adds, JSON_FILE, CONFIG_FILE)
+    return tokenizer
+
+
 def read_settings(folder: Path) -> dict[str, Any]:
     """The settings of a tokenizer in a folder from the hub: everything but the vocabulary.
 
     The keys are those of tokenizer_config.json, with tokens by name, with the chat template from whichever file has it,
-    and with `stop_ids`, which end a generated text. Raises ValueError naming a damaged file.
+    and with `stop_ids`, which end a generated text. Where two files differ, it is as in transformers 5, and the
+    difference is logged: special_tokens_map.json counts before a tokenizer_config.json without added_tokens_decoder,
+    chat_template.jinja before every other place, generation_config.json before config.json. Raises ValueError naming a
+    damaged file; a damaged chat template is logged, since texts can do without.
     """
-    settings = {**read_json(folder / "special_tokens_map.json"), **read_json(folder / CONFIG_FILE)}
-    settings |= {part: _name(settings[part]) for part in PARTS if part in settings}
-    template = settings.get("chat_template")
-    if isinstance(template, list):  # Several templates, by name.
-        named = [t for t in template if isinstance(t, dict) and t.get("name") == "default"]
-        template = named[0].get("template") if named else None
-    if (folder / TEMPLATE_FILE).is_file():
-        template = (folder / TEMPLATE_FILE).read_text(encoding="utf-8")
-    for file in ("generation_config.json", "config.json"):
-        stop = read_json(folder / file).get("eos_token_id") if "stop_ids" not in settings else None
-        if stop is not None:
-            settings["stop_ids"] = stop if isinstance(stop, list) else [stop]
-    if not isinstance(template, str | None):
-        raise ValueError(f"the chat template in {CONFIG_FILE} beside it is no text")
+    config = _by_name(read_json(folder / CONFIG_FILE))
+    other = _by_name(read_json(folder / TOKENS_FILE))
+    saved = "stop_ids" in config  # By us, so that all files agree.
+    first = saved or "added_tokens_decoder" in config
+    for part in PARTS:
+        if config.get(part) and other.get(part) and config[part] != other[part]:
+            used, unused = (CONFIG_FILE, TOKENS_FILE) if first else (TOKENS_FILE, CONFIG_FILE)
+            value = (config if first else other)[part]
+            logger.warning("%s is %s, as %s has it, not as %s", part, value, used, unused)
+    given = {key: value for key, value in other.items() if value is not None}
+    settings = {**given, **config} if first else {**config, **given}
+    settings["chat_template"] = _template(folder, settings.get("chat_template"))
     if not isinstance(settings.get("stop_ids", []), list):
         raise ValueError(f"the stop_ids in {CONFIG_FILE} beside it are no list")
-    return {**settings, "chat_template": template}
+    if not saved:
+        model, generation = read_json(folder / "config.json"), read_json(folder / "generation_config.json")
+        for part in ("bos_token", "eos_token"):
+            ids = [found for found in (generation.get(f"{part}_id"), model.get(f"{part}_id")) if found is not None]
+            ids = [found if isinstance(found, list) else [found] for found in ids]
+            settings[f"{part}_ids"] = ids[0] if ids else []
+            if len(ids) == 2 and not {*ids[1]} <= {*ids[0]}:
+                logger.warning(
+                    "%s_id is %s, as generation_config.json has it, not %s, as config.json has it", part, *ids
+                )
+        if settings["eos_token_ids"]:
+            settings["stop_ids"] = settings["eos_token_ids"]
+        class_name = settings.get("tokenizer_class") or {"gpt2": "GPT2Tokenizer"}.get(str(model.get("model_type")), "")
+        settings["is_gpt2"] = str(class_name).startswith("GPT2Tokenizer")
+    return settings
+
+
+def _by_name(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings in which tokens, which may be objects with their properties, are names."""
+    others = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
+    others = others.values() if isinstance(others, dict) else others if isinstance(others, list) else []
+    names = {part: _name(settings[part]) for part in PARTS if part in settings}
+    more = {"extra_special_tokens": [name for name in map(_name, others) if name]} if others else {}
+    return {**settings, **names, **more}
+
+
+def _template(folder: Path, template: Any) -> str | None:
+    """The chat template of a folder: that of a file of its own, or that in the settings, of several that named default.
+
+    None when there is none, or none that can be used, which is logged.
+    """
+    if isinstance(template, list):
+        named = [t for t in template if isinstance(t, dict) and isinstance(t.get("name"), str)]
+        template = {t["name"]: t.get("template") for t in named}
+    if isinstance(template, dict):
+        if template and "default" not in template:
+            logger.warning("none of the chat templates %s in %s is named default", ", ".join(template), CONFIG_FILE)
+        template = template.get("default")
+    elif template is not None and not isinstance(template, str):
+        logger.warning("the chat_template in %s is of type %s, not text", CONFIG_FILE, type(template).__name__)
+    if (folder / TEMPLATE_FILE).is_file():
+        try:
+            file_template = (folder / TEMPLATE_FILE).read_text(encoding="utf-8")
+        except ValueError:
+            logger.warning("%s is not UTF-8 text, and not used", TEMPLATE_FILE)
+        else:
+            if isinstance(template, str) and template != file_template:
+                logger.warning("the chat template is that of %s, not the other one in %s", TEMPLATE_FILE, CONFIG_FILE)
+            template = file_template
+    return template if isinstance(template, str) else None
 
 
 def read_json(path: Path) -> dict[str, Any]:

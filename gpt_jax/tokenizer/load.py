@@ -5,7 +5,7 @@ from pathlib import Path
 
 from gpt_jax.errors import UserError
 from gpt_jax.tokenizer.bytes import ByteTokenizer
-from gpt_jax.tokenizer.hugging_face import HuggingFaceTokenizer, read_settings
+from gpt_jax.tokenizer.hugging_face import from_tokenizer_json
 from gpt_jax.tokenizer.published import from_sentencepiece, from_vocabulary
 from gpt_jax.tokenizer.sentencepiece import ForeignModelError, SentencePieceTokenizer
 from gpt_jax.tokenizer.tokenizer import BYTE_LEVEL_FILE, JSON_FILE, SENTENCEPIECE_FILE, WORDPIECE_FILE, Tokenizer
@@ -60,5 +60,5 @@ def _from_json(path: Path, content: bytes) -> Tokenizer:
     if fields.get("type") == "bytes":
         return ByteTokenizer.from_definition(fields)
     if "model" in fields:
-        return HuggingFaceTokenizer(content, read_settings(path.parent))
+        return from_tokenizer_json(content, path.parent)
     raise ValueError('it is neither a JSON object of "type": "bytes" nor one with a "model", as Hugging Face has')

@@ -5,15 +5,25 @@ There are three kinds: SentencePiece models such as Llama's, the byte-level BPE 
 """
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from enum import IntEnum
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from gpt_jax.errors import UserError
-from gpt_jax.tokenizer.hugging_face import PARTS, HuggingFaceTokenizer, read_json, read_settings
+from gpt_jax.tokenizer.hugging_face import (
+    CONFIG_FILE,
+    FLAGS,
+    PARTS,
+    HuggingFaceTokenizer,
+    read_json,
+    read_settings,
+)
 from gpt_jax.tokenizer.splitting import GPT2_NAMES, LLAMA3, PATTERNS, QWEN2, SINGLE_DIGITS_NAMES, TEKKEN
 from gpt_jax.tokenizer.tokenizer import BYTE_LEVEL_FILE
+
+logger = logging.getLogger(__name__)
 
 
 class Kind(IntEnum):
@@ -42,10 +52,11 @@ def from_vocabulary(path: Path) -> HuggingFaceTokenizer:
     """
     settings = read_settings(path.parent)
     if path.name != BYTE_LEVEL_FILE:
-        return _wordpiece(path.read_text(encoding="utf-8"), settings)
-    lines = path.with_name("merges.txt").read_text(encoding="utf-8").split("\n")
+        return _wordpiece(path.read_text(encoding="utf-8-sig"), settings)
+    lines = path.with_name("merges.txt").read_text(encoding="utf-8-sig").split("\n")
     merges = [line for line in lines if line and not line.startswith("#version")]
-    tokenizer = _byte_level(json.loads(path.read_bytes()), merges, "gpt-2")
+    rules = "qwen2" if str(settings.get("tokenizer_class")).startswith("Qwen2Tokenizer") else "gpt-2"
+    tokenizer = _byte_level(json.loads(path.read_bytes()), merges, rules, settings.get("add_prefix_space") is True)
     _add_tokens(tokenizer, settings, path.parent)
     return finished(tokenizer, settings)
 
@@ -68,7 +79,8 @@ def from_sentencepiece(path: Path) -> HuggingFaceTokenizer:
     ids = {"bos_token": spec.bos_id, "eos_token": spec.eos_id, "unk_token": spec.unk_id}
     names = {part: model.pieces[i].piece for part, i in ids.items() if 0 <= i < len(model.pieces)}
     settings = {**names, **{key: value for key, value in settings.items() if value is not None}}
-    space_before = settings.get("add_prefix_space", model.normalizer_spec.add_dummy_prefix)
+    asked = settings.get("add_prefix_space")
+    space_before = model.normalizer_spec.add_dummy_prefix if asked is None else asked
     tokenizer = _sentencepiece(
         sentencepiece_pieces(model),
         unigram=spec.model_type == spec.UNIGRAM,
@@ -201,7 +213,7 @@ def _sentencepiece(
     return tokenizer
 
 
-def _byte_level(vocabulary: dict[str, int], merges: Sequence[str], pre: str) -> Any:
+def _byte_level(vocabulary: dict[str, int], merges: Sequence[str], pre: str, space_before: bool = False) -> Any:
     """Byte-level BPE. pre: GGUF's name for how text is split first. Raises UserError when it is unknown."""
     from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
     from tokenizers.models import BPE
@@ -218,7 +230,7 @@ def _byte_level(vocabulary: dict[str, int], merges: Sequence[str], pre: str) -> 
     tokenizer = Tokenizer(model)
     if pattern == QWEN2:
         tokenizer.normalizer = normalizers.NFC()
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=space_before, use_regex=pattern is None)
     splitters: list[Any] = []
     if pattern is not None:
         splitters = [pre_tokenizers.Split(Regex(pattern), behavior="isolated")]
@@ -282,17 +294,23 @@ def _add_by_kind(tokenizer: Any, tokens: Sequence[str], kinds: Sequence[int]) ->
 
 
 def _add_tokens(tokenizer: Any, settings: Mapping[str, Any], folder: Path) -> None:
-    """Adds the tokens in tokenizer_config.json and added_tokens.json. Raises ValueError when their ids leave gaps."""
+    """Adds the tokens in tokenizer_config.json, which counts where they differ, and in added_tokens.json.
+
+    Raises ValueError when their ids leave gaps.
+    """
     from tokenizers import AddedToken
 
-    added: dict[int, Any] = {}
+    decoder = {int(i): token for i, token in (settings.get("added_tokens_decoder") or {}).items()}
+    added = {
+        i: AddedToken(token["content"], **{key: token[key] for key in FLAGS if key in token})
+        for i, token in decoder.items()
+    }
+    names = {token.content: i for i, token in added.items()}
     for name, i in read_json(folder / "added_tokens.json").items():
-        added[int(i)] = AddedToken(name, normalized=False, special=True)
-    for i, token in (settings.get("added_tokens_decoder") or {}).items():
-        flags = {
-            key: token[key] for key in ("single_word", "lstrip", "rstrip", "normalized", "special") if key in token
-        }
-        added[int(i)] = AddedToken(token["content"], **flags)
+        if names.get(name, int(i)) != int(i) or (int(i) in added and added[int(i)].content != name):
+            logger.warning("%s is no token of id %s, as added_tokens.json has it: %s differs", name, i, CONFIG_FILE)
+        elif int(i) not in added:
+            added[int(i)] = AddedToken(name, normalized=False, special=True)
     for i, token in sorted(added.items()):
         tokenizer.add_tokens([token])
         if tokenizer.token_to_id(token.content) != i:
