@@ -31,6 +31,9 @@ logger = logging.getLogger(__name__)
 # Breaks the names of special tokens in a message, so that a user who types one does not end a turn.
 ZERO_WIDTH_SPACE = "\u200b"
 
+# More ids without a token than this, and than there are tokens, are an error in the file, not a reserve.
+MOST_GAPS = 1 << 16
+
 # At most this many preceding tokens decide how the next one is decoded; if they begin in a run of byte tokens, also the
 # rest of the run.
 WINDOW = 16
@@ -54,8 +57,10 @@ class HuggingFaceTokenizer:
         tokenizer.encode_special_tokens = True  # Names of special tokens in a text stay text.
         ids = tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(ids.values(), default=-1) + 1
+        if self.vocab_size > 2 * len(ids) + MOST_GAPS:
+            raise ValueError(f"it has {len(ids)} tokens, and ids up to {self.vocab_size - 1}")
         parts = {part: settings[part] for part in PARTS if settings.get(part) in ids}
-        stop_ids = [i for i in settings.get("stop_ids", ()) if i in range(self.vocab_size)]
+        stop_ids = [i for i in settings.get("stop_ids", ()) if type(i) is int and i in range(self.vocab_size)]
         fallbacks = (*map(tokenizer.id_to_token, stop_ids), parts.get("sep_token"), END_OF_TEXT)
         end_names = [name for name in (parts.get("eos_token"), *fallbacks) if name in ids]
         if not end_names:
@@ -112,6 +117,11 @@ class HuggingFaceTokenizer:
             raise UserError(NO_CHAT)
         plain = chat_template.checked(messages, self._without_names)
         return self._encode(chat_template.render(self.chat_template, plain, self.parts), self._chat_tokenizer)
+
+    def id_of(self, token: str) -> int | None:
+        """The id of a token by its name in the vocabulary."""
+        i: int | None = self._tokenizer.token_to_id(token)
+        return i
 
     def decode(self, ids: Sequence[int]) -> str:
         """See Tokenizer."""
@@ -255,6 +265,9 @@ def from_tokenizer_json(definition: bytes, folder: Path) -> HuggingFaceTokenizer
             changed = True
     asked = settings.pop("add_bos_token", None)
     tokenizer = HuggingFaceTokenizer(json.dumps(rules).encode() if changed else definition, settings)
+    for name, token in added.items():
+        if name and (i := tokenizer.id_of(name)) != token["id"]:
+            logger.warning("%s has the id %s, not %s, as added_tokens in %s has it", name, i, token["id"], JSON_FILE)
     if asked is not None and asked != (tokenizer.begin_of_text is not None):
         adds = "a token begins" if tokenizer.begin_of_text is not None else "no token begins"
         logger.warning("%s every text, as %s has it, not as add_bos_token in %s", adds, JSON_FILE, CONFIG_FILE)
@@ -306,6 +319,10 @@ def _by_name(settings: Mapping[str, Any]) -> dict[str, Any]:
     others = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
     others = others.values() if isinstance(others, dict) else others if isinstance(others, list) else []
     names = {part: _name(settings[part]) for part in PARTS if part in settings}
+    if damaged := [part for part, name in names.items() if name is None and settings[part] is not None]:
+        raise ValueError(
+            f"{damaged[0]} is {settings[damaged[0]]!r:.60} in a file beside it, which is no name of a token"
+        )
     more = {"extra_special_tokens": [name for name in map(_name, others) if name]} if others else {}
     return {**settings, **names, **more}
 
@@ -315,15 +332,14 @@ def _template(folder: Path, template: Any) -> str | None:
 
     None when there is none, or none that can be used, which is logged.
     """
+    given = template
     if isinstance(template, list):
         named = [t for t in template if isinstance(t, dict) and isinstance(t.get("name"), str)]
         template = {t["name"]: t.get("template") for t in named}
     if isinstance(template, dict):
-        if template and "default" not in template:
-            logger.warning("none of the chat templates %s in %s is named default", ", ".join(template), CONFIG_FILE)
         template = template.get("default")
-    elif template is not None and not isinstance(template, str):
-        logger.warning("the chat_template in %s is of type %s, not text", CONFIG_FILE, type(template).__name__)
+    if given and not isinstance(template, str):
+        logger.warning("the chat_template in %s is no text, nor several by name with a default", CONFIG_FILE)
     if (folder / TEMPLATE_FILE).is_file():
         try:
             file_template = (folder / TEMPLATE_FILE).read_text(encoding="utf-8")
@@ -366,6 +382,8 @@ def _parsed(definition: bytes) -> Any:
         raise ValueError(f"the library tokenizers refuses it ({e})") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    if getattr(tokenizer.model, "dropout", None):
+        tokenizer.model.dropout = None  # It makes the tokens random, which transformers leaves as it is.
     return tokenizer
 
 
@@ -395,6 +413,15 @@ def _mark_special(tokenizer: Any, names: Sequence[str]) -> None:
 
 
 def _begin_of_text(tokenizer: Any) -> int | None:
-    """The id of the token that the rules put before a text, or None."""
+    """The id of the token that the rules put before a text, or None. Raises ValueError when they name an unknown one,
+    at which the library would panic."""
+    if tokenizer.post_processor is None:
+        return None
+    rules = json.loads(tokenizer.post_processor.__getstate__())
+    for step in rules.get("processors", [rules]):
+        pieces = [*step.get("single", ()), *step.get("pair", ())]
+        names = {piece["SpecialToken"]["id"] for piece in pieces if "SpecialToken" in piece}
+        if missing := names - {*step.get("special_tokens", ())}:
+            raise ValueError(f"its post_processor names {', '.join(sorted(missing))}, which it does not define")
     encoding = tokenizer.encode("a")
     return encoding.ids[0] if sum(encoding.special_tokens_mask[:1]) else None

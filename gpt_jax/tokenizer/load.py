@@ -33,7 +33,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     except OSError as e:
         raise UserError(f"{e.filename or path} cannot be read ({e.strerror})") from e
     except ValueError as e:
-        raise UserError(f"{path} cannot be used as a tokenizer: {e}") from e
+        raise UserError(f"{path} cannot be used as a tokenizer: {' '.join(str(e).split())}") from e
     except (TypeError, LookupError, AttributeError, RecursionError) as e:  # A value of the wrong type.
         raise UserError(
             f"{path} cannot be used as a tokenizer: something in it, or in a file beside it, is of another type than "

@@ -6,6 +6,8 @@ There are three kinds: SentencePiece models such as Llama's, the byte-level BPE 
 
 import json
 import logging
+import math
+import re
 from collections.abc import Mapping, Sequence
 from enum import IntEnum
 from pathlib import Path
@@ -55,8 +57,11 @@ def from_vocabulary(path: Path) -> HuggingFaceTokenizer:
         return _wordpiece(path.read_text(encoding="utf-8-sig"), settings)
     lines = path.with_name("merges.txt").read_text(encoding="utf-8-sig").split("\n")
     merges = [line for line in lines if line and not line.startswith("#version")]
+    vocabulary = json.loads(path.read_bytes())
+    if not isinstance(vocabulary, dict) or not all(type(i) is int and i >= 0 for i in vocabulary.values()):
+        raise ValueError("it is not a JSON object of ids by token")
     rules = "qwen2" if str(settings.get("tokenizer_class")).startswith("Qwen2Tokenizer") else "gpt-2"
-    tokenizer = _byte_level(json.loads(path.read_bytes()), merges, rules, settings.get("add_prefix_space") is True)
+    tokenizer = _byte_level(vocabulary, merges, rules, settings.get("add_prefix_space") is True)
     _add_tokens(tokenizer, settings, path.parent)
     return finished(tokenizer, settings)
 
@@ -80,7 +85,7 @@ def from_sentencepiece(path: Path) -> HuggingFaceTokenizer:
     names = {part: model.pieces[i].piece for part, i in ids.items() if 0 <= i < len(model.pieces)}
     settings = {**names, **{key: value for key, value in settings.items() if value is not None}}
     asked = settings.get("add_prefix_space")
-    space_before = model.normalizer_spec.add_dummy_prefix if asked is None else asked
+    space_before = model.normalizer_spec.add_dummy_prefix if asked is None else bool(asked)
     tokenizer = _sentencepiece(
         sentencepiece_pieces(model),
         unigram=spec.model_type == spec.UNIGRAM,
@@ -120,8 +125,12 @@ def gguf_tokenizer(fields: Mapping[str, Any]) -> HuggingFaceTokenizer:
         kind, pre, tokens = own["model"], own.get("pre", "default"), own["tokens"]
         types = own.get("token_type") or [Kind.NORMAL] * len(tokens)
         if kind == "llama":
+            if "token_type" not in own:  # The names of the bytes tell them.
+                types = [Kind.BYTE if re.fullmatch("<0x[0-9A-F]{2}>", token) else Kind.NORMAL for token in tokens]
             pieces = [Piece(*piece) for piece in zip(tokens, own["scores"], types, strict=True)]
-            space_before = own.get("add_space_prefix", True)
+            if not all(math.isfinite(piece.score) for piece in pieces):
+                raise ValueError("a score is no finite number")
+            space_before = bool(own.get("add_space_prefix", True))
             tokenizer = _sentencepiece(pieces, space_before)
         elif kind == "gpt2":
             tokenizer = _byte_level({token: i for i, token in enumerate(tokens)}, own["merges"], pre)
@@ -129,16 +138,20 @@ def gguf_tokenizer(fields: Mapping[str, Any]) -> HuggingFaceTokenizer:
         else:
             raise UserError(f"the GGUF file has a tokenizer of model {kind!r}; gpt2 and llama are supported")
         ids = {part: own.get(key) for part, key in zip(PARTS, _GGUF_IDS, strict=True)}
-        settings = {part: tokens[i] for part, i in ids.items() if i is not None}
+        absent = (None, -1, 2**32 - 1)  # llama.cpp's number for no token, -1, may be stored without a sign.
+        if impossible := [i for i in ids.values() if i not in absent and not 0 <= i < len(tokens)]:
+            raise ValueError(f"a special token has the id {impossible[0]}, and there are {len(tokens)} tokens")
+        settings: dict[str, Any] = {part: tokens[i] for part, i in ids.items() if i not in absent}
         settings["stop_ids"] = [own[key] for key in ("eos_token_id", "eot_token_id", "eom_token_id") if key in own]
         settings["add_bos_token"] = own.get("add_bos_token", kind == "llama" or PATTERNS.get(pre) == LLAMA3)
-        settings["chat_template"] = fields.get("tokenizer.chat_template")
+        template = fields.get("tokenizer.chat_template")
+        settings["chat_template"] = template if isinstance(template, str) else None
         settings["add_dummy_prefix"] = kind == "llama" and space_before
         return finished(tokenizer, settings)
     except KeyError as e:
         raise UserError(f"the GGUF file has no {prefix}{e.args[0]}, without which there is no tokenizer") from None
     except (ValueError, IndexError, TypeError, AttributeError) as e:  # A value of the wrong type.
-        raise UserError(f"the tokenizer in the GGUF file is damaged: {e}") from e
+        raise UserError(f"the tokenizer in the GGUF file is damaged: {' '.join(str(e).split())}") from e
 
 
 _GGUF_IDS = (  # In the order of PARTS.
@@ -256,7 +269,9 @@ def _wordpiece(vocabulary: str, settings: Mapping[str, Any]) -> HuggingFaceToken
     from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors
     from tokenizers.models import WordPiece
 
-    ids = {token: i for i, token in enumerate(vocabulary.removesuffix("\n").split("\n"))}
+    ids: dict[str, int] = {}
+    for i, token in enumerate(vocabulary.removesuffix("\n").split("\n")):
+        ids.setdefault(token, i)
     defaults = {"unk_token": "[UNK]", "sep_token": "[SEP]", "pad_token": "[PAD]", "cls_token": "[CLS]"}
     named = {key: value for key, value in settings.items() if value is not None}
     settings = {**defaults, "mask_token": "[MASK]", **named}
