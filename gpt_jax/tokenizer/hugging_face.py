@@ -96,6 +96,10 @@ class HuggingFaceTokenizer:
             self._settings["add_dummy_prefix"] = True
             pieces = tokenizer.get_vocab(with_added_tokens=False)
             self._spaced = (" ", "▁", *(t.content for _, t in added if not t.special and t.content in pieces))
+        # What a text begins with may be made or removed by its normalization, which must come first.
+        self._normalizer = tokenizer.normalizer if self._spaced else None
+        if self._normalizer is not None:
+            tokenizer.normalizer = None
         boundaries = json.dumps([self.begin_of_text, self.end_of_text, *(["add_dummy_prefix"] if self._spaced else [])])
         self.fingerprint = hashlib.sha256(definition + boundaries.encode()).hexdigest()
 
@@ -143,7 +147,7 @@ class HuggingFaceTokenizer:
 
     def rules(self) -> dict[str, Any]:
         """The content of `tokenizer.json`, every default spelled out."""
-        rules: dict[str, Any] = json.loads(self._tokenizer.to_str())
+        rules: dict[str, Any] = json.loads(self._chat_tokenizer.to_str())
         return rules
 
     def config(self) -> dict[str, Any]:
@@ -159,8 +163,12 @@ class HuggingFaceTokenizer:
 
     def _encode(self, text: str, tokenizer: Any) -> list[int]:
         utf8(text)
-        if text.startswith(self._spaced):
-            text = f" {text}"
+        if self._normalizer is not None and tokenizer is self._tokenizer:
+            normalized = self._normalizer.normalize_str(text)
+            keeps_spaces = self._normalizer.normalize_str(" ") != ""
+            text = f"▁{normalized}" if normalized or (text and keeps_spaces) else ""
+        elif text.startswith(self._spaced):
+            text = f"▁{text}"
         # The method for batches omits the tokens' offsets in the text, which take a third of the time.
         [encoding] = tokenizer.encode_batch_fast([text], add_special_tokens=False)
         ids: list[int] = encoding.ids

@@ -60,6 +60,8 @@ def from_vocabulary(path: Path) -> HuggingFaceTokenizer:
     vocabulary = json.loads(path.read_bytes())
     if not isinstance(vocabulary, dict) or not all(type(i) is int and i >= 0 for i in vocabulary.values()):
         raise ValueError("it is not a JSON object of ids by token")
+    if len({*vocabulary.values()}) < len(vocabulary):
+        raise ValueError("two of its tokens have the same id")
     rules = "qwen2" if str(settings.get("tokenizer_class")).startswith("Qwen2Tokenizer") else "gpt-2"
     tokenizer = _byte_level(vocabulary, merges, rules, settings.get("add_prefix_space") is True)
     _add_tokens(tokenizer, settings, path.parent)
@@ -71,8 +73,8 @@ def from_sentencepiece(path: Path) -> HuggingFaceTokenizer:
     LlamaTokenizer.
 
     LlamaTokenizer puts no space before a text that begins with one, so that decoding loses this space. Neither puts one
-    after a special token, as llama.cpp does. Raises ValueError when the file is damaged or of a type other than bpe and
-    unigram.
+    after a special token, as llama.cpp does. Normalization by a table is that of the library tokenizers, which drops
+    some combining marks. Raises ValueError when the file is damaged or of a type other than bpe and unigram.
     """
     model = sentencepiece_proto(path.read_bytes())
     spec = model.trainer_spec
@@ -269,9 +271,7 @@ def _wordpiece(vocabulary: str, settings: Mapping[str, Any]) -> HuggingFaceToken
     from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors
     from tokenizers.models import WordPiece
 
-    ids: dict[str, int] = {}
-    for i, token in enumerate(vocabulary.removesuffix("\n").split("\n")):
-        ids.setdefault(token, i)
+    ids = {token: i for i, token in enumerate(vocabulary.removesuffix("\n").split("\n"))}
     defaults = {"unk_token": "[UNK]", "sep_token": "[SEP]", "pad_token": "[PAD]", "cls_token": "[CLS]"}
     named = {key: value for key, value in settings.items() if value is not None}
     settings = {**defaults, "mask_token": "[MASK]", **named}
