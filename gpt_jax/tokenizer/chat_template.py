@@ -126,7 +126,7 @@ def _compiled(template: str) -> Any:
             template = super()._parse(source, name, filename)
             for block in template.find_all((nodes.For, nodes.Macro)):
                 call = nodes.Call(nodes.Name("_next_round", "load"), [], [], None, None)
-                block.body.insert(0, nodes.ExprStmt(call).set_lineno(block.lineno))  # type: ignore[attr-defined]
+                block.body.insert(0, nodes.ExprStmt(call).set_lineno(block.lineno))
             return template
 
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:

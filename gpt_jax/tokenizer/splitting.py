@@ -50,7 +50,7 @@ def may_be_cut(rules: Mapping[str, Any], knows_spaces: bool) -> bool:
         return False
     splits = False
     for step in steps:
-        kind, pattern = step["type"], step.get("pattern")
+        kind, pattern = step["type"], step.get("pattern", {})
         if kind == "Split" and pattern == {"String": " "} and no_spaces:
             continue  # Gemma's, which finds no space.
         if kind == "Split":

@@ -64,6 +64,18 @@ def test_what_is_exported_again_is_the_same_in_transformers(folder: Callable[[],
     assert load_tokenizer(tmp_path).fingerprint == ours.fingerprint
 
 
+def test_tokens_that_are_ordinary_text_are_exported_as_such(tmp_path: Path) -> None:
+    """A special "!" would cut texts in transformers."""
+    shutil.copytree(PUBLISHED["gpt2"](), tmp_path / "published")
+    (tmp_path / "published" / "tokenizer_config.json").write_text(json.dumps({"pad_token": "!"}))
+    ours = load_tokenizer(tmp_path / "published")
+    (tmp_path / "exported").mkdir()
+    export_tokenizer(ours, tmp_path / "exported", context_length=512)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "exported")
+    assert_equal(ours, theirs, ["Is 1 != 2?", "Yes! No!!", *random_texts()[:100]])
+    assert (theirs.pad_token, theirs.eos_token) == (None, "<|endoftext|>")
+
+
 @pytest.mark.parametrize("name", EVERY)
 def test_tokenizers_made_here_are_the_same_in_transformers(name: str, tmp_path: Path) -> None:
     ours = EVERY[name]
