@@ -9,19 +9,12 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
-from gpt_jax.tokenizer.tokenizer import (
-    END_OF_TEXT,
-    SENTENCEPIECE_FILE,
-    ByteDecoder,
-    WithoutChat,
-    last_cut,
-    save_bytes,
-    utf8,
-)
+from gpt_jax.tokenizer.tokenizer import END_OF_TEXT, SENTENCEPIECE_FILE, ByteDecoder, WithoutChat, save_bytes, utf8
 
 # The units that are tokenised independently: spaces, then characters up to the next space or newline, then newlines. No
 # token of the models trained here crosses from one unit to the next, so the result is that of the whole text.
 WORD = re.compile(r" *[^ \n]*\n*")
+_BEFORE_LAST_WORD = re.compile(r"(?s:.*)(?:(?<=[^ ])(?= )|(?<=\n)(?=[^\n]))")
 logger = logging.getLogger(__name__)
 
 
@@ -96,8 +89,9 @@ class SentencePieceTokenizer(WithoutChat):
         return self.encode_array(text).tolist()
 
     def cut(self, text: str) -> int:
-        """See Tokenizer. No WORD reaches over such a place."""
-        return last_cut(text)
+        """See Tokenizer."""
+        found = _BEFORE_LAST_WORD.match(text)
+        return found.end() if found else 0
 
     def decode(self, ids: Sequence[int]) -> str:
         """See Tokenizer."""
