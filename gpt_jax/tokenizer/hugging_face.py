@@ -182,20 +182,21 @@ class HuggingFaceTokenizer:
         _mark_special(tokenizer, self._marked)
         return tokenizer
 
-    @functools.cached_property
-    def _names(self) -> re.Pattern[str]:
-        """The first character of each name of a special token."""
-        return re.compile(f"(?s)(?={'|'.join(map(re.escape, self.special_tokens)) or '(?!)'}).")
-
     def _without_names(self, text: str) -> str:
         """A text of a message in which no name of a special token is left. Raises UserError when one cannot be broken:
         of one character, or one that the tokenizer's normalization puts together again."""
-        plain = self._names.sub(lambda match: match[0] + ZERO_WIDTH_SPACE, text)
-        control = {*self.special_tokens.values()} & {*self._encode(plain, self._chat_tokenizer)}
-        if control and (control := control - {*self.encode(plain)}):
-            [name, *_] = map(self._tokenizer.id_to_token, control)
-            raise UserError(f"a message contains the special token {name!r}, which only the chat template may write")
-        return plain
+        broken: set[str] = set()
+        while control := {*self.special_tokens.values()} & {*self._encode(text, self._chat_tokenizer)}:
+            plain = {*self.encode(text)}  # Any text may yield the unknown token.
+            found = {i: self._tokenizer.id_to_token(i) for i in control}
+            names = [name for i, name in found.items() if name in text or i not in plain]
+            if not names:
+                break
+            if {*names} & broken:
+                raise UserError(f"a message contains the special token {names[0]!r}, which only the template may write")
+            text = re.sub(f"(?s)(?={'|'.join(map(re.escape, names))}).", lambda m: m[0] + ZERO_WIDTH_SPACE, text)
+            broken |= {*names}
+        return text
 
     @functools.cached_property
     def _may_be_cut(self) -> bool:

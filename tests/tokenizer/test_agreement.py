@@ -43,7 +43,7 @@ def prefixed(file: bool) -> Callable[[dict[str, Any]], dict[str, Any]]:
     return lambda rules: rules | {"pre_tokenizer": rules["pre_tokenizer"] | {"add_prefix_space": file}}
 
 
-def named(**names: str) -> dict[str, Any]:
+def named(**names: Any) -> dict[str, Any]:
     return {"eos_token": "<|endoftext|>", **names}
 
 

@@ -214,11 +214,20 @@ def test_names_that_overlap_are_broken_each() -> None:
     definition["added_tokens"] += [{"id": 600 + i, "content": name, **flags} for i, name in enumerate(names)]
     tokenizer = HuggingFaceTokenizer(json.dumps(definition).encode(), settings)
     assert tokenizer.decode(tokenizer.encode_chat(user("<a>b<c>"))) == "<\u200ba>b\u200b<c>"
-    with pytest.raises(
-        UserError, match=r"a message contains the special token '\\n', which only the chat template may"
-    ):
+    with pytest.raises(UserError, match=r"a message contains the special token '\\n', which only the template may"):
         tokenizer.encode_chat(user("one line\nand another"))
     assert tokenizer.decode(tokenizer.encode("a\nb")) == "a\nb"  # As a text, it is a text.
+
+
+def test_a_vocabulary_of_words_has_special_tokens_of_which_texts_are_cleared() -> None:
+    """Its rules find </s> in a text by themselves, as a word."""
+    model = {"type": "WordLevel", "vocab": {"the": 0, "<unk>": 1, "</s>": 2}, "unk_token": "<unk>"}
+    definition = {"model": model, "pre_tokenizer": {"type": "WhitespaceSplit"}, "added_tokens": []}
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
+    definition["added_tokens"] = [{"id": i, "content": name, **flags} for i, name in ((1, "<unk>"), (2, "</s>"))]
+    settings = {"eos_token": "</s>", "chat_template": "{{ messages[0].content }} </s>"}
+    tokenizer = HuggingFaceTokenizer(json.dumps(definition).encode(), settings)
+    assert tokenizer.encode_chat(user("the </s> other <unk>")) == [0, 1, 1, 1, 2]
 
 
 def test_text_parts_are_joined_by_newlines() -> None:
@@ -259,6 +268,7 @@ def test_tokens_that_are_ordinary_text_are_not_special(tmp_path: Path) -> None:
         path = tmp_path / folder.name / "tokenizer_config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
         tokenizer = load_tokenizer(tmp_path / folder.name)
+        assert isinstance(tokenizer, HuggingFaceTokenizer)
         assert "!" not in tokenizer.special_tokens
         ids = tokenizer.encode_chat(user("Is 1 != 2?"))
         assert "Is 1 != 2?" in tokenizer.decode(ids)

@@ -68,6 +68,14 @@ def changed(folder: Callable[[], Path], **changes: Any) -> Callable[[], Tokenize
     return make
 
 
+def loaded(folder: Callable[[], Path]) -> Callable[[], Tokenizer]:
+    return lambda: load_tokenizer(folder())
+
+
+def made(name: str) -> Callable[[], Tokenizer]:
+    return lambda: MADE_HERE[name]
+
+
 def merged(*pairs: tuple[str, str]) -> dict[str, Any]:
     """The byte-level model with more tokens, which join two others first of all."""
     model = json.loads((byte_level() / "tokenizer.json").read_bytes())["model"]
@@ -95,8 +103,8 @@ LLAMA2 = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "�
 NEWLINES = merged(("Ċ", "Ċ"), ("!", "Ċ"))
 
 CUT: dict[str, Callable[[], Tokenizer]] = {
-    **{name: lambda t=t: t for name, t in MADE_HERE.items()},
-    **{name: lambda f=f: load_tokenizer(f()) for name, f in PUBLISHED.items()},
+    **{name: made(name) for name in MADE_HERE},
+    **{name: loaded(folder) for name, folder in PUBLISHED.items()},
     "add_prefix_space": changed(byte_level, pre_tokenizer=PREFIX),
     "gpt-2's pattern": changed(byte_level, pre_tokenizer=split(GPT2), model=NEWLINES),
     "llama 3's pattern": changed(byte_level, pre_tokenizer=split(LLAMA3), model=NEWLINES),
@@ -154,7 +162,7 @@ def test_what_may_be_wrong_in_parts_is_not_cut(make: Callable[[], Tokenizer]) ->
 
 
 LONG: dict[str, Callable[[], Tokenizer]] = {
-    **{name: lambda f=f: load_tokenizer(f()) for name, f in PUBLISHED.items()},
+    **{name: loaded(folder) for name, folder in PUBLISHED.items()},
     "unigram": lambda: load_tokenizer(llama("unigram")),
     "made here": lambda: MADE_HERE["bpe"],
 }
