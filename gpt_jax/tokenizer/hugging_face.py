@@ -80,12 +80,12 @@ class HuggingFaceTokenizer:
         if "add_bos_token" in settings:
             self._settings["add_bos_token"] = settings["add_bos_token"]
             self.begin_of_text = ids.get(parts.get("bos_token")) if settings["add_bos_token"] else None
-        for part, ids_there in ((part, settings.get(f"{part}_ids")) for part in ("bos_token", "eos_token")):
-            name = self.parts.get(part)
-            if name in ids and ids_there and ids[name] not in ids_there:
-                both = "; both end a text" if part == "eos_token" else ", as the tokenizer has it"
+        for part in ("bos_token", "eos_token"):
+            name, there = self.parts.get(part), settings.get(f"{part}_ids")
+            if name in ids and there and ids[name] not in there:
+                counts = "both end a text" if part == "eos_token" else "the tokenizer's counts"
                 logger.warning(
-                    "%s is %s (%d), and the model's configuration says %s%s", part, name, ids[name], ids_there, both
+                    "%s is %s (%d) in the tokenizer, %s in the model; %s", part, name, ids[name], there, counts
                 )
         turn_ends = [self.special_tokens[name] for name in END_OF_TURN if name in self.special_tokens]
         self.stop_ids = frozenset({self.end_of_text, *stop_ids, *turn_ends})

@@ -181,7 +181,7 @@ def test_what_counts_is_what_counts_in_transformers(
     [
         (
             {"generation_config.json": {"eos_token_id": 2}, "config.json": {"eos_token_id": 2}},
-            ["eos_token is <|endoft"],
+            ["eos_token is <|endoftext|> (0) in the tokenizer, [2] in the model; both end a text"],
             {0, 2},
         ),
         ({"generation_config.json": {"eos_token_id": [0, 2]}, "config.json": {"eos_token_id": 2}}, [], {0, 2}),
@@ -192,7 +192,7 @@ def test_what_counts_is_what_counts_in_transformers(
         ),
         (
             {"config.json": {"bos_token_id": 2}, CONFIG: {"bos_token": "<|im_start|>"}},
-            ["bos_token is <|im_start|> (1), and the model's configuration says [2], as the tokenizer has it"],
+            ["bos_token is <|im_start|> (1) in the tokenizer, [2] in the model; the tokenizer's counts"],
             {0, 2},
         ),
         (
