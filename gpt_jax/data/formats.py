@@ -171,8 +171,8 @@ def _parsed(line: bytes) -> object:
 def cut_before_space(text: bytes, limit: int) -> int:
     """The largest n <= limit, n > 0, such that text[n:] starts with a space or a newline; len(text) if that is allowed.
 
-    Tokens start with their spaces, so a text that is cut there is tokenised as the whole would be. Without such an n,
-    the cut is between two characters.
+    Without such an n, the cut is between two characters. Blocks are joined again before they are tokenised, and cut
+    where the tokenizer allows; see `Tokenizer.cut`.
     """
     if limit >= len(text):
         return len(text)

@@ -37,7 +37,7 @@ from gpt_jax.system import available_cores
 from gpt_jax.tokenizer.bytes import ByteTokenizer
 from gpt_jax.tokenizer.load import load_tokenizer
 from gpt_jax.tokenizer.sentencepiece import SentencePieceTokenizer
-from gpt_jax.tokenizer.tokenizer import Tokenizer
+from gpt_jax.tokenizer.tokenizer import Tokenizer, after_cut
 
 SAMPLE_BYTES = 8 << 20  # Most text that a tokenizer is trained on, which takes up to 70 times its size in memory.
 TASK_BYTES = 1 << 20  # Text that a worker tokenises at one time.
@@ -154,7 +154,7 @@ def _write(
     n_bytes = dict.fromkeys(SPLITS, 0)
 
     def tasks() -> Iterator[tuple[SplitName, bytes]]:
-        """The text of both splits in pieces of about TASK_BYTES, each of one split."""
+        """The text of both splits in pieces of TASK_BYTES or more, each of one split, cut where the tokenizer may."""
         waiting = {name: bytearray() for name in SPLITS}
         within_document = dict.fromkeys(SPLITS, False)
         for name, block in survey.split(fingerprinted()):
@@ -163,8 +163,10 @@ def _write(
             waiting[name] += block.text + END_OF_DOCUMENT * block.ends_document
             within_document[name] = not block.ends_document
             if len(waiting[name]) >= TASK_BYTES:
-                yield name, bytes(waiting[name])
-                waiting[name].clear()
+                uncut = b"" if block.ends_document else after_cut(tokenizer, block.text)
+                if len(uncut) < len(block.text):
+                    yield name, bytes(waiting[name][: len(waiting[name]) - len(uncut)])
+                    waiting[name][:] = uncut
         yield from ((name, bytes(text)) for name, text in waiting.items())
 
     def fingerprinted() -> Iterator[Block]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from gpt_jax.data.shards import token_dtype
 from gpt_jax.tokenizer.load import load_tokenizer
-from gpt_jax.tokenizer.tokenizer import Tokenizer
+from gpt_jax.tokenizer.tokenizer import Tokenizer, encode_on
 
 START_OF_DOCUMENT = b"\xfe"
 END_OF_DOCUMENT = b"\xff"
@@ -39,14 +39,17 @@ def receive(pipe: BinaryIO) -> bytes:
 def encode_documents(tokenizer: Tokenizer, text: bytes) -> np.ndarray:
     """Token ids of `text`, in the dtype in which they are stored.
 
+    A text that does not begin with START_OF_DOCUMENT goes on with a document that was cut at `tokenizer.cut`.
+
     START_OF_DOCUMENT becomes `begin_of_text`, if there is one, and END_OF_DOCUMENT `end_of_text`. If both are the
     same token, it is written only at the end of a document.
     """
     begin, end = tokenizer.begin_of_text, tokenizer.end_of_text
     marks = {START_OF_DOCUMENT: [] if begin in (None, end) else [begin], END_OF_DOCUMENT: [end]}
-    ids = [
-        np.array(marks[part], np.int32) if part in marks else tokenizer.encode_array(part.decode())
-        for part in re.split(b"([\xfe\xff])", text)
+    rest, *parts = re.split(b"([\xfe\xff])", text)
+    ids = [encode_on(tokenizer, rest.decode()) if rest else np.array([], np.int32)]
+    ids += [
+        np.array(marks[part], np.int32) if part in marks else tokenizer.encode_array(part.decode()) for part in parts
     ]
     return np.concatenate(ids).astype(token_dtype(tokenizer.vocab_size))
 

@@ -12,10 +12,10 @@ from gpt_jax.data.shards import TokenFiles
 from gpt_jax.errors import UserError
 from gpt_jax.evaluate.score import Scorer
 from gpt_jax.evaluate.windows import Window, windows
-from gpt_jax.tokenizer.tokenizer import Tokenizer
+from gpt_jax.tokenizer.tokenizer import Tokenizer, after_cut, encode_on
 
 PIECE_TOKENS = 1 << 20  # Tokens of a data folder that are read at the same time.
-PIECE_BYTES = 4 << 20  # Documents up to about this size are tokenised as a whole, longer ones in pieces.
+PIECE_BYTES = 4 << 20  # Documents up to this size are tokenised as a whole, longer ones where possible in pieces.
 
 
 @dataclass
@@ -83,31 +83,39 @@ def tokenised(blocks: Iterable[Block], tokenizer: Tokenizer, tally: Tally) -> It
     Each document must be read to its end before the next one.
     """
     start = tokenizer.end_of_text if tokenizer.begin_of_text is None else tokenizer.begin_of_text
-    parts = text_parts(blocks)
+    parts = text_parts(blocks, tokenizer)
 
     def document(part: str, ends: bool) -> Iterator[np.ndarray]:
         yield np.array([start], np.int32)
+        ids = tokenizer.encode_array(part)
         while True:
             tally.bytes += len(part.encode())
             tally.characters = (tally.characters or 0) + len(part)
-            yield tokenizer.encode_array(part)
+            yield ids
             if ends:
                 return
             part, ends = next(parts)
+            ids = encode_on(tokenizer, part)
 
     for part, ends in parts:
         tally.documents += 1
         yield document(part, ends)
 
 
-def text_parts(blocks: Iterable[Block]) -> Iterator[tuple[str, bool]]:
-    """The text of documents in parts of about PIECE_BYTES at most, each with True if it ends its document."""
+def text_parts(blocks: Iterable[Block], tokenizer: Tokenizer) -> Iterator[tuple[str, bool]]:
+    """The text of documents in parts of PIECE_BYTES or more, cut where the tokenizer allows, each with True if it ends
+    its document."""
     text = bytearray()
     for block in blocks:
         text += block.text
-        if block.ends_document or len(text) >= PIECE_BYTES:
-            yield text.decode(), block.ends_document
+        if block.ends_document:
+            yield text.decode(), True
             text.clear()
+        elif len(text) >= PIECE_BYTES:
+            uncut = after_cut(tokenizer, block.text)
+            if len(uncut) < len(block.text):
+                yield text[: len(text) - len(uncut)].decode(), False
+                text[:] = uncut
 
 
 def add_up(scorer: Scorer, to_score: Iterator[Window], tally: Tally, n_tokens: int | None) -> None:

@@ -13,12 +13,14 @@ from gpt_jax.config import LoraConfig, ModelConfig
 from gpt_jax.errors import UserError
 from gpt_jax.interop.families import family_of
 from gpt_jax.interop.families.family import Family
+from gpt_jax.interop.gguf_file import GGUFFile
 from gpt_jax.interop.hub import find_model
 from gpt_jax.interop.layout import Layout
 from gpt_jax.interop.model_files import ModelFiles, open_model
 from gpt_jax.interop.weights import few
 from gpt_jax.model.forward import init_params
 from gpt_jax.model.gpt import GPT, Params
+from gpt_jax.tokenizer.published import gguf_tokenizer
 from gpt_jax.tokenizer.tokenizer import Tokenizer
 
 PADDED_TO = 128  # Embedding rows are padded to a multiple of this, which suits matrix units.
@@ -36,7 +38,9 @@ def named_tokenizer(name: str) -> Tokenizer | None:
 
     Raises UserError when there is no such model.
     """
-    if name.endswith(".gguf") or (name not in ("sentencepiece", "bytes") and not Path(name).exists()):
+    if name.endswith(".gguf") and Path(name).is_file():
+        return gguf_tokenizer(GGUFFile(Path(name)).fields)  # The file may hold a vocabulary alone.
+    if name not in ("sentencepiece", "bytes") and not Path(name).exists():
         return open_named(name).tokenizer()
     return None
 

@@ -39,6 +39,10 @@ class ByteTokenizer(WithoutChat):
         """See Tokenizer."""
         return np.frombuffer(utf8(text), np.uint8).astype(np.int32)
 
+    def cut(self, text: str) -> int:
+        """See Tokenizer."""
+        return len(text)
+
     def decode(self, ids: Sequence[int]) -> str:
         """See Tokenizer."""
         return b"".join([self._token_bytes[i] for i in ids]).decode(errors="replace")

@@ -2,27 +2,92 @@
 
 import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
+from itertools import count
 from typing import Any, NoReturn
 
 from gpt_jax.errors import UserError
 
+ROLES = ("system", "developer", "user", "assistant", "tool")  # OpenAI's, some of which a template may refuse.
+# Rounds of loops and calls of macros in one rendering, which take a second; 1,000 messages take some thousands.
+MAX_ROUNDS = 200_000
+MAX_REPEATS = 100_000  # Copies of a text or list that `*` may make; the sandbox allows ranges of as many.
 
-def render(template: str, messages: Sequence[Mapping[str, str]], special_tokens: Mapping[str, str]) -> str:
+
+def render(template: str, messages: Sequence[Mapping[str, Any]], special_tokens: Mapping[str, str]) -> str:
     """The text of a conversation, up to the start of the next answer.
 
     special_tokens: names of tokens by the template's variables for them, such as bos_token. Raises UserError when the
-    template is invalid or refuses the conversation.
+    template is invalid, refuses the conversation, or does not end.
     """
+    rounds = count(1)
+
+    def next_round() -> None:
+        if next(rounds) > MAX_ROUNDS:
+            raise RuntimeError(f"it takes more than {MAX_ROUNDS:,} rounds of its loops")
+
     try:
-        return _compiled(template).render(
-            messages=messages, tools=None, documents=None, add_generation_prompt=True, **special_tokens
+        text: str = _compiled(template).render(
+            messages=messages,
+            tools=None,
+            documents=None,
+            add_generation_prompt=True,
+            **special_tokens,
+            _next_round=next_round,
         )
+        return text
     except UserError:
         raise
     except Exception as e:  # A template is a program by others, which may fail in any way.
-        raise UserError(f"the chat template refuses this conversation: {' '.join(str(e).split())}") from e
+        why = " ".join(str(e).split()) or type(e).__name__
+        raise UserError(f"the chat template refuses this conversation: {why}") from e
+
+
+def checked(messages: Sequence[Mapping[str, Any]], plain: Callable[[str], str]) -> list[dict[str, Any]]:
+    """The messages for a template: every text in them, at any depth, goes through `plain`, which takes the names of
+    special tokens out of it.
+
+    Content given as OpenAI's list of text parts is joined by newlines, as vLLM and llama.cpp's server do for templates
+    that expect a text. Raises UserError for a role that is not one of ROLES, and for content of another kind.
+    """
+
+    def plain_value(value: Any, where: str) -> Any:
+        if isinstance(value, str):
+            return plain(value)
+        if isinstance(value, Mapping):
+            return {plain_value(key, where): plain_value(item, where) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain_value(item, where) for item in value]
+        if value is None or isinstance(value, bool | int | float):
+            return value
+        raise UserError(f"{where} has a value of type {type(value).__name__}, which is not JSON")
+
+    rendered = []
+    for number, message in enumerate(messages, 1):
+        where = f"message {number}"
+        if not isinstance(message, Mapping):
+            raise UserError(f"{where} is no object with a role and a content")
+        if message.get("role") not in ROLES:
+            raise UserError(f"{where} has the role {message.get('role')!r:.60}; the roles are {', '.join(ROLES)}")
+        joined = {**message, "content": _content(message.get("content"), where)}
+        rendered.append({**plain_value(joined, where), "role": message["role"]})
+    return rendered
+
+
+def _content(content: Any, where: str) -> str:
+    """The content of a message as one text."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list | tuple):
+        raise UserError(f"{where} has a content of type {type(content).__name__}; it must be a text or a list of texts")
+    texts = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+        if kind != "text" or not isinstance(part.get("text"), str):
+            raise UserError(f"{where} has a part of type {kind!r:.60} in its content; only text is supported")
+        texts.append(part["text"])
+    return "\n".join(texts)
 
 
 @functools.lru_cache(maxsize=8)
@@ -52,9 +117,27 @@ def _compiled(template: str) -> Any:
     def to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None, **options: Any) -> str:
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, **options)
 
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
-    )
+    class Bounded(ImmutableSandboxedEnvironment):
+        """The sandbox, for templates that would not end: it counts rounds of loops and calls of macros."""
+
+        intercepted_binops = frozenset({"*", "**"})
+
+        def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
+            template = super()._parse(source, name, filename)
+            for block in template.find_all((nodes.For, nodes.Macro)):
+                call = nodes.Call(nodes.Name("_next_round", "load"), [], [], None, None)
+                block.body.insert(0, nodes.ExprStmt(call).set_lineno(block.lineno))
+            return template
+
+        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+            if operator == "**" or any(
+                isinstance(a, str | bytes | list | tuple) and isinstance(n, int) and n * len(a) > MAX_REPEATS
+                for a, n in ((left, right), (right, left))
+            ):
+                raise OverflowError(f"the operator {operator} could fill the memory")
+            return super().call_binop(context, operator, left, right)
+
+    environment = Bounded(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols])
     environment.filters["tojson"] = to_json  # Jinja's own filter escapes HTML.
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda format: datetime.now().strftime(format)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from gpt_jax.files import save_json
 from gpt_jax.tokenizer.bytes import ByteTokenizer
-from gpt_jax.tokenizer.hugging_face import CONFIG_FILE, HuggingFaceTokenizer
+from gpt_jax.tokenizer.hugging_face import CONFIG_FILE, PARTS, TOKENS_FILE, HuggingFaceTokenizer
 from gpt_jax.tokenizer.published import (
     Kind,
     bpe_model,
@@ -24,15 +24,23 @@ def export_tokenizer(tokenizer: Tokenizer, folder: Path, context_length: int) ->
     """Writes `tokenizer.json`, `tokenizer_config.json` and `special_tokens_map.json` into an existing folder.
 
     context_length: of the model, in tokens. transformers then encodes and decodes as `tokenizer` does, except that
-    names of special tokens in a text become special tokens, by its default. SentencePiece has three more exceptions: in
+    names of special tokens in a text become special tokens, by its default, and that a space before a text, which
+    models of published SentencePiece vocabularies keep, is lost. SentencePiece has three more exceptions: in
     a run of byte tokens that is not valid UTF-8, every byte becomes U+FFFD; a unigram model may split a long run of one
     character in another, equally probable way; a model of characters encodes adjacent unknown characters, U+2581
     included, as one <unk>.
     """
     exported = as_hugging_face(tokenizer)
     exported.save(folder)
-    save_json(folder / CONFIG_FILE, {**exported.config(), "model_max_length": context_length})
-    save_json(folder / "special_tokens_map.json", exported.parts)
+    # transformers would cut texts at tokens of these names that are ordinary text.
+    parts = {
+        part: name
+        for part, name in exported.parts.items()
+        if name in {*exported.special_tokens, exported.parts["eos_token"]}
+    }
+    config = {key: value for key, value in exported.config().items() if key in parts or key not in PARTS}
+    save_json(folder / CONFIG_FILE, {**config, "model_max_length": context_length})
+    save_json(folder / TOKENS_FILE, parts)
 
 
 def as_hugging_face(tokenizer: Tokenizer) -> HuggingFaceTokenizer:

@@ -3,8 +3,9 @@
 import functools
 import hashlib
 import json
+import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -13,27 +14,37 @@ import numpy as np
 from gpt_jax.errors import UserError
 from gpt_jax.files import save_json
 from gpt_jax.tokenizer import chat_template
-from gpt_jax.tokenizer.tokenizer import END_OF_TEXT, JSON_FILE, NO_CHAT, save_bytes, utf8
+from gpt_jax.tokenizer.splitting import may_be_cut
+from gpt_jax.tokenizer.tokenizer import END_OF_TEXT, JSON_FILE, NO_CHAT, last_cut, save_bytes, utf8
 
 CONFIG_FILE = "tokenizer_config.json"
+TOKENS_FILE = "special_tokens_map.json"
 TEMPLATE_FILE = "chat_template.jinja"
+FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # Of added tokens.
 # The purposes of special tokens, as tokenizer_config.json and chat templates name them.
 PARTS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # Special tokens of these names end an answer, even when no setting says so.
 END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|eot|>")
 
+logger = logging.getLogger(__name__)
+
 # Breaks the names of special tokens in a message, so that a user who types one does not end a turn.
 ZERO_WIDTH_SPACE = "\u200b"
 
+# More ids without a token than this, and than there are tokens, are an error in the file, not a reserve.
+MOST_GAPS = 1 << 16
 
-WINDOW = 16  # At most this many preceding tokens decide how the next one is decoded.
+# At most this many preceding tokens decide how the next one is decoded; if they begin in a run of byte tokens, also the
+# rest of the run.
+WINDOW = 16
 
 
 class HuggingFaceTokenizer:
     """A `tokenizer.json` with the settings of its `tokenizer_config.json`.
 
-    The published rules decide whether decode(encode(text)) == text: byte-level BPE is lossless; Llama's SentencePiece
-    loses a leading space; BERT's WordPiece keeps neither case nor white space.
+    The published rules decide whether decode(encode(text)) == text: byte-level BPE and SentencePiece models are
+    lossless, but for U+2581, which the latter take for a space; the `tokenizer.json` of some Llamas loses a leading
+    space; BERT's WordPiece keeps neither case nor white space.
     """
 
     def __init__(self, definition: bytes, settings: Mapping[str, Any]) -> None:
@@ -43,51 +54,78 @@ class HuggingFaceTokenizer:
         """
         self._definition = definition
         self._tokenizer = tokenizer = _parsed(definition)
+        tokenizer.encode_special_tokens = True  # Names of special tokens in a text stay text.
         ids = tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(ids.values(), default=-1) + 1
+        if self.vocab_size > 2 * len(ids) + MOST_GAPS:
+            raise ValueError(f"it has {len(ids)} tokens, and ids up to {self.vocab_size - 1}")
         parts = {part: settings[part] for part in PARTS if settings.get(part) in ids}
-        stop_ids = [i for i in settings.get("stop_ids", ()) if i in range(self.vocab_size)]
+        stop_ids = [i for i in settings.get("stop_ids", ()) if type(i) is int and i in range(self.vocab_size)]
         fallbacks = (*map(tokenizer.id_to_token, stop_ids), parts.get("sep_token"), END_OF_TEXT)
         end_names = [name for name in (parts.get("eos_token"), *fallbacks) if name in ids]
         if not end_names:
             raise ValueError(f"it has no token that ends a text; name one as eos_token in {CONFIG_FILE}")
         self.parts = {**parts, "eos_token": end_names[0]}
-        _mark_special(tokenizer, self.parts.values())
+        others = settings.get("extra_special_tokens") or []
+        self._marked = _not_of_text(tokenizer, {*self.parts.values(), *others} & {*ids})
+        _mark_special(tokenizer, self._marked)
 
-        self.special_tokens = {
-            token.content: i for i, token in sorted(tokenizer.get_added_tokens_decoder().items()) if token.special
-        }
+        added = sorted(tokenizer.get_added_tokens_decoder().items())
+        self.special_tokens = {token.content: i for i, token in added if token.special}
         self.end_of_text: int = ids[end_names[0]]
         self.begin_of_text = _begin_of_text(tokenizer)
-        self._settings = {"stop_ids": stop_ids}
+        self._settings: dict[str, Any] = {"stop_ids": stop_ids}
+        if others:
+            self._settings["extra_special_tokens"] = others
         if "add_bos_token" in settings:
             self._settings["add_bos_token"] = settings["add_bos_token"]
             self.begin_of_text = ids.get(parts.get("bos_token")) if settings["add_bos_token"] else None
+        for part in ("bos_token", "eos_token"):
+            name, there = self.parts.get(part), settings.get(f"{part}_ids")
+            if name in ids and there and ids[name] not in there:
+                counts = "both end a text" if part == "eos_token" else "the tokenizer's counts"
+                logger.warning(
+                    "%s is %s (%d) in the tokenizer, %s in the model; %s", part, name, ids[name], there, counts
+                )
         turn_ends = [self.special_tokens[name] for name in END_OF_TURN if name in self.special_tokens]
         self.stop_ids = frozenset({self.end_of_text, *stop_ids, *turn_ends})
         self.chat_template: str | None = settings.get("chat_template")
-        boundaries = json.dumps([self.begin_of_text, self.end_of_text]).encode()
-        self.fingerprint = hashlib.sha256(definition + boundaries).hexdigest()
+        # SentencePiece puts a space before every text. The library's rule leaves out texts that begin with one.
+        self._spaced: tuple[str, ...] = ()
+        if settings.get("add_dummy_prefix") is True:
+            self._settings["add_dummy_prefix"] = True
+            pieces = tokenizer.get_vocab(with_added_tokens=False)
+            self._spaced = (" ", "▁", *(t.content for _, t in added if not t.special and t.content in pieces))
+        # What a text begins with may be made or removed by its normalization, which must come first.
+        self._normalizer = tokenizer.normalizer if self._spaced else None
+        if self._normalizer is not None:
+            tokenizer.normalizer = None
+        boundaries = json.dumps([self.begin_of_text, self.end_of_text, *(["add_dummy_prefix"] if self._spaced else [])])
+        self.fingerprint = hashlib.sha256(definition + boundaries.encode()).hexdigest()
 
     def encode(self, text: str) -> list[int]:
         """See Tokenizer."""
-        return self._encode(text)
+        return self._encode(text, self._tokenizer)
 
     def encode_array(self, text: str) -> np.ndarray:
         """See Tokenizer."""
-        return np.array(self._encode(text), np.int32)
+        return np.array(self._encode(text, self._tokenizer), np.int32)
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def cut(self, text: str) -> int:
+        """See Tokenizer."""
+        return last_cut(text) if self._may_be_cut else 0
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """See Tokenizer. Names of special tokens in a message are broken by a zero-width space."""
         if self.chat_template is None:
             raise UserError(NO_CHAT)
-        plain = [{**message, "content": self._without_names(message["content"])} for message in messages]
-        text = chat_template.render(self.chat_template, plain, self.parts)
-        self._tokenizer.encode_special_tokens = False
-        try:
-            return self._encode(text)
-        finally:
-            self._tokenizer.encode_special_tokens = True
+        plain = chat_template.checked(messages, self._without_names)
+        return self._encode(chat_template.render(self.chat_template, plain, self.parts), self._chat_tokenizer)
+
+    def id_of(self, token: str) -> int | None:
+        """The id of a token by its name in the vocabulary."""
+        i: int | None = self._tokenizer.token_to_id(token)
+        return i
 
     def decode(self, ids: Sequence[int]) -> str:
         """See Tokenizer."""
@@ -97,7 +135,10 @@ class HuggingFaceTokenizer:
     def decoder(self, after: Sequence[int] = ()) -> "WindowDecoder":
         """See Tokenizer. Tokens that start or end a document are no text that a space could follow."""
         boundaries = (self.begin_of_text, self.end_of_text)
-        return WindowDecoder(self, self._byte_tokens, [i for i in after[-WINDOW:] if i not in boundaries])
+        start = max(0, len(after) - WINDOW)
+        while start > 0 and after[start] in self._byte_tokens:
+            start -= 1
+        return WindowDecoder(self, self._byte_tokens, [i for i in after[start:] if i not in boundaries])
 
     def save(self, folder: Path) -> Path:
         """See Tokenizer. Also writes `tokenizer_config.json`."""
@@ -106,7 +147,7 @@ class HuggingFaceTokenizer:
 
     def rules(self) -> dict[str, Any]:
         """The content of `tokenizer.json`, every default spelled out."""
-        rules: dict[str, Any] = json.loads(self._tokenizer.to_str())
+        rules: dict[str, Any] = json.loads(self._chat_tokenizer.to_str())
         return rules
 
     def config(self) -> dict[str, Any]:
@@ -120,17 +161,47 @@ class HuggingFaceTokenizer:
             **template,
         }
 
-    def _encode(self, text: str) -> list[int]:
+    def _encode(self, text: str, tokenizer: Any) -> list[int]:
         utf8(text)
+        if self._normalizer is not None and tokenizer is self._tokenizer:
+            normalized = self._normalizer.normalize_str(text)
+            keeps_spaces = self._normalizer.normalize_str(" ") != ""
+            text = f"▁{normalized}" if normalized or (text and keeps_spaces) else ""
+        elif text.startswith(self._spaced):
+            text = f"▁{text}"
         # The method for batches omits the tokens' offsets in the text, which take a third of the time.
-        [encoding] = self._tokenizer.encode_batch_fast([text], add_special_tokens=False)
+        [encoding] = tokenizer.encode_batch_fast([text], add_special_tokens=False)
         ids: list[int] = encoding.ids
         return ids
 
+    @functools.cached_property
+    def _chat_tokenizer(self) -> Any:
+        """The library's tokenizer to which names of special tokens are these tokens. It is an object of its own, since
+        threads may encode texts with the other one at the same time."""
+        tokenizer = _parsed(self._definition)
+        _mark_special(tokenizer, self._marked)
+        return tokenizer
+
     def _without_names(self, text: str) -> str:
-        longest_first = sorted(self.special_tokens, key=len, reverse=True)
-        names = "|".join(map(re.escape, longest_first)) or "(?!)"
-        return re.sub(names, lambda match: match[0][0] + ZERO_WIDTH_SPACE + match[0][1:], text)
+        """A text of a message in which no name of a special token is left. Raises UserError when one cannot be broken:
+        of one character, or one that the tokenizer's normalization puts together again."""
+        broken: set[str] = set()
+        while control := {*self.special_tokens.values()} & {*self._encode(text, self._chat_tokenizer)}:
+            plain = {*self.encode(text)}  # Any text may yield the unknown token.
+            found = {i: self._tokenizer.id_to_token(i) for i in control}
+            names = [name for i, name in found.items() if name in text or i not in plain]
+            if not names:
+                break
+            if {*names} & broken:
+                raise UserError(f"a message contains the special token {names[0]!r}, which only the template may write")
+            text = re.sub(f"(?s)(?={'|'.join(map(re.escape, names))}).", lambda m: m[0] + ZERO_WIDTH_SPACE, text)
+            broken |= {*names}
+        return text
+
+    @functools.cached_property
+    def _may_be_cut(self) -> bool:
+        unknown = self._tokenizer.token_to_id(getattr(self._tokenizer.model, "unk_token", None) or "")
+        return may_be_cut(self.rules(), unknown not in self.encode("a \na"))
 
     @functools.cached_property
     def _byte_tokens(self) -> frozenset[int]:
@@ -175,29 +246,123 @@ class WindowDecoder:
         return self._tokenizer.decode(self._shown + self._held)[len(before) :]
 
 
+def from_tokenizer_json(definition: bytes, folder: Path) -> HuggingFaceTokenizer:
+    """The tokenizer of a `tokenizer.json`, with what the files in its folder say of it. Raises ValueError.
+
+    Where its tokenizer_config.json says something else, it is as in transformers 5: `tokenizer.json` decides what
+    begins a text and which ids tokens have, tokenizer_config.json how added tokens are matched, and whether GPT-2's
+    class puts a space before a text. Each difference is logged.
+    """
+    settings = read_settings(folder)
+    if "stop_ids" in read_json(folder / CONFIG_FILE):  # Both were written by `save`.
+        return HuggingFaceTokenizer(definition, settings)
+    rules = json.loads(definition)
+    changed = False
+    splitting = rules.get("pre_tokenizer") or {}
+    before = settings.get("add_prefix_space") is True
+    if settings["is_gpt2"] and splitting.get("type") == "ByteLevel" and splitting.get("add_prefix_space") != before:
+        logger.warning("add_prefix_space is %s, as %s has it, not as %s", before, CONFIG_FILE, JSON_FILE)
+        splitting["add_prefix_space"], changed = before, True
+    added = {token["content"]: token for token in rules.get("added_tokens") or ()}
+    for i, token in (settings.get("added_tokens_decoder") or {}).items():
+        name = token["content"]
+        here = added.get(name)
+        if here is None or here["id"] != int(i):
+            count = here["id"] if here else "no added token"
+            logger.warning("%s is %s, as %s has it, not %s, as %s has it", name, count, JSON_FILE, i, CONFIG_FILE)
+            continue
+        token = {**token, "special": token.get("special") or here.get("special")}  # Special for one is special.
+        if flags := {key: token[key] for key in FLAGS if token.get(key, here.get(key)) != here.get(key)}:
+            logger.warning("%s has the flags %s, as %s has them, not as %s", name, flags, CONFIG_FILE, JSON_FILE)
+            here.update(flags)
+            changed = True
+    asked = settings.pop("add_bos_token", None)
+    tokenizer = HuggingFaceTokenizer(json.dumps(rules).encode() if changed else definition, settings)
+    for name, token in added.items():
+        if name and (i := tokenizer.id_of(name)) != token["id"]:
+            logger.warning("%s has the id %s, not %s, as added_tokens in %s has it", name, i, token["id"], JSON_FILE)
+    if asked is not None and asked != (tokenizer.begin_of_text is not None):
+        adds = "a token begins" if tokenizer.begin_of_text is not None else "no token begins"
+        logger.warning("%s every text, as %s has it, not as add_bos_token in %s", adds, JSON_FILE, CONFIG_FILE)
+    return tokenizer
+
+
 def read_settings(folder: Path) -> dict[str, Any]:
     """The settings of a tokenizer in a folder from the hub: everything but the vocabulary.
 
     The keys are those of tokenizer_config.json, with tokens by name, with the chat template from whichever file has it,
-    and with `stop_ids`, which end a generated text. Raises ValueError naming a damaged file.
+    and with `stop_ids`, which end a generated text. Where two files differ, it is as in transformers 5, and the
+    difference is logged: special_tokens_map.json counts before a tokenizer_config.json without added_tokens_decoder,
+    chat_template.jinja before every other place, generation_config.json before config.json. Raises ValueError naming a
+    damaged file; a damaged chat template is logged, since texts can do without.
     """
-    settings = {**read_json(folder / "special_tokens_map.json"), **read_json(folder / CONFIG_FILE)}
-    settings |= {part: _name(settings[part]) for part in PARTS if part in settings}
-    template = settings.get("chat_template")
-    if isinstance(template, list):  # Several templates, by name.
-        named = [t for t in template if isinstance(t, dict) and t.get("name") == "default"]
-        template = named[0].get("template") if named else None
-    if (folder / TEMPLATE_FILE).is_file():
-        template = (folder / TEMPLATE_FILE).read_text(encoding="utf-8")
-    for file in ("generation_config.json", "config.json"):
-        stop = read_json(folder / file).get("eos_token_id") if "stop_ids" not in settings else None
-        if stop is not None:
-            settings["stop_ids"] = stop if isinstance(stop, list) else [stop]
-    if not isinstance(template, str | None):
-        raise ValueError(f"the chat template in {CONFIG_FILE} beside it is no text")
+    config = _by_name(read_json(folder / CONFIG_FILE))
+    other = _by_name(read_json(folder / TOKENS_FILE))
+    saved = "stop_ids" in config  # By us, so that all files agree.
+    first = saved or "added_tokens_decoder" in config
+    for part in PARTS:
+        if config.get(part) and other.get(part) and config[part] != other[part]:
+            used, unused = (CONFIG_FILE, TOKENS_FILE) if first else (TOKENS_FILE, CONFIG_FILE)
+            value = (config if first else other)[part]
+            logger.warning("%s is %s, as %s has it, not as %s", part, value, used, unused)
+    given = {key: value for key, value in other.items() if value is not None}
+    settings = {**given, **config} if first else {**config, **given}
+    settings["chat_template"] = _template(folder, settings.get("chat_template"))
     if not isinstance(settings.get("stop_ids", []), list):
         raise ValueError(f"the stop_ids in {CONFIG_FILE} beside it are no list")
-    return {**settings, "chat_template": template}
+    if not saved:
+        model, generation = read_json(folder / "config.json"), read_json(folder / "generation_config.json")
+        for part in ("bos_token", "eos_token"):
+            ids = [found for found in (generation.get(f"{part}_id"), model.get(f"{part}_id")) if found is not None]
+            ids = [found if isinstance(found, list) else [found] for found in ids]
+            settings[f"{part}_ids"] = ids[0] if ids else []
+            if len(ids) == 2 and not {*ids[1]} <= {*ids[0]}:
+                logger.warning(
+                    "%s_id is %s, as generation_config.json has it, not %s, as config.json has it", part, *ids
+                )
+        if settings["eos_token_ids"]:
+            settings["stop_ids"] = settings["eos_token_ids"]
+        class_name = settings.get("tokenizer_class") or {"gpt2": "GPT2Tokenizer"}.get(str(model.get("model_type")), "")
+        settings["is_gpt2"] = str(class_name).startswith("GPT2Tokenizer")
+    return settings
+
+
+def _by_name(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings in which tokens, which may be objects with their properties, are names."""
+    others = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
+    others = others.values() if isinstance(others, dict) else others if isinstance(others, list) else []
+    names = {part: _name(settings[part]) for part in PARTS if part in settings}
+    if damaged := [part for part, name in names.items() if name is None and settings[part] is not None]:
+        raise ValueError(
+            f"{damaged[0]} is {settings[damaged[0]]!r:.60} in a file beside it, which is no name of a token"
+        )
+    more = {"extra_special_tokens": [name for name in map(_name, others) if name]} if others else {}
+    return {**settings, **names, **more}
+
+
+def _template(folder: Path, template: Any) -> str | None:
+    """The chat template of a folder: that of a file of its own, or that in the settings, of several that named default.
+
+    None when there is none, or none that can be used, which is logged.
+    """
+    given = template
+    if isinstance(template, list):
+        named = [t for t in template if isinstance(t, dict) and isinstance(t.get("name"), str)]
+        template = {t["name"]: t.get("template") for t in named}
+    if isinstance(template, dict):
+        template = template.get("default")
+    if given and not isinstance(template, str):
+        logger.warning("the chat_template in %s is no text, nor several by name with a default", CONFIG_FILE)
+    if (folder / TEMPLATE_FILE).is_file():
+        try:
+            file_template = (folder / TEMPLATE_FILE).read_text(encoding="utf-8")
+        except ValueError:
+            logger.warning("%s is not UTF-8 text, and not used", TEMPLATE_FILE)
+        else:
+            if isinstance(template, str) and template != file_template:
+                logger.warning("the chat template is that of %s, not the other one in %s", TEMPLATE_FILE, CONFIG_FILE)
+            template = file_template
+    return template if isinstance(template, str) else None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -230,19 +395,46 @@ def _parsed(definition: bytes) -> Any:
         raise ValueError(f"the library tokenizers refuses it ({e})") from None
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    tokenizer.encode_special_tokens = True  # Names of special tokens in a text stay text.
+    if getattr(tokenizer.model, "dropout", None):
+        tokenizer.model.dropout = None  # It makes the tokens random, which transformers leaves as it is.
     return tokenizer
 
 
-def _mark_special(tokenizer: Any, names: Any) -> None:
-    """Adds names that are no added tokens yet as special tokens, so that text does not yield them."""
+def _not_of_text(tokenizer: Any, names: Set[str]) -> list[str]:
+    """Those of the names, which settings call special, that the tokenizer takes for no part of a text.
+
+    A name that text yields by itself is ordinary text, such as a `"pad_token": "!"`. transformers makes a special token
+    of it, and cuts every text there.
+    """
+    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+
+    def of_text(name: str) -> bool:
+        encodings = ((c, tokenizer.encode(c + name, add_special_tokens=False)) for c in ("", "a", "1", " ", "\n"))
+        return any(
+            (tokenizer.token_to_id(name), (len(before), len(before + name))) in zip(e.ids, e.offsets, strict=True)
+            for before, e in encodings
+        )
+
+    return sorted(name for name in names - known if not of_text(name))
+
+
+def _mark_special(tokenizer: Any, names: Sequence[str]) -> None:
+    """Adds names of the vocabulary as special tokens."""
     from tokenizers import AddedToken
 
-    known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
-    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in {*names} - known])
+    tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
 
 
 def _begin_of_text(tokenizer: Any) -> int | None:
-    """The id of the token that the rules put before a text, or None."""
+    """The id of the token that the rules put before a text, or None. Raises ValueError when they name an unknown one,
+    at which the library would panic."""
+    if tokenizer.post_processor is None:
+        return None
+    rules = json.loads(tokenizer.post_processor.__getstate__())
+    for step in rules.get("processors", [rules]):
+        pieces = [*step.get("single", ()), *step.get("pair", ())]
+        names = {piece["SpecialToken"]["id"] for piece in pieces if "SpecialToken" in piece}
+        if missing := names - {*step.get("special_tokens", ())}:
+            raise ValueError(f"its post_processor names {', '.join(sorted(missing))}, which it does not define")
     encoding = tokenizer.encode("a")
     return encoding.ids[0] if sum(encoding.special_tokens_mask[:1]) else None

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from gpt_jax.errors import UserError
 from gpt_jax.tokenizer.bytes import ByteTokenizer
-from gpt_jax.tokenizer.hugging_face import HuggingFaceTokenizer, read_settings
+from gpt_jax.tokenizer.hugging_face import from_tokenizer_json
 from gpt_jax.tokenizer.published import from_sentencepiece, from_vocabulary
 from gpt_jax.tokenizer.sentencepiece import ForeignModelError, SentencePieceTokenizer
 from gpt_jax.tokenizer.tokenizer import BYTE_LEVEL_FILE, JSON_FILE, SENTENCEPIECE_FILE, WORDPIECE_FILE, Tokenizer
@@ -33,7 +33,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     except OSError as e:
         raise UserError(f"{e.filename or path} cannot be read ({e.strerror})") from e
     except ValueError as e:
-        raise UserError(f"{path} cannot be used as a tokenizer: {e}") from e
+        raise UserError(f"{path} cannot be used as a tokenizer: {' '.join(str(e).split())}") from e
     except (TypeError, LookupError, AttributeError, RecursionError) as e:  # A value of the wrong type.
         raise UserError(
             f"{path} cannot be used as a tokenizer: something in it, or in a file beside it, is of another type than "
@@ -60,5 +60,5 @@ def _from_json(path: Path, content: bytes) -> Tokenizer:
     if fields.get("type") == "bytes":
         return ByteTokenizer.from_definition(fields)
     if "model" in fields:
-        return HuggingFaceTokenizer(content, read_settings(path.parent))
+        return from_tokenizer_json(content, path.parent)
     raise ValueError('it is neither a JSON object of "type": "bytes" nor one with a "model", as Hugging Face has')

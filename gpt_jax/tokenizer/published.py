@@ -5,34 +5,27 @@ There are three kinds: SentencePiece models such as Llama's, the byte-level BPE 
 """
 
 import json
+import logging
+import math
+import re
 from collections.abc import Mapping, Sequence
 from enum import IntEnum
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from gpt_jax.errors import UserError
-from gpt_jax.tokenizer.hugging_face import PARTS, HuggingFaceTokenizer, read_json, read_settings
+from gpt_jax.tokenizer.hugging_face import (
+    CONFIG_FILE,
+    FLAGS,
+    PARTS,
+    HuggingFaceTokenizer,
+    read_json,
+    read_settings,
+)
+from gpt_jax.tokenizer.splitting import GPT2_NAMES, LLAMA3, PATTERNS, QWEN2, SINGLE_DIGITS_NAMES, TEKKEN
 from gpt_jax.tokenizer.tokenizer import BYTE_LEVEL_FILE
 
-# How text is split before BPE, by the names in GGUF files. Each regular expression is from the models' own
-# tokenizer.json; GPT-2's is built into the library.
-_GPT2_NAMES = ("gpt-2", "default")
-_SINGLE_DIGITS_NAMES = ("smollm", "starcoder", "refact", "command-r", "codeshell")  # As GPT-2, with digits split off.
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
-_TEKKEN = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
-    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
-    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_PATTERNS = {
-    **dict.fromkeys(("llama-bpe", "llama3", "llama-v3", "falcon3"), _LLAMA3),
-    **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), _QWEN2),
-    "tekken": _TEKKEN,  # Mistral's since Nemo.
-}
+logger = logging.getLogger(__name__)
 
 
 class Kind(IntEnum):
@@ -61,37 +54,49 @@ def from_vocabulary(path: Path) -> HuggingFaceTokenizer:
     """
     settings = read_settings(path.parent)
     if path.name != BYTE_LEVEL_FILE:
-        return _wordpiece(path.read_text(encoding="utf-8"), settings)
-    lines = path.with_name("merges.txt").read_text(encoding="utf-8").split("\n")
+        return _wordpiece(path.read_text(encoding="utf-8-sig"), settings)
+    lines = path.with_name("merges.txt").read_text(encoding="utf-8-sig").split("\n")
     merges = [line for line in lines if line and not line.startswith("#version")]
-    tokenizer = _byte_level(json.loads(path.read_bytes()), merges, "gpt-2")
+    vocabulary = json.loads(path.read_bytes())
+    if not isinstance(vocabulary, dict) or not all(type(i) is int and i >= 0 for i in vocabulary.values()):
+        raise ValueError("it is not a JSON object of ids by token")
+    if len({*vocabulary.values()}) < len(vocabulary):
+        raise ValueError("two of its tokens have the same id")
+    rules = "qwen2" if str(settings.get("tokenizer_class")).startswith("Qwen2Tokenizer") else "gpt-2"
+    tokenizer = _byte_level(vocabulary, merges, rules, settings.get("add_prefix_space") is True)
     _add_tokens(tokenizer, settings, path.parent)
     return finished(tokenizer, settings)
 
 
 def from_sentencepiece(path: Path) -> HuggingFaceTokenizer:
-    """The tokenizer of a SentencePiece model, which encodes as transformers' LlamaTokenizer does.
+    """The tokenizer of a SentencePiece model, which encodes as SentencePiece does, and chats as transformers'
+    LlamaTokenizer.
 
-    LlamaTokenizer differs from SentencePiece in one point: it puts no space before a text that begins with one, so that
-    decoding loses this space. Raises ValueError when the file is damaged or of a type other
-    than bpe and unigram.
+    LlamaTokenizer puts no space before a text that begins with one, so that decoding loses this space. Neither puts one
+    after a special token, as llama.cpp does. Normalization by a table is that of the library tokenizers, which drops
+    some combining marks. Raises ValueError when the file is damaged or of a type other than bpe and unigram.
     """
     model = sentencepiece_proto(path.read_bytes())
     spec = model.trainer_spec
     if spec.model_type not in (spec.BPE, spec.UNIGRAM):
         raise ValueError("it is a SentencePiece model of words or characters; bpe and unigram are supported")
+    if spec.treat_whitespace_as_suffix:
+        raise ValueError("it is a SentencePiece model whose tokens end with their spaces, which is not supported")
     settings = read_settings(path.parent)
     ids = {"bos_token": spec.bos_id, "eos_token": spec.eos_id, "unk_token": spec.unk_id}
     names = {part: model.pieces[i].piece for part, i in ids.items() if 0 <= i < len(model.pieces)}
     settings = {**names, **{key: value for key, value in settings.items() if value is not None}}
+    asked = settings.get("add_prefix_space")
+    space_before = model.normalizer_spec.add_dummy_prefix if asked is None else bool(asked)
     tokenizer = _sentencepiece(
         sentencepiece_pieces(model),
         unigram=spec.model_type == spec.UNIGRAM,
-        space_before=settings.get("add_prefix_space", model.normalizer_spec.add_dummy_prefix),
+        space_before=space_before,
         charsmap=model.normalizer_spec.precompiled_charsmap,
+        single_spaces=model.normalizer_spec.remove_extra_whitespaces,
     )
     _add_tokens(tokenizer, settings, path.parent)
-    return finished(tokenizer, {"add_bos_token": True, **settings})
+    return finished(tokenizer, {"add_bos_token": True, **settings, "add_dummy_prefix": space_before})
 
 
 def sentencepiece_proto(content: bytes) -> Any:
@@ -122,23 +127,33 @@ def gguf_tokenizer(fields: Mapping[str, Any]) -> HuggingFaceTokenizer:
         kind, pre, tokens = own["model"], own.get("pre", "default"), own["tokens"]
         types = own.get("token_type") or [Kind.NORMAL] * len(tokens)
         if kind == "llama":
+            if "token_type" not in own:  # The names of the bytes tell them.
+                types = [Kind.BYTE if re.fullmatch("<0x[0-9A-F]{2}>", token) else Kind.NORMAL for token in tokens]
             pieces = [Piece(*piece) for piece in zip(tokens, own["scores"], types, strict=True)]
-            tokenizer = _sentencepiece(pieces, space_before=own.get("add_space_prefix", True))
+            if not all(math.isfinite(piece.score) for piece in pieces):
+                raise ValueError("a score is no finite number")
+            space_before = bool(own.get("add_space_prefix", True))
+            tokenizer = _sentencepiece(pieces, space_before)
         elif kind == "gpt2":
             tokenizer = _byte_level({token: i for i, token in enumerate(tokens)}, own["merges"], pre)
             _add_by_kind(tokenizer, tokens, types)
         else:
             raise UserError(f"the GGUF file has a tokenizer of model {kind!r}; gpt2 and llama are supported")
         ids = {part: own.get(key) for part, key in zip(PARTS, _GGUF_IDS, strict=True)}
-        settings = {part: tokens[i] for part, i in ids.items() if i is not None}
+        absent = (None, -1, 2**32 - 1)  # llama.cpp's number for no token, -1, may be stored without a sign.
+        if impossible := [i for i in ids.values() if i not in absent and not 0 <= i < len(tokens)]:
+            raise ValueError(f"a special token has the id {impossible[0]}, and there are {len(tokens)} tokens")
+        settings: dict[str, Any] = {part: tokens[i] for part, i in ids.items() if i not in absent}
         settings["stop_ids"] = [own[key] for key in ("eos_token_id", "eot_token_id", "eom_token_id") if key in own]
-        settings["add_bos_token"] = own.get("add_bos_token", kind == "llama" or _PATTERNS.get(pre) == _LLAMA3)
-        settings["chat_template"] = fields.get("tokenizer.chat_template")
+        settings["add_bos_token"] = own.get("add_bos_token", kind == "llama" or PATTERNS.get(pre) == LLAMA3)
+        template = fields.get("tokenizer.chat_template")
+        settings["chat_template"] = template if isinstance(template, str) else None
+        settings["add_dummy_prefix"] = kind == "llama" and space_before
         return finished(tokenizer, settings)
     except KeyError as e:
         raise UserError(f"the GGUF file has no {prefix}{e.args[0]}, without which there is no tokenizer") from None
     except (ValueError, IndexError, TypeError, AttributeError) as e:  # A value of the wrong type.
-        raise UserError(f"the tokenizer in the GGUF file is damaged: {e}") from e
+        raise UserError(f"the tokenizer in the GGUF file is damaged: {' '.join(str(e).split())}") from e
 
 
 _GGUF_IDS = (  # In the order of PARTS.
@@ -188,12 +203,21 @@ def unigram_model(pieces: Sequence[Piece]) -> Any:
     )
 
 
-def _sentencepiece(pieces: Sequence[Piece], space_before: bool, unigram: bool = False, charsmap: bytes = b"") -> Any:
-    from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
+def _sentencepiece(
+    pieces: Sequence[Piece],
+    space_before: bool,
+    unigram: bool = False,
+    charsmap: bytes = b"",
+    single_spaces: bool = False,
+) -> Any:
+    from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 
     tokenizer = Tokenizer(unigram_model(pieces) if unigram else bpe_model(pieces))
-    if charsmap:
-        tokenizer.normalizer = normalizers.Precompiled(charsmap)
+    steps: list[Any] = [normalizers.Precompiled(charsmap)] if charsmap else []
+    if single_spaces:  # Of spaces alone: SentencePiece leaves newlines and the like.
+        steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
+    if steps:
+        tokenizer.normalizer = normalizers.Sequence(steps) if len(steps) > 1 else steps[0]
     # Not "always", which would put a space after each special token within the text, too.
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first" if space_before else "never", split=False)
     strip = [decoders.Strip(" ", left=1)] if space_before else []
@@ -204,28 +228,28 @@ def _sentencepiece(pieces: Sequence[Piece], space_before: bool, unigram: bool = 
     return tokenizer
 
 
-def _byte_level(vocabulary: dict[str, int], merges: Sequence[str], pre: str) -> Any:
+def _byte_level(vocabulary: dict[str, int], merges: Sequence[str], pre: str, space_before: bool = False) -> Any:
     """Byte-level BPE. pre: GGUF's name for how text is split first. Raises UserError when it is unknown."""
     from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
     from tokenizers.models import BPE
 
-    pattern = _PATTERNS.get(pre)
-    if pattern is None and pre not in (*_GPT2_NAMES, *_SINGLE_DIGITS_NAMES):
-        known = ", ".join(sorted([*_PATTERNS, *_GPT2_NAMES, *_SINGLE_DIGITS_NAMES]))
+    pattern = PATTERNS.get(pre)
+    if pattern is None and pre not in (*GPT2_NAMES, *SINGLE_DIGITS_NAMES):
+        known = ", ".join(sorted([*PATTERNS, *GPT2_NAMES, *SINGLE_DIGITS_NAMES]))
         raise UserError(f"the GGUF file's tokenizer.ggml.pre is {pre!r}, which is not known; supported are {known}")
     try:
         pairs = [(left, right) for left, right in (merge.split(" ") for merge in merges)]
-        model = BPE(vocabulary, pairs, ignore_merges=pattern in (_LLAMA3, _TEKKEN))
+        model = BPE(vocabulary, pairs, ignore_merges=pattern in (LLAMA3, TEKKEN))
     except Exception as e:  # The library raises nothing more definite.
         raise ValueError(f"its merges do not fit its vocabulary ({e})") from None
     tokenizer = Tokenizer(model)
-    if pattern == _QWEN2:
+    if pattern == QWEN2:
         tokenizer.normalizer = normalizers.NFC()
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=space_before, use_regex=pattern is None)
     splitters: list[Any] = []
     if pattern is not None:
         splitters = [pre_tokenizers.Split(Regex(pattern), behavior="isolated")]
-    elif pre in _SINGLE_DIGITS_NAMES:
+    elif pre in SINGLE_DIGITS_NAMES:
         splitters = [pre_tokenizers.Digits(individual_digits=True)]
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splitters, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
@@ -285,17 +309,23 @@ def _add_by_kind(tokenizer: Any, tokens: Sequence[str], kinds: Sequence[int]) ->
 
 
 def _add_tokens(tokenizer: Any, settings: Mapping[str, Any], folder: Path) -> None:
-    """Adds the tokens in tokenizer_config.json and added_tokens.json. Raises ValueError when their ids leave gaps."""
+    """Adds the tokens in tokenizer_config.json, which counts where they differ, and in added_tokens.json.
+
+    Raises ValueError when their ids leave gaps.
+    """
     from tokenizers import AddedToken
 
-    added: dict[int, Any] = {}
+    decoder = {int(i): token for i, token in (settings.get("added_tokens_decoder") or {}).items()}
+    added = {
+        i: AddedToken(token["content"], **{key: token[key] for key in FLAGS if key in token})
+        for i, token in decoder.items()
+    }
+    names = {token.content: i for i, token in added.items()}
     for name, i in read_json(folder / "added_tokens.json").items():
-        added[int(i)] = AddedToken(name, normalized=False, special=True)
-    for i, token in (settings.get("added_tokens_decoder") or {}).items():
-        flags = {
-            key: token[key] for key in ("single_word", "lstrip", "rstrip", "normalized", "special") if key in token
-        }
-        added[int(i)] = AddedToken(token["content"], **flags)
+        if names.get(name, int(i)) != int(i) or (int(i) in added and added[int(i)].content != name):
+            logger.warning("%s is no token of id %s, as added_tokens.json has it: %s differs", name, i, CONFIG_FILE)
+        elif int(i) not in added:
+            added[int(i)] = AddedToken(name, normalized=False, special=True)
     for i, token in sorted(added.items()):
         tokenizer.add_tokens([token])
         if tokenizer.token_to_id(token.content) != i:

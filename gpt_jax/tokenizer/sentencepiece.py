@@ -14,6 +14,7 @@ from gpt_jax.tokenizer.tokenizer import END_OF_TEXT, SENTENCEPIECE_FILE, ByteDec
 # The units that are tokenised independently: spaces, then characters up to the next space or newline, then newlines. No
 # token of the models trained here crosses from one unit to the next, so the result is that of the whole text.
 WORD = re.compile(r" *[^ \n]*\n*")
+_BEFORE_LAST_WORD = re.compile(r"(?s:.*)(?:(?<=[^ ])(?= )|(?<=\n)(?=[^\n]))")
 logger = logging.getLogger(__name__)
 
 
@@ -86,6 +87,11 @@ class SentencePieceTokenizer(WithoutChat):
     def encode(self, text: str) -> list[int]:
         """See Tokenizer."""
         return self.encode_array(text).tolist()
+
+    def cut(self, text: str) -> int:
+        """See Tokenizer."""
+        found = _BEFORE_LAST_WORD.match(text)
+        return found.end() if found else 0
 
     def decode(self, ids: Sequence[int]) -> str:
         """See Tokenizer."""

@@ -1,9 +1,10 @@
 """Text to token ids and back: the interface of every tokenizer, and code that several of them share."""
 
 import codecs
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -60,11 +61,19 @@ class Tokenizer(Protocol):
     def encode_array(self, text: str) -> np.ndarray:
         """`encode` as an int32 array, faster for long texts."""
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
-        """Token ids of a conversation, up to the start of the next answer.
+    def cut(self, text: str) -> int:
+        """The number of characters of `text`, a part of a longer text, after which that one may be cut in two: the ids
+        of what is before, then those of `encode_on` for the rest, are the ids of the whole. 0 if it may be nowhere.
 
-        Each message has a "role" (system, user or assistant) and a "content", in which names of special tokens are
-        plain text. Raises UserError when there is no chat template, or when the template refuses the conversation.
+        It is as large as possible, and less than the length of `text` unless any place will do.
+        """
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """Token ids of a conversation, up to the start of the next answer. Threads may call it at the same time.
+
+        Each message has a "role" (system, user, assistant, developer or tool) and a "content", a text or OpenAI's list
+        of text parts, and what else the template reads. Names of special tokens in it are plain text. Raises UserError
+        when there is no chat template, when the template refuses the conversation, and for other roles and contents.
         """
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -117,6 +126,33 @@ class ByteDecoder:
         return self._utf8.decode(b"", final=True)
 
 
+# The end of the longest beginning of a text whose next character is a space after another sign, or the first letter or
+# digit of a line after a line that is not blank.
+_LAST_CUT = re.compile(r"(?s:.*)(?:(?<=\S)(?= )|(?<=\S\n)(?=[^\W_]))")
+
+
+def last_cut(text: str) -> int:
+    """The last place where most tokenizers separate a text, whatever is before and after it; 0 if there is none.
+
+    Tokens begin with their space, and may end with newlines; a run of either may be one token, and how it is cut
+    depends on what follows.
+    """
+    found = _LAST_CUT.match(text)
+    return found.end() if found else 0
+
+
+def after_cut(tokenizer: Tokenizer, text: bytes) -> bytes:
+    """The end of a part of a text that may be encoded apart from what is before it; all of the part if none may."""
+    decoded = text.decode()
+    return decoded[tokenizer.cut(decoded) :].encode()
+
+
+def encode_on(tokenizer: Tokenizer, text: str) -> np.ndarray:
+    """The ids of the rest of a text after `cut`: without what begins a text, such as a space that is put before it."""
+    before = "a" if text.startswith(" ") else "a\n"
+    return tokenizer.encode_array(before + text)[len(tokenizer.encode(before)) :]
+
+
 def utf8(text: str) -> bytes:
     """The bytes of `text`. Raises UserError for half of a surrogate pair."""
     try:
@@ -144,6 +180,6 @@ class WithoutChat:
         """See Tokenizer."""
         return frozenset({self.end_of_text})
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Raises UserError."""
         raise UserError(NO_CHAT)
