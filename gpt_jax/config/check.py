@@ -1,5 +1,6 @@
 """Checks of fields, with errors that name the field, its value and the allowed values."""
 
+import sys
 from typing import Literal, get_args, get_origin, get_type_hints
 
 from gpt_jax.errors import UserError
@@ -12,7 +13,8 @@ def check(holds: bool, name: str, value: object, allowed: str) -> None:
 
 
 def check_types(section: object, prefix: str) -> None:
-    """Raises UserError unless every field has its annotated type or Literal value. An int passes as a float."""
+    """Raises UserError unless every field has its annotated type or Literal value. An int passes as a float, nan and
+    infinity do not."""
     for name, annotation in get_type_hints(type(section)).items():
         value = getattr(section, name)
         if get_origin(annotation) is Literal:
@@ -21,3 +23,5 @@ def check_types(section: object, prefix: str) -> None:
         expected = get_origin(annotation) or annotation
         good = type(value) is expected or (expected is float and type(value) is int)
         check(good, f"{prefix}.{name}", value, f"of type {expected.__name__}")
+        if expected is float:
+            check(abs(value) <= sys.float_info.max, f"{prefix}.{name}", value, "a finite number")

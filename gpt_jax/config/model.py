@@ -33,11 +33,14 @@ class RopeConfig:
 
     def __post_init__(self) -> None:
         check_types(self, "model.rope")
-        check(self.theta > 1, "model.rope.theta", self.theta, "more than 1")
+        # Frequencies are float64 and at last float32: the largest numbers leave room for their products.
+        check(1 < self.theta < 1e30, "model.rope.theta", self.theta, "more than 1 and less than 1e30")
         for name in ("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"):
-            check(getattr(self, name) > 0, f"model.rope.{name}", getattr(self, name), "more than 0")
+            number = getattr(self, name)
+            check(2**-31 < number < 2**31, f"model.rope.{name}", number, "more than 2**-31 and less than 2**31")
         for name in ("local_theta", "original_context", "attention_factor"):
-            check(getattr(self, name) >= 0, f"model.rope.{name}", getattr(self, name), "0 or more")
+            number, most = getattr(self, name), {"local_theta": 1e30}.get(name, 2**31)
+            check(0 <= number < most, f"model.rope.{name}", number, f"0 or more, and less than {most:.0f}")
         check(
             self.scaling != "llama3" or self.high_freq_factor > self.low_freq_factor,
             "model.rope.high_freq_factor",

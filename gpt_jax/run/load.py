@@ -5,6 +5,7 @@ in its own placement.
 """
 
 import dataclasses
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -14,6 +15,7 @@ import jax
 from gpt_jax.config import HOW_IT_RUNS, Config, LoraConfig, ModelConfig, check
 from gpt_jax.errors import UserError
 from gpt_jax.interop import load as interop
+from gpt_jax.interop.agreement import agreeing
 from gpt_jax.interop.load import open_named
 from gpt_jax.interop.model_files import ModelFiles
 from gpt_jax.model.backend import resolve
@@ -186,7 +188,12 @@ def open_source(name: str, checkpoint: str = "latest") -> Source:
     if path.parent.name == "checkpoints" and path.name.isdecimal():
         return open_run(RunFolder(path.parent.parent), path.name)
     folder = RunFolder(path)
-    return open_run(folder, checkpoint) if folder.checkpoints.is_dir() else PublishedSource(name, open_named(name))
+    if folder.checkpoints.is_dir():
+        return open_run(folder, checkpoint)
+    files, notes = agreeing(open_named(name))
+    for note in notes:
+        print(f"{files.where}: {note}", file=sys.stderr)
+    return PublishedSource(name, files)
 
 
 def open_run(folder: RunFolder, checkpoint: str = "latest") -> RunSource:

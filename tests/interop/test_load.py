@@ -126,15 +126,14 @@ def test_a_flag_with_the_default_context_counts(llama: tuple[Path, Params], flag
 
 
 def test_wrong_tensors_are_named_all_at_once(llama: tuple[Path, Params], tmp_path: Path) -> None:
-    """Before anything is allocated: the configuration asks for a thousand layers."""
-    folder = copied(llama[0], tmp_path, num_hidden_layers=1000, intermediate_size=47, tie_word_embeddings=True)
+    """Before anything is allocated."""
+    folder = copied(llama[0], tmp_path, intermediate_size=47, tie_word_embeddings=True)
     tensors = (folder / "model.safetensors").read_bytes().replace(b"model.norm.weight", b"model.name.weight")
     (folder / "model.safetensors").write_bytes(tensors)
     with pytest.raises(UserError) as caught:
         load_params(open_named(str(folder)), LLAMA, Placement([DEVICE]).state_shardings)
     message = str(caught.value)
-    assert "missing: model.norm.weight, model.layers.2." in message
-    assert "more; not known: model.name.weight; of another shape: " in message
+    assert "missing: model.norm.weight; not known: model.name.weight; of another shape: " in message
     assert "model.layers.0.mlp.gate_proj.weight (48, 32), not (47, 32)" in message
     assert "lm_head" not in message  # A tied head may be stored, too.
     assert "\n" not in message
@@ -169,7 +168,7 @@ def test_wrong_tensors_are_named_all_at_once(llama: tuple[Path, Params], tmp_pat
         ({"vocab_size": 2**62}, "model.vocab_size = 4611686018427387904 is not possible"),
         ({"intermediate_size": 2**62}, "model.d_ff = 4611686018427387904 is not possible"),
         ({"hidden_size": 2**30, "vocab_size": 2**30, "intermediate_size": 2**30}, "do not fit its configuration"),
-        ({"num_hidden_layers": 100_000}, "missing: model.layers.2."),
+        ({"num_hidden_layers": 100_000}, "num_hidden_layers = 100000, but the tensors there are of 2 layers"),
         ({"model_type": "qwen2", "use_sliding_window": True, "layer_types": ["odd"] * 2}, "no qwen2's"),
         ({"model_type": "gemma3_text", "sliding_window_pattern": 0}, "no gemma3_text's"),
     ],

@@ -1,4 +1,7 @@
-"""Rotary positions in a config.json: the form of transformers 5 (rope_parameters) and the older one (rope_scaling)."""
+"""Rotary positions in a config.json: the form of transformers 5 (rope_parameters) and the older one (rope_scaling).
+
+If a config.json has both, the older one counts, as in transformers 5; where the two differ, `agreement.py` says so.
+"""
 
 import math
 from typing import Any
@@ -17,17 +20,27 @@ ORIGINAL = "original_max_position_embeddings"
 ONLY = {"partial_rotary_factor": 1.0, "truncate": True}
 
 
+def rotary_settings(given: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings of all layers, and those of sliding layers, where a config.json has them apart."""
+    rope = given or {}
+    if "full_attention" in rope:  # transformers 5, for models with two kinds of layers.
+        return rope["full_attention"] or {}, rope.get("sliding_attention") or {}
+    return rope, {}
+
+
+def kind_of(rope: dict[str, Any]) -> str:
+    """The type of rotary positions, as transformers names it."""
+    return rope.get("rope_type") or rope.get("type") or "default"
+
+
 def read_rope(settings: dict[str, Any], context: int, default_theta: float, default_local_theta: float) -> RopeConfig:
     """Our rotary settings of a model with this context. default_local_theta: 0 if sliding layers rotate as the others.
 
     Raises UserError for a scaling that is not known.
     """
-    rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
-    local: dict[str, Any] = {}
-    if "full_attention" in rope:  # transformers 5, for models with two kinds of layers.
-        rope, local = rope["full_attention"], rope.get("sliding_attention", {})
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind not in TYPES:
+    rope, local = rotary_settings(settings.get("rope_scaling") or settings.get("rope_parameters"))
+    kind = kind_of(rope)
+    if not isinstance(kind, str) or kind not in TYPES:
         raise UserError(f"rotary positions of type {kind!r} are not supported; there are {', '.join(TYPES)}")
     for name, allowed in ONLY.items():
         value = rope.get(name, settings.get(name))
