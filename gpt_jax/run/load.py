@@ -14,6 +14,7 @@ import jax
 
 from gpt_jax.config import HOW_IT_RUNS, Config, LoraConfig, ModelConfig, check
 from gpt_jax.errors import UserError
+from gpt_jax.interop import hub
 from gpt_jax.interop import load as interop
 from gpt_jax.interop.agreement import agreeing
 from gpt_jax.interop.load import open_named
@@ -80,7 +81,7 @@ class PublishedSource:
     def pinned(self) -> str:
         """See Source."""
         path = Path(self.name).expanduser()
-        return str(path.absolute()) if path.exists() else self.name
+        return str(path.absolute()) if path.exists() else hub.pinned(self.name, Path(self.where))
 
     @property
     def config(self) -> ModelConfig:
@@ -194,6 +195,13 @@ def open_source(name: str, checkpoint: str = "latest") -> Source:
     for note in notes:
         print(f"{files.where}: {note}", file=sys.stderr)
     return PublishedSource(name, files)
+
+
+def stands_for(pinned: str, name: str) -> bool:
+    """True when `name` may be what the user called a model that was pinned as `pinned`; see Source."""
+    path = str(Path(name).expanduser().absolute())
+    on_hub = not Path(pinned).is_absolute() and pinned.partition("@")[0] == name
+    return on_hub or pinned in (name, path) or Path(pinned).parent == Path(path, "checkpoints")
 
 
 def open_run(folder: RunFolder, checkpoint: str = "latest") -> RunSource:
