@@ -1,6 +1,5 @@
 """Checks of fields, with errors that name the field, its value and the allowed values."""
 
-import sys
 from typing import Literal, get_args, get_origin, get_type_hints
 
 from gpt_jax.errors import UserError
@@ -9,12 +8,14 @@ from gpt_jax.errors import UserError
 def check(holds: bool, name: str, value: object, allowed: str) -> None:
     """Raises UserError naming the field, its value and the allowed values, unless `holds`."""
     if not holds:
-        raise UserError(f"{name} = {value!r} is not possible: it must be {allowed}")
+        raise UserError(f"{name} = {value!r:.200} is not possible: it must be {allowed}")
 
 
 def check_types(section: object, prefix: str) -> None:
-    """Raises UserError unless every field has its annotated type or Literal value. An int passes as a float, nan and
-    infinity do not."""
+    """Raises UserError unless every field has its annotated type or Literal value.
+
+    An int passes as a float; infinity and what float32 cannot hold do not. nan fails at any limit of its field.
+    """
     for name, annotation in get_type_hints(type(section)).items():
         value = getattr(section, name)
         if get_origin(annotation) is Literal:
@@ -24,4 +25,4 @@ def check_types(section: object, prefix: str) -> None:
         good = type(value) is expected or (expected is float and type(value) is int)
         check(good, f"{prefix}.{name}", value, f"of type {expected.__name__}")
         if expected is float:
-            check(abs(value) <= sys.float_info.max, f"{prefix}.{name}", value, "a finite number")
+            check(not abs(value) >= 2.0**128, f"{prefix}.{name}", value, "a finite number in float32")

@@ -151,7 +151,8 @@ class ModelConfig:
             check(getattr(self, name) >= 0, f"model.{name}", getattr(self, name), f"0 ({default}) or more")
         for name in ("context_length", "n_layer", "n_head", "d_model", *defaults):  # Ids and positions are int32.
             check(getattr(self, name) < 2**31, f"model.{name}", getattr(self, name), "less than 2**31")
-        check(self.query_scale >= 0, "model.query_scale", self.query_scale, "0 (1 / sqrt(d_head)) or more")
+        allowed = "0 (1 / sqrt(d_head)) or more, and less than 1e30"
+        check(0 <= self.query_scale < 1e30, "model.query_scale", self.query_scale, allowed)
         check(
             self.d_head > 0 or self.d_model % self.n_head == 0,
             "model.n_head",

@@ -38,7 +38,7 @@ def agreeing(files: ModelFiles) -> tuple[ModelFiles, list[str]]:
     with family.reading(files.where):
         notes += settings_that_differ(settings, family)
     said = settings.get("dtype") or settings.get("torch_dtype")
-    if said and files.weights.types and said not in files.weights.types:
+    if isinstance(said, str) and files.weights.types and said not in files.weights.types:
         stored = ", ".join(sorted(files.weights.types))
         notes.append(f"the tensors are of the type {stored}, and are read as they are, not as {said}")
     if heads_differ(files, family):
@@ -87,9 +87,7 @@ def rotary_settings_that_differ(settings: Settings, family: Family, pair: Any) -
     rope, local = rotary_settings(older or newer)
     if older and newer:
         other, other_local = rotary_settings(newer)
-        named = NUMBERS.get(kind_of(rope), ())
-        both = [{"rope_type": kind_of(r)} | {name: r.get(name) for name in named} for r in (rope, other)]
-        yield from pair("rope_scaling", both[0], "rope_parameters", both[1])
+        yield from pair("rope_scaling", stretching(rope), "rope_parameters", stretching(other))
         yield from pair("rope_theta", settings.get("rope_theta"), "that of rope_parameters", other.get("rope_theta"))
         local_theta = settings.get("rope_local_base_freq")
         yield from pair("rope_local_base_freq", local_theta, "that of rope_parameters", other_local.get("rope_theta"))
@@ -103,6 +101,12 @@ def rotary_settings_that_differ(settings: Settings, family: Family, pair: Any) -
         ratio = family.value(settings, "context_length") / original
         if ratio != 1:  # Where the context was left as it was before, the factor alone says how far it goes.
             yield from pair("factor", float(rope["factor"]), f"the context over {ORIGINAL}", ratio)
+
+
+def stretching(rope: Settings) -> Settings:
+    """The settings that say how rotary positions are stretched."""
+    kind = kind_of(rope)
+    return {"rope_type": kind} | {name: rope[name] for name in NUMBERS.get(kind, ()) if rope.get(name) is not None}
 
 
 def windows_that_differ(settings: Settings, family: Family) -> Iterator[str]:

@@ -3,13 +3,14 @@
 import dataclasses
 import re
 from collections.abc import Callable, Iterator
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from gpt_jax.config import LoraConfig, ModelConfig
+from gpt_jax.config import LoraConfig, ModelConfig, check
 from gpt_jax.errors import UserError
 from gpt_jax.interop.families import family_of
 from gpt_jax.interop.families.family import Family
@@ -43,14 +44,22 @@ def named_tokenizer(name: str) -> Tokenizer | None:
 
 def their_config(files: ModelFiles) -> ModelConfig:
     """The configuration of a published model, with its own context. Raises UserError when it is not supported."""
-    family = family_of(files.config, files.where)
-    # Before anything is counted: a configuration of a few bytes may claim any number of layers.
-    numbers = {match[1] for name in files.weights.shapes if (match := re.search(r"\.(\d+)\.", name))}
+    family, shapes = family_of(files.config, files.where), files.weights.shapes
+
+    # A configuration of a few bytes may claim any number of layers, and any width, that would take all memory to count.
+    def check_claim(ours: str, claimed: Any, most: int, has: str) -> None:
+        if isinstance(claimed, int) and claimed > most:
+            raise UserError(f"{files.where}: {family.named(ours)} = {claimed}, but {has}")
+
+    layers = {match[1] for name in shapes if (match := re.search(r"\.(\d+)\.", name))}
     claimed = family.value(files.config, "n_layer")
-    if isinstance(claimed, int) and claimed > len(numbers):
-        name = family.named("n_layer")
-        raise UserError(f"{files.where}: {name} = {claimed}, but the tensors there are of {len(numbers)} layers")
-    return family.to_config(files.config, files.where)
+    check_claim("n_layer", claimed, len(layers), f"the tensors there are of {len(layers)} layers")
+    config = family.to_config(files.config, files.where)
+    most = max(map(prod, shapes.values()), default=0)
+    for name in ("vocab_size", "d_model", "n_head", "d_head", "d_ff"):
+        check_claim(name, getattr(config, name), most, f"no tensor there has more than {most} numbers")
+    check(config.vocab_size > 0, f"{files.where}: {family.named('vocab_size')}", config.vocab_size, "1 or more")
+    return config
 
 
 def check_architecture(config: ModelConfig, theirs: ModelConfig, where: str) -> None:

@@ -173,7 +173,7 @@ def all_finite(numbers: np.ndarray) -> bool:
 
 def few(names: Iterable[str], most: int = 20) -> str:
     """The names, joined for a message of one line: all, or the first `most` and the number of the others."""
-    names = list(names)
+    names = [name if len(name) <= 200 else f"{name[:200]}..." for name in names]
     rest = len(names) - most
     return ", ".join(names[:most]) + (f" and {rest} more" if rest > 0 else "")
 

@@ -89,7 +89,7 @@ class Family:
             context = ours["context_length"]
             ours["rope"] = read_rope(settings, context, self.rope_theta, self.rope_local_theta)
         floats = {f.name for f in fields(ModelConfig) if f.type is float}
-        values: Any = {k: float(v) if k in floats else v for k, v in ours.items()}
+        values: Any = {k: float(v) if k in floats and type(v) is int else v for k, v in ours.items()}
         return ModelConfig(**values)
 
     def to_settings(self, config: ModelConfig) -> Settings:

@@ -5,6 +5,7 @@ from dataclasses import replace
 from gpt_jax.config import ModelConfig
 from gpt_jax.interop.families import llama
 from gpt_jax.interop.families.family import Settings
+from gpt_jax.interop.families.rope import first_of
 from gpt_jax.interop.families.windows import from_layer_types, to_layer_types
 from gpt_jax.interop.layout import OffsetByOne
 
@@ -13,7 +14,9 @@ def read_more(settings: Settings) -> Settings:
     """The full layers, which are every sixth or those in `layer_types`, and the scale of queries."""
     period, n_layer = settings.get("sliding_window_pattern", 6), settings.get("num_hidden_layers", 26)
     default = ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(n_layer)]
-    window = from_layer_types(settings.get("layer_types") or default, n_layer, settings.get("sliding_window", 4096))
+    window = from_layer_types(
+        first_of(settings.get("layer_types"), default), n_layer, settings.get("sliding_window", 4096)
+    )
     return window | {"query_scale": (settings.get("query_pre_attn_scalar") or 256) ** -0.5}
 
 
