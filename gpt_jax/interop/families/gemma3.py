@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from gpt_jax.config import ModelConfig
+from gpt_jax.config import ModelConfig, check
 from gpt_jax.interop.families import llama
 from gpt_jax.interop.families.family import Settings
 from gpt_jax.interop.families.rope import first_of
@@ -17,7 +17,9 @@ def read_more(settings: Settings) -> Settings:
     window = from_layer_types(
         first_of(settings.get("layer_types"), default), n_layer, settings.get("sliding_window", 4096)
     )
-    return window | {"query_scale": (settings.get("query_pre_attn_scalar") or 256) ** -0.5}
+    scalar = first_of(settings.get("query_pre_attn_scalar"), 256)
+    check(scalar > 0, "query_pre_attn_scalar", scalar, "more than 0")
+    return window | {"query_scale": scalar**-0.5}
 
 
 def write_more(config: ModelConfig) -> Settings:
