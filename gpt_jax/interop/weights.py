@@ -274,7 +274,9 @@ def _read_header(path: Path) -> dict[str, _Tensor]:
     if len(header) < header_bytes:
         raise cut_short(path)
     try:
-        entries = json.loads(header)
+        if not header.startswith(b"{"):  # As the format demands, so that it is no UTF-16, either.
+            raise ValueError
+        entries = json.loads(header.decode())
         entries.pop("__metadata__", None)
         tensors = {}
         for name, entry in entries.items():
