@@ -21,7 +21,7 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _STRING, _ARRAY = 8, 9
 # What a file may claim at most, so that one made of zeros, say, ends soon: far more than any model has.
 MAX_COUNT = 1 << 16  # Tensors, and fields.
-MAX_ELEMENTS = 1 << 23  # Of all arrays together: vocabulary, scores, merges.
+MAX_ELEMENTS = 1 << 22  # Of all arrays together: vocabulary, scores, merges.
 MAX_NAME_BYTES = {"tensor": 64, "field": (1 << 16) - 1}  # As the format says.
 
 
