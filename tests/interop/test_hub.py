@@ -166,7 +166,12 @@ def test_a_look_up_is_told_before(
     (tmp_path / "models" / "llama2").mkdir(parents=True)
     told = []
     (tmp_path / "model.safetensors").touch()
-    monkeypatch.setattr("gpt_jax.interop.hub._download", lambda _: told.append(capsys.readouterr().err) or tmp_path)
+
+    def download(name: str) -> Path:
+        told.append(capsys.readouterr().err)
+        return tmp_path
+
+    monkeypatch.setattr("gpt_jax.interop.hub._download", download)
     assert find_model("models/llama") == tmp_path
     assert told == [
         "there is no folder or file models/llama (did you mean models/llama2?); looking it up on the Hugging Face hub\n"
@@ -179,7 +184,12 @@ def test_the_commit_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     folder = tmp_path / COMMIT
     publish(folder)
     asked = []
-    monkeypatch.setattr("gpt_jax.interop.hub._download", lambda name: asked.append(name) or folder)
+
+    def download(name: str) -> Path:
+        asked.append(name)
+        return folder
+
+    monkeypatch.setattr("gpt_jax.interop.hub._download", download)
     source = open_source("someone/llama")
     assert source.pinned == f"someone/llama@{COMMIT}"
     assert open_source(source.pinned).pinned == source.pinned

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -191,13 +192,14 @@ def test_an_index_that_is_refused(tmp_path: Path, case: str) -> None:
 def test_files_of_other_kinds(tmp_path: Path) -> None:
     """A pipe is not waited for; a link leads to a file, as in the hub's cache, or nowhere."""
     path = tmp_path / SAFETENSORS_FILE
-    for make, message in [
+    kinds: list[tuple[Callable[[Path], object], str]] = [
         (os.mkfifo, "model.safetensors is no file; copy or download it again"),
         (Path.mkdir, "model.safetensors cannot be read (Is a directory)"),
         (lambda p: p.symlink_to("/dev/zero"), "model.safetensors is no file; copy or download it again"),
         (lambda p: p.symlink_to("nothing"), "model.safetensors is no file; copy or download it again"),
         (lambda p: p.symlink_to(p), "model.safetensors is no file; copy or download it again"),
-    ]:
+    ]
+    for make, message in kinds:
         make(path)
         assert message in refusal(tmp_path)
         path.rmdir() if path.is_dir() else path.unlink()
