@@ -1,5 +1,6 @@
 """Checks of fields, with errors that name the field, its value and the allowed values."""
 
+import sys
 from typing import Literal, get_args, get_origin, get_type_hints
 
 from gpt_jax.errors import UserError
@@ -12,10 +13,8 @@ def check(holds: bool, name: str, value: object, allowed: str) -> None:
 
 
 def check_types(section: object, prefix: str) -> None:
-    """Raises UserError unless every field has its annotated type or Literal value.
-
-    An int passes as a float; infinity and what float32 cannot hold do not. nan fails at any limit of its field.
-    """
+    """Raises UserError unless every field has its annotated type or Literal value. An int passes as a float, and no
+    float is infinite, which JSON does not have; nan is not within any bounds, which are checked later."""
     for name, annotation in get_type_hints(type(section)).items():
         value = getattr(section, name)
         if get_origin(annotation) is Literal:
@@ -25,4 +24,4 @@ def check_types(section: object, prefix: str) -> None:
         good = type(value) is expected or (expected is float and type(value) is int)
         check(good, f"{prefix}.{name}", value, f"of type {expected.__name__}")
         if expected is float:
-            check(not abs(value) >= 2.0**128, f"{prefix}.{name}", value, "a finite number in float32")
+            check(not abs(value) > sys.float_info.max, f"{prefix}.{name}", value, "a finite number")

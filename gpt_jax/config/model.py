@@ -173,7 +173,7 @@ class ModelConfig:
         check(pattern_is_known, "model.window_pattern", self.window_pattern, "of the letters s and f, such as sssssf")
         check(set(self.biases) <= {"qkv", "out", "mlp"}, "model.biases", self.biases, "some of qkv, out, mlp")
         check(0 <= self.dropout < 1, "model.dropout", self.dropout, "at least 0 and less than 1")
-        check(self.norm_eps > 0, "model.norm_eps", self.norm_eps, "more than 0")
+        check(0 < self.norm_eps < 1e30, "model.norm_eps", self.norm_eps, "more than 0 and less than 1e30")
 
     @property
     def head_dim(self) -> int:

@@ -69,7 +69,7 @@ class Source(Protocol):
 class PublishedSource:
     """A published model."""
 
-    name: str  # As the user gave it: a folder, a file, or a repository on the hub.
+    name: str  # A folder, a file, or a repository on the hub with the commit of its files.
     files: ModelFiles
 
     @property
@@ -81,7 +81,7 @@ class PublishedSource:
     def pinned(self) -> str:
         """See Source."""
         path = Path(self.name).expanduser()
-        return str(path.absolute()) if path.exists() else hub.pinned(self.name, Path(self.where))
+        return str(path.absolute()) if path.exists() else self.name
 
     @property
     def config(self) -> ModelConfig:
@@ -194,7 +194,7 @@ def open_source(name: str, checkpoint: str = "latest") -> Source:
     files, notes = agreeing(open_named(name))
     for note in notes:
         print(f"{files.where}: {note}", file=sys.stderr)
-    return PublishedSource(name, files)
+    return PublishedSource(name if path.exists() else hub.pinned(name, Path(files.where)), files)
 
 
 def stands_for(pinned: str, name: str) -> bool:
