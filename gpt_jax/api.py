@@ -22,7 +22,7 @@ from gpt_jax.run.load import LoadedModel, load_model, open_source
 from gpt_jax.runtime import own_numerics
 from gpt_jax.sample.chat import fit, message
 from gpt_jax.sample.decode import prepare_params
-from gpt_jax.sample.generate import Result, encode_prompt, generate, generate_tokens
+from gpt_jax.sample.generate import Result, check_known, encode_prompt, generate, generate_tokens
 from gpt_jax.sample.settings import Filters, Settings
 from gpt_jax.tokenizer.tokenizer import Tokenizer
 
@@ -94,12 +94,14 @@ class Model:
     def logits(self, text: str | Sequence[int]) -> np.ndarray:
         """The logits after each token of a text, or of token ids: float32 (T, V), V the tokenizer's vocabulary.
 
-        Raises UserError when there are no tokens, or more than the context has room for.
+        Raises UserError when there are no tokens, or more than the context has room for, or ids that the model does
+        not know.
         """
         T = self.config.context_length
         tokens = encode_prompt(text, self.tokenizer, T) if isinstance(text, str) else list(text)
         if not 0 < len(tokens) <= T:
             raise UserError(f"there are {len(tokens)} tokens, and the model reads 1 to {T} at one time")
+        check_known(tokens, self.model, self.tokenizer)
         plain = GPT(dataclasses.replace(self.config, attention="xla"))  # "xla" takes any length.
         hidden_BTD = jax.jit(forward, static_argnums=0)(plain, self.params, np.array([tokens], np.int32))
         return np.asarray(logits_NV(plain, self.params, hidden_BTD[0]))[:, : self.tokenizer.vocab_size]

@@ -240,7 +240,7 @@ def test_what_is_no_python_file_is_named(tmp_path: Path, name: str) -> None:
         ("model", {"dropout": 1.0}, "at least 0 and less than 1"),
         ("model", {"dropout": -0.1}, "at least 0 and less than 1"),
         ("model", {"dropout": float("nan")}, "at least 0 and less than 1"),
-        ("model", {"norm_eps": 0.0}, "more than 0"),
+        ("model", {"norm_eps": 0.0}, "more than 0 and less than 1e30"),
         ("model", {"dtype": "float16"}, "auto or float32 or bfloat16"),
         ("model", {"attention": "flash"}, "auto or cudnn or splash or block_causal or xla"),
         ("model", {"remat": "some"}, "none or full or dots or dots_no_batch"),

@@ -9,7 +9,7 @@ from gpt_jax.errors import UserError
 def check(holds: bool, name: str, value: object, allowed: str) -> None:
     """Raises UserError naming the field, its value and the allowed values, unless `holds`."""
     if not holds:
-        raise UserError(f"{name} = {value!r} is not possible: it must be {allowed}")
+        raise UserError(f"{name} = {value!r:.1000} is not possible: it must be {allowed}")
 
 
 def check_types(section: object, prefix: str) -> None:

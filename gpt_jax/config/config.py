@@ -29,8 +29,11 @@ class Config:
 def with_vocabulary(config: Config, n_tokens: int) -> Config:
     """The configuration, with a vocabulary size of 0 replaced by the tokenizer's number of tokens.
 
-    Raises UserError when the model's vocabulary is smaller than the tokenizer's.
+    Raises UserError when the model's vocabulary is smaller than the tokenizer's. That of a model in init_from was
+    compared with its own tokenizer, and may lack special tokens that no text has.
     """
+    if config.init_from and config.model.vocab_size:
+        return config
     if config.model.vocab_size == 0:
         return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=n_tokens))
     allowed = f"at least the {n_tokens} tokens of the tokenizer in {config.data.dir}, or 0"

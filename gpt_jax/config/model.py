@@ -33,11 +33,14 @@ class RopeConfig:
 
     def __post_init__(self) -> None:
         check_types(self, "model.rope")
-        check(self.theta > 1, "model.rope.theta", self.theta, "more than 1")
+        # Frequencies are float64 and at last float32: the largest numbers leave room for their products.
+        check(1 < self.theta < 1e30, "model.rope.theta", self.theta, "more than 1 and less than 1e30")
         for name in ("factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"):
-            check(getattr(self, name) > 0, f"model.rope.{name}", getattr(self, name), "more than 0")
+            number = getattr(self, name)
+            check(2**-31 < number < 2**31, f"model.rope.{name}", number, "more than 2**-31 and less than 2**31")
         for name in ("local_theta", "original_context", "attention_factor"):
-            check(getattr(self, name) >= 0, f"model.rope.{name}", getattr(self, name), "0 or more")
+            number, most = getattr(self, name), {"local_theta": 1e30}.get(name, 2**31)
+            check(0 <= number < most, f"model.rope.{name}", number, f"0 or more, and less than {most:.0f}")
         check(
             self.scaling != "llama3" or self.high_freq_factor > self.low_freq_factor,
             "model.rope.high_freq_factor",
@@ -148,7 +151,8 @@ class ModelConfig:
             check(getattr(self, name) >= 0, f"model.{name}", getattr(self, name), f"0 ({default}) or more")
         for name in ("context_length", "n_layer", "n_head", "d_model", *defaults):  # Ids and positions are int32.
             check(getattr(self, name) < 2**31, f"model.{name}", getattr(self, name), "less than 2**31")
-        check(self.query_scale >= 0, "model.query_scale", self.query_scale, "0 (1 / sqrt(d_head)) or more")
+        allowed = "0 (1 / sqrt(d_head)) or more, and less than 1e30"
+        check(0 <= self.query_scale < 1e30, "model.query_scale", self.query_scale, allowed)
         check(
             self.d_head > 0 or self.d_model % self.n_head == 0,
             "model.n_head",
@@ -169,7 +173,7 @@ class ModelConfig:
         check(pattern_is_known, "model.window_pattern", self.window_pattern, "of the letters s and f, such as sssssf")
         check(set(self.biases) <= {"qkv", "out", "mlp"}, "model.biases", self.biases, "some of qkv, out, mlp")
         check(0 <= self.dropout < 1, "model.dropout", self.dropout, "at least 0 and less than 1")
-        check(self.norm_eps > 0, "model.norm_eps", self.norm_eps, "more than 0")
+        check(0 < self.norm_eps < 1e30, "model.norm_eps", self.norm_eps, "more than 0 and less than 1e30")
 
     @property
     def head_dim(self) -> int:

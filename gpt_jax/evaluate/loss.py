@@ -122,7 +122,7 @@ def add_up(scorer: Scorer, to_score: Iterator[Window], tally: Tally, n_tokens: i
     """Adds the scores of windows to the tally, with a progress bar on a terminal. n_tokens: the number of tokens to
     score, if it is known.
 
-    Raises UserError when there are none, or when the loss is not finite.
+    Raises UserError when there are none, or when a score is not finite.
     """
     with tqdm(total=n_tokens, desc="evaluating", unit=" tokens", unit_scale=True, disable=None) as bar:
 
@@ -136,5 +136,3 @@ def add_up(scorer: Scorer, to_score: Iterator[Window], tally: Tally, n_tokens: i
             tally.nats += score.nats
     if not tally.tokens:
         raise UserError("there is no text to evaluate: every document is empty")
-    if not math.isfinite(tally.nats):
-        raise UserError(f"the loss is {tally.nats}: the model's parameters or what it computes are not finite")

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gpt_jax.data.batch import Batch
+from gpt_jax.errors import UserError
 from gpt_jax.evaluate.windows import Window, batches
 from gpt_jax.model.forward import forward
 from gpt_jax.model.gpt import GPT, Params
@@ -62,7 +63,7 @@ class Scorer:
         self.step = self.placement.jit(make_score_step(model, self.placement.axis_name), donate=False)
 
     def __call__(self, windows: Iterable[Window]) -> Iterator[Score]:
-        """The score of each window, as soon as windows of its length fill a batch."""
+        """The score of each window, as soon as windows of its length fill a batch. Raises UserError as `read` does."""
         previous: tuple[list[int], Any] = [], ()
         fused = self.model.config.attention in ("cudnn", "splash")  # They work on whole blocks.
         least = SPLASH_BLOCKS[-1] if fused else 16
@@ -76,6 +77,11 @@ class Scorer:
 
 
 def read(numbers: list[int], result: tuple[jax.Array, jax.Array]) -> Iterator[Score]:
-    """The scores of a batch, once the devices have them; its empty rows are left out."""
+    """The scores of a batch, once the devices have them; its empty rows are left out.
+
+    Raises UserError when one is not finite.
+    """
     for number, nats, greedy in zip(numbers, *map(np.asarray, result), strict=False):
+        if not np.isfinite(nats):
+            raise UserError(f"the loss is {nats}: the model's parameters or what it computes are not finite")
         yield Score(number, float(nats), bool(greedy))

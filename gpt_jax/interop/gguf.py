@@ -78,9 +78,11 @@ class GGUFWeights:
         self.where = str(path)
         self._file = GGUFFile(path)
         self.fields = self._file.fields
+        self.types: frozenset[str] = frozenset()  # Quantised or not, they are read as they are.
         metadata = _Metadata(self._file)
         self._architecture = metadata.architecture
         self.config = _gpt2_config(metadata) if self._architecture == "gpt2" else _llama_config(metadata)
+        self.notes = _told_twice(metadata, self.config["vocab_size"])
         gguf_names = [name for name in self._file.shapes if name != ROPE_FACTORS]
         self._gguf_names = {self._name(name): name for name in gguf_names}
         self.shapes = {
@@ -139,6 +141,8 @@ class _Metadata:
             raise self.refused("is one of several parts; merge them with llama-gguf-split --merge")
         if self.integer("expert_count", 0):
             raise self.refused("is a mixture of experts, which is not supported")
+        if self.get("attention.causal") is False:
+            raise self.refused("is a model whose tokens see those after them, which is not supported")
 
     def refused(self, why: str) -> UserError:
         return UserError(f"{self.file.path} {why}")
@@ -182,6 +186,19 @@ def _special_ids(fields: Mapping[str, Any]) -> dict[str, Any]:
     names = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "pad_token_id": "padding_token_id"}
     ids = {name: fields.get(f"tokenizer.ggml.{metadata_key}") for name, metadata_key in names.items()}
     return {name: token for name, token in ids.items() if isinstance(token, int)}
+
+
+def _told_twice(metadata: _Metadata, n_rows: int) -> tuple[str, ...]:
+    """A line for each thing that the metadata says in another way than what counts; n_rows: of the embeddings."""
+    notes = []
+    tokens, vocab_size = metadata.file.fields.get("tokenizer.ggml.tokens"), metadata.get("vocab_size")
+    if isinstance(tokens, list) and len(tokens) < n_rows:  # llama.cpp refuses it; in folders, it is padding.
+        notes.append(f"the embeddings have {n_rows} rows, and the vocabulary {len(tokens)} tokens; the rest is padding")
+    if isinstance(vocab_size, int) and vocab_size != n_rows:
+        notes.append(f"the embeddings' {n_rows} rows count, not {metadata.architecture}.vocab_size = {vocab_size}")
+    if metadata.architecture in ("qwen2", "qwen3") and metadata.get("attention.sliding_window"):
+        notes.append(f"{metadata.architecture}.attention.sliding_window is not used, as in llama.cpp")
+    return tuple(notes)
 
 
 def _gpt2_config(metadata: _Metadata) -> dict[str, Any]:
@@ -285,6 +302,8 @@ def _llama3_scaling(metadata: _Metadata, theta: float, head_dim: int) -> dict[st
     metadata.file.fill(ROPE_FACTORS, factors)
     if (factors == 1).all():
         return None
+    if metadata.file.fields.get(f"{metadata.architecture}.rope.scaling.type", "none") != "none":
+        raise metadata.refused(f"scales rotary positions twice, by {ROPE_FACTORS} and by rope.scaling.type")
     factor = float(factors.max())
     context = metadata.integer("rope.scaling.original_context_length", 8192)
     rope = RopeConfig(theta=theta, factor=factor)

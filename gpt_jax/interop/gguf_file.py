@@ -19,6 +19,10 @@ from gpt_jax.interop.weights import check_no_pointer, cut_short, few, fill, unre
 # The scalar types of metadata by number, as codes of both struct and NumPy. 8 is a string, 9 an array.
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
+# What a file may claim at most, so that one made of zeros, say, ends soon: far more than any model has.
+MAX_COUNT = 1 << 16  # Tensors, and fields.
+MAX_ELEMENTS = 1 << 22  # Of all arrays together: vocabulary, scores, merges.
+MAX_NAME_BYTES = {"tensor": 64, "field": (1 << 16) - 1}  # As the format says.
 
 
 @dataclass(frozen=True)
@@ -39,26 +43,37 @@ class GGUFFile:
             with path.open("rb") as file:
                 reader = _Reader(file, path)
                 n_tensors, n_fields = reader.counts()
-                self.fields: dict[str, Any] = {
-                    reader.string(): reader.value(reader.scalar("I")) for _ in range(n_fields)
-                }
+                self.fields: dict[str, Any] = {}
+                for _ in range(n_fields):
+                    key = reader.name("field")
+                    if key in self.fields:
+                        raise reader.damaged(f"it has two fields {key!r:.80}")
+                    self.fields[key] = reader.value(reader.scalar("I"))
                 entries = [reader.tensor() for _ in range(n_tensors)]
                 end = file.tell()
         except OSError as e:
             raise unreadable(path, e) from e
         alignment = self.fields.get("general.alignment", 32)
-        if not isinstance(alignment, int) or alignment < 1:
+        if type(alignment) is not int or alignment < 1 or alignment & (alignment - 1):
             raise reader.damaged(f"its alignment is {alignment!r}")
         sizes = _block_sizes(path, {name: kind for name, _, kind, _ in entries})
         self._tensors: dict[str, _Tensor] = {}
+        expected = 0  # Where the next tensor should begin, from the end of the header on.
+
+        def aligned(n: int) -> int:
+            return -(-n // alignment) * alignment
+
         for name, shape, kind, start in entries:
             block, block_bytes = sizes[kind]
             if name in self._tensors:
                 raise reader.damaged(f"it has two tensors {name}")
             if not shape or shape[-1] % block:
                 raise reader.damaged(f"tensor {name} of shape {shape} is not made of blocks of {block}")
-            start += -(-end // alignment) * alignment
-            self._tensors[name] = _Tensor(kind, shape, start, prod(shape) // block * block_bytes)
+            if start != expected:  # llama.cpp, too, refuses gaps and tensors that share bytes.
+                raise reader.damaged(f"tensor {name} begins at byte {start} of the data, not {expected}")
+            n_bytes = prod(shape) // block * block_bytes
+            expected += aligned(n_bytes)
+            self._tensors[name] = _Tensor(kind, shape, aligned(end) + start, n_bytes)
         if any(tensor.start + tensor.n_bytes > reader.size for tensor in self._tensors.values()):
             raise cut_short(path)
         self.shapes = {name: tensor.shape for name, tensor in self._tensors.items()}
@@ -70,9 +85,8 @@ class GGUFFile:
 
         tensor = self._tensors[name]
         kind = GGMLQuantizationType(tensor.type)
-        with np.errstate(all="ignore"):  # A NaN in the scale of a block is no error here.
-            # As one row: each NumPy call handles all blocks at once, in half the time of row after row.
-            fill(out, self.path, tensor.start, tensor.n_bytes, lambda source: dequantize(source[None], kind))
+        # As one row: each NumPy call handles all blocks at once, in half the time of row after row.
+        fill(out, name, self.path, tensor.start, tensor.n_bytes, lambda source: dequantize(source[None], kind))
 
 
 class _Reader:
@@ -82,6 +96,7 @@ class _Reader:
         self._file = file
         self._path = path
         self.size = path.stat().st_size
+        self._elements = 0  # Of the arrays read so far.
 
     def damaged(self, why: str) -> UserError:
         return UserError(f"{self._path} is damaged or no GGUF file: {why}; download it again")
@@ -95,13 +110,24 @@ class _Reader:
         version = int.from_bytes(head[4:], "little")
         if version not in (2, 3):
             raise UserError(f"{self._path} is of version {version} of GGUF, not 2 or 3, or for big-endian machines")
-        return self.scalar("Q"), self.scalar("Q")
+        counts = self.scalar("Q"), self.scalar("Q")
+        self._need(24 * counts[0] + 13 * counts[1])  # Bytes, at least.
+        if max(counts) > MAX_COUNT:
+            raise self.damaged(f"it claims {counts[0]} tensors and {counts[1]} fields of metadata")
+        return counts
 
     def scalar(self, code: str) -> Any:
         return struct.unpack(f"<{code}", self._read(struct.calcsize(f"<{code}")))[0]
 
     def string(self) -> str:
         return self._read(self.scalar("Q")).decode(errors="replace")
+
+    def name(self, kind: str) -> str:
+        """The name of a tensor or a field."""
+        name = self.string()
+        if len(name.encode()) > MAX_NAME_BYTES[kind]:
+            raise self.damaged(f"the name of a {kind} is longer than {MAX_NAME_BYTES[kind]} bytes")
+        return name
 
     def value(self, kind: int) -> Any:
         if kind in _SCALARS:
@@ -110,6 +136,10 @@ class _Reader:
             return self.string()
         if kind == _ARRAY:
             item, length = self.scalar("I"), self.scalar("Q")
+            self._need(length * struct.calcsize(f"<{_SCALARS.get(item, 'Q' if item == _STRING else '0s')}"))
+            self._elements += length
+            if self._elements > MAX_ELEMENTS:
+                raise self.damaged(f"its metadata has arrays of {self._elements} values")
             if item in _SCALARS:
                 dtype = np.dtype(_SCALARS[item]).newbyteorder("<")
                 return np.frombuffer(self._read(length * dtype.itemsize), dtype).tolist()
@@ -120,7 +150,7 @@ class _Reader:
 
     def tensor(self) -> tuple[str, tuple[int, ...], int, int]:
         """Name, shape, type, and offset from the end of the header, of a tensor."""
-        name = self.string()
+        name = self.name("tensor")
         n_dims = self.scalar("I")
         if n_dims > 4:  # The limit of ggml.
             raise self.damaged(f"tensor {name} has {n_dims} dimensions")
@@ -128,9 +158,12 @@ class _Reader:
         return name, shape[::-1], self.scalar("I"), self.scalar("Q")
 
     def _read(self, n_bytes: int) -> bytes:
+        self._need(n_bytes)
+        return self._file.read(n_bytes)
+
+    def _need(self, n_bytes: int) -> None:
         if n_bytes > self.size - self._file.tell():
             raise cut_short(self._path)
-        return self._file.read(n_bytes)
 
 
 def _block_sizes(path: Path, kinds: dict[str, int]) -> dict[int, tuple[int, int]]:

@@ -1,7 +1,9 @@
 """Models by name: an existing folder or file, or else a repository on the Hugging Face hub."""
 
+import difflib
 import logging
 import re
+import sys
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -14,27 +16,52 @@ ALLOW_PATTERNS = ["model*.safetensors", "*.json", "*.model", "*.txt", "*.jinja"]
 IGNORE_PATTERNS = ["*/*"]
 TIMEOUT = 10.0  # Seconds for the hub's first answer.
 
-HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+# A name there, as the hub has it, with a revision: a commit, a tag or a branch. What looks like a path is none.
+HUB_NAME = re.compile(
+    r"(?!.*(--|\.\.))(\w([\w.-]{0,94}\w)?/)?\w([\w.-]{0,94}\w)?(?<!\.git)(?<!\.gguf)(?<!\.safetensors)(@[\w.-]+)?",
+    re.ASCII,
+)
 
 
 def find_model(name: str) -> Path:
     """The folder or .gguf file called `name`, or else the hub's repository of that name, downloaded if need be.
 
-    Raises UserError when there is neither, or the hub cannot be reached or denies access.
+    name: a path, or a name on the hub, perhaps with a revision, as in openai-community/gpt2@main. That it is looked up
+    there is told before. Raises UserError when there is neither, or the hub cannot be reached or denies access.
     """
     path = user_path(name)
     if path.exists():
         return path
-    if not HUB_NAME.fullmatch(name) or name.startswith((".", "~")) or name.endswith((".gguf", ".safetensors")):
-        raise UserError(f"there is no folder or file {name}")
+    missing = f"there is no folder or file {name}{_near(path)}"
+    if not HUB_NAME.fullmatch(name):
+        raise UserError(missing)
+    print(f"{missing}; looking it up on the Hugging Face hub", file=sys.stderr)
     folder = _download(name)
     if not any(folder.glob("*.safetensors")):
         raise UserError(f"{name} on the hub has no model*.safetensors; a .gguf file there can be downloaded and named")
     return folder
 
 
+def pinned(name: str, folder: Path) -> str:
+    """The name on the hub with the commit whose files `folder` holds: the hub's cache names folders by commits."""
+    return f"{name.partition('@')[0]}@{folder.name}"
+
+
+def _near(path: Path) -> str:
+    """A question whether another entry of the same folder was meant; empty if none has a like name."""
+    try:
+        names = sorted(entry.name for entry in path.parent.iterdir())
+    except OSError:
+        return ""
+    near = difflib.get_close_matches(path.name, names, n=1)
+    return f" (did you mean {path.parent / near[0]}?)" if near else ""
+
+
 def _download(name: str) -> Path:
-    """The folder in the hub's cache with the newest files of a repository. Raises UserError."""
+    """The folder in the hub's cache with the files of a repository, the newest unless `name` has a revision. Raises
+    UserError."""
+    name, _, revision = name.partition("@")
+    revision = revision or "main"
     try:
         from huggingface_hub import HfApi, constants, errors, snapshot_download
     except ImportError:
@@ -43,11 +70,12 @@ def _download(name: str) -> Path:
             "pip install 'gpt-jax[interop]'"
         ) from None
     hub = constants.ENDPOINT
-    download = partial(snapshot_download, name, allow_patterns=ALLOW_PATTERNS, ignore_patterns=IGNORE_PATTERNS)
+    patterns = {"allow_patterns": ALLOW_PATTERNS, "ignore_patterns": IGNORE_PATTERNS}
+    download = partial(snapshot_download, name, revision=revision, **patterns)
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # It warns of a retry a dozen times.
     try:
         try:
-            HfApi().repo_info(name, revision="main", timeout=TIMEOUT)  # The download asks the same, without a limit.
+            HfApi().repo_info(name, revision=revision, timeout=TIMEOUT)  # The download asks the same, without a limit.
         except Exception:  # An earlier download has to do.
             with suppress(errors.LocalEntryNotFoundError):
                 return Path(download(local_files_only=True))
@@ -55,6 +83,8 @@ def _download(name: str) -> Path:
         return Path(download())
     except errors.GatedRepoError:
         why = f"{name} is open only to those who accept its terms at {hub}/{name}; then set HF_TOKEN"
+    except errors.RevisionNotFoundError:
+        why = f"the model {name} at {hub} has no revision {revision}"
     except (errors.RepositoryNotFoundError, errors.HFValidationError):
         why = f"there is no folder {name}, and no such model at {hub} (a private one needs HF_TOKEN)"
     except Exception as e:  # The HTTP library, and so its errors, depends on the version of huggingface_hub.

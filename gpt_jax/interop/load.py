@@ -3,13 +3,14 @@
 import dataclasses
 import re
 from collections.abc import Callable, Iterator
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from gpt_jax.config import LoraConfig, ModelConfig
+from gpt_jax.config import LoraConfig, ModelConfig, check
 from gpt_jax.errors import UserError
 from gpt_jax.interop.families import family_of
 from gpt_jax.interop.families.family import Family
@@ -47,7 +48,22 @@ def named_tokenizer(name: str) -> Tokenizer | None:
 
 def their_config(files: ModelFiles) -> ModelConfig:
     """The configuration of a published model, with its own context. Raises UserError when it is not supported."""
-    return family_of(files.config, files.where).to_config(files.config, files.where)
+    family, shapes = family_of(files.config, files.where), files.weights.shapes
+
+    # A configuration of a few bytes may claim any number of layers, and any width, that would take all memory to count.
+    def check_claim(ours: str, claimed: Any, most: int, has: str) -> None:
+        if isinstance(claimed, int) and claimed > most:
+            raise UserError(f"{files.where}: {family.named(ours)} = {claimed}, but {has}")
+
+    layers = {match[1] for name in shapes if (match := re.search(r"\.(\d+)\.", name))}
+    claimed = family.value(files.config, "n_layer")
+    check_claim("n_layer", claimed, len(layers), f"the tensors there are of {len(layers)} layers")
+    config = family.to_config(files.config, files.where)
+    most = max(map(prod, shapes.values()), default=0)
+    for name in ("vocab_size", "d_model", "n_head", "d_head", "d_ff"):
+        check_claim(name, getattr(config, name), most, f"no tensor there has more than {most} numbers")
+    check(config.vocab_size > 0, f"{files.where}: {family.named('vocab_size')}", config.vocab_size, "1 or more")
+    return config
 
 
 def check_architecture(config: ModelConfig, theirs: ModelConfig, where: str) -> None:
@@ -64,8 +80,14 @@ def check_architecture(config: ModelConfig, theirs: ModelConfig, where: str) -> 
 
 
 def check_tokenizer(tokenizer: Tokenizer, config: ModelConfig, where: str) -> None:
-    """Raises UserError when the tokenizer has ids that the model does not know."""
-    if tokenizer.vocab_size > config.vocab_size:
+    """Raises UserError when the tokenizer has ids that the model does not know, and that a text can need.
+
+    Special tokens that were added later, such as Gemma 3's for images or a [PAD], may lack a row of the embeddings: no
+    text yields them, and they are never drawn.
+    """
+    surplus = set(range(config.vocab_size, tokenizer.vocab_size))
+    spare = set(tokenizer.special_tokens.values()) - {tokenizer.begin_of_text, tokenizer.end_of_text}
+    if not surplus <= spare:
         raise UserError(
             f"{where}: the tokenizer has {tokenizer.vocab_size} tokens and the model only {config.vocab_size}; "
             "they do not belong together"
@@ -137,15 +159,26 @@ def tensor_shapes(family: Family, config: ModelConfig) -> dict[str, tuple[int, .
     return shapes
 
 
+def name_in_files(files: ModelFiles, family: Family, name: str) -> str:
+    """The name that a tensor of the family has in the files, which may leave out the prefix, as OpenAI's GPT-2 does."""
+    short = name.removeprefix(family.prefix)
+    return short if name not in files.weights.shapes and short in files.weights.shapes else name
+
+
 def check_tensors(files: ModelFiles, family: Family, config: ModelConfig) -> dict[str, str]:
     """The names that the tensors of the model have in the files, by their names in the family.
 
     Raises UserError naming tensors that are missing, unknown, or of another shape than config.json asks for.
     """
     expected, found = tensor_shapes(family, config), files.weights.shapes
-    short = {name: name.removeprefix(family.prefix) for name in expected}  # As in the files of OpenAI's GPT-2.
-    names = {name: name if name in found or short[name] not in found else short[name] for name in expected}
-    ignored = re.compile("|".join([*family.not_weights, *(["lm_head.weight"] if config.tied_head else [])]) or r"(?!)")
+    names = {name: name_in_files(files, family, name) for name in expected}
+    not_weights = list(family.not_weights)
+    if config.tied_head:  # Either name will do. With both, they have the same values.
+        embeddings, head = (family.tensors[leaf].names[0] for leaf in ("tokens_VD", "head_VD"))
+        if names[embeddings] not in found and head in found:
+            names[embeddings] = head
+        not_weights.append(re.escape(head))
+    ignored = re.compile("|".join(not_weights) or r"(?!)")
     problems = {
         "missing": [name for name in names.values() if name not in found],
         "not known": [name for name in found if name not in names.values() and not ignored.fullmatch(name)],

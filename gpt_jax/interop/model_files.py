@@ -23,6 +23,7 @@ class ModelFiles:
     config: dict[str, Any]  # As in config.json.
     weights: Weights
     tokenizer: Callable[[], Tokenizer]  # Loads it.
+    notes: tuple[str, ...] = ()  # Lines for the user on what the files say in two ways.
 
 
 def open_model(path: Path) -> ModelFiles:
@@ -34,7 +35,7 @@ def open_model(path: Path) -> ModelFiles:
         raise UserError(f"{path} is only the weights of a model; name the folder that it is in, with its {CONFIG_FILE}")
     if path.is_file():
         file = GGUFWeights(path)
-        return ModelFiles(str(path), file.config, file, lambda: gguf_tokenizer(file.fields))
+        return ModelFiles(str(path), file.config, file, lambda: gguf_tokenizer(file.fields), file.notes)
     if not (path / CONFIG_FILE).is_file():
         raise UserError(
             f"{path} is no folder of a published model: it has no {CONFIG_FILE} (a GGUF file: name the file)"
@@ -44,9 +45,5 @@ def open_model(path: Path) -> ModelFiles:
         raise UserError(f"{path / CONFIG_FILE} has no model_type, so it is not of a published model (a run: --run)")
     if config.get("quantization_config") is not None:
         raise UserError(f"{path} is quantised; take the model in float32, float16 or bfloat16, or as a GGUF file")
-    return ModelFiles(
-        str(path),
-        config,
-        SafetensorsWeights(path),
-        lambda: load_tokenizer(path),
-    )
+    weights = SafetensorsWeights(path)
+    return ModelFiles(str(path), config, weights, lambda: load_tokenizer(path), weights.notes)

@@ -5,6 +5,7 @@ in its own placement.
 """
 
 import dataclasses
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -14,7 +15,9 @@ import jax
 from gpt_jax.config import HOW_IT_RUNS, Config, LoraConfig, ModelConfig, check
 from gpt_jax.data.shards import Meta
 from gpt_jax.errors import UserError
+from gpt_jax.interop import hub
 from gpt_jax.interop import load as interop
+from gpt_jax.interop.agreement import agreeing
 from gpt_jax.interop.load import open_named
 from gpt_jax.interop.model_files import ModelFiles
 from gpt_jax.model.backend import resolve
@@ -75,7 +78,7 @@ class Source(Protocol):
 class PublishedSource:
     """A published model."""
 
-    name: str  # As the user gave it: a folder, a file, or a repository on the hub.
+    name: str  # A folder, a file, or a repository on the hub with the commit of its files.
     files: ModelFiles
 
     @property
@@ -201,7 +204,19 @@ def open_source(name: str, checkpoint: str = "latest") -> Source:
     if path.parent.name == "checkpoints" and path.name.isdecimal():
         return open_run(RunFolder(path.parent.parent), path.name)
     folder = RunFolder(path)
-    return open_run(folder, checkpoint) if folder.checkpoints.is_dir() else PublishedSource(name, open_named(name))
+    if folder.checkpoints.is_dir():
+        return open_run(folder, checkpoint)
+    files, notes = agreeing(open_named(name))
+    for note in notes:
+        print(f"{files.where}: {note}", file=sys.stderr)
+    return PublishedSource(name if path.exists() else hub.pinned(name, Path(files.where)), files)
+
+
+def stands_for(pinned: str, name: str) -> bool:
+    """True when `name` may be what the user called a model that was pinned as `pinned`; see Source."""
+    path = str(Path(name).expanduser().absolute())
+    on_hub = not Path(pinned).is_absolute() and pinned.partition("@")[0] == name
+    return on_hub or pinned in (name, path) or Path(pinned).parent == Path(path, "checkpoints")
 
 
 def open_run(folder: RunFolder, checkpoint: str = "latest") -> RunSource:

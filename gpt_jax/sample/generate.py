@@ -129,7 +129,12 @@ def generate_tokens(
     num_samples: int = 1,
     on_text: Callable[[int, str], None] | None = None,
 ) -> list[Result]:
-    """Like `generate`, from token ids: at least one in each prompt, and no more than fit into the context."""
+    """Like `generate`, from token ids: at least one in each prompt, and no more than fit into the context.
+
+    Raises UserError for ids that the model does not know.
+    """
+    for prompt in prompts:
+        check_known(prompt, model, tokenizer)
     rows = [Row(list(prompt), tokenizer, settings) for prompt in prompts for _ in range(num_samples)]
     keys_B = row_keys(rows, settings.seed, num_samples)
     for tokens_B, logprobs_B in token_stream(model, params, tokenizer.vocab_size, rows, keys_B, settings):
@@ -138,6 +143,17 @@ def generate_tokens(
             if text and on_text:
                 on_text(i, text)
     return [row.result for row in rows]
+
+
+def check_known(tokens: Sequence[int], model: GPT, tokenizer: Tokenizer) -> None:
+    """Raises UserError when the model has no embeddings for some of the ids.
+
+    A tokenizer may have such special tokens, as Gemma 3's has one for images. A chat template can ask for them.
+    """
+    known = model.config.vocab_size
+    if unknown := [token for token in tokens if not 0 <= token < known]:
+        names = [tokenizer.decode([i]) if 0 <= i < tokenizer.vocab_size else str(i) for i in unknown[:3]]
+        raise UserError(f"the model knows {known} tokens, and {', '.join(names)} is none of them; leave it out")
 
 
 def encode_prompt(prompt: str, tokenizer: Tokenizer, context_length: int) -> list[int]:

@@ -17,7 +17,7 @@ from gpt_jax.data.shards import Dataset, missing, open_dataset
 from gpt_jax.errors import UserError
 from gpt_jax.interop.load import named_tokenizer
 from gpt_jax.run.folder import RunFolder
-from gpt_jax.run.load import KEPT_FIELDS, adopt, open_source
+from gpt_jax.run.load import KEPT_FIELDS, adopt, open_source, stands_for
 from gpt_jax.tokenizer.tokenizer import Tokenizer
 
 
@@ -37,7 +37,11 @@ def set_up(config: Config, given: Set[str] = frozenset(), resume: bool = False) 
     check_warmup(config, given)
     tokenizer = None
     if config.init_from and resume:
-        tokenizer = RunFolder(Path(config.out_dir)).load_tokenizer()
+        run = RunFolder(Path(config.out_dir))
+        tokenizer = run.load_tokenizer()
+        saved = run.load_config().init_from
+        if stands_for(saved, config.init_from):
+            config = dataclasses.replace(config, init_from=saved)
     elif config.init_from:
         config, tokenizer = start_from(config, given)
     data = open_or_prepare(config.data, given, tokenizer, config.init_from, resume)

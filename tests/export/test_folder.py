@@ -11,7 +11,7 @@ import pytest
 from gpt_jax.export.folder import export as export_run
 from gpt_jax.interop import save
 from gpt_jax.run.folder import RunFolder
-from gpt_jax.run.load import load_model, open_source
+from gpt_jax.run.load import LoadedModel, load_model, open_source
 from tests.commands import ROOT, TINY, refused_here, run_here
 
 torch = pytest.importorskip("torch")
@@ -40,6 +40,20 @@ def export(trained: Path, out: Path, *flags: str) -> tuple[Any, Any]:
     model, report = transformers.AutoModelForCausalLM.from_pretrained(out, output_loading_info=True)
     assert not any(report[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     return model.eval(), transformers.AutoTokenizer.from_pretrained(out)
+
+
+def test_weights_that_are_nan_are_not_exported(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after a run that was saved before it diverged was made worse by hand: one line, and no folder."""
+
+    def broken(*args: Any) -> LoadedModel:
+        model, params, tokenizer = load_model(*args)
+        scale = params["final_norm"]["scale"].at[3].set(np.nan)
+        return LoadedModel(model, {**params, "final_norm": {**params["final_norm"], "scale": scale}}, tokenizer)
+
+    monkeypatch.setattr("gpt_jax.export.folder.load_model", broken)
+    told = refused_here("export", "--run", trained, "--out", tmp_path / "out")
+    assert "tensor transformer.ln_f.weight has numbers that are not finite (nan or infinity)" in told
+    assert not any(tmp_path.iterdir())
 
 
 def test_transformers_reads_and_writes_as_we_do(trained: Path, tmp_path: Path) -> None:

@@ -2,11 +2,16 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from gpt_jax.config import ModelConfig
 from gpt_jax.files import save_json
 from gpt_jax.interop.families import family_for
+from gpt_jax.interop.load import tensor_shapes
 from gpt_jax.interop.save import generation_settings, model_settings, write_model
+from gpt_jax.interop.weights import write_safetensors
 from gpt_jax.model.gpt import Params
 from gpt_jax.tokenizer.bytes import ByteTokenizer
 from gpt_jax.tokenizer.export import export_tokenizer
@@ -27,3 +32,13 @@ def publish(folder: Path, config: ModelConfig = LLAMA) -> Params:
     save_json(folder / "generation_config.json", generation_settings(tokenizer))
     export_tokenizer(tokenizer, folder, config.context_length)
     return params
+
+
+def publish_zeros(folder: Path, config: ModelConfig) -> dict[str, Any]:
+    """Writes tensors of zeros, without compiling anything; returns what belongs into their config.json."""
+    family = family_for(config)
+    assert family is not None
+    folder.mkdir(parents=True)
+    shapes = tensor_shapes(family, config)
+    write_safetensors(folder, shapes, lambda name: np.zeros(shapes[name], np.float32))
+    return model_settings(family, config, ByteTokenizer(), "float32")

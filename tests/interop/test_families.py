@@ -19,12 +19,14 @@ from gpt_jax.model.backend import resolve
 from gpt_jax.model.cache import init_cache
 from gpt_jax.model.forward import forward, forward_cached
 from gpt_jax.model.gpt import GPT, Params
-from gpt_jax.model.head import logits_NV
+from gpt_jax.model.head import head_VD, logits_NV
 from gpt_jax.model.stack import unstack
 from gpt_jax.placement import Placement
+from gpt_jax.run.load import open_source
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
+safetensors_torch = pytest.importorskip("safetensors.torch")
 pytestmark = pytest.mark.parity
 
 T = 48
@@ -177,6 +179,98 @@ def test_dynamic_scaling_at_a_raised_context(tmp_path: Path) -> None:
     exported = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
     np.testing.assert_allclose(their_logits(exported, tokens[:, :T]), ours[:, :T], atol=1e-4, rtol=0)
     np.testing.assert_allclose(their_logits(exported, tokens), ours, atol=1e-4, rtol=0)
+
+
+TIED = {
+    "gpt2": ("GPT2Config", GPT2 | {"n_layer": 1}),
+    **{
+        name: (f"{name}Config", COMMON | {"num_hidden_layers": 1, "tie_word_embeddings": True})
+        for name in ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma3Text")
+    },
+}
+
+
+@pytest.mark.parametrize("stored", ["the other name", "both names", "other values"])
+@pytest.mark.parametrize("name", TIED)
+def test_tied_heads_in_every_form(
+    name: str, stored: str, tokens: np.ndarray, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A tied head is stored as the embeddings, as the head (as `save_model` of safetensors may leave it), or as both.
+
+    If the two differ, the configuration is wrong: transformers does not tie then, and says so, and so do we.
+    """
+    config_class, settings = TIED[name]
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, config_class)(**settings))
+    assert model.config.tie_word_embeddings
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = safetensors_torch.load_file(path)
+    [embeddings] = [key for key in tensors if key.endswith(("embed_tokens.weight", "wte.weight"))]
+    if stored == "the other name":
+        tensors["lm_head.weight"] = tensors.pop(embeddings)
+    else:
+        tensors["lm_head.weight"] = tensors[embeddings] * (1 if stored == "both names" else 2)
+    safetensors_torch.save_file(tensors, path, metadata={"format": "pt"})
+
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    capsys.readouterr()
+    source = open_source(str(tmp_path))
+    note = (
+        "tie_word_embeddings is true, but the head has other values than the embeddings; it is taken as it is, untied"
+    )
+    assert capsys.readouterr().err == (f"{tmp_path}: {note}\n" if stored == "other values" else "")
+    assert source.config.tied_head == (stored != "other values")
+    source.check()
+    params = source.load_params(source.config, Placement(jax.devices()[:1]))
+    np.testing.assert_array_equal(params["tokens_VD"], theirs.get_input_embeddings().weight.detach())
+    np.testing.assert_array_equal(head_VD(params), theirs.get_output_embeddings().weight.detach())
+    if name == "Llama":
+        ours = our_logits(GPT(resolve(source.config, "cpu")), params, tokens)
+        np.testing.assert_allclose(ours, their_logits(theirs, tokens), atol=1e-4, rtol=0)
+
+
+CHOICES: list[tuple[str, dict[str, Any], str, str]] = [
+    ("llama", {"rope_scaling": {"type": "linear", "factor": 4.0}, "rope_parameters": YARN}, "rope.factor", "factor"),
+    (
+        "llama",
+        {"rope_theta": 500.0, "rope_parameters": {"rope_type": "default", "rope_theta": 700.0}},
+        "rope.theta",
+        "rope_theta",
+    ),
+    (
+        "llama",
+        {"rope_scaling": {"rope_type": "dynamic", "type": "linear", "factor": 2.0}},
+        "rope.scaling",
+        "rope_type",
+    ),
+    (
+        "llama",
+        {"rope_scaling": YARN, "original_max_position_embeddings": 20},
+        "rope.original_context",
+        "original_max_position_embeddings",
+    ),
+    ("gpt2", {"n_head": 8, "num_attention_heads": 2}, "n_head", "n_head"),
+    ("gpt2", {"n_positions": 12, "n_ctx": 24}, "context_length", "n_positions"),
+    ("gemma3_text", {"sliding_window_pattern": 2, "layer_types": ["full_attention"] * 3}, "sliding", "layer_types"),
+    ("qwen2", {"sliding_window": 8, "use_sliding_window": False}, "window", "sliding_window"),
+    ("mistral", {"sliding_window": 8, "layer_types": ["full_attention"] * 3}, "window", "sliding_window"),
+]
+
+
+@pytest.mark.parametrize(("model_type", "changes", "ours", "theirs"), CHOICES, ids=lambda value: str(value)[:50])
+def test_of_two_settings_that_count_counts_which_counts_in_transformers(
+    model_type: str, changes: dict[str, Any], ours: str, theirs: str
+) -> None:
+    settings = (GPT2 if model_type == "gpt2" else COMMON) | {"model_type": model_type, "num_hidden_layers": 3} | changes
+    settings |= {name: settings[alias] for alias, name in FAMILIES[model_type].aliases.items() if alias in settings}
+    config = FAMILIES[model_type].to_config(settings, "")
+    their_config = transformers.CONFIG_MAPPING[model_type].from_dict(json.loads(json.dumps(settings)))
+    in_rope = getattr(their_config, "rope_parameters", None) or {}
+    value = in_rope[theirs] if theirs in in_rope else getattr(their_config, theirs)
+    if theirs == "layer_types":
+        value = tuple(kind == "sliding_attention" for kind in value)
+    assert (getattr(config.rope, ours[5:]) if ours.startswith("rope.") else getattr(config, ours)) == (value or 0)
 
 
 def test_every_family_is_covered() -> None:

@@ -18,8 +18,12 @@ from pathlib import Path
 
 import pytest
 
+from gpt_jax.config import Config
 from gpt_jax.errors import UserError
 from gpt_jax.interop.hub import TIMEOUT, find_model
+from gpt_jax.run.load import open_source, stands_for
+from gpt_jax.train.setup import start_from
+from tests.interop.models import publish
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FILES = {
@@ -38,6 +42,11 @@ CANNOT = "UserError: there is no folder gpt2, and it cannot be downloaded from"
 ERRORS = {"someone/gated": (403, "GatedRepo"), "someone/gone": (404, "RepoNotFound"), "someone/broken": (500, "")}
 
 
+def file_of(path: str) -> str:
+    """The last part of a path."""
+    return path.partition("?")[0].rpartition("/")[2]
+
+
 class Hub(BaseHTTPRequestHandler):
     """What snapshot_download asks for: a repository's commit, its files, and each of them."""
 
@@ -52,7 +61,9 @@ class Hub(BaseHTTPRequestHandler):
         )
         assert match
         repository, what, _, file = match.groups()
-        if repository in ERRORS:
+        if what == "revision" and file_of(self.path) not in ("main", COMMIT):
+            self.answer(b"", 404, {"X-Error-Code": "RevisionNotFound"})
+        elif repository in ERRORS:
             status, code = ERRORS[repository]
             self.answer(b"", status, {"X-Error-Code": code})
         elif what == "revision":
@@ -114,12 +125,81 @@ def test_what_is_there_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.Mon
     assert find_model("~/gpt2") == tmp_path / "gpt2"
 
 
-@pytest.mark.parametrize("name", ["./gpt2", "/gpt2", "~/gpt2", "../a/b", "a/b/c", "model.gguf", "a/b.gguf", "a b"])
+PATHS = [
+    "./gpt2",
+    "/gpt2",
+    "~/gpt2",
+    "../a/b",
+    "a/b/c",
+    "model.gguf",
+    "a/b.gguf",
+    "a b",
+    "gpt2/",
+    "a\\b",
+    "C:a",
+    "a--b",
+]
+PATHS += ["a..b", "a.git", "-a", "a-", ".a", "caf\xe9", "a" * 97, "x.safetensors", "a@", "@main", "a\n"]
+
+
+@pytest.mark.parametrize("name", PATHS)
 def test_a_path_that_is_not_there_is_not_looked_up(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError) as error:
         find_model(name)
     assert str(error.value) == f"there is no folder or file {name}"
+
+
+def test_a_mistyped_path_is_told_what_may_be_meant(tmp_path: Path) -> None:
+    (tmp_path / "models" / "llama-3.2").mkdir(parents=True)
+    with pytest.raises(UserError) as error:
+        find_model(str(tmp_path / "models" / "llama-32"))
+    near = tmp_path / "models" / "llama-3.2"
+    assert str(error.value) == f"there is no folder or file {near.with_name('llama-32')} (did you mean {near}?)"
+
+
+def test_a_look_up_is_told_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With what may be meant, since a name on the hub looks like a path."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "llama2").mkdir(parents=True)
+    told = []
+    (tmp_path / "model.safetensors").touch()
+
+    def download(name: str) -> Path:
+        told.append(capsys.readouterr().err)
+        return tmp_path
+
+    monkeypatch.setattr("gpt_jax.interop.hub._download", download)
+    assert find_model("models/llama") == tmp_path
+    assert told == [
+        "there is no folder or file models/llama (did you mean models/llama2?); looking it up on the Hugging Face hub\n"
+    ]
+
+
+def test_the_commit_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that starts from a model on the hub names it so that the same files are found later; with --resume, the
+    name as the user gave it stands for that."""
+    folder = tmp_path / COMMIT
+    publish(folder)
+    asked = []
+
+    def download(name: str) -> Path:
+        asked.append(name)
+        return folder
+
+    monkeypatch.setattr("gpt_jax.interop.hub._download", download)
+    source = open_source("someone/llama")
+    assert source.pinned == f"someone/llama@{COMMIT}"
+    assert open_source(source.pinned).pinned == source.pinned
+    assert asked == ["someone/llama", source.pinned]
+    assert start_from(Config(init_from="someone/llama"))[0].init_from == source.pinned
+    assert stands_for(source.pinned, "someone/llama")
+    assert stands_for(source.pinned, source.pinned)
+    assert not stands_for(source.pinned, "someone/llama2")
+    assert not stands_for(f"/someone/llama@{COMMIT}", "/someone/llama")
+    assert stands_for(str(tmp_path / "run/checkpoints/12"), str(tmp_path / "run"))
 
 
 def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,13 +221,14 @@ class TestHub:
     @pytest.mark.parametrize("name", ["gpt2", "openai/gpt2"])
     def test_downloads_what_is_of_use_once(self, tmp_path: Path, hub: str, name: str) -> None:
         folder = Path(find(tmp_path, name, hub))
+        assert folder.name == COMMIT
         assert sorted(path.name for path in folder.iterdir()) == WANTED
         assert all((folder / file).read_bytes() == FILES[file] for file in WANTED)
         assert set(Hub.asked) == set(WANTED)
         Hub.asked.clear()
         assert find(tmp_path, name, hub) == str(folder)
         assert not Hub.asked
-        assert find(tmp_path, name, "http://127.0.0.1:9") == str(folder)  # Without a network, too.
+        assert find(tmp_path, f"{name}@{COMMIT}", "http://127.0.0.1:9") == str(folder)  # Without a network, too.
 
     @pytest.mark.parametrize(
         ("name", "message"),
@@ -156,7 +237,7 @@ class TestHub:
                 "someone/gone",
                 "there is no folder someone/gone, and no such model at {hub} (a private one needs HF_TOKEN)",
             ),
-            ("gpt2--", "there is no folder gpt2--, and no such model at {hub} (a private one needs HF_TOKEN)"),
+            ("someone/here@old", "the model someone/here at {hub} has no revision old"),
             (
                 "someone/gated",
                 "someone/gated is open only to those who accept its terms at {hub}/someone/gated; then set HF_TOKEN",
@@ -164,7 +245,7 @@ class TestHub:
             ("someone/broken", "there is no folder someone/broken, and it cannot be downloaded from {hub} (Server "),
             ("someone/pickles", "someone/pickles on the hub has no model*.safetensors; "),
         ],
-        ids=["gone", "no name", "gated", "broken", "pickles"],
+        ids=["gone", "no revision", "gated", "broken", "pickles"],
     )
     def test_a_refusal_is_told_in_one_line(self, tmp_path: Path, hub: str, name: str, message: str) -> None:
         told = find(tmp_path, name, hub)

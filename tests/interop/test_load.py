@@ -9,21 +9,26 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from gpt_jax.api import Model
 from gpt_jax.cli.parse import given_fields
-from gpt_jax.config import Config, LoraConfig, ModelConfig, RopeConfig, RopeScalingName
+from gpt_jax.config import Config, DataConfig, LoraConfig, ModelConfig, RopeConfig, RopeScalingName
 from gpt_jax.errors import UserError
 from gpt_jax.files import save_json
 from gpt_jax.interop.families import family_for
-from gpt_jax.interop.load import aligned, load_params, open_named, their_config
+from gpt_jax.interop.load import aligned, check_tokenizer, load_params, open_named, their_config
 from gpt_jax.model.forward import forward
 from gpt_jax.model.gpt import GPT, Params
 from gpt_jax.model.head import logits_NV
 from gpt_jax.model.rope import frequencies, plain
 from gpt_jax.placement import Placement
-from gpt_jax.run.load import adopt, load_model, open_source
-from gpt_jax.train.setup import start_from
-from tests import tiny
-from tests.commands import refused, refused_here
+from gpt_jax.run.load import LoadedModel, adopt, load_model, open_source
+from gpt_jax.sample.generate import generate, generate_tokens
+from gpt_jax.sample.settings import Filters, Settings
+from gpt_jax.tokenizer.bytes import ByteTokenizer
+from gpt_jax.tokenizer.load import load_tokenizer
+from gpt_jax.train.setup import set_up, start_from
+from tests import published, tiny
+from tests.commands import refused, refused_here, run_here
 from tests.interop.models import LLAMA, publish
 
 GPT2 = dataclasses.replace(tiny.GPT2, attention="xla")
@@ -126,15 +131,14 @@ def test_a_flag_with_the_default_context_counts(llama: tuple[Path, Params], flag
 
 
 def test_wrong_tensors_are_named_all_at_once(llama: tuple[Path, Params], tmp_path: Path) -> None:
-    """Before anything is allocated: the configuration asks for a thousand layers."""
-    folder = copied(llama[0], tmp_path, num_hidden_layers=1000, intermediate_size=47, tie_word_embeddings=True)
+    """Before anything is allocated."""
+    folder = copied(llama[0], tmp_path, intermediate_size=47, tie_word_embeddings=True)
     tensors = (folder / "model.safetensors").read_bytes().replace(b"model.norm.weight", b"model.name.weight")
     (folder / "model.safetensors").write_bytes(tensors)
     with pytest.raises(UserError) as caught:
         load_params(open_named(str(folder)), LLAMA, Placement([DEVICE]).state_shardings)
     message = str(caught.value)
-    assert "missing: model.norm.weight, model.layers.2." in message
-    assert "more; not known: model.name.weight; of another shape: " in message
+    assert "missing: model.norm.weight; not known: model.name.weight; of another shape: " in message
     assert "model.layers.0.mlp.gate_proj.weight (48, 32), not (47, 32)" in message
     assert "lm_head" not in message  # A tied head may be stored, too.
     assert "\n" not in message
@@ -168,8 +172,11 @@ def test_wrong_tensors_are_named_all_at_once(llama: tuple[Path, Params], tmp_pat
         ),
         ({"vocab_size": 2**62}, "model.vocab_size = 4611686018427387904 is not possible"),
         ({"intermediate_size": 2**62}, "model.d_ff = 4611686018427387904 is not possible"),
-        ({"hidden_size": 2**30, "vocab_size": 2**30, "intermediate_size": 2**30}, "do not fit its configuration"),
-        ({"num_hidden_layers": 100_000}, "missing: model.layers.2."),
+        (
+            {"hidden_size": 2**30, "vocab_size": 2**30, "intermediate_size": 2**30},
+            "vocab_size = 1073741824, but no tensor there",
+        ),
+        ({"num_hidden_layers": 100_000}, "num_hidden_layers = 100000, but the tensors there are of 2 layers"),
         ({"model_type": "qwen2", "use_sliding_window": True, "layer_types": ["odd"] * 2}, "no qwen2's"),
         ({"model_type": "gemma3_text", "sliding_window_pattern": 0}, "no gemma3_text's"),
     ],
@@ -240,6 +247,123 @@ def test_dynamic_scaling_can_be_exported_at_any_context(changes: dict[str, Any])
 
 def replaced(**changes: Any) -> ModelConfig:
     return dataclasses.replace(LLAMA, **changes)
+
+
+IMAGE = "<image_soft_token>"
+TEMPLATE = "{% for m in messages %}{{ m.content }}{% if m.role == 'system' %}" + IMAGE + "{% endif %}{% endfor %}"
+
+
+def with_more_tokens(llama: tuple[Path, Params], to: Path, special: bool = True, **settings: Any) -> Path:
+    """A copy of the model whose tokenizer has one token more than the embeddings have rows, as Gemma 3's has."""
+    from tokenizers import AddedToken, Tokenizer
+
+    folder = copied(llama[0], to)
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.add_tokens([AddedToken(IMAGE, special=special, normalized=False)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    path = folder / "tokenizer_config.json"
+    save_json(path, {**json.loads(path.read_text()), "chat_template": TEMPLATE} | settings)
+    return folder
+
+
+def test_a_tokenizer_with_a_special_token_more(llama: tuple[Path, Params], tmp_path: Path) -> None:
+    """As Gemma 3's own folders have it. It is never fed, never drawn, and a conversation that would need it is told."""
+    folder = with_more_tokens(llama, tmp_path)
+    model, params, tokenizer = load_model(open_source(str(folder)))
+    assert (tokenizer.vocab_size, model.config.vocab_size) == (262, 261)
+    text = f"a {IMAGE} b"
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    assert max(tokenizer.encode(text)) < 261
+    settings = Settings(max_new_tokens=4, filters=Filters(temperature=1e6))
+    [result] = generate(model, params, tokenizer, [text[:3]], settings)
+    assert max(result.tokens) < 261
+    hello = tokenizer.encode_chat([{"role": "user", "content": "a <"}])
+    assert generate_tokens(model, params, tokenizer, [hello], settings) == [result]
+    system = tokenizer.encode_chat([{"role": "system", "content": "hello"}])
+    with pytest.raises(UserError, match=rf"^the model knows 261 tokens, and {IMAGE} is none of them; leave it out$"):
+        generate_tokens(model, params, tokenizer, [system], Settings(max_new_tokens=1))
+    with pytest.raises(UserError, match=r"^the model knows 261 tokens, and 262, -1 is none of them"):
+        Model(LoadedModel(model, params, tokenizer)).logits([1, 262, -1])
+
+
+def test_training_from_a_model_whose_tokenizer_has_more(llama: tuple[Path, Params], tmp_path: Path) -> None:
+    folder = with_more_tokens(llama, tmp_path / "model")
+    (tmp_path / "text.txt").write_text(f"one {IMAGE} text\n" * 20)
+    config = Config(
+        init_from=str(folder), data=DataConfig(dir=str(tmp_path / "data"), source=(str(tmp_path / "text.txt"),))
+    )
+    config, data = set_up(config, {"data.source", "data.dir"})
+    assert config.model.vocab_size == 261
+    assert data.tokenizer.vocab_size == 262
+    assert data.train.read(0, len(data.train)).max() < 261
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"special": False}, {"add_bos_token": True, "bos_token": IMAGE}, {"eos_token": IMAGE}],
+    ids=["a token of texts", "begins a text", "ends a text"],
+)
+def test_tokens_that_texts_need_must_be_known(
+    llama: tuple[Path, Params], tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    folder = with_more_tokens(llama, tmp_path, **changes)
+    with pytest.raises(UserError, match="the tokenizer has 262 tokens and the model only 261; they do not belong"):
+        open_source(str(folder)).tokenizer()
+
+
+def test_the_first_llama_2_has_a_pad_more(tmp_path: Path) -> None:
+    """In an added_tokens.json."""
+    shutil.copytree(published.llama(), tmp_path, dirs_exist_ok=True)
+    save_json(tmp_path / "added_tokens.json", {"[PAD]": 1000})
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.vocab_size == 1001
+    check_tokenizer(tokenizer, dataclasses.replace(LLAMA, vocab_size=1000), "")
+    with pytest.raises(UserError, match="they do not belong together"):
+        check_tokenizer(tokenizer, dataclasses.replace(LLAMA, vocab_size=999), "")
+
+
+def test_rows_that_no_token_has_are_never_drawn() -> None:
+    """Embeddings are often padded; here the padding, of the files and of ours, is far likelier than all tokens."""
+    config = dataclasses.replace(tiny.ONE_LAYER, vocab_multiple=128, tied_head=False)
+    params = tiny.uneven_params(config)
+    n_tokens = 200  # Of the tokenizer; the model has 261, in 384 rows.
+    params = {**params, "head_VD": params["head_VD"].at[n_tokens:].set(1000 * params["head_VD"][:1])}
+    settings = Settings(max_new_tokens=6, filters=Filters(temperature=1e6, repetition_penalty=1.5))
+    for result in generate(GPT(config), params, SmallerTokenizer(n_tokens), ["a", "b"], settings):
+        assert len(result.tokens) == 6
+        assert max(result.tokens) < n_tokens
+
+
+class SmallerTokenizer(ByteTokenizer):
+    """Of fewer tokens than the model has rows."""
+
+    def __init__(self, vocab_size: int) -> None:
+        super().__init__()
+        self.vocab_size = vocab_size
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        return frozenset()
+
+
+def test_weights_that_are_nan_are_refused_by_every_command(llama: tuple[Path, Params], tmp_path: Path) -> None:
+    """Before anything is compiled, and without a word of output."""
+    folder = copied(llama[0], tmp_path / "model")
+    path = folder / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    header = json.loads(content[8 : (start := 8 + int.from_bytes(content[:8], "little"))])
+    place = start + header["model.layers.1.mlp.up_proj.weight"]["data_offsets"][0] + 4 * 33
+    content[place : place + 4] = np.float32("nan").tobytes()
+    path.write_bytes(content)
+    (tmp_path / "text.txt").write_text("some text")
+    told = (
+        f"error: tensor model.layers.1.mlp.up_proj.weight in {path} has numbers that are not finite (nan or infinity)"
+    )
+    for command in (["sample"], ["sample", "--json"], ["sample", "--chat"], ["eval", "--text", tmp_path / "text.txt"]):
+        out, err = run_here(*command, "--model", folder, status=1)
+        assert out == ""
+        assert err.startswith(told)
+        assert err.count("\n") == 1
 
 
 def test_bad_folders_end_in_one_line(llama: tuple[Path, Params], tmp_path: Path) -> None:

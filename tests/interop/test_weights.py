@@ -107,19 +107,34 @@ def test_what_is_written_is_read(tmp_path: Path, rng: np.random.Generator, dtype
 
 
 def test_bfloat16_rounds_to_nearest_even(tmp_path: Path) -> None:
-    # bfloat16 keeps 7 bits of the fraction: halves of the last one go to the even neighbour, NaN and infinity stay.
-    numbers = np.array([1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-8 + 2**-20, -1 - 2**-8, np.inf, np.nan, 3.4e38], np.float32)
+    # bfloat16 keeps 7 bits of the fraction: halves of the last one go to the even neighbour.
+    numbers = np.array([1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-8 + 2**-20, -1 - 2**-8, 3.38e38], np.float32)
     write_safetensors(tmp_path, {"x": numbers.shape}, lambda _: numbers, "bfloat16")
-    expected = np.array([1, 1 + 2**-6, 1 + 2**-7, -1, np.inf, np.nan, np.inf], np.float32)
+    expected = np.array([1, 1 + 2**-6, 1 + 2**-7, -1, 254 * 2.0**120], np.float32)
     np.testing.assert_array_equal(SafetensorsWeights(tmp_path).read("x"), expected)
 
 
-def test_too_large_for_float16(tmp_path: Path) -> None:
-    numbers = np.array([1.0, 65520.0], np.float32)
-    with pytest.raises(UserError, match=r"^tensor x has numbers too large for float16; export in bfloat16 or float32$"):
-        write_safetensors(tmp_path, {"x": (2,)}, lambda _: numbers, "float16")
+@pytest.mark.parametrize(("dtype", "number"), [("float16", 65520.0), ("bfloat16", 3.4e38)])
+def test_too_large_for_the_type(tmp_path: Path, dtype: Any, number: float) -> None:
+    numbers = np.array([1.0, number], np.float32)
+    with pytest.raises(UserError, match=rf"^tensor x has numbers too large for {dtype}; export in float32$"):
+        write_safetensors(tmp_path, {"x": (2,)}, lambda _: numbers, dtype)
     assert not any(tmp_path.iterdir())
-    write_safetensors(tmp_path, {"x": (2,)}, lambda _: np.array([np.inf, np.nan], np.float32), "float16")
+
+
+@pytest.mark.parametrize("number", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("place", [0, 70, 129])
+def test_what_is_not_finite_is_neither_written_nor_read(tmp_path: Path, number: float, place: int) -> None:
+    """In whichever slice it is, and also where the sum of the others overflows."""
+    numbers = np.full(130, 3e38, np.float32)
+    write_safetensors(tmp_path, {"x": (130,)}, lambda _: numbers)
+    np.testing.assert_array_equal(SafetensorsWeights(tmp_path).read("x"), numbers)
+    numbers[place] = number
+    with pytest.raises(UserError, match=r"^tensor x has numbers that are not finite \(nan or infinity\)"):
+        write_safetensors(tmp_path, {"x": (130,)}, lambda _: numbers, "bfloat16")
+    (tmp_path / SAFETENSORS_FILE).write_bytes(encode({"x": numbers}))
+    with pytest.raises(UserError, match=r"^tensor x in \S+model.safetensors has numbers that are not finite \(nan or"):
+        SafetensorsWeights(tmp_path).read("x")
 
 
 GOOD: dict[str, np.ndarray] = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(4, np.float16)}

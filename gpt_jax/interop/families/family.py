@@ -1,6 +1,7 @@
 """A family of models: the names of settings, the values that all its models share, the layout of its tensors."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -36,15 +37,31 @@ class Family:
     prefix: str  # Prefix of the names in files, which some files leave out.
     rope_theta: float = 10_000.0  # The family's default.
     rope_local_theta: float = 0.0  # The default in sliding-window layers; 0: they rotate as the others.
+    aliases: Mapping[str, str] = field(default_factory=dict)  # Other names of settings, with the family's own.
     only: Mapping[str, Any] = field(default_factory=dict)  # Settings that must have this value if they are present.
     not_weights: tuple[str, ...] = ()  # Patterns of names in older files that are constants.
     read_more: Callable[[Settings], Settings] = lambda theirs: {}  # Our settings that are not one of theirs each.
     write_more: Callable[[ModelConfig], Settings] = lambda config: {}  # Inverse of it.
 
+    def named(self, ours: str) -> str:
+        """The family's name of our setting."""
+        return next(theirs for theirs, (name, _) in self.settings.items() if name == ours)
+
+    def value(self, settings: Settings, ours: str) -> Any:
+        """The value of our setting in a config.json, or the family's default."""
+        theirs = self.named(ours)
+        return settings.get(theirs, self.settings[theirs][1])
+
     def to_config(self, settings: Settings, where: str) -> ModelConfig:
         """Our configuration of a model. Raises UserError naming a setting that is not supported."""
-        try:
+        with self.reading(where):
             return self._to_config(settings)
+
+    @contextmanager
+    def reading(self, where: str) -> Iterator[None]:
+        """Errors in the block, which reads a config.json, become a UserError with the name of the file or folder."""
+        try:
+            yield
         except UserError as e:
             raise UserError(f"{where}: {e}") from e
         except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as e:  # A value of the wrong type.
@@ -72,7 +89,7 @@ class Family:
             context = ours["context_length"]
             ours["rope"] = read_rope(settings, context, self.rope_theta, self.rope_local_theta)
         floats = {f.name for f in fields(ModelConfig) if f.type is float}
-        values: Any = {k: float(v) if k in floats else v for k, v in ours.items()}
+        values: Any = {k: float(v) if k in floats and type(v) is int else v for k, v in ours.items()}
         return ModelConfig(**values)
 
     def to_settings(self, config: ModelConfig) -> Settings:

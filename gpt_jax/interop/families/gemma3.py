@@ -2,9 +2,10 @@
 
 from dataclasses import replace
 
-from gpt_jax.config import ModelConfig
+from gpt_jax.config import ModelConfig, check
 from gpt_jax.interop.families import llama
 from gpt_jax.interop.families.family import Settings
+from gpt_jax.interop.families.rope import first_of
 from gpt_jax.interop.families.windows import from_layer_types, to_layer_types
 from gpt_jax.interop.layout import OffsetByOne
 
@@ -13,8 +14,12 @@ def read_more(settings: Settings) -> Settings:
     """The full layers, which are every sixth or those in `layer_types`, and the scale of queries."""
     period, n_layer = settings.get("sliding_window_pattern", 6), settings.get("num_hidden_layers", 26)
     default = ["sliding_attention" if (i + 1) % period else "full_attention" for i in range(n_layer)]
-    window = from_layer_types(settings.get("layer_types") or default, settings.get("sliding_window", 4096))
-    return window | {"query_scale": (settings.get("query_pre_attn_scalar") or 256) ** -0.5}
+    window = from_layer_types(
+        first_of(settings.get("layer_types"), default), n_layer, settings.get("sliding_window", 4096)
+    )
+    scalar = first_of(settings.get("query_pre_attn_scalar"), 256)
+    check(scalar > 0, "query_pre_attn_scalar", scalar, "more than 0")
+    return window | {"query_scale": scalar**-0.5}
 
 
 def write_more(config: ModelConfig) -> Settings:

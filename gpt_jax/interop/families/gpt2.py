@@ -18,6 +18,12 @@ FAMILY = Family(
         "tie_word_embeddings": ("tied_head", True),
     },
     shared={"positions": "learned", "norm": "layer", "bias": True},
+    aliases={
+        "hidden_size": "n_embd",
+        "max_position_embeddings": "n_positions",
+        "num_attention_heads": "n_head",
+        "num_hidden_layers": "n_layer",
+    },
     only={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
     tensors={
         "tokens_VD": Embedding("transformer.wte.weight"),

@@ -5,17 +5,16 @@ from dataclasses import replace
 from gpt_jax.config import ModelConfig
 from gpt_jax.interop.families import llama
 from gpt_jax.interop.families.family import Settings
+from gpt_jax.interop.families.rope import first_of
 from gpt_jax.interop.families.windows import from_layer_types, to_layer_types
 
 
 def read_window(settings: Settings) -> Settings:
     """The window of the layers from `max_window_layers` on, or of those in `layer_types`."""
     window = settings.get("sliding_window", 4096) if settings.get("use_sliding_window") else 0
-    if not window:
-        return {}
     first, n_layer = settings.get("max_window_layers", 28), settings.get("num_hidden_layers", 32)
-    default = ["sliding_attention" if i >= first else "full_attention" for i in range(n_layer)]
-    return from_layer_types(settings.get("layer_types") or default, window)
+    default = ["sliding_attention" if window and i >= first else "full_attention" for i in range(n_layer)]
+    return from_layer_types(first_of(settings.get("layer_types"), default), n_layer, window)
 
 
 def write_window(config: ModelConfig) -> Settings:

@@ -1,9 +1,12 @@
-"""Rotary positions in a config.json: the form of transformers 5 (rope_parameters) and the older one (rope_scaling)."""
+"""Rotary positions in a config.json: the form of transformers 5 (rope_parameters) and the older one (rope_scaling).
+
+If a config.json has both, the older one counts, as in transformers 5; where the two differ, `agreement.py` says so.
+"""
 
 import math
 from typing import Any
 
-from gpt_jax.config import ModelConfig, RopeConfig
+from gpt_jax.config import ModelConfig, RopeConfig, check
 from gpt_jax.errors import UserError
 
 TYPES = {"default": "none", "linear": "linear", "dynamic": "dynamic", "yarn": "yarn", "llama3": "llama3"}
@@ -14,7 +17,26 @@ NUMBERS = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
 }
 ORIGINAL = "original_max_position_embeddings"
+REQUIRED = {"linear": ("factor",), "dynamic": ("factor",), "llama3": NUMBERS["llama3"]}  # As in transformers.
 ONLY = {"partial_rotary_factor": 1.0, "truncate": True}
+
+
+def rotary_settings(given: Any) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings of all layers, and those of sliding layers, where a config.json has them apart."""
+    rope = given or {}
+    if "full_attention" in rope:  # transformers 5, for models with two kinds of layers.
+        return rope["full_attention"] or {}, rope.get("sliding_attention") or {}
+    return rope, {}
+
+
+def first_of(*values: Any) -> Any:
+    """The first value that is given."""
+    return next(value for value in values if value is not None)
+
+
+def kind_of(rope: dict[str, Any]) -> str:
+    """The type of rotary positions, as transformers names it."""
+    return rope.get("rope_type") or rope.get("type") or "default"
 
 
 def read_rope(settings: dict[str, Any], context: int, default_theta: float, default_local_theta: float) -> RopeConfig:
@@ -22,12 +44,9 @@ def read_rope(settings: dict[str, Any], context: int, default_theta: float, defa
 
     Raises UserError for a scaling that is not known.
     """
-    rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
-    local: dict[str, Any] = {}
-    if "full_attention" in rope:  # transformers 5, for models with two kinds of layers.
-        rope, local = rope["full_attention"], rope.get("sliding_attention", {})
-    kind = rope.get("rope_type") or rope.get("type") or "default"
-    if kind not in TYPES:
+    rope, local = rotary_settings(settings.get("rope_scaling") or settings.get("rope_parameters"))
+    kind = kind_of(rope)
+    if not isinstance(kind, str) or kind not in TYPES:
         raise UserError(f"rotary positions of type {kind!r} are not supported; there are {', '.join(TYPES)}")
     for name, allowed in ONLY.items():
         value = rope.get(name, settings.get(name))
@@ -36,9 +55,12 @@ def read_rope(settings: dict[str, Any], context: int, default_theta: float, defa
     if local.get("rope_type", "default") != "default":
         raise UserError("rotary positions of sliding layers that are scaled are not supported")
     numbers = {name: float(rope[name]) for name in NUMBERS.get(kind, ()) if rope.get(name) is not None}
+    if lacking := [name for name in REQUIRED.get(kind, ()) if name not in numbers]:
+        raise UserError(f"rotary positions of type {kind!r} need {', '.join(lacking)}")
     original = 0
     if kind in ("yarn", "llama3"):
-        original = int(rope.get(ORIGINAL) or settings.get(ORIGINAL) or context)
+        original = first_of(rope.get(ORIGINAL), settings.get(ORIGINAL), context)
+        check(original >= 1, ORIGINAL, original, "1 or more")
     elif kind == "dynamic":
         original = context
     if kind == "yarn" and "factor" not in numbers:
@@ -47,9 +69,9 @@ def read_rope(settings: dict[str, Any], context: int, default_theta: float, defa
     if kind == "yarn" and "attention_factor" not in numbers and all(scales):
         numerator, denominator = (1 + 0.1 * scale * math.log(max(numbers["factor"], 1)) for scale in scales)
         numbers["attention_factor"] = numerator / denominator
-    local_theta = local.get("rope_theta") or settings.get("rope_local_base_freq") or default_local_theta
+    local_theta = first_of(local.get("rope_theta"), settings.get("rope_local_base_freq"), default_local_theta)
     return RopeConfig(
-        theta=float(rope.get("rope_theta") or settings.get("rope_theta") or default_theta),
+        theta=float(first_of(rope.get("rope_theta"), settings.get("rope_theta"), default_theta)),
         local_theta=float(local_theta) if default_local_theta else 0.0,
         scaling=TYPES[kind],  # type: ignore[arg-type]
         original_context=original,
