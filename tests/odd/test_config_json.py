@@ -25,7 +25,7 @@ from tests import tiny
 from tests.interop.models import publish_zeros
 from tests.odd.memory import at_most
 
-GONE = object()  # Instead of a value: the setting is left out.
+GONE = ["left out"]  # Instead of a value: the setting is left out.
 HUGE = 2_000_000_000
 INF, NAN = float("inf"), float("nan")
 FULL, SLIDING = "full_attention", "sliding_attention"
