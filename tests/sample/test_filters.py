@@ -87,6 +87,15 @@ def test_top_p(logits: np.ndarray, p: float) -> None:
         np.testing.assert_array_equal(top_p(jnp.asarray(logits), p), by_row(reference, logits))
 
 
+def test_sums_that_are_exactly_p_are_enough() -> None:
+    """As for transformers: the first tokens that add up to p are kept, and no other."""
+    logits = jnp.array([[0.0, -1.0, -2.0, -3.0]])
+    probabilities = jax.nn.softmax(logits[0])
+    for n in (1, 2, 3):
+        p = float((jnp.cumsum(probabilities) - probabilities)[n])  # As float32 adds them up.
+        assert np.isfinite(top_p(logits, p)).sum() == n
+
+
 @given(batches, st.floats(0.01, 1))
 def test_min_p(logits: np.ndarray, p: float) -> None:
     def reference(row: np.ndarray) -> set[int]:
