@@ -44,9 +44,8 @@ class Planner:
     def __init__(self, config: Config, target: Target, compiles: bool) -> None:
         self.target, self.compiles = target, compiles
         devices = target.devices() if compiles else stand_ins(target)
-        platform = "tpu" if target.is_tpu else "gpu"
         self.placement: Placement = choose_placement(config.parallel, config.model, devices)
-        self.model_config = resolve(config.model, platform, self.placement.context)
+        self.model_config = resolve(config.model, target.hardware, self.placement.context)
 
     def model(self, config: Config) -> GPT:
         """The model, its attention and types resolved for the target."""

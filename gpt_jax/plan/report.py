@@ -1,5 +1,6 @@
 """A plan as text: what it needs, and how that is known."""
 
+from gpt_jax.model.backend import resolved_to
 from gpt_jax.model.flops import FLOPS_FORMULA, flops_per_token
 from gpt_jax.plan.planner import Plan, Planner
 from gpt_jax.plan.targets import GB
@@ -20,7 +21,8 @@ def describe(plan: Plan, planner: Planner) -> dict[str, str]:
     moved = [f"{t.count:,.0f} {kind} ({t.bytes / GB:,.2f} GB)" for kind, t in program.traffic.items()]
     return {
         "target": f"{target.name}: {target.n_devices} x {target.chip.kind}, by {planner.placement}",
-        "model": f"{model.n_params / 1e6:,.1f} M parameters, {model.dtype}, attention {model.attention}, layers "
+        "model": f"{model.n_params / 1e6:,.1f} M parameters, "
+        f"{resolved_to(model, target.hardware, planner.placement.context)}, layers "
         f"{'unrolled' if model.unroll else 'scanned'}, rematerialised: {model.remat}",
         "a step": f"{plan.config.data.batch_size:,} sequences of {model.context_length:,} = {tokens:,} tokens; a "
         f"device computes {sizes.n_micro} x {sizes.sequences}{planner.placement.part_of_each}",

@@ -202,3 +202,5 @@ def test_resuming_passes_over_a_damaged_checkpoint_and_says_so(tiny_data: Path, 
     assert stderr.count("\n") == 1
     assert "resuming after step 30" in stdout
     assert [step for step, *_ in losses(out)] == list(range(1, 41))
+    [aside] = (out / "damaged").iterdir()  # Kept, since it may be whole.
+    assert (aside / largest.relative_to(out / "checkpoints" / "40")).read_bytes() == content
