@@ -66,9 +66,9 @@ class Planner:
         model = self.model(config)
         sizes = estimate.sizes_of(model, config, self.placement)
         program = compile_step(model, config, self.placement, sizes.state)
-        if program.lacking:  # There is no program whose traffic could be counted.
+        if not program.traffic:  # There is no program, or nothing in its text is understood.
             moved = estimate.traffic(model.config, sizes, self.target.n_devices)
-            program = dataclasses.replace(program, traffic=moved)
+            program = dataclasses.replace(program, traffic=moved, counted=False)
         return Plan(config, sizes, program, self.bounds(config, sizes, program), compiled=True)
 
     def bounds(self, config: Config, sizes: Sizes, program: Program) -> Bounds:

@@ -19,6 +19,12 @@ def describe(plan: Plan, planner: Planner) -> dict[str, str]:
     limit = plan.total - program.lacking if program.lacking and plan.compiled else target.usable_memory
     verdict = "fits" if not program.lacking else f"does NOT fit: {gib(program.lacking)} a device are lacking"
     moved = [f"{t.count:,.0f} {kind} ({t.bytes / GB:,.2f} GB)" for kind, t in program.traffic.items()]
+    moved_how = ", ".join(moved) or "none"
+    if plan.compiled and program.text and program.traffic and not program.counted:
+        moved_how += ", by formula: in the compiler's text none was found"
+    if program.unknown:
+        moved_how += "; not counted, since it is not understood: "
+        moved_how += ", ".join(f"{n:,} {name}" for name, n in program.unknown.most_common())
     return {
         "target": f"{target.name}: {target.n_devices} x {target.chip.kind}, by {planner.placement}",
         "model": f"{model.n_params / 1e6:,.1f} M parameters, "
@@ -31,7 +37,7 @@ def describe(plan: Plan, planner: Planner) -> dict[str, str]:
         "optimizer": f"{gib(sizes.optimizer)} a device",
         "activations and temporaries": f"{gib(program.temporaries)} a device",
         "memory": f"{gib(plan.total)} of {gib(limit)} that can be used: {verdict}",
-        "collectives a step": ", ".join(moved) or "none",
+        "collectives a step": moved_how,
         "FLOPs a step": f"{tokens * flops_per_token(model):.3g}; {FLOPS_FORMULA}",
         "intensity": f"{bounds.intensity:,.0f} FLOPs a byte of memory (the device's own: "
         f"{target.chip.peak / target.chip.memory_bandwidth:,.0f})",
