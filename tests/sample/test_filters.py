@@ -107,6 +107,11 @@ def test_min_p(logits: np.ndarray, p: float) -> None:
         np.testing.assert_array_equal(keep_min_p(jnp.asarray(logits), p), by_row(reference, logits))
 
 
+def test_a_token_exactly_at_the_threshold_is_kept() -> None:
+    logits = jnp.array([[0.0, -1.0, -2.0]])
+    np.testing.assert_array_equal(keep_min_p(logits, 1.0), [[0.0, -np.inf, -np.inf]])
+
+
 @given(
     arrays(np.float32, (2, 9), elements=st.floats(-5, 5, width=32)), arrays(bool, (2, 9)), st.floats(0.5, 2, width=32)
 )
