@@ -107,15 +107,15 @@ class Lane:
             while process.poll() is None:
                 seconds = time.monotonic() - start
                 expect(seconds < 600, f"{args[0]} takes more than ten minutes")
-                due = kill_after is not None and seconds >= kill_after
-                if due or (kill_in and phases[kill_in]()):
-                    killed_in = next((name for name, is_in in reversed(phases.items()) if is_in()), "start")
-                    if not due:
+                phase = next((name for name, is_in in reversed(phases.items()) if is_in()), "start")
+                if phase == kill_in or (kill_after is not None and seconds >= kill_after):
+                    if kill_in:
                         time.sleep(self.rng.choice([0, 0.02 * self.rng.random()]))  # Some phases are as short.
+                    killed_in = phase
                     process.kill()
                     process.wait()
                     break
-                time.sleep(0.0005)
+                time.sleep(0.001)
         said = (self.folder / "output").read_text(encoding="utf-8", errors="replace")
         for word in ("Traceback", "damaged", "error:"):
             expect(word not in said, f"{args[0]} says: {said[-2000:]}")
