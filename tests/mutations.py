@@ -159,7 +159,7 @@ def main() -> int:
     for mutation, what, _ in sorted(results, key=lambda result: mutations.index(result[0])):
         if what != "noticed":
             print(f"  {what}: {mutation.name}{f' ({mutation.reason})' if mutation.reason else ''}")
-    return int(any(what not in GOOD for what in counts))
+    return int(any(what not in GOOD for what in counts) or len(results) < len(mutations))
 
 
 if __name__ == "__main__":

@@ -354,7 +354,7 @@ def main() -> int:
                     thing.make(lane)
                 elif thing.kind == "resume":
                     thing.finish()
-        except FaultError as e:
+        except Exception as e:  # A checkpoint that cannot be read, too.
             faults.append(f"{lane.folder.name}: {e}")
             print(f"FAULT in {faults[-1]}", flush=True)
 
