@@ -21,7 +21,7 @@ from benchmarks.presets import Preset
 from gpt_jax import runtime
 from gpt_jax.config import Config, DataConfig, ModelConfig, ParallelConfig
 from gpt_jax.data.batch import Batch
-from gpt_jax.model.backend import resolve
+from gpt_jax.model.backend import resolve_for
 from gpt_jax.model.forward import init_params
 from gpt_jax.model.gpt import GPT
 from gpt_jax.placement import choose_placement
@@ -39,7 +39,7 @@ class Training(contestants.Training):
         runtime.setup(runtime.choose_cpu_devices(config))
         self.placement = choose_placement(self.parallel, model, runtime.choose_devices(config))
         self.device = self.placement.devices[0]
-        self.model = GPT(resolve(model, runtime.platform_name(self.device), self.placement.context))
+        self.model = GPT(resolve_for(model, self.device, self.placement.context))
         self.libraries = memory_of_libraries(self.device.platform == "cpu")
         self.optimizer = make_optimizer(preset.optimizer, preset.schedule_steps)
         self.train_step = self.build(self.optimizer)
@@ -128,7 +128,7 @@ class Decoding(contestants.Decoding):
         runtime.setup()
         self.device = runtime.local_devices()[0]
         self.libraries = memory_of_libraries(self.device.platform == "cpu")
-        self.model = GPT(resolve(model, runtime.platform_name(self.device)))
+        self.model = GPT(resolve_for(model, self.device))
         self.host = jax.local_devices(backend="cpu")[0]
 
     def initial(self) -> Arrays:

@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -171,6 +171,30 @@ def choose_devices(config: Config) -> list[jax.Device]:
 def platform_name(device: jax.Device) -> str:
     """cpu, gpu or tpu."""
     return {"cuda": "gpu", "rocm": "gpu"}.get(device.platform, device.platform)
+
+
+class Hardware(NamedTuple):
+    """What decides which attention and which compute type a device runs."""
+
+    platform: str  # cpu, gpu or tpu.
+    architecture: str = ""  # Of a GPU, as JAX has it: the compute capability, such as 8.0, or the name, such as gfx90a.
+    cudnn: int = 99_999  # The version of cuDNN, such as 91100; 0: there is none. As if recent where it is not known.
+
+    @property
+    def capability(self) -> tuple[int, ...]:
+        """The compute capability of an NVIDIA GPU, such as (8, 0); empty for all else."""
+        is_nvidia = re.fullmatch(r"\d+\.\d+", self.architecture)
+        return tuple(map(int, self.architecture.split("."))) if is_nvidia else ()
+
+
+def hardware(device: jax.Device) -> Hardware:
+    """The hardware of a device."""
+    if platform_name(device) != "gpu":
+        return Hardware(platform_name(device))
+    from jax._src.lib import cuda_versions  # As JAX's own check of cuDNN reads it; None without CUDA.
+
+    architecture = str(getattr(device, "compute_capability", ""))
+    return Hardware("gpu", architecture, cuda_versions.cudnn_get_version() if cuda_versions else 0)
 
 
 PEAK_TFLOPS = {

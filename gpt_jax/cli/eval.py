@@ -59,6 +59,7 @@ def evaluate(args: EvalArgs) -> None:
     from gpt_jax import runtime
     from gpt_jax.evaluate.loss import evaluate_blocks, evaluate_split
     from gpt_jax.evaluate.score import Scorer
+    from gpt_jax.model.backend import fallback
     from gpt_jax.run.load import RunSource, load_model
 
     source = args.source()
@@ -71,6 +72,8 @@ def evaluate(args: EvalArgs) -> None:
     check(1 <= stride <= T, "stride", stride, f"between 1 and context_length = {T}")
     runtime.setup()
     model, params, tokenizer = load_model(source, T)
+    if slower := fallback(model.config, runtime.hardware(runtime.local_devices()[0])):
+        print(f"attention {model.config.attention}, {slower}", file=sys.stderr)
 
     scorer = Scorer(model, params, runtime.local_devices(), args.batch_size)
     if isinstance(text, Corpus):

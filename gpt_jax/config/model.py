@@ -130,7 +130,7 @@ class ModelConfig:
     scale_embeddings: bool = False  # Multiply token embeddings by sqrt(d_model), as Gemma does.
     dropout: float = 0.0  # Probability of dropping an embedding, an attention weight or a block's output.
     lora: LoraConfig = field(default_factory=LoraConfig)
-    dtype: DTypeName = "auto"  # Compute type; auto: bfloat16 on accelerators, float32 on CPU. Parameters are float32.
+    dtype: DTypeName = "auto"  # Compute type; auto: bfloat16 on devices that have it. Parameters are float32.
     attention: AttentionName = "auto"  # Attention backend; auto: cudnn on GPU, splash on TPU, block_causal on CPU.
     unroll: bool = True  # Unroll the layers (faster steps) or scan over them (compile time independent of depth).
     remat: RematName = "none"  # Recomputed in the backward pass: nothing, whole blocks, or all but matrix products.

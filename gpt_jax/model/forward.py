@@ -11,9 +11,10 @@ from gpt_jax.model.gpt import GPT, Params
 
 
 def init_params(model: GPT, key: jax.Array) -> Params:
-    """The initial parameters, float32, with the layers stacked."""
+    """The initial parameters, float32, with the layers stacked. The configuration need not be resolved, since they do
+    not depend on how the model is computed."""
     # One token is enough to find all shapes, but too few for the fused attentions, which work on whole blocks.
-    plain = GPT(dataclasses.replace(model.config, attention="xla"))
+    plain = GPT(dataclasses.replace(model.config, attention="xla", dtype="float32"))
     return cast(Params, plain.init(key, jnp.zeros((1, 1), jnp.int32))["params"])
 
 

@@ -232,7 +232,9 @@ def causal_by_splash(
     T, H = q_BTHK.shape[1:3]
     R = H // k_BTGK.shape[2]
     parts = context_parts()
-    block = next(b for b in SPLASH_BLOCKS if T // parts % b == 0)
+    block = next((b for b in SPLASH_BLOCKS if T % (b * parts) == 0), 0)
+    if not block:  # Resolved for another context_length than these sequences have.
+        raise ValueError(f"Splash attends over sequences in steps of {SPLASH_BLOCKS[-1] * parts} tokens, not {T}")
     sizes = splash.BlockSizes(
         block_q=block,
         block_kv=block,

@@ -44,9 +44,8 @@ class Planner:
     def __init__(self, config: Config, target: Target, compiles: bool) -> None:
         self.target, self.compiles = target, compiles
         devices = target.devices() if compiles else stand_ins(target)
-        platform = "tpu" if target.is_tpu else "gpu"
         self.placement: Placement = choose_placement(config.parallel, config.model, devices)
-        self.model_config = resolve(config.model, platform, self.placement.context)
+        self.model_config = resolve(config.model, target.hardware, self.placement.context)
 
     def model(self, config: Config) -> GPT:
         """The model, its attention and types resolved for the target."""
@@ -67,9 +66,9 @@ class Planner:
         model = self.model(config)
         sizes = estimate.sizes_of(model, config, self.placement)
         program = compile_step(model, config, self.placement, sizes.state)
-        if program.lacking:  # There is no program whose traffic could be counted.
+        if not program.traffic:  # There is no program, or nothing in its text is understood.
             moved = estimate.traffic(model.config, sizes, self.target.n_devices)
-            program = dataclasses.replace(program, traffic=moved)
+            program = dataclasses.replace(program, traffic=moved, counted=False)
         return Plan(config, sizes, program, self.bounds(config, sizes, program), compiled=True)
 
     def bounds(self, config: Config, sizes: Sizes, program: Program) -> Bounds:

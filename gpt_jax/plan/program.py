@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +22,12 @@ from gpt_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from gpt_jax.train.step import TrainState, init_state, make_train_step
 
 KINDS = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
-BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, "f32": 4, "s32": 4, "u32": 4, "f64": 8}
+
+NAMES_DEVICES = re.compile(r"\b(channel_id|replica_groups|source_target_pairs)=")
+"""The attributes of instructions by which devices exchange data."""
+
+CALLS = r"\b(calls|to_apply|true_computation|false_computation|branch_computations)=(\{[^}]*\}|%?[\w.-]+)"
+"""The attributes by which an instruction names other computations, and their names."""
 
 
 @dataclass(frozen=True)
@@ -37,12 +43,18 @@ class Traffic:
 
 @dataclass(frozen=True)
 class Program:
-    """The needs of one step, in bytes on one device. `lacking` is 0 when it fits; `text` is empty when it does not."""
+    """The needs of one step, in bytes on one device. `lacking` is 0 when it fits; `text` is empty when it does not.
+
+    unknown: what else its text has that seems to move data between devices, and how often in a step. counted: False
+    when `traffic` is by formula.
+    """
 
     temporaries: float
     lacking: float = 0
     traffic: dict[str, Traffic] = field(default_factory=dict)
     text: str = ""
+    unknown: Counter[str] = field(default_factory=Counter)
+    counted: bool = True
 
 
 def abstract_state(model: GPT, config: Config) -> TrainState:
@@ -82,7 +94,9 @@ def compile_step(model: GPT, config: Config, placement: Placement, state_bytes: 
         return out_of_memory(e, state_bytes)
     text = compiled.as_text()
     memory = compiled.memory_analysis()
-    return Program(float(memory.temp_size_in_bytes + memory.generated_code_size_in_bytes), 0, collectives(text), text)
+    temporaries = float(memory.temp_size_in_bytes + memory.generated_code_size_in_bytes)
+    traffic, unknown = collectives(text)
+    return Program(temporaries, 0, traffic, text, unknown)
 
 
 def out_of_memory(e: Exception, state_bytes: float) -> Program:
@@ -101,39 +115,51 @@ def out_of_memory(e: Exception, state_bytes: float) -> Program:
     return Program(temporaries, lacking=temporaries + state_bytes - available)
 
 
-def collectives(text: str) -> dict[str, Traffic]:
-    """The collectives in one run of a program, by kind, from its text. Those in loops count once for each iteration.
+def collectives(text: str) -> tuple[dict[str, Traffic], Counter[str]]:
+    """The collectives in one run of a program, by kind, from its text, and what is not understood in it, by name. Those
+    in loops count once for each iteration.
 
     The TPU compiler writes a reduce-scatter, an all-reduce of which each device keeps a part only, as a fusion of such
     a name. It writes a collective that overlaps with products as several fusions (start, parts, end), which all have
-    its channel.
+    its channel. The form of the text is XLA's own affair and changes: what names devices or a channel and is none of
+    the known kinds is not understood.
     """
     computations = split_computations(text)
     total: dict[str, Traffic] = {}
+    unknown: Counter[str] = Counter()
 
     def visit(name: str, times: float, fused: set[tuple[str, str]] | None = None) -> None:
         """Adds the collectives of a computation. fused: kinds and channels counted in fusions beside this one."""
         in_fusions: set[tuple[str, str]] = set() if fused is None else fused
+        if name not in computations:
+            unknown["computation that is not in the text"] += 1
         for line in computations.get(name, []):
-            kind = next((k for k in KINDS if re.search(rf" {k}(-start)?\(", line)), None)
-            if kind is not None:
+            operation = re.search(r" = .*? ([a-z][\w-]*)\(", line)
+            kind, _, part = re.sub(r"-(start|update|done)$", r"/\1", operation[1] if operation else "").partition("/")
+            if kind in KINDS and part in ("", "start"):
                 channel = re.search(r"channel_id=(\d+)", line)
-                part = (kind, channel[1] if channel else "")
-                if fused is not None and channel and part in in_fusions:
+                counted = (kind, channel[1] if channel else "")
+                if fused is not None and channel and counted in in_fusions:
                     continue
                 if fused is not None:
-                    in_fusions.add(part)
+                    in_fusions.add(counted)
                 kind = "reduce-scatter" if "all-reduce-scatter" in name else kind
                 total[kind] = total.get(kind, Traffic()) + Traffic(times, times * largest_array(line))
+            elif kind not in KINDS and part != "done" and NAMES_DEVICES.search(line):
+                unknown[kind or line.strip()[:40]] += int(times)
             loop = re.search(r" while\(.*condition=%?([\w.-]+), body=%?([\w.-]+)", line)
             if loop:
-                visit(loop[2], times * trip_count(computations.get(loop[1], [])))
+                before, turns = total.copy(), trip_count(line, computations.get(loop[1], []))
+                visit(loop[2], times * (turns or 1))
+                if not turns and total != before:
+                    unknown["loop of which the number of iterations is not told"] += 1
             else:
-                for key, called in re.findall(r"(calls|to_apply|true_computation|false_computation)=%?([\w.-]+)", line):
-                    visit(called, times, in_fusions if key == "calls" else None)
+                for key, called in re.findall(CALLS, line):
+                    for one in re.findall(r"%?([\w.-]+)", called):
+                        visit(one, times, in_fusions if key == "calls" else None)
 
     visit("ENTRY", 1)
-    return {kind: total[kind] for kind in KINDS if kind in total}
+    return {kind: total[kind] for kind in KINDS if kind in total}, unknown
 
 
 def split_computations(text: str) -> dict[str, list[str]]:
@@ -149,18 +175,22 @@ def split_computations(text: str) -> dict[str, list[str]]:
     return computations
 
 
-def trip_count(condition: list[str]) -> int:
-    """Number of iterations of a loop over 0, 1, 2, ..., from the constant that its condition compares with."""
+def trip_count(loop: str, condition: list[str]) -> int:
+    """Number of iterations of a loop: what the compiler knows or, of a loop over 0, 1, 2, ..., the constant that its
+    condition compares with; 0 when there is neither."""
+    known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop)
     limits = [int(n) for line in condition for n in re.findall(r"s32\[\]\S* constant\((\d+)\)", line)]
-    return max(limits, default=1)
+    return int(known[1]) if known else max(limits, default=0)
 
 
 def largest_array(line: str) -> float:
     """The bytes of a collective's arrays: of its operands or of its results, whichever is more."""
     result = line.split(" = ", 1)[-1]
     kind = next(k for k in KINDS if f" {k}" in result)
-    shapes = re.findall(r"\b(\w+)\[([\d,]*)\]", result[: result.index(f" {kind}")])
-    sizes = [BYTES.get(dtype, 4) * math.prod(int(n) for n in dims.split(",") if n) for dtype, dims in shapes]
+    shapes = re.findall(r"\b([a-z]+)(\d*)\w*\[([\d,]*)\]", result[: result.index(f" {kind}")])
+    sizes = [
+        int(bits or 8) / 8 * math.prod(int(n) for n in dims.split(",") if n) for _, bits, dims in shapes
+    ]  # pred: 8.
     if f" {kind}-start(" in result:  # Its result holds the operands, too.
         return float(max(sizes, default=0))
     return float(np.sum(sizes))

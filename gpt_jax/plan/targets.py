@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gpt_jax.errors import UserError
-from gpt_jax.runtime import GPU_MEMORY_FRACTION, peak_flops
+from gpt_jax.runtime import GPU_MEMORY_FRACTION, Hardware, peak_flops
 
 GB, GIB = 10**9, 2**30
 GPUS_A_HOST = 8
@@ -22,6 +22,7 @@ class Chip:
     between_hosts: float = 0  # From a GPU to those of other hosts: the usual network card, one a GPU.
     names_cores: bool = False  # True when the number in a slice's name counts cores, of which a chip has two.
     dimensions: int = 0  # Of the torus; 0: a GPU.
+    architecture: str = ""  # Of a GPU: its compute capability.
 
     @property
     def peak(self) -> float:
@@ -38,10 +39,10 @@ CHIPS = {
     "v5p": Chip("TPU v5p", 95 * GIB, 2765 * GB, 600 * GB, names_cores=True, dimensions=3),
     "v6e": Chip("TPU v6 lite", 32 * GIB, 1640 * GB, 448 * GB, dimensions=2),
     # nvidia.com: data sheets, the SXM forms.
-    "a100": Chip("NVIDIA A100-SXM4-80GB", 79.3 * GIB, 2039 * GB, 300 * GB, 25 * GB),
-    "h100": Chip("NVIDIA H100 80GB HBM3", 79.6 * GIB, 3350 * GB, 450 * GB, 50 * GB),
-    "h200": Chip("NVIDIA H200", 140.4 * GIB, 4800 * GB, 450 * GB, 50 * GB),
-    "b200": Chip("NVIDIA B200", 179 * GIB, 8000 * GB, 900 * GB, 50 * GB),
+    "a100": Chip("NVIDIA A100-SXM4-80GB", 79.3 * GIB, 2039 * GB, 300 * GB, 25 * GB, architecture="8.0"),
+    "h100": Chip("NVIDIA H100 80GB HBM3", 79.6 * GIB, 3350 * GB, 450 * GB, 50 * GB, architecture="9.0"),
+    "h200": Chip("NVIDIA H200", 140.4 * GIB, 4800 * GB, 450 * GB, 50 * GB, architecture="9.0"),
+    "b200": Chip("NVIDIA B200", 179 * GIB, 8000 * GB, 900 * GB, 50 * GB, architecture="10.0"),
 }
 
 TORUS_2D = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"}
@@ -61,6 +62,11 @@ class Target:
     def is_tpu(self) -> bool:
         """True for TPUs: programs for them can be compiled on a machine without them."""
         return self.topology != ""
+
+    @property
+    def hardware(self) -> Hardware:
+        """What decides the attention and the compute type."""
+        return Hardware("tpu" if self.is_tpu else "gpu", self.chip.architecture)
 
     @property
     def usable_memory(self) -> float:

@@ -20,7 +20,7 @@ from gpt_jax.interop import load as interop
 from gpt_jax.interop.agreement import agreeing
 from gpt_jax.interop.load import open_named
 from gpt_jax.interop.model_files import ModelFiles
-from gpt_jax.model.backend import resolve
+from gpt_jax.model.backend import resolve_for
 from gpt_jax.model.forward import init_params
 from gpt_jax.model.gpt import GPT, Params
 from gpt_jax.model.lora import fold, join, split
@@ -34,7 +34,7 @@ from gpt_jax.run.checkpoint import (
     tree_fingerprint,
 )
 from gpt_jax.run.folder import RunFolder, newest_run
-from gpt_jax.runtime import local_devices, platform_name
+from gpt_jax.runtime import local_devices
 from gpt_jax.system import user_path
 from gpt_jax.tokenizer.tokenizer import Tokenizer
 
@@ -162,7 +162,7 @@ class RunSource:
     def load_params(self, config: ModelConfig, placement: Placement) -> Params:
         """See Source."""
         model = self.saved.model
-        shapes = jax.eval_shape(lambda: init_params(GPT(resolve(model, "cpu")), jax.random.key(0)))
+        shapes = jax.eval_shape(lambda: init_params(GPT(model), jax.random.key(0)))
         if model.lora.rank:
             shapes, _ = split(shapes)
         with Checkpoints(self.folder.checkpoints, read_only=True) as checkpoints:
@@ -248,7 +248,7 @@ def load_model(source: Source, context_length: int = 0) -> LoadedModel:
     placement = Placement(local_devices()[:1])
     config = with_context(source.config, context_length or source.config.context_length, source.where)
     config = dataclasses.replace(config, vocab_multiple=source.vocab_multiple(config.vocab_multiple))
-    config = resolve(config, platform_name(placement.devices[0]))
+    config = resolve_for(config, placement.devices[0])  # For this context, which may not be the source's own.
     tokenizer = source.tokenizer()
     return LoadedModel(GPT(config), source.load_params(config, placement), tokenizer)
 

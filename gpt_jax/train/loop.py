@@ -13,7 +13,7 @@ from gpt_jax.config import Config, config_to_dict
 from gpt_jax.data.loader import Prefetch, TrainBatches
 from gpt_jax.data.shards import Dataset
 from gpt_jax.model import lora
-from gpt_jax.model.backend import resolve
+from gpt_jax.model.backend import resolve_for, resolved_to
 from gpt_jax.model.flops import FLOPS_FORMULA, flops_per_token
 from gpt_jax.model.forward import init_params
 from gpt_jax.model.gpt import GPT, Params
@@ -56,7 +56,7 @@ def train(config: Config, data: Dataset, resume: bool = False, profile: bool = F
     rows = placement.rows(config.data.batch_size, n_micro)  # Those that this host loads.
     batches = TrainBatches(data.train, config.model.context_length, config.data.batch_size, seed)
 
-    model = GPT(resolve(config.model, runtime.platform_name(placement.devices[0]), placement.context))
+    model = GPT(resolve_for(config.model, placement.devices[0], placement.context))
     schedule = learning_rate_schedule(config.optimizer, config.train.steps)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
     step_fn = make_train_step(next_token, model, optimizer, schedule, seed, placement.axis_name)
@@ -144,7 +144,7 @@ def describe_run(
         "data": f"{config.data.dir}: {len(data.train):,} training and {len(data.val):,} validation tokens",
         "model": f"{c.n_layer} layers, {c.n_head} heads, width {c.d_model}, context {c.context_length}, "
         f"vocabulary {c.vocab_size:,}: {c.n_params / 1e6:,.2f} M parameters",
-        "compute": f"{c.dtype}, attention {c.attention}, "
+        "compute": f"{resolved_to(c, runtime.hardware(device), placement.context)}, "
         f"layers {'unrolled' if c.unroll else 'scanned'}, rematerialised: {c.remat}",
         "devices": f"{n} x {device.device_kind} by {placement}, each {n_micro} x "
         f"{config.data.batch_size // placement.n_shares // n_micro} sequences{placement.part_of_each} a step",

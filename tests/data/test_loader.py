@@ -102,7 +102,9 @@ def test_epochs_and_seeds_differ() -> None:
 
     assert epoch(0, 0) != epoch(0, 1)
     assert epoch(0, 0) != epoch(1, 0)
-    assert sorted(epoch(0, 0)) != sorted(epoch(0, 1))  # The windows begin elsewhere, too.
+    assert sorted(epoch(0, 0)) != sorted(epoch(0, 1))  # The windows begin elsewhere,
+    for other in (epoch(0, 1), epoch(1, 0)):
+        assert len(set((np.array(epoch(0, 0)) - other) % 1000)) > 1  # and their order is another as well.
 
 
 def test_a_split_smaller_than_a_window_is_refused() -> None:

@@ -15,6 +15,7 @@ from gpt_jax.data.batch import Batch
 from gpt_jax.model.backend import resolve
 from gpt_jax.model.gpt import GPT
 from gpt_jax.placement import Placement
+from gpt_jax.runtime import Hardware
 from gpt_jax.train.objectives.next_token import next_token
 from gpt_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from gpt_jax.train.step import StepMetrics, TrainState, make_eval_step, make_train_step
@@ -132,7 +133,7 @@ def test_a_step_asks_for_cudnn_and_multiplies_in_bfloat16(cudnn_is_known: None, 
 
 def test_a_head_width_that_cudnn_refuses_runs_by_the_formula(device: jax.Device) -> None:
     """As "auto" has it on a GPU, in bfloat16: the loss equals that in float32 on CPU within a quarter of a rounding."""
-    config = resolve(dataclasses.replace(GPT2, d_head=12, attention="auto"), "gpu")
+    config = resolve(dataclasses.replace(GPT2, d_head=12, attention="auto"), Hardware("gpu", "8.0"))
     assert (config.attention, config.dtype) == ("xla", "bfloat16")
     batch = batch_of(config.context_length, config.vocab_size, packed=True)
 

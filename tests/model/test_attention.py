@@ -1,4 +1,6 @@
 import dataclasses
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +10,9 @@ import pytest
 from gpt_jax.config import ModelConfig
 from gpt_jax.errors import UserError
 from gpt_jax.model.attention import masked_attention
-from gpt_jax.model.backend import resolve
+from gpt_jax.model.backend import fallback, resolve, resolved_to
 from gpt_jax.model.kernels import causal_by_blocks, causal_by_mask, causal_by_splash
+from gpt_jax.runtime import Hardware, hardware
 
 
 def reference(q: np.ndarray, k: np.ndarray, v: np.ndarray, mask_BTS: np.ndarray) -> np.ndarray:
@@ -99,63 +102,115 @@ def test_attention_weights_are_dropped_a_sequence_at_a_time(rng: np.random.Gener
 
 
 CONFIG = ModelConfig(vocab_size=64, context_length=256, n_layer=1, n_head=2, d_model=128)
+A100, H100 = Hardware("gpu", "8.0"), Hardware("gpu", "9.0")
+T4, MI300, MI50 = Hardware("gpu", "7.5"), Hardware("gpu", "gfx942", cudnn=0), Hardware("gpu", "gfx906", cudnn=0)
 
 
 @pytest.mark.parametrize(
-    ("platform", "changes", "dtype", "attention"),
+    ("on", "changes", "dtype", "attention", "reason"),
     [
-        ("cpu", {}, "float32", "block_causal"),
-        ("gpu", {}, "bfloat16", "cudnn"),
-        ("gpu", {"dtype": "float32"}, "float32", "xla"),
-        ("gpu", {"dropout": 0.1}, "bfloat16", "xla"),
-        ("tpu", {}, "bfloat16", "splash"),
-        ("tpu", {"context_length": 100}, "bfloat16", "xla"),
-        ("tpu", {"attention": "xla"}, "bfloat16", "xla"),
+        ("cpu", {}, "float32", "block_causal", ""),
+        (A100, {}, "bfloat16", "cudnn", ""),
+        (A100, {"dtype": "float32"}, "float32", "xla", "not cudnn: it computes in bfloat16, not model.dtype = float32"),
+        (A100, {"dropout": 0.1}, "bfloat16", "xla", "not cudnn: it does not drop attention weights, and model.dropout"),
+        (A100, {"d_head": 136}, "bfloat16", "xla", "heads of a width of 128 at most, in steps of 8, not 136"),
+        (H100, {"d_head": 256}, "bfloat16", "cudnn", ""),
+        (H100, {"d_head": 264}, "bfloat16", "xla", "heads of a width of 256 at most, in steps of 8, not 264"),
+        (H100, {"d_head": 100}, "bfloat16", "xla", "in steps of 8, not 100"),
+        (H100, {"context_length": 1001}, "bfloat16", "cudnn", ""),  # The kernel gets an even length.
+        (H100, {"attention": "xla"}, "bfloat16", "xla", ""),
+        (H100._replace(cudnn=0), {}, "bfloat16", "xla", "not cudnn: it needs cuDNN, which JAX does not find"),
+        (Hardware("gpu", "10.3", 91000), {}, "bfloat16", "xla", "it needs cuDNN 9.11 or later"),
+        (Hardware("gpu", "10.3", 91100), {}, "bfloat16", "cudnn", ""),
+        (T4, {}, "float32", "xla", "it needs a GPU of compute capability 8.0 (Ampere) or more, and this one has 7.5"),
+        (T4, {"dtype": "bfloat16"}, "bfloat16", "xla", "of compute capability 8.0"),
+        (MI300, {}, "bfloat16", "xla", "not cudnn: it needs an NVIDIA GPU, and this is another (gfx942)"),
+        (MI50, {}, "float32", "xla", "it needs an NVIDIA GPU"),
+        ("tpu", {}, "bfloat16", "splash", ""),
+        ("tpu", {"context_length": 100}, "bfloat16", "xla", "not splash: it needs a context_length in steps of 128"),
+        ("tpu", {"attention": "xla"}, "bfloat16", "xla", ""),
     ],
 )
-def test_auto_takes_the_fastest_that_can_run(platform: str, changes: dict, dtype: str, attention: str) -> None:
-    resolved = resolve(dataclasses.replace(CONFIG, **changes), platform)
+def test_auto_takes_the_fastest_that_can_run(
+    on: Hardware | str, changes: dict, dtype: str, attention: str, reason: str
+) -> None:
+    """And says why, when it is not the fastest of all."""
+    on = Hardware(on) if isinstance(on, str) else on
+    resolved = resolve(dataclasses.replace(CONFIG, **changes), on)
     assert (resolved.dtype, resolved.attention) == (dtype, attention)
+    assert reason in fallback(resolved, on)
+    assert bool(fallback(resolved, on)) == bool(reason)
+    assert (f"{attention} (not " in resolved_to(resolved, on)) == bool(reason)
+    assert ("does not multiply bfloat16" in resolved_to(resolved, on)) == (on in (T4, MI50) and not changes)
 
 
 @pytest.mark.parametrize(
-    ("platform", "changes", "attention"),
+    ("platform", "told", "version", "expected"),
+    [
+        ("cpu", None, None, Hardware("cpu")),
+        ("tpu", None, None, Hardware("tpu")),
+        ("gpu", "9.0", 91002, Hardware("gpu", "9.0", 91002)),
+        ("cuda", "7.5", 91002, Hardware("gpu", "7.5", 91002)),
+        ("rocm", "gfx90a", None, Hardware("gpu", "gfx90a", 0)),
+        ("gpu", None, None, Hardware("gpu", "", 0)),  # Of a maker whose plugin tells nothing.
+    ],
+)
+def test_the_hardware_of_a_device(
+    platform: str, told: str | None, version: int | None, expected: Hardware, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    versions = SimpleNamespace(cudnn_get_version=lambda: version) if version else None
+    monkeypatch.setattr("jax._src.lib.cuda_versions", versions)
+    device: Any = SimpleNamespace(platform=platform, **({"compute_capability": told} if told else {}))
+    assert hardware(device) == expected
+
+
+@pytest.mark.parametrize(
+    ("on", "changes", "attention"),
     [
         ("cpu", {}, "block_causal"),
         ("cpu", {"dropout": 0.1}, "xla"),
-        ("gpu", {}, "block_causal"),
+        (H100, {}, "block_causal"),
         ("tpu", {"context_length": 1024}, "splash"),
         ("tpu", {"context_length": 128 * 3}, "block_causal"),
     ],
 )
-def test_auto_takes_one_that_divides_sequences(platform: str, changes: dict, attention: str) -> None:
-    assert resolve(dataclasses.replace(CONFIG, **changes), platform, context=2).attention == attention
+def test_auto_takes_one_that_divides_sequences(on: Hardware | str, changes: dict, attention: str) -> None:
+    assert resolve(dataclasses.replace(CONFIG, **changes), on, context=2).attention == attention
 
 
 @pytest.mark.parametrize(
-    ("platform", "changes", "reason"),
+    ("on", "changes", "reason"),
     [
-        ("gpu", {"attention": "cudnn"}, "does not divide sequences, and parallel.context = 2"),
+        (H100, {"attention": "cudnn"}, "does not divide sequences, and parallel.context = 2"),
         ("tpu", {"attention": "splash", "context_length": 384}, "in steps of 128 x parallel.context 2, not 384"),
         ("cpu", {"attention": "block_causal", "dropout": 0.1}, "with parallel.context = 2 it does not drop weights"),
     ],
 )
-def test_what_cannot_divide_sequences_is_refused(platform: str, changes: dict, reason: str) -> None:
+def test_what_cannot_divide_sequences_is_refused(on: Hardware | str, changes: dict, reason: str) -> None:
     with pytest.raises(UserError, match=reason):
-        resolve(dataclasses.replace(CONFIG, **changes), platform, context=2)
+        resolve(dataclasses.replace(CONFIG, **changes), on, context=2)
 
 
 @pytest.mark.parametrize(
-    ("platform", "changes", "reason"),
+    ("on", "changes", "reason"),
     [
         ("cpu", {"attention": "cudnn"}, "needs an NVIDIA GPU, and this is cpu"),
-        ("gpu", {"attention": "cudnn", "dtype": "float32"}, "computes in bfloat16"),
-        ("gpu", {"attention": "cudnn", "d_model": 512}, "width of 128 at most"),
-        ("gpu", {"attention": "cudnn", "dropout": 0.1}, "does not drop attention weights"),
-        ("gpu", {"attention": "splash"}, "needs a TPU, and this is gpu"),
+        (MI300, {"attention": "cudnn"}, "needs an NVIDIA GPU, and this is another"),
+        (T4, {"attention": "cudnn", "dtype": "bfloat16"}, "compute capability 8.0"),
+        (A100, {"attention": "cudnn", "dtype": "float32"}, "computes in bfloat16"),
+        (A100, {"attention": "cudnn", "d_model": 512}, "width of 128 at most"),
+        (A100, {"attention": "cudnn", "dropout": 0.1}, "does not drop attention weights"),
+        (A100, {"attention": "splash"}, "needs a TPU, and this is gpu"),
         ("tpu", {"attention": "splash", "context_length": 100}, "in steps of 128"),
     ],
 )
-def test_what_cannot_run_is_refused_with_the_reason(platform: str, changes: dict, reason: str) -> None:
+def test_what_cannot_run_is_refused_with_the_reason(on: Hardware | str, changes: dict, reason: str) -> None:
     with pytest.raises(UserError, match=reason):
-        resolve(dataclasses.replace(CONFIG, **changes), platform)
+        resolve(dataclasses.replace(CONFIG, **changes), on)
+
+
+def test_splash_says_which_lengths_it_takes(rng: np.random.Generator) -> None:
+    """Where it was resolved for another length than it is given."""
+    q, k, v = random_qkv(rng, 1, 200, 1, 1, 64)
+    with pytest.raises(ValueError, match="Splash attends over sequences in steps of 128 tokens, not 200"):
+        causal_by_splash(q, k, v, 0)

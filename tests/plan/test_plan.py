@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import re
+from collections import Counter
 
 import jax
 import numpy as np
@@ -14,7 +15,7 @@ from gpt_jax.model.gpt import GPT
 from gpt_jax.placement import choose_placement
 from gpt_jax.plan import estimate
 from gpt_jax.plan.planner import Planner
-from gpt_jax.plan.program import abstract_state, collectives, compile_step, out_of_memory
+from gpt_jax.plan.program import Program, abstract_state, collectives, compile_step, out_of_memory
 from gpt_jax.plan.report import describe
 from gpt_jax.plan.targets import parse_target
 from tests.commands import ROOT, refused, run
@@ -58,15 +59,22 @@ def test_formula_and_program_agree_on_what_is_gathered(n_micro: int, parallel: P
     model = GPT(config.model)
     placement = choose_placement(config.parallel, config.model, jax.devices())
     formula = estimate.traffic(config.model, estimate.sizes_of(model, config, placement), 8)["all-gather"]
-    program = compile_step(model, config, placement).traffic["all-gather"]
-    assert program.bytes == pytest.approx(formula.bytes, rel=0.1)
+    program = compile_step(model, config, placement)
+    assert program.traffic["all-gather"].bytes == pytest.approx(formula.bytes, rel=0.1)
+    assert not program.unknown
+
+
+ADD = """%add (a: f32[], b: f32[]) -> f32[] {
+  ROOT %sum = f32[] add(%a, %b)
+}
+"""
 
 
 def test_collectives_of_a_text() -> None:
     text = """HloModule step
 
 %all-reduce-scatter.1 (input: f32[64,8]) -> f32[8,8] {
-  %all-reduce.1 = f32[64,8]{1,0} all-reduce(%input), to_apply=%add
+  %all-reduce.1 = f32[64,8]{1,0:T(8,128)} all-reduce(%input), channel_id=3, replica_groups={{0,1}}, to_apply=%add
 }
 
 %condition (x: (s32[], f32[8])) -> pred[] {
@@ -75,18 +83,79 @@ def test_collectives_of_a_text() -> None:
 }
 
 %body (x: (s32[], f32[8])) -> (s32[], f32[8]) {
-  %all-gather-start.3 = (bf16[8]{0}, bf16[64]{0}) all-gather-start(%p), dimensions={0}
+  %all-gather-start.3 = (bf16[8]{0}, bf16[64]{0}) all-gather-start(%p), channel_id=1, dimensions={0}
   %all-gather-done.3 = bf16[64]{0} all-gather-done(%all-gather-start.3)
   %fusion.1 = f32[8,8]{1,0} fusion(%y), kind=kCustom, calls=%all-reduce-scatter.1
 }
 
+%branch (y: s64[4]) -> s64[4] {
+  %permuted = s64[4]{0} collective-permute(%y), channel_id=5, source_target_pairs={{0,1}}
+}
+
 ENTRY %main (x: f32[8]) -> f32[8] {
   %while.1 = (s32[], f32[8]) while(%tuple), condition=%condition, body=%body
+  %while.2 = f32[8] while(%x), condition=%unclear, body=%body, backend_config={"known_trip_count":{"n":"2"}}
   %all-reduce.2 = (f32[], f32[3,5]{1,0}) all-reduce(%a, %b), to_apply=%add
+  %chosen = s64[4] conditional(%i, %y, %y), branch_computations={%branch, %add}
 }
 """
-    found = {kind: (t.count, t.bytes) for kind, t in collectives(text).items()}
-    assert found == {"all-gather": (12, 12 * 128), "all-reduce": (1, 64), "reduce-scatter": (12, 12 * 2048)}
+    traffic, unknown = collectives(ADD + text)
+    assert {kind: (t.count, t.bytes) for kind, t in traffic.items()} == {
+        "all-gather": (14, 14 * 128),
+        "all-reduce": (1, 64),
+        "reduce-scatter": (14, 14 * 2048),
+        "collective-permute": (1, 32),
+    }
+    assert not unknown
+
+
+def test_what_is_not_understood_in_a_text_is_told() -> None:
+    """An operation of a new name, one in a loop of unknown length, one in a computation that is elsewhere."""
+    text = """%somewhere (x: f32[8]) -> pred[] {
+}
+
+%body (x: f32[8]) -> f32[8] {
+  %sum = f32[8]{0} all-reduce(%x), replica_groups={}, to_apply=%add
+}
+
+ENTRY %main (x: f32[8]) -> f32[8] {
+  %loop = f32[8] while(%x), condition=%somewhere, body=%body
+  %cast = f32[8]{0} collective-broadcast(%x), channel_id=1, replica_groups={{0,1}}
+  %sent = (f32[8], u32[], token[]) send(%x, %token), channel_id=2
+  %done = token[] send-done(%sent), channel_id=2
+  %call = f32[8] fusion(%x), calls=%elsewhere
+}
+"""
+    traffic, unknown = collectives(ADD + text)
+    assert (traffic["all-reduce"].count, traffic["all-reduce"].bytes) == (1, 32)
+    assert unknown == {
+        "collective-broadcast": 1,
+        "send": 1,
+        "computation that is not in the text": 1,
+        "loop of which the number of iterations is not told": 1,
+    }
+    assert collectives("stablehlo.all_reduce") == ({}, {"computation that is not in the text": 1})
+
+
+@pytest.mark.parametrize(
+    ("target", "text", "unknown", "expected"),
+    [
+        ("v5e-4", "a text", {}, r"1 all-reduce \([\d.]+ GB\), by formula: in the compiler's text none was found"),
+        ("v5e-4", "a text", {"send": 3}, r"none was found; not counted, since it is not understood: 3 send"),
+        ("v5e-1", "a text", {}, "none"),
+        ("v5e-4", "", {}, r"1 all-reduce \([\d.]+ GB\)"),  # It does not fit: there is no text.
+    ],
+)
+def test_collectives_that_are_not_found_are_not_none(
+    target: str, text: str, unknown: dict[str, int], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several devices exchange something in every step."""
+    program = Program(1e6, 0 if text else 1e9, {}, text, Counter(unknown))
+    monkeypatch.setattr("gpt_jax.plan.planner.compile_step", lambda *_: program)
+    planner = Planner(CONFIG, parse_target(target), compiles=False)
+    plan = planner.by_compiler(CONFIG)
+    assert re.fullmatch(f".*{expected}", describe(plan, planner)["collectives a step"])
+    assert (plan.bounds.network > 0) == (target == "v5e-4")
 
 
 def test_activations_are_those_that_the_backward_pass_needs() -> None:
@@ -217,6 +286,8 @@ def test_a_training_step_compiles_for_a_slice_and_fits_it(target: str) -> None:
     parts = max(1, parallel.fsdp) * max(1, parallel.context) * max(1, parallel.tensor)
     assert plan.sizes.params == pytest.approx(whole / parts, rel=0.05)
     assert plan.program.traffic["all-reduce"].count > 0
+    assert plan.program.counted
+    assert not plan.program.unknown
     if parallel.fsdp:
         by_formula = estimate.traffic(planner.model(config).config, plan.sizes, planner.target.n_devices)
         assert plan.program.traffic["all-gather"].bytes == pytest.approx(by_formula["all-gather"].bytes, rel=0.05)

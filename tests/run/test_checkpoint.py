@@ -221,6 +221,20 @@ def test_a_changed_value_is_named_by_its_leaf(tmp_path: Path) -> None:
         checkpoints.restore(1, "params", target(make(1)[0]))
 
 
+@pytest.mark.parametrize("lacking", ["config", "tokenizer", "data", "checksums", "everything"])
+def test_facts_that_are_not_whole_are_damage(tmp_path: Path, lacking: str) -> None:
+    """And no other error, after which a run would not go back to the checkpoint before."""
+    save(tmp_path, {1: None})
+    meta = tmp_path / "1" / "meta" / "metadata"
+    facts = json.loads(meta.read_text())
+    meta.write_text("[]" if lacking == "everything" else json.dumps({k: v for k, v in facts.items() if k != lacking}))
+    with (
+        Checkpoints(tmp_path, read_only=True) as checkpoints,
+        pytest.raises(DamagedCheckpointError, match=r"checkpoint .* is damaged: meta"),
+    ):
+        checkpoints.restore(1, "params", target(make(1)[0]))
+
+
 def test_another_shape_is_named_by_its_leaf(tmp_path: Path) -> None:
     save(tmp_path, {1: None})
     other = {"a": jnp.zeros((30, 101)), "b": {"c": jnp.zeros(7)}}

@@ -51,6 +51,15 @@ def test_a_run_samples_and_is_evaluated(saved: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("attention", ["cudnn", "splash"])
+def test_a_run_that_asked_for_another_devices_attention_is_loaded(saved: Path, attention: str) -> None:
+    """It was trained where that runs, and samples everywhere."""
+    path = moved(saved, "run") / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"model": config["model"] | {"attention": attention}}))
+    assert_same_sample(run_here("sample", "--run", path.parent, *SAMPLING)[0], expected(saved, "run"))
+
+
 def test_adapters_sample(saved: Path) -> None:
     run = moved(saved, "adapters", init_from=str(saved / "published"))
     assert_same_sample(run_here("sample", "--run", run, *SAMPLING)[0], expected(saved, "adapters"))

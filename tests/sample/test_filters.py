@@ -98,6 +98,15 @@ def test_top_p(logits: np.ndarray, p: float) -> None:
         np.testing.assert_array_equal(top_p(jnp.asarray(logits), p), by_row(reference, logits))
 
 
+def test_sums_that_are_exactly_p_are_enough() -> None:
+    """As for transformers: the first tokens that add up to p are kept, and no other."""
+    logits = jnp.array([[0.0, -1.0, -2.0, -3.0]])
+    probabilities = jax.nn.softmax(logits[0])
+    for n in (1, 2, 3):
+        p = float((jnp.cumsum(probabilities) - probabilities)[n])  # As float32 adds them up.
+        assert np.isfinite(top_p(logits, p)).sum() == n
+
+
 @given(batches, st.floats(0.01, 1))
 def test_min_p(logits: np.ndarray, p: float) -> None:
     def reference(row: np.ndarray) -> set[int]:
@@ -107,6 +116,11 @@ def test_min_p(logits: np.ndarray, p: float) -> None:
     ratios = softmax(logits[0]) / softmax(logits[0]).max()
     if np.min(np.abs(ratios - p)) > 1e-5 or p == 1:
         np.testing.assert_array_equal(keep_min_p(jnp.asarray(logits), p), by_row(reference, logits))
+
+
+def test_a_token_exactly_at_the_threshold_is_kept() -> None:
+    logits = jnp.array([[0.0, -1.0, -2.0]])
+    np.testing.assert_array_equal(keep_min_p(logits, 1.0), [[0.0, -np.inf, -np.inf]])
 
 
 @given(

@@ -14,7 +14,7 @@ from gpt_jax.model.forward import forward
 from gpt_jax.model.gpt import GPT, Params
 from gpt_jax.model.head import logits_NV
 from gpt_jax.sample.decode import bucket, decoder_for, prepare_params
-from gpt_jax.sample.generate import Result, encode_prompt, generate, generate_tokens
+from gpt_jax.sample.generate import Result, Row, encode_prompt, generate, generate_tokens
 from gpt_jax.sample.settings import Filters, Settings
 from gpt_jax.tokenizer.bytes import ByteTokenizer
 from tests import tiny
@@ -110,6 +110,35 @@ def test_same_seed_same_text_and_another_seed_another(params: Params) -> None:
     assert first.tokens != second.tokens
 
 
+def test_every_token_is_drawn_by_a_key_of_its_own(params: Params) -> None:
+    """Where all tokens are as probable as the others, a text has hardly any of them twice."""
+    [result] = run(jax.tree.map(jnp.zeros_like, params), "Once", filters=HOT)
+    assert len(set(result.tokens)) > 15
+
+
+def test_log_probabilities_are_those_before_the_filters(params: Params) -> None:
+    [result] = run(params, "Once", filters=HOT)
+    tokens = np.array([[*b"Once", *result.tokens]], np.int32)
+    padded = np.pad(tokens, ((0, 0), (0, CONFIG.context_length - tokens.shape[1])))
+    logprobs = jax.nn.log_softmax(full_logits(params, padded)[:, : TOKENIZER.vocab_size])
+    expected = [logprobs[3 + i, token] for i, token in enumerate(result.tokens)]
+    np.testing.assert_allclose(result.logprobs, expected, atol=1e-4)
+
+
+def test_drawn_tokens_are_penalised(params: Params) -> None:
+    """As those of the prompt are, against a loop that computes all of it anew for every token."""
+    penalty, tokens = 1.3, list(b"Once")
+    [result] = run(params, "Once", n=40, filters=Filters(temperature=0.0, repetition_penalty=penalty))
+    for token in result.tokens:
+        padded = np.pad(np.array([tokens], np.int32), ((0, 0), (0, CONFIG.context_length - len(tokens))))
+        logits = np.array(full_logits(params, padded)[len(tokens) - 1, : TOKENIZER.vocab_size])
+        seen = sorted(set(tokens))
+        logits[seen] = np.where(logits[seen] > 0, logits[seen] / penalty, logits[seen] * penalty)
+        assert token == np.argmax(logits)
+        tokens.append(token)
+    assert len(set(result.tokens)) > len(set(run(params, "Once", n=40)[0].tokens))
+
+
 def test_what_is_streamed_is_the_text(params: Params) -> None:
     """Pieces concatenate to the text, and none of them holds a part of a character that was still arriving."""
     pieces: dict[int, list[str]] = {0: [], 1: []}
@@ -147,6 +176,13 @@ def test_logits_that_are_no_numbers_are_no_text(params: Params) -> None:
             run(damaged, "x", filters=filters)
 
 
+def test_the_first_of_several_stop_strings_ends_the_text() -> None:
+    """Also when one token completes both."""
+    row = Row([TOKENIZER.end_of_text], TOKENIZER, Settings(stop=("bc", "abc")))
+    shown = "".join(row.add(token, 0.0) for token in b"xabcd")
+    assert (shown, row.result.text, row.result.finish_reason) == ("x", "x", "stop")
+
+
 def test_end_of_text_ends_the_text(params: Params) -> None:
     certain = jax.tree.map(lambda x: x, params)
     row = certain["tokens_VD"][TOKENIZER.end_of_text]
@@ -179,7 +215,9 @@ def test_a_prompt_follows_what_begins_a_text(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_padding_of_the_vocabulary_is_never_drawn(params: Params) -> None:
-    tempting = {**params, "tokens_VD": params["tokens_VD"].at[-3:].set(100.0)}
+    row = params["tokens_VD"][0]
+    tempting = {**params, "tokens_VD": params["tokens_VD"].at[-3:].set(row)}
+    tempting["final_norm"] = {**params["final_norm"], "bias": 50 * row / jnp.linalg.norm(row)}
     [result] = run(tempting, "x", n=50, filters=Filters(temperature=2.0, top_p=1))
     assert max(result.tokens) < TOKENIZER.vocab_size
 

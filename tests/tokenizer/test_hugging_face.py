@@ -109,6 +109,12 @@ def test_what_starts_and_ends_documents() -> None:
     }
 
 
+def test_the_end_of_a_turn_ends_an_answer_though_no_setting_says_so() -> None:
+    settings = {**read_settings(byte_level()), "stop_ids": []}
+    tokenizer = HuggingFaceTokenizer((byte_level() / "tokenizer.json").read_bytes(), settings)
+    assert tokenizer.stop_ids == {tokenizer.end_of_text, tokenizer.special_tokens["<|im_end|>"]}
+
+
 @each
 def test_saved_and_loaded_it_is_the_same(tokenizer: Tokenizer, tmp_path: Path) -> None:
     file = tokenizer.save(tmp_path)

@@ -240,3 +240,5 @@ def test_resuming_passes_over_damaged_checkpoints_and_says_so(tiny_data: Path, t
     assert stderr.count("\n") == 2
     assert "resuming after step 20" in stdout
     assert [step for step, *_ in losses(out)] == list(range(1, 41))
+    [aside] = (out / "damaged").iterdir()  # Kept, since it may be whole.
+    assert (aside / largest.relative_to(out / "checkpoints" / "40")).read_bytes() == content

@@ -90,6 +90,30 @@ def test_dropout_does_not_depend_on_devices_and_microbatches(one_device: Any) ->
     assert not np.allclose([m.loss for m in alone[1]], [m.loss for m in one_device[1]], atol=1e-3)
 
 
+def test_dropout_is_drawn_anew_for_every_seed_and_step() -> None:
+    def objective(model: GPT, params: Any, batch: Batch, keys_B: Any) -> Sums:
+        one = jnp.float32(1)
+        return Sums(0 * jnp.sum(params["tokens_VD"]), one, {"drawn": (jax.random.uniform(keys_B[0]), one)})
+
+    model, optimizer = GPT(dataclasses.replace(CONFIG, dropout=0.2)), make_optimizer(OPTIMIZER, STEPS)
+    batch = Batch(np.zeros((1, 2, CONFIG.context_length + 1), np.int32))
+    drawn = set()
+    for seed in (0, 1):
+        schedule = learning_rate_schedule(OPTIMIZER, STEPS)
+        train_step = jax.jit(make_train_step(objective, model, optimizer, schedule, seed, None))
+        state = TrainState(jnp.int32(0), params := run_init(), optimizer.init(params), {})
+        for _ in range(3):
+            state, metrics = train_step(state, batch)
+            drawn.add(float(metrics.logged["drawn"]))
+    assert len(drawn) == 2 * 3
+
+
+def test_the_rate_that_is_logged_is_the_one_that_was_used(one_device: Any) -> None:
+    """Step s has the schedule's rate at s, counted from 0, which is that of the optimizer's own count."""
+    schedule = learning_rate_schedule(OPTIMIZER, STEPS)
+    np.testing.assert_allclose([m.learning_rate for m in one_device[1]], [schedule(s) for s in range(STEPS)], rtol=1e-6)
+
+
 @pytest.mark.parametrize("forgotten", ["gradients", "everything"])
 def test_a_forgotten_sum_over_devices_is_noticed(
     one_device: Any, monkeypatch: pytest.MonkeyPatch, forgotten: str
