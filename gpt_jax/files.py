@@ -5,7 +5,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -97,34 +97,22 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def locked(file: Path, message: str) -> Iterator[None]:
-    """Locks `file`, made if need be and removed at the end, for the block. Raises UserError(message) while another
-    process has it.
+    """Locks `file`, made if need be, for the block. Raises UserError(message) while another process has it.
 
-    The lock is advisory, and ends with the process that holds it, however that ends; a file that is left means nothing.
+    The lock is advisory, and ends with the process that holds it, however that ends; the file stays, since removing it
+    would let two processes lock two files of its name. On file systems without such locks, filelock lets the file's
+    existence be the lock, which then outlives a killed process on other machines; it says so.
     """
-    lock = _lock(file, message)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(file, timeout=0, thread_local=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(message) from None
     try:
         yield
     finally:
-        with suppress(OSError):
-            file.unlink()
         lock.release()
-
-
-def _lock(file: Path, message: str) -> FileLock:
-    while True:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.touch()
-        with suppress(FileNotFoundError):  # The process that held the lock before has removed the file.
-            before = file.stat()
-            lock = FileLock(file, timeout=0, thread_local=False)
-            try:
-                lock.acquire()
-            except Timeout:
-                raise UserError(message) from None
-            if file.exists() and os.path.samestat(before, file.stat()):
-                return lock
-            lock.release()
 
 
 def _put_back(old: Path, folder: Path) -> None:

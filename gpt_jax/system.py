@@ -47,9 +47,9 @@ def open_closed_streams() -> None:
 def command_line(command: str, *args: object) -> str:
     """The line for a shell that runs a command of this project with `args`, called in the way this program was called:
     as gpt-jax, as train.py or sample.py, or as python -m gpt_jax."""
-    called, python = Path(sys.argv[0]), (sys.orig_argv or ["python"])[0]
+    called, python = Path((sys.argv or [""])[0]), (sys.orig_argv or ["python"])[0]
     checkout = Path(__file__).resolve().parents[1]
-    script = called.with_name(f"{command}.py")
+    script = called.parent / f"{command}.py"
     if called.stem == "gpt-jax":
         words = [called.stem if shutil.which(called.stem) == str(called) else str(called), command]
     elif called.name in ("train.py", "sample.py") and called.resolve().parent == checkout and script.exists():

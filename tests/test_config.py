@@ -423,6 +423,12 @@ def test_gpt2_has_the_size_of_the_released_models(name: str, n_params: int) -> N
     assert dataclasses.replace(config, vocab_size=50_257).n_params == n_params
 
 
+def test_an_infinite_clip_norm_of_an_older_version_is_none() -> None:
+    values = config_to_dict(Config())
+    values["optimizer"]["clip_norm"] = float("inf")
+    assert config_from_dict(values, "config.json").optimizer.clip_norm == 0
+
+
 def test_a_renamed_field_of_an_older_version_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     """From version 0, which wrote no number, over every version between; also from one section to another."""
     values = config_to_dict(Config())

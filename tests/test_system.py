@@ -53,6 +53,7 @@ CHECKOUT = PACKAGE.parent
         (["python", "elsewhere/train.py"], "sample", "python -m gpt_jax sample --run 'my run'"),
         (["python", "my_program.py"], "train", "python -m gpt_jax train --run 'my run'"),
         (["python", "-c"], "train", "python -m gpt_jax train --run 'my run'"),
+        (["python", ""], "train", "python -m gpt_jax train --run 'my run'"),  # As in Python's own prompt.
     ],
     ids=str,
 )

@@ -95,8 +95,9 @@ def user_message(e: Exception) -> str | None:
 
 
 def interrupted(e: KeyboardInterrupt) -> int:
-    """Says that the command was interrupted; returns the exit status."""
-    print("\ninterrupted", file=sys.stderr)
+    """Says that the command was interrupted, if somebody reads it; returns the exit status."""
+    with contextlib.suppress(OSError):
+        print("\ninterrupted", file=sys.stderr, flush=True)
     return 128 + (e.args[0] if e.args else signal.SIGINT)
 
 
@@ -141,9 +142,7 @@ def end_soon_after_signals() -> None:
         while True:
             [signum] = os.read(read, 1)
             if signal.getsignal(signum) is interrupt and not noticed.wait(SECONDS_TO_NOTICE):
-                status = interrupted(KeyboardInterrupt(signum))
-                sys.stderr.flush()
-                os._exit(status)
+                os._exit(interrupted(KeyboardInterrupt(signum)))
             noticed.clear()
 
     threading.Thread(target=watch, daemon=True).start()

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -63,6 +64,9 @@ def migrated(values: dict[str, Any], where: str) -> dict[str, Any]:
             if isinstance(holder, dict) and name in holder:
                 target = sections.setdefault(new_section, {}) if new_section else sections
                 target[new_name] = holder.pop(name)
+    optimizer = sections.get("optimizer")
+    if isinstance(optimizer, dict) and optimizer.get("clip_norm") == math.inf:
+        optimizer["clip_norm"] = 0.0  # Also no clipping. Older versions took the number that JSON does not have.
     return sections
 
 

@@ -11,9 +11,11 @@ import json
 import logging
 import math
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -105,32 +107,55 @@ def in_chunks(tree: Any) -> ocp.args.StandardSave:
     return ocp.args.StandardSave(tree, jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree))
 
 
+def not_of_orbax(record: logging.LogRecord) -> bool:
+    """A filter of logs that leaves out what orbax logs, and what asyncio logs of its tasks."""
+    return "orbax" not in record.pathname and "orbax" not in record.getMessage()
+
+
+def ignore_abandoned(unraisable: Any) -> None:
+    """An `unraisablehook` that ignores the errors of tasks that orbax abandoned."""
+    of_orbax = "orbax" in getattr(getattr(unraisable.object, "cr_code", None), "co_filename", "")
+    loop_is_gone = isinstance(unraisable.exc_value, RuntimeError) and "loop is closed" in str(unraisable.exc_value)
+    if not (of_orbax or loop_is_gone):
+        _quiet.hook(unraisable)
+
+
+@dataclass
+class _Quiet:
+    """The users of orbax now, in all threads, and the hook that was there before the first of them."""
+
+    lock: Any = field(default_factory=threading.Lock)
+    users: int = 0
+    hook: Callable[[Any], None] = sys.__unraisablehook__
+
+
+_quiet = _Quiet()
+
+
 @contextmanager
 def quiet_orbax() -> Iterator[None]:
     """Keeps from the terminal what orbax and its threads print beside the one exception that says what went wrong.
 
     orbax logs its progress as warnings, and each error, which it also raises, with a traceback for each thread. When
     one array cannot be read or written, it abandons the threads and coroutines of the others, whose tracebacks asyncio
-    logs and Python's `unraisablehook` prints.
+    logs and Python's `unraisablehook` prints. All else is logged as before; the last of several users restores all.
     """
-    before = sys.unraisablehook
-
-    def ignore_abandoned(unraisable: Any) -> None:
-        of_orbax = "orbax" in getattr(getattr(unraisable.object, "cr_code", None), "co_filename", "")
-        loop_is_gone = isinstance(unraisable.exc_value, RuntimeError) and "loop is closed" in str(unraisable.exc_value)
-        if not (of_orbax or loop_is_gone):
-            before(unraisable)
-
-    levels = {logger: logger.level for logger in (logging.getLogger("absl"), logging.getLogger("asyncio"))}
-    for logger in levels:
-        logger.setLevel(logging.CRITICAL)
-    sys.unraisablehook = ignore_abandoned
+    loggers = (logging.getLogger("absl"), logging.getLogger("asyncio"))
+    with _quiet.lock:
+        _quiet.users += 1
+        if _quiet.users == 1:
+            _quiet.hook, sys.unraisablehook = sys.unraisablehook, ignore_abandoned
+            for logger in loggers:
+                logger.addFilter(not_of_orbax)
     try:
         yield
     finally:
-        sys.unraisablehook = before
-        for logger, level in levels.items():
-            logger.setLevel(level)
+        with _quiet.lock:
+            _quiet.users -= 1
+            if not _quiet.users:
+                sys.unraisablehook = _quiet.hook
+                for logger in loggers:
+                    logger.removeFilter(not_of_orbax)
 
 
 class Checkpoints:

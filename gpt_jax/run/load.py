@@ -5,6 +5,7 @@ in its own placement.
 """
 
 import dataclasses
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -214,9 +215,10 @@ def open_source(name: str, checkpoint: str = "latest") -> Source:
 
 def stands_for(pinned: str, name: str) -> bool:
     """True when `name` may be what the user called a model that was pinned as `pinned`; see Source."""
-    path = str(Path(name).expanduser().absolute())
-    on_hub = not Path(pinned).is_absolute() and pinned.partition("@")[0] == name
-    return on_hub or pinned in (name, path) or Path(pinned).parent == Path(path, "checkpoints")
+    path = os.path.normpath(user_path(name).absolute())
+    there = Path(os.path.normpath(pinned))
+    on_hub = not there.is_absolute() and pinned.partition("@")[0] == name
+    return on_hub or pinned == name or there == Path(path) or there.parent == Path(path, "checkpoints")
 
 
 def open_run(folder: RunFolder, checkpoint: str = "latest") -> RunSource:

@@ -13,7 +13,7 @@ from gpt_jax import hosts
 
 class StopSignals:
     """Turns the first SIGINT or SIGTERM after the first step into a request to stop after the current step; a second
-    one stops at once. Before that step, when there is nothing to save, signals do what they did before.
+    one does what it did before: it stops at once. Before that step, when there is nothing to save, all of them do.
 
     A context manager; leaving it gives the signals back. With several hosts, SIGINT becomes a SIGTERM, which the
     distributed runtime handles and passes on to all hosts.
@@ -21,7 +21,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.signum = 0  # The signal that asked the run to stop; 0 before there is one.
-        self.listens = False
+        self.listens = self.asked = False
         self.before: dict[signal.Signals, Any] = {}  # The handlers that ours replaced.
 
     def __enter__(self) -> "StopSignals":
@@ -52,8 +52,13 @@ class StopSignals:
             self.before = {s: signal.signal(s, self.handle) for s in caught}
 
     def handle(self, signum: int, frame: object) -> None:
-        """Handles the first signal."""
-        self.give_back()
+        """Handles a signal. The handlers are given back for the second one only, since whoever sees the earlier handler
+        in place may take the first one for not noticed; see `gpt_jax.cli.main.end_soon_after_signals`."""
+        if self.asked:
+            self.give_back()
+            os.kill(os.getpid(), signum)
+            return
+        self.asked = True
         if hosts.several():
             os.kill(os.getpid(), signal.SIGTERM)
         else:

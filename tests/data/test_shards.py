@@ -126,7 +126,10 @@ SHARD = "train-00000-of-00001.bin"
         (lambda f: append_byte(f / SHARD), f"{SHARD} has 1981 bytes instead of 1980"),
         (lambda f: (f / SHARD).unlink(), rf"{SHARD} cannot be read \(No such file or directory\); prepare"),
         (lambda f: append_byte(f / "val-documents.bin"), "val-documents.bin has 9 bytes instead of 8"),
-        (lambda f: (f / "meta.json").unlink(), "data is not a data folder: it has no meta.json; make one with: python"),
+        (
+            lambda f: (f / "meta.json").unlink(),
+            "data is not a data folder: it has no meta.json; make one with: .*prepare",
+        ),
         (lambda f: (f / "meta.json").write_text("{"), "meta.json is damaged"),
         (lambda f: (f / "meta.json").write_text("[]"), "meta.json is damaged"),
         (change_meta(train={}), "meta.json is damaged"),

@@ -200,6 +200,8 @@ def test_the_commit_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert not stands_for(source.pinned, "someone/llama2")
     assert not stands_for(f"/someone/llama@{COMMIT}", "/someone/llama")
     assert stands_for(str(tmp_path / "run/checkpoints/12"), str(tmp_path / "run"))
+    assert stands_for(str(tmp_path / "b/../a"), str(tmp_path / "c/../a"))
+    assert not stands_for(str(tmp_path / "a"), "~nobody-of-this-name/a")
 
 
 def test_without_the_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

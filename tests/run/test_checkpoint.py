@@ -157,24 +157,36 @@ def test_facts_that_are_not_whole_are_damage(tmp_path: Path, content: Callable[[
         checkpoints.restore(1, "opt_state", target(make(1)[1]))
 
 
-def test_reports_of_orbax_are_kept_back_in_its_time_only(
+def test_only_reports_of_orbax_are_kept_back_and_in_its_time_only(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The program around, such as a notebook, keeps its own levels and hook."""
+    """The program around, such as a notebook with threads, keeps its own levels, filters and hook."""
     loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
-    caplog.set_level(logging.INFO, "absl")
-    caplog.set_level(logging.ERROR, "asyncio")
     monkeypatch.setattr(sys, "unraisablehook", lambda unraisable: None)
 
     def settings() -> list[object]:
-        return [sys.unraisablehook, *(logger.level for logger in loggers)]
+        return [sys.unraisablehook, *((logger.level, list(logger.filters)) for logger in loggers)]
+
+    def logged() -> list[str]:
+        caplog.clear()
+        for logger in loggers:
+            logger.error("something else")
+            logger.error("a task of orbax was never awaited")
+        return [record.getMessage() for record in caplog.records]
 
     before = settings()
-    checkpoints = Checkpoints(tmp_path)
+    everything = logged()
+    assert len(everything) == 4
+    first, second = Checkpoints(tmp_path), Checkpoints(tmp_path, read_only=True)
     assert settings() == before
-    with checkpoints:
-        assert [logger.level for logger in loggers] == [logging.CRITICAL] * 2
+    first.__enter__()  # As two threads do, neither within the other.
+    second.__enter__()
+    assert logged() == ["something else"] * 2
+    first.__exit__(None, None)
+    assert logged() == ["something else"] * 2
+    second.__exit__(None, None)
     assert settings() == before
+    assert logged() == everything
     with pytest.raises(KeyboardInterrupt), Checkpoints(tmp_path, read_only=True):
         raise KeyboardInterrupt
     assert settings() == before
