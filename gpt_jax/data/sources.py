@@ -169,7 +169,8 @@ def _files_below(folder: Path, notes: dict[str, list[Path]]) -> list[Path]:
                 notes.setdefault(DATA_FOLDER, []).append(Path(parent))
                 subfolders.clear()
                 continue
-            subfolders[:] = [s for s in subfolders if not s.startswith(".")]
+            # Sorted, since of several links to one folder the first gives its files their paths.
+            subfolders[:] = sorted(s for s in subfolders if not s.startswith("."))
             waiting += [path for s in subfolders if (path := Path(parent, s)).is_symlink()]
             for path in (Path(parent, name) for name in names if not name.startswith(".")):
                 if path.is_file():

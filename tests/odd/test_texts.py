@@ -10,7 +10,7 @@ import socket
 import tarfile
 import tracemalloc
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -502,6 +502,27 @@ def test_folders(
     make(tmp_path / "texts")
     assert read("texts") == expected
     assert capsys.readouterr().err.splitlines() == [f"texts: {note}" for note in notes]
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_the_order_does_not_depend_on_that_of_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backwards: bool
+) -> None:
+    """A folder that two links name has its place where the first of them has it."""
+    for name in ("texts/m.txt", "other/z.txt"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(name)
+    for link in ("a", "x"):
+        (tmp_path / "texts" / link).symlink_to(tmp_path / "other")
+    walk = os.walk
+
+    def in_order(*args: Any, **options: Any) -> Iterator[tuple[str, list[str], list[str]]]:
+        for parent, subfolders, names in walk(*args, **options):
+            subfolders.sort(reverse=backwards)
+            yield parent, subfolders, names
+
+    monkeypatch.setattr(os, "walk", in_order)
+    assert read(tmp_path / "texts") == ["other/z.txt", "texts/m.txt"]
 
 
 def test_files_that_cannot_be_opened_are_counted(
