@@ -104,7 +104,7 @@ DATA_FOLDER = "passed over {n} data folder{s}"
 DANGLING = "passed over {n} dangling link{s}"
 SPECIAL = "passed over {n} pipe{s}, socket{s} or device{s}"
 FOLDER = "passed over {n} folder{s}, which ** would go into"
-UNLIKE = "{n} file{s} of JSON or tables without a field {field!r}, which --text-field chooses, read as text"
+UNLIKE = "{n} file{s} like JSON or tables, not records with a field {field!r} (see prepare --text-field), read as text"
 NOTES = (*dict.fromkeys(PASSED_OVER.values()), DATA_FOLDER, DANGLING, SPECIAL, FOLDER, UNLIKE)
 """All notes, in the order in which they are printed."""
 
