@@ -117,7 +117,8 @@ def _kind(path: Path, raw: io.BufferedReader, text_field: str) -> Kind:
     file = _unpacked(path, raw)
     head = file.read(BINARY_CHECK_BYTES)
     raw.seek(0)
-    suffix = Path(path.stem).suffix if path.suffix in PACKED else path.suffix
+    name = Path(path.name.lower())
+    suffix = Path(name.stem).suffix if name.suffix in PACKED else name.suffix
     if file is raw and (suffix == ".parquet" or head.startswith(b"PAR1")):
         _import_parquet(path)
         return "parquet"
@@ -379,7 +380,7 @@ def _packing(head: bytes) -> str | None:
 
 def _unpacked(path: Path, raw: io.BufferedReader) -> io.BufferedIOBase:
     """The content of a packed file, whatever its name, or the file itself. `raw` is at its beginning."""
-    packing = _packing(raw.read(16)) or path.suffix
+    packing = _packing(raw.read(16)) or path.suffix.lower()
     raw.seek(0)
     if packing == ".gz":
         return gzip.GzipFile(fileobj=raw)

@@ -168,7 +168,7 @@ def test_what_would_fail_at_the_end_fails_before_the_text_is_read(
     with pytest.raises(UserError, match=r"out could not be written \(Not a directory\)"):
         prepare(text, text / "out")
     with (
-        locked(tmp_path / ".out.partial", ""),
+        locked(tmp_path / ".out.lock", ""),
         pytest.raises(UserError, match=r"another process is writing .*out; wait for it"),
     ):
         prepare(text, out)
