@@ -43,7 +43,7 @@ class TrainArgs:
 
 def command(argv: Sequence[str]) -> int:
     """Builds the configuration from file, saved run and flags; prepares the data if need be; trains."""
-    config, args = train_arguments(list(argv))
+    config, args, given = train_arguments(list(argv))
 
     from gpt_jax import hosts, runtime
     from gpt_jax.run.folder import RunFolder
@@ -58,7 +58,7 @@ def command(argv: Sequence[str]) -> int:
             sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
     folder = RunFolder(Path(config.out_dir))
     hosts.on_first(lambda: folder.check_usable(args.resume))  # Before data are prepared, which may take minutes.
-    config, data = set_up(config, given_fields(argv), args.resume)
+    config, data = set_up(config, given, args.resume)
     if not args.coordinator:
         runtime.setup(runtime.choose_cpu_devices(config))
     try:
@@ -69,8 +69,9 @@ def command(argv: Sequence[str]) -> int:
     return 0
 
 
-def train_arguments(argv: list[str]) -> tuple[Config, TrainArgs]:
-    """The configuration with its out_dir, and the other arguments.
+def train_arguments(argv: list[str]) -> tuple[Config, TrainArgs, set[str]]:
+    """The configuration with its out_dir, the other arguments, and the full names of the fields that flags set. A
+    --data.dir that names the configuration's own folder is not among them: it asks for nothing else.
 
     The flags override the configuration of a file, which may be the first argument or follow a switch. With --resume,
     and with --auto-resume if there is a run, they override the configuration saved in the run.
@@ -89,4 +90,7 @@ def train_arguments(argv: list[str]) -> tuple[Config, TrainArgs]:
     config = load_saved_config(saved) if resumes and exists else load_config(path)
     config = dataclasses.replace(config, out_dir=out_dir)
     args = parse(TrainArgs, argv, "train", TrainArgs(config=config))
-    return args.config, dataclasses.replace(args, resume=resumes)
+    given = given_fields(argv)
+    if Path(args.config.data.dir).absolute() == Path(config.data.dir).absolute():
+        given.discard("data.dir")
+    return args.config, dataclasses.replace(args, resume=resumes), given

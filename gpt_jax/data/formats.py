@@ -15,13 +15,14 @@ import lzma
 import re
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import zstandard
 
 from gpt_jax.errors import UserError
+from gpt_jax.system import command_line
 
 BLOCK_BYTES = 1 << 20  # Largest block.
 MAX_LINE_BYTES = 64 << 20  # Longest line of JSON Lines, or record of JSON, which must be parsed as a whole.
@@ -42,8 +43,9 @@ JSON_START = re.compile(rb'(?:\xef\xbb\xbf)?\s*(\{\s*"|\[\s*["{])')
 SPACE = re.compile(r"[ \t\r\n]*")
 
 Kind = Literal["text", "lines", "values", "unlike", "parquet", "binary", "empty", "unreadable"]
-"""What a file holds: a text, JSON Lines, records in a JSON array or one after the other, JSON or a table that lacks the
-field of the text (and is read as a text), Parquet, something else, nothing; or it cannot be opened."""
+"""What a file holds: a text, JSON Lines, records in a JSON array or one after the other, what is like JSON or a table
+but not records with the field of the text (and is read as a text), Parquet, something else, nothing; or it cannot be
+opened."""
 
 
 class Block(NamedTuple):
@@ -86,8 +88,9 @@ def kind_of(path: Path, text_field: str) -> Kind:
     """What a file holds, judged by its beginning, after unpacking.
 
     `.jsonl` and `.ndjson` hold records. Any other file does if it begins with two lines of JSON objects, with a list of
-    objects, or with an object that has the field `text_field`. A single object without that field may as well be a
-    program's file, and is one document. So is everything but Parquet when `text_field` is empty.
+    objects, or with an object that has the field `text_field` and is not followed by something else. A single object
+    without that field may as well be a program's file, and is one document. So is everything but Parquet when
+    `text_field` is empty.
 
     Raises UserError when the file is damaged, is a table with a column `text_field`, or needs a package that is not
     installed.
@@ -114,7 +117,8 @@ def _kind(path: Path, raw: io.BufferedReader, text_field: str) -> Kind:
     file = _unpacked(path, raw)
     head = file.read(BINARY_CHECK_BYTES)
     raw.seek(0)
-    suffix = Path(path.stem).suffix if path.suffix in PACKED else path.suffix
+    name = Path(path.name.lower())
+    suffix = Path(name.stem).suffix if name.suffix in PACKED else name.suffix
     if file is raw and (suffix == ".parquet" or head.startswith(b"PAR1")):
         _import_parquet(path)
         return "parquet"
@@ -151,13 +155,14 @@ def _json_kind(path: Path, raw: io.BufferedReader, text_field: str, named_so: bo
         return "lines"
     if any(isinstance(row, dict) for row in rows) and all(line.startswith(b"{") for line in lines):
         return "lines" if len(lines) == 2 or _field(rows[0], text_field) is not MISSING else "unlike"
-    try:
-        value = next(_json_values(path, _unpacked(path, raw)), None)
-    except UserError:
-        value = None
+    values, first, second = _json_values(path, _unpacked(path, raw)), None, None
+    with suppress(UserError):
+        first = next(values, None)
+        second = next(values, None)
     raw.seek(0)
-    is_list = is_list and isinstance(value, dict)
-    return "values" if is_list or _field(value, text_field) is not MISSING else "unlike"
+    if is_list:
+        return "values" if isinstance(first, dict) else "unlike"
+    return "values" if _field(first, text_field) is not MISSING and not isinstance(second, str) else "unlike"
 
 
 def _parsed(line: bytes) -> object:
@@ -246,7 +251,8 @@ def _read_json_lines(path: Path, file: io.BufferedIOBase, tell: Callable[[], int
 
 
 def _json_values(path: Path, file: io.BufferedIOBase) -> Iterator[object]:
-    """The elements of a JSON array, or the JSON values that follow each other in a file, parsed one by one."""
+    """The elements of a JSON array, or the JSON objects that follow each other in a file, parsed one by one. A text
+    that follows an object is given as its first character, and ends the values."""
     decoder, decode = json.JSONDecoder(), codecs.getincrementaldecoder("utf-8-sig")().decode
     text, position, number, expected = "", 0, 1, "any"
 
@@ -273,6 +279,9 @@ def _json_values(path: Path, file: io.BufferedIOBase) -> Iterator[object]:
             expected, position = "end", position + 1
         elif expected == "comma" and character == ",":
             expected, position = "element", position + 1
+        elif expected == "value" and character not in "{,]}":
+            yield character
+            return
         elif expected in ("comma", "end"):
             raise UserError(f"{path}, record {number} is not JSON: {character!r} follows the one before")
         else:
@@ -341,8 +350,7 @@ def _record(record: object, where: str, text_field: str, position: int) -> Itera
         raise UserError(f"{where} is not a JSON object with a field {text_field!r}")
     text = _field(record, text_field)
     if text is MISSING:
-        choice = f"{_choose_field(record)}; with '' files are read as they are"
-        raise UserError(f"{where} has no field {text_field!r}; {choice}")
+        raise UserError(f"{where} has no field {text_field!r}; {_choose_field(record)}; '' reads files as they are")
     if text is None:
         return
     try:
@@ -360,7 +368,9 @@ def _choose_field(record: dict[str, Any]) -> str:
     nested = {name: value if isinstance(value, dict) else {} for name, value in record.items()}
     names = [name for key, value in nested.items() for name in (key, *(f"{key}.{inner}" for inner in value))]
     listed = ", ".join(names[:MAX_NAMES]) + (", ..." if len(names) > MAX_NAMES else "")
-    return f"choose one of its fields with --text-field: {listed or '(there are none)'}"
+    # `train` reads text, too, and has no such flag.
+    command = command_line("prepare", "SOURCE", "--out", "DIR", "--text-field", "FIELD")
+    return f"choose one of its fields with: {command}; they are: {listed or '(there are none)'}"
 
 
 def _packing(head: bytes) -> str | None:
@@ -370,7 +380,7 @@ def _packing(head: bytes) -> str | None:
 
 def _unpacked(path: Path, raw: io.BufferedReader) -> io.BufferedIOBase:
     """The content of a packed file, whatever its name, or the file itself. `raw` is at its beginning."""
-    packing = _packing(raw.read(16)) or path.suffix
+    packing = _packing(raw.read(16)) or path.suffix.lower()
     raw.seek(0)
     if packing == ".gz":
         return gzip.GzipFile(fileobj=raw)

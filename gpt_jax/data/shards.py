@@ -221,7 +221,8 @@ def missing(folder: Path, advice: str) -> UserError:
     absolute = folder.absolute()
     there = next(parent for parent in absolute.parents if parent.is_dir())
     wanted = absolute.relative_to(there)
-    metas = there.glob("/".join(["*"] * len(wanted.parts) + [META_FILE]))
+    is_root = there == there.parent  # Below which is the whole machine.
+    metas = () if is_root else there.glob("/".join(["*"] * len(wanted.parts) + [META_FILE]))
     near = difflib.get_close_matches(str(wanted), (str(meta.parent.relative_to(there)) for meta in metas), n=1)
     place = there if folder.is_absolute() else os.path.relpath(there)
     suggestion = f"; did you mean {Path(place, near[0])}?" if near else ""

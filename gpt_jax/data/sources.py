@@ -104,7 +104,7 @@ DATA_FOLDER = "passed over {n} data folder{s}"
 DANGLING = "passed over {n} dangling link{s}"
 SPECIAL = "passed over {n} pipe{s}, socket{s} or device{s}"
 FOLDER = "passed over {n} folder{s}, which ** would go into"
-UNLIKE = "{n} file{s} of JSON or tables without a field {field!r}, which --text-field chooses, read as text"
+UNLIKE = "{n} file{s} like JSON or tables, not records with a field {field!r} (see prepare --text-field), read as text"
 NOTES = (*dict.fromkeys(PASSED_OVER.values()), DATA_FOLDER, DANGLING, SPECIAL, FOLDER, UNLIKE)
 """All notes, in the order in which they are printed."""
 
@@ -169,7 +169,8 @@ def _files_below(folder: Path, notes: dict[str, list[Path]]) -> list[Path]:
                 notes.setdefault(DATA_FOLDER, []).append(Path(parent))
                 subfolders.clear()
                 continue
-            subfolders[:] = [s for s in subfolders if not s.startswith(".")]
+            # Sorted, since of several links to one folder the first gives its files their paths.
+            subfolders[:] = sorted(s for s in subfolders if not s.startswith("."))
             waiting += [path for s in subfolders if (path := Path(parent, s)).is_symlink()]
             for path in (Path(parent, name) for name in names if not name.startswith(".")):
                 if path.is_file():

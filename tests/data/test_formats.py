@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from gpt_jax.data import formats
 from gpt_jax.data.formats import Block, cut_before_space, cut_document, kind_of, read_blocks
 from gpt_jax.errors import UserError
+from gpt_jax.system import command_line
 
 TEXT = st.text(st.sampled_from("ab \n\r\t你🙂é▁"), min_size=1, max_size=200)
 PACK: dict[str, Callable[[bytes], bytes]] = {
@@ -91,7 +93,7 @@ def test_parquet_rows_are_a_document_each(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"id": range(301), "body": texts}), path, row_group_size=100)
     assert documents(list(read_blocks(path, "body"))) == [text for text in texts if text]
-    with pytest.raises(UserError, match="has no column 'text'; choose one of its fields with --text-field: id, body"):
+    with pytest.raises(UserError, match=f"has no column 'text'; {CHOOSE}id, body"):
         list(read_blocks(path, "text"))
     with pytest.raises(UserError, match="row 1: 'id' is not text but of type int"):
         list(read_blocks(path, "id"))
@@ -104,6 +106,10 @@ def test_a_byte_order_mark_is_dropped(tmp_path: Path) -> None:
         assert documents(list(read_blocks(path, "text"))) == ["abc"]
 
 
+CHOOSE = re.escape(
+    f"choose one of its fields with: {command_line('prepare', 'SOURCE', '--out', 'DIR', '--text-field', 'FIELD')}; "
+    "they are: "
+)
 LATIN = "Grüße ".encode("latin-1")
 
 
@@ -129,7 +135,7 @@ LATIN = "Grüße ".encode("latin-1")
         ("a.txt.zst", b"some text", "a.txt.zst is damaged or cut short"),
         ("a.jsonl", b'{"text": "a"}\nno json\n', r"a.jsonl, line 2 is not JSON \("),
         ("a.jsonl", b'["text"]', "line 1 is not a JSON object with a field 'text'"),
-        ("a.jsonl", b'{"id": 1, "body": ""}', "no field 'text'; choose one of its fields with --text-field: id, body"),
+        ("a.jsonl", b'{"id": 1, "body": ""}', f"no field 'text'; {CHOOSE}id, body"),
         ("a.jsonl", b'{"text": 5}', "line 1: 'text' is not text but of type int"),
         ("a.jsonl", b'{"text": "\\ud800"}', "line 1: character 0 of 'text' is half of a surrogate pair"),
         ("a.jsonl", b'{"text": "' + LATIN + b'"}', "line 1 is not UTF-8 text: byte 12 of the line is 0xfc"),

@@ -154,6 +154,12 @@ def test_a_folder_that_is_not_there_says_how_to_make_it(tmp_path: Path) -> None:
     assert str(caught.value).endswith(f"-m gpt_jax prepare SOURCE --out '{folder}'")
 
 
+def test_the_whole_machine_is_not_searched_for_a_mistyped_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "glob", lambda *_: pytest.fail("the root was searched"))
+    with pytest.raises(UserError, match="there is no data folder /not here/a/b; make it with: "):
+        open_dataset(Path("/not here/a/b"))
+
+
 def test_meta_is_json_of_the_dataclass(folder: Path) -> None:
     meta = load_meta(folder)
     values = json.loads((folder / "meta.json").read_text())

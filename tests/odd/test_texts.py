@@ -10,7 +10,7 @@ import socket
 import tarfile
 import tracemalloc
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from gpt_jax.data.prepare import PrepareArgs, prepare
 from gpt_jax.data.shards import open_dataset
 from gpt_jax.data.sources import open_corpus
 from gpt_jax.errors import UserError
+from gpt_jax.system import command_line
 from tests.commands import refused_here, run_here
 
 
@@ -51,6 +52,10 @@ def check(path: Path, expected: list[str] | str, field: str = "text") -> None:
     assert "\n" not in str(caught.value)
 
 
+CHOOSE = (
+    f"choose one of its fields with: {command_line('prepare', 'SOURCE', '--out', 'DIR', '--text-field', 'FIELD')}; "
+    "they are: "
+)
 LONG = "x" * (3 << 20)
 CUT = "你🙂" * 200_000  # A block ends within a character.
 
@@ -221,8 +226,8 @@ def test_packed_files(tmp_path: Path, name: str, content: bytes, expected: list[
             b'{"text": "a\nb"}', "line 1 is not JSON (Invalid control character", id="newline within a string"
         ),
         pytest.param(b'{"text": "a\tb"}', "line 1 is not JSON (Invalid control character", id="tab within a string"),
-        pytest.param(b'{"body": "a", "meta": {"id": 1}}', "--text-field: body, meta, meta.id", id="no such field"),
-        pytest.param(b"{}", "has no field 'text'; choose one of its fields with --text-field: (there", id="no field"),
+        pytest.param(b'{"body": "a", "meta": {"id": 1}}', f"{CHOOSE}body, meta, meta.id", id="no such field"),
+        pytest.param(b"{}", f"has no field 'text'; {CHOOSE}(there", id="no field"),
         pytest.param(b'{"text": 5}', "line 1: 'text' is not text but of type int", id="number"),
         pytest.param(b'{"text": NaN}', "line 1: 'text' is not text but of type float", id="NaN"),
         pytest.param(b'{"text": true}', "line 1: 'text' is not text but of type bool", id="bool"),
@@ -246,7 +251,9 @@ def test_json_lines(tmp_path: Path, content: bytes, expected: list[str] | str) -
 
 PRETTY = json.dumps({"id": 1, "text": "a"}, indent=2).encode()
 SETTINGS = b'{\n  "compilerOptions": {"strict": true}\n}\n'
-UNLIKE = "1 file of JSON or tables without a field 'text', which --text-field chooses, read as text, such as "
+UNLIKE = (
+    "1 file like JSON or tables, not records with a field 'text' (see prepare --text-field), read as text, such as "
+)
 
 
 @pytest.mark.parametrize(
@@ -272,17 +279,28 @@ UNLIKE = "1 file of JSON or tables without a field 'text', which --text-field ch
         (
             "a.json",
             b'[{"body": "a"}]',
-            "record 1 has no field 'text'; choose one of its fields with --text-field: body",
+            f"record 1 has no field 'text'; {CHOOSE}body",
         ),
-        ("a.json", b'{"body": "a"}\n{"body": "b"}', "line 1 has no field 'text'; choose one of its fields with --text"),
+        ("a.json", b'{"body": "a"}\n{"body": "b"}', f"line 1 has no field 'text'; {CHOOSE}body; ''"),
         ("a.json", ROWS + b'{"text": "c"', "line 3 is not JSON"),
         ("a.csv", b'id,text\n1,"a"\n', "is a table with a column 'text'; convert it to JSON Lines or Parquet"),
         ("a.tsv", b"id\ttext\n1\ta\n", "is a table with a column 'text'; convert it to JSON Lines or Parquet"),
+        ("A.CSV", b'id,text\n1,"a"\n', "is a table with a column 'text'; convert it to JSON Lines or Parquet"),
+        ("A.Tsv.Bz2", bz2.compress(b"id\ttext\n1\ta\n"), "is a table with a column 'text'; convert it to JSON Lines"),
+        ("A.NdJson", b"no json", "line 1 is not JSON"),
+        ("A.GZ", b"no gzip", "is damaged or cut short (Not a gzipped file"),
+        ("A.PARQUET", b"no parquet", "cannot be read as Parquet"),
         ("a.csv", b"id,body\n1,a\n", UNLIKE),
         ("tsconfig.json", SETTINGS, UNLIKE),
         ("map.json", b'{"version": 3, "sources": []}\n', UNLIKE),
         ("words.json", b'["a", "b"]', UNLIKE),
         ("broken.json", b'{"a": 1, "text": }', UNLIKE),
+        ("a.md", b'{"text": "an example line"}\n\nand prose\n', UNLIKE),
+        ("a.md", PRETTY + b"\nis how it looks: {}", UNLIKE),
+        ("a.json", b'{"text": "a"}' + PRETTY + b'{"text": "b', "record 3 is not JSON (Unterminated string"),
+        ("a.json", PRETTY + b"," + PRETTY, "record 2 is not JSON (Expecting value)"),
+        ("a.json", PRETTY + PRETTY[:-2], "record 2 is not JSON ("),
+        ("a.json", PRETTY + PRETTY + b"prose", "record 3 is not a JSON object with a field 'text'"),
         ("a.tex", b"{\\bf Bold} text", [r"{\bf Bold} text"]),
         ("a.py", b"{1: 2}\n{3: 4}\n", ["{1: 2}\n{3: 4}\n"]),
         ("a.md", b"[1] A reference\n[2] Another\n", ["[1] A reference\n[2] Another\n"]),
@@ -320,7 +338,7 @@ def test_without_a_field_every_file_is_a_document(tmp_path: Path) -> None:
         (
             {"meta": {"title": "a"}},
             "meta.text",
-            "has no field 'meta.text'; choose one of its fields with --text-field: m",
+            f"has no field 'meta.text'; {CHOOSE}m",
         ),
         ({"meta": "a"}, "meta.text", "has no field 'meta.text'"),
         ({f"f{i}": i for i in range(99)}, "text", "f18, f19, ..."),
@@ -369,10 +387,10 @@ def columns() -> dict[str, Any]:
         ("meta", "row 1: 'meta' is not text but of type dict"),
         (
             "meta.title",
-            "has no column 'meta.title'; choose one of its fields with --text-field: meta, meta.text, meta.d",
+            f"has no column 'meta.title'; {CHOOSE}meta, meta.text, meta.d",
         ),
         ("bytes.text", "has no column 'bytes.text'"),
-        ("text", "has no column 'text'; choose one of its fields with --text-field: meta, meta.text, meta.deep, bytes"),
+        ("text", f"has no column 'text'; {CHOOSE}meta, meta.text, meta.deep, bytes"),
     ],
     ids=short,
 )
@@ -502,6 +520,27 @@ def test_folders(
     make(tmp_path / "texts")
     assert read("texts") == expected
     assert capsys.readouterr().err.splitlines() == [f"texts: {note}" for note in notes]
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_the_order_does_not_depend_on_that_of_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backwards: bool
+) -> None:
+    """A folder that two links name has its place where the first of them has it."""
+    for name in ("texts/m.txt", "other/z.txt"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text(name)
+    for link in ("a", "x"):
+        (tmp_path / "texts" / link).symlink_to(tmp_path / "other")
+    walk = os.walk
+
+    def in_order(*args: Any, **options: Any) -> Iterator[tuple[str, list[str], list[str]]]:
+        for parent, subfolders, names in walk(*args, **options):
+            subfolders.sort(reverse=backwards)
+            yield parent, subfolders, names
+
+    monkeypatch.setattr(os, "walk", in_order)
+    assert read(tmp_path / "texts") == ["other/z.txt", "texts/m.txt"]
 
 
 def test_files_that_cannot_be_opened_are_counted(

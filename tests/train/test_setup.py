@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from gpt_jax.cli.train import train_arguments
 from gpt_jax.config import DataConfig, load_saved_config
 from gpt_jax.errors import UserError
 from gpt_jax.tokenizer.bytes import ByteTokenizer
@@ -76,6 +77,20 @@ def test_a_folder_is_prepared_where_its_text_is_known(project: Path, monkeypatch
         assert len(open_or_prepare(config, given).train) > 1000
         shutil.rmtree("new")
     assert len(open_or_prepare(config, {"data.source"}, resume=True).train) > 1000
+
+
+def test_the_configurations_own_folder_may_be_named(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is prepared as it is without the flag."""
+    monkeypatch.chdir(project)
+    own = 'DataConfig(dir="data/own", source=("text.txt",), tokenizer="bytes")'
+    Path("mine.py").write_text(f"from gpt_jax.config import Config, DataConfig\nconfig = Config(data={own})\n")
+    config, _, given = train_arguments(["mine.py", "--data.dir", "data/onw"])
+    with pytest.raises(UserError, match="there is no data folder data/onw; name it by"):
+        open_or_prepare(config.data, given)
+    for own in ("data/own", "data/own/", "./data/own", f"{project}/data/own"):
+        config, _, given = train_arguments(["mine.py", "--train.steps=2", "--data.dir", own])
+        assert given == {"train.steps"}
+    assert len(open_or_prepare(config.data, given).train) > 1000
 
 
 def test_a_run_finds_its_data_from_another_folder_and_when_both_are_moved(project: Path, tmp_path: Path) -> None:
