@@ -72,16 +72,12 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     """A new folder for files, which replaces `folder` when the block ends, and is deleted when the block fails.
 
     It is `.NAME.partial` beside `folder`, cleared of the files of a killed process; `.NAME.lock` is its lock. The old
-    content of `folder` is kept until it is replaced. Folders above it are made if need be, and stay only if the block
-    succeeds. Raises UserError while another process writes the folder.
+    content of `folder` is kept until it is replaced. Raises UserError while another process writes the folder.
     """
     folder = folder.resolve()
     partial = folder.with_name(f".{folder.name}.partial")
     old = folder.with_name(f".{folder.name}.old")
-    with (
-        _unmaking_parents(folder),
-        locked(folder.with_name(f".{folder.name}.lock"), f"another process is writing {folder}; wait for it"),
-    ):
+    with locked(folder.with_name(f".{folder.name}.lock"), f"another process is writing {folder}; wait for it"):
         try:
             _put_back(old, folder)  # A process may have been killed between the two renames below.
             partial.mkdir(exist_ok=True)
@@ -100,19 +96,6 @@ def whole_folder(folder: Path) -> Iterator[Path]:
             _put_back(old, folder)
             shutil.rmtree(partial, ignore_errors=True)
             raise
-
-
-@contextmanager
-def _unmaking_parents(folder: Path) -> Iterator[None]:
-    """Removes the folders above `folder` that the block made, when it fails."""
-    made = [parent for parent in folder.parents if not parent.exists()]
-    try:
-        yield
-    except BaseException:
-        with suppress(OSError):  # Another process has something there, or they were not made.
-            for parent in made:
-                parent.rmdir()
-        raise
 
 
 @contextmanager

@@ -102,20 +102,6 @@ def test_nothing_changes_when_it_fails(out: Path, error: type[BaseException]) ->
     assert names_beside(out) == {out.name, LOCK}
 
 
-@pytest.mark.parametrize(("also", "left"), [("neighbour", ["neighbour"]), ("new/one", ["new", "new/one"])])
-def test_folders_above_it_that_were_made_go_when_it_fails(tmp_path: Path, also: str, left: list[str]) -> None:
-    """But not those in which somebody else has put something meanwhile."""
-
-    def fail() -> None:
-        with whole_folder(tmp_path / "new" / "deep" / "out"):
-            (tmp_path / also).touch()
-            raise UserError
-
-    with pytest.raises(UserError):
-        fail()
-    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == left
-
-
 def test_the_older_one_is_put_back_when_the_last_step_fails(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(out, "old")
     rename = Path.rename
