@@ -72,6 +72,7 @@ class HuggingFaceTokenizer:
 
         added = sorted(tokenizer.get_added_tokens_decoder().items())
         self.special_tokens = {token.content: i for i, token in added if token.special}
+        _hide_pieces(tokenizer, {*self.special_tokens})
         self.end_of_text: int = ids[end_names[0]]
         self.begin_of_text = _begin_of_text(tokenizer)
         self._settings: dict[str, Any] = {"stop_ids": stop_ids}
@@ -423,6 +424,27 @@ def _mark_special(tokenizer: Any, names: Sequence[str]) -> None:
     from tokenizers import AddedToken
 
     tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
+
+
+def _hide_pieces(tokenizer: Any, names: Set[str]) -> None:
+    """Takes the pieces of special tokens out of the model, which else finds them in a text by itself.
+
+    So `</s>` in a text is spelled as SentencePiece spells it, and is unknown to a vocabulary of words. BPE needs
+    nothing, since no merge yields such a piece. All other pieces, scores and ids stay, those of the tokens as well.
+    """
+    from tokenizers.models import BPE
+
+    if isinstance(tokenizer.model, BPE):
+        return
+    state = json.loads(tokenizer.model.__getstate__())
+    hidden, vocabulary = names - {state.get("unk_token")}, state["vocab"]
+    if isinstance(vocabulary, dict):
+        state["vocab"] = {piece: i for piece, i in vocabulary.items() if piece not in hidden}
+    else:  # A unigram model's, whose ids are places: no text contains the empty piece.
+        state["vocab"] = [["" if piece in hidden else piece, score] for piece, score in vocabulary]
+    model = type(tokenizer.model)()
+    model.__setstate__(json.dumps(state).encode())
+    tokenizer.model = model
 
 
 def _begin_of_text(tokenizer: Any) -> int | None:
