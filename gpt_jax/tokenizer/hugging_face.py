@@ -23,6 +23,13 @@ TEMPLATE_FILE = "chat_template.jinja"
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # Of added tokens.
 # The purposes of special tokens, as tokenizer_config.json and chat templates name them.
 PARTS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+# transformers' classes that set add_prefix_space anew, whatever tokenizer.json has, and those of models without a name.
+PREFIX_CLASSES = ("GPT2Tokenizer", "Qwen2Tokenizer", "RobertaTokenizer")
+CLASSES = {
+    "gpt2": PREFIX_CLASSES[0],
+    **dict.fromkeys(("qwen2", "qwen3"), PREFIX_CLASSES[1]),
+    "roberta": PREFIX_CLASSES[2],
+}
 # Special tokens of these names end an answer, even when no setting says so.
 END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|eot|>")
 
@@ -251,8 +258,8 @@ def from_tokenizer_json(definition: bytes, folder: Path) -> HuggingFaceTokenizer
     """The tokenizer of a `tokenizer.json`, with what the files in its folder say of it. Raises ValueError.
 
     Where its tokenizer_config.json says something else, it is as in transformers 5: `tokenizer.json` decides what
-    begins a text and which ids tokens have, tokenizer_config.json how added tokens are matched, and whether GPT-2's
-    class puts a space before a text. Each difference is logged.
+    begins a text and which ids tokens have, tokenizer_config.json how added tokens are matched, and whether one of
+    PREFIX_CLASSES puts a space before a text. Each difference is logged.
     """
     settings = read_settings(folder)
     if "stop_ids" in read_json(folder / CONFIG_FILE):  # Both were written by `save`.
@@ -260,10 +267,12 @@ def from_tokenizer_json(definition: bytes, folder: Path) -> HuggingFaceTokenizer
     rules = json.loads(definition)
     changed = False
     splitting = rules.get("pre_tokenizer") or {}
-    before = settings.get("add_prefix_space") is True
-    if settings["is_gpt2"] and splitting.get("type") == "ByteLevel" and splitting.get("add_prefix_space") != before:
-        logger.warning("add_prefix_space is %s, as %s has it, not as %s", before, CONFIG_FILE, JSON_FILE)
-        splitting["add_prefix_space"], changed = before, True
+    before, class_name = settings.get("add_prefix_space"), settings["class_name"]
+    for step in splitting.get("pretokenizers", [splitting]) if class_name.startswith(PREFIX_CLASSES) else ():
+        if step.get("type") == "ByteLevel" and step.get("add_prefix_space") != (before is True):
+            source = f"a {class_name} has it by default" if before is None else f"{CONFIG_FILE} has it"
+            logger.warning("add_prefix_space is %s, as %s, not as %s", before is True, source, JSON_FILE)
+            step["add_prefix_space"], changed = before is True, True
     added = {token["content"]: token for token in rules.get("added_tokens") or ()}
     for i, token in (settings.get("added_tokens_decoder") or {}).items():
         name = token["content"]
@@ -323,8 +332,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
                 )
         if settings["eos_token_ids"]:
             settings["stop_ids"] = settings["eos_token_ids"]
-        class_name = settings.get("tokenizer_class") or {"gpt2": "GPT2Tokenizer"}.get(str(model.get("model_type")), "")
-        settings["is_gpt2"] = str(class_name).startswith("GPT2Tokenizer")
+        settings["class_name"] = str(settings.get("tokenizer_class") or CLASSES.get(str(model.get("model_type")), ""))
     return settings
 
 
