@@ -74,7 +74,8 @@ class HuggingFaceTokenizer:
             raise ValueError(f"it has no token that ends a text; name one as eos_token in {CONFIG_FILE}")
         self.parts = {**parts, "eos_token": end_names[0]}
         others = settings.get("extra_special_tokens") or []
-        self._marked = _not_of_text(tokenizer, {*self.parts.values(), *others} & {*ids})
+        ends = {name for part, name in self.parts.items() if part in ("bos_token", "eos_token")}
+        self._marked = _not_of_text(tokenizer, {*self.parts.values(), *others} & {*ids}, ends)
         _mark_special(tokenizer, self._marked)
 
         added = sorted(tokenizer.get_added_tokens_decoder().items())
@@ -409,12 +410,15 @@ def _parsed(definition: bytes) -> Any:
     return tokenizer
 
 
-def _not_of_text(tokenizer: Any, names: Set[str]) -> list[str]:
+def _not_of_text(tokenizer: Any, names: Set[str], ends: Set[str]) -> list[str]:
     """Those of the names, which settings call special, that the tokenizer takes for no part of a text.
 
     A name that text yields by itself is ordinary text, such as a `"pad_token": "!"`. transformers makes a special token
-    of it, and cuts every text there.
+    of it, and cuts every text there. So do we of those in `ends`, which begin or end texts, where `_hide_pieces` can.
     """
+    from tokenizers.models import BPE
+
+    certain = frozenset[str]() if isinstance(tokenizer.model, BPE) else ends
     known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
 
     def of_text(name: str) -> bool:
@@ -424,7 +428,7 @@ def _not_of_text(tokenizer: Any, names: Set[str]) -> list[str]:
             for before, e in encodings
         )
 
-    return sorted(name for name in names - known if not of_text(name))
+    return sorted(name for name in names - known if name in certain or not of_text(name))
 
 
 def _mark_special(tokenizer: Any, names: Sequence[str]) -> None:

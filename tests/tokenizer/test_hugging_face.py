@@ -5,7 +5,7 @@ import json
 import shutil
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -101,10 +101,10 @@ SPECIAL = ["<unk>", "</s>", "<|im_end|>"]
 WORDS = {"type": "WordLevel", "vocab": {"<unk>": 0, "</s>": 1, "<|im_end|>": 2, "x": 3}, "unk_token": "<unk>"}
 
 
-def with_model(model: dict[str, Any], splitting: str = "WhitespaceSplit") -> HuggingFaceTokenizer:
-    """A tokenizer whose first three tokens are SPECIAL."""
-    added = [{"id": i, "content": name, **FLAGS} for i, name in enumerate(SPECIAL)]
-    definition = {"model": model, "pre_tokenizer": {"type": splitting}, "added_tokens": added}
+def with_model(model: dict[str, Any], marked: Sequence[str] = SPECIAL) -> HuggingFaceTokenizer:
+    """A tokenizer whose first three tokens are SPECIAL. marked: those of them that tokenizer.json calls special."""
+    added = [{"id": i, "content": name, **FLAGS} for i, name in enumerate(SPECIAL) if name in marked]
+    definition = {"model": model, "pre_tokenizer": {"type": "WhitespaceSplit"}, "added_tokens": added}
     return HuggingFaceTokenizer(json.dumps(definition).encode(), {"eos_token": "</s>"})
 
 
@@ -126,6 +126,13 @@ def test_names_that_are_pieces_of_the_model_are_text(model: dict[str, Any], expe
         assert not {1, 2} & {*tokenizer.encode(name), *tokenizer.encode(f"x {name} y")}
     assert tokenizer.decode([1, 2, 0]) == "</s> <|im_end|> <unk>"
     assert [tokenizer.id_of(name) for name in SPECIAL] == [0, 1, 2]
+
+
+def test_the_end_of_a_text_is_no_text_though_only_the_settings_name_it() -> None:
+    """As in transformers, where each name in the settings is special."""
+    tokenizer = with_model(WORDS, marked=["<unk>"])
+    assert tokenizer.special_tokens == {"<unk>": 0, "</s>": 1}
+    assert tokenizer.encode("x </s> x") == [3, 0, 3]
 
 
 def test_what_starts_and_ends_documents() -> None:
