@@ -449,14 +449,13 @@ def _hide_pieces(tokenizer: Any, names: Set[str]) -> None:
     if isinstance(tokenizer.model, BPE):
         return
     state = json.loads(tokenizer.model.__getstate__())
+    del state["type"]
     hidden, vocabulary = names - {state.get("unk_token")}, state["vocab"]
     if isinstance(vocabulary, dict):
         state["vocab"] = {piece: i for piece, i in vocabulary.items() if piece not in hidden}
     else:  # A unigram model's, whose ids are places: no text contains the empty piece.
-        state["vocab"] = [["" if piece in hidden else piece, score] for piece, score in vocabulary]
-    model = type(tokenizer.model)()
-    model.__setstate__(json.dumps(state).encode())
-    tokenizer.model = model
+        state["vocab"] = [("" if piece in hidden else piece, score) for piece, score in vocabulary]
+    tokenizer.model = type(tokenizer.model)(**state)  # Not from JSON, of which the library rounds some scores.
 
 
 def _begin_of_text(tokenizer: Any) -> int | None:
