@@ -12,14 +12,14 @@ from gpt_jax.errors import UserError
 ROLES = ("system", "developer", "user", "assistant", "tool")  # OpenAI's, some of which a template may refuse.
 # Rounds of loops and calls of macros in one rendering, which take a second; 1,000 messages take some thousands.
 MAX_ROUNDS = 200_000
-MAX_REPEATS = 100_000  # Copies of a text or list that `*` may make; the sandbox allows ranges of as many.
 
 
 def render(template: str, messages: Sequence[Mapping[str, Any]], special_tokens: Mapping[str, str]) -> str:
     """The text of a conversation, up to the start of the next answer.
 
     special_tokens: names of tokens by the template's variables for them, such as bos_token. Raises UserError when the
-    template is invalid, refuses the conversation, or does not end.
+    template is invalid, refuses the conversation, or does not end. The sandbox keeps a template from files, classes and
+    the network; it bounds neither the memory nor the time that one operator or filter takes.
     """
     rounds = count(1)
 
@@ -120,22 +120,12 @@ def _compiled(template: str) -> Any:
     class Bounded(ImmutableSandboxedEnvironment):
         """The sandbox, for templates that would not end: it counts rounds of loops and calls of macros."""
 
-        intercepted_binops = frozenset({"*", "**"})
-
         def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
             template = super()._parse(source, name, filename)
             for block in template.find_all((nodes.For, nodes.Macro)):
                 call = nodes.Call(nodes.Name("_next_round", "load"), [], [], None, None)
                 block.body.insert(0, nodes.ExprStmt(call).set_lineno(block.lineno))
             return template
-
-        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-            if operator == "**" or any(
-                isinstance(a, str | bytes | list | tuple) and isinstance(n, int) and n * len(a) > MAX_REPEATS
-                for a, n in ((left, right), (right, left))
-            ):
-                raise OverflowError(f"the operator {operator} could fill the memory")
-            return super().call_binop(context, operator, left, right)
 
     environment = Bounded(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols])
     environment.filters["tojson"] = to_json  # Jinja's own filter escapes HTML.

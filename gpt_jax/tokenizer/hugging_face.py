@@ -23,6 +23,13 @@ TEMPLATE_FILE = "chat_template.jinja"
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # Of added tokens.
 # The purposes of special tokens, as tokenizer_config.json and chat templates name them.
 PARTS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+# transformers' classes that set add_prefix_space anew, whatever tokenizer.json has, and those of models without a name.
+PREFIX_CLASSES = ("GPT2Tokenizer", "Qwen2Tokenizer", "RobertaTokenizer")
+CLASSES = {
+    "gpt2": PREFIX_CLASSES[0],
+    **dict.fromkeys(("qwen2", "qwen3"), PREFIX_CLASSES[1]),
+    "roberta": PREFIX_CLASSES[2],
+}
 # Special tokens of these names end an answer, even when no setting says so.
 END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|eot|>")
 
@@ -67,11 +74,13 @@ class HuggingFaceTokenizer:
             raise ValueError(f"it has no token that ends a text; name one as eos_token in {CONFIG_FILE}")
         self.parts = {**parts, "eos_token": end_names[0]}
         others = settings.get("extra_special_tokens") or []
-        self._marked = _not_of_text(tokenizer, {*self.parts.values(), *others} & {*ids})
+        ends = {name for part, name in self.parts.items() if part in ("bos_token", "eos_token")}
+        self._marked = _not_of_text(tokenizer, {*self.parts.values(), *others} & {*ids}, ends)
         _mark_special(tokenizer, self._marked)
 
         added = sorted(tokenizer.get_added_tokens_decoder().items())
         self.special_tokens = {token.content: i for i, token in added if token.special}
+        _hide_pieces(tokenizer, {*self.special_tokens})
         self.end_of_text: int = ids[end_names[0]]
         self.begin_of_text = _begin_of_text(tokenizer)
         self._settings: dict[str, Any] = {"stop_ids": stop_ids}
@@ -250,8 +259,8 @@ def from_tokenizer_json(definition: bytes, folder: Path) -> HuggingFaceTokenizer
     """The tokenizer of a `tokenizer.json`, with what the files in its folder say of it. Raises ValueError.
 
     Where its tokenizer_config.json says something else, it is as in transformers 5: `tokenizer.json` decides what
-    begins a text and which ids tokens have, tokenizer_config.json how added tokens are matched, and whether GPT-2's
-    class puts a space before a text. Each difference is logged.
+    begins a text and which ids tokens have, tokenizer_config.json how added tokens are matched, and whether one of
+    PREFIX_CLASSES puts a space before a text. Each difference is logged.
     """
     settings = read_settings(folder)
     if "stop_ids" in read_json(folder / CONFIG_FILE):  # Both were written by `save`.
@@ -259,10 +268,12 @@ def from_tokenizer_json(definition: bytes, folder: Path) -> HuggingFaceTokenizer
     rules = json.loads(definition)
     changed = False
     splitting = rules.get("pre_tokenizer") or {}
-    before = settings.get("add_prefix_space") is True
-    if settings["is_gpt2"] and splitting.get("type") == "ByteLevel" and splitting.get("add_prefix_space") != before:
-        logger.warning("add_prefix_space is %s, as %s has it, not as %s", before, CONFIG_FILE, JSON_FILE)
-        splitting["add_prefix_space"], changed = before, True
+    before, class_name = settings.get("add_prefix_space"), settings["class_name"]
+    for step in splitting.get("pretokenizers", [splitting]) if class_name.startswith(PREFIX_CLASSES) else ():
+        if step.get("type") == "ByteLevel" and step.get("add_prefix_space") != (before is True):
+            source = f"a {class_name} has it by default" if before is None else f"{CONFIG_FILE} has it"
+            logger.warning("add_prefix_space is %s, as %s, not as %s", before is True, source, JSON_FILE)
+            step["add_prefix_space"], changed = before is True, True
     added = {token["content"]: token for token in rules.get("added_tokens") or ()}
     for i, token in (settings.get("added_tokens_decoder") or {}).items():
         name = token["content"]
@@ -322,8 +333,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
                 )
         if settings["eos_token_ids"]:
             settings["stop_ids"] = settings["eos_token_ids"]
-        class_name = settings.get("tokenizer_class") or {"gpt2": "GPT2Tokenizer"}.get(str(model.get("model_type")), "")
-        settings["is_gpt2"] = str(class_name).startswith("GPT2Tokenizer")
+        settings["class_name"] = str(settings.get("tokenizer_class") or CLASSES.get(str(model.get("model_type")), ""))
     return settings
 
 
@@ -400,12 +410,15 @@ def _parsed(definition: bytes) -> Any:
     return tokenizer
 
 
-def _not_of_text(tokenizer: Any, names: Set[str]) -> list[str]:
+def _not_of_text(tokenizer: Any, names: Set[str], ends: Set[str]) -> list[str]:
     """Those of the names, which settings call special, that the tokenizer takes for no part of a text.
 
     A name that text yields by itself is ordinary text, such as a `"pad_token": "!"`. transformers makes a special token
-    of it, and cuts every text there.
+    of it, and cuts every text there. So do we of those in `ends`, which begin or end texts, where `_hide_pieces` can.
     """
+    from tokenizers.models import BPE
+
+    certain = frozenset[str]() if isinstance(tokenizer.model, BPE) else ends
     known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
 
     def of_text(name: str) -> bool:
@@ -415,7 +428,7 @@ def _not_of_text(tokenizer: Any, names: Set[str]) -> list[str]:
             for before, e in encodings
         )
 
-    return sorted(name for name in names - known if not of_text(name))
+    return sorted(name for name in names - known if name in certain or not of_text(name))
 
 
 def _mark_special(tokenizer: Any, names: Sequence[str]) -> None:
@@ -423,6 +436,26 @@ def _mark_special(tokenizer: Any, names: Sequence[str]) -> None:
     from tokenizers import AddedToken
 
     tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
+
+
+def _hide_pieces(tokenizer: Any, names: Set[str]) -> None:
+    """Takes the pieces of special tokens out of the model, which else finds them in a text by itself.
+
+    So `</s>` in a text is spelled as SentencePiece spells it, and is unknown to a vocabulary of words. BPE needs
+    nothing, since no merge yields such a piece. All other pieces, scores and ids stay, those of the tokens as well.
+    """
+    from tokenizers.models import BPE
+
+    if isinstance(tokenizer.model, BPE):
+        return
+    state = json.loads(tokenizer.model.__getstate__())
+    del state["type"]
+    hidden, vocabulary = names - {state.get("unk_token")}, state["vocab"]
+    if isinstance(vocabulary, dict):
+        state["vocab"] = {piece: i for piece, i in vocabulary.items() if piece not in hidden}
+    else:  # A unigram model's, whose ids are places: no text contains the empty piece.
+        state["vocab"] = [("" if piece in hidden else piece, score) for piece, score in vocabulary]
+    tokenizer.model = type(tokenizer.model)(**state)  # Not from JSON, of which the library rounds some scores.
 
 
 def _begin_of_text(tokenizer: Any) -> int | None:

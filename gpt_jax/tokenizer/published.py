@@ -190,7 +190,8 @@ def bpe_model(pieces: Sequence[Piece]) -> Any:
 
 
 def unigram_model(pieces: Sequence[Piece]) -> Any:
-    """SentencePiece's unigram model as a model of the library, in which text never becomes a special piece."""
+    """SentencePiece's unigram model as a model of the library. Text hardly becomes a special piece, and never where
+    HuggingFaceTokenizer takes them out."""
     from tokenizers.models import Unigram
 
     normal = (Kind.NORMAL, Kind.USER_DEFINED)

@@ -126,9 +126,9 @@ class ByteDecoder:
         return self._utf8.decode(b"", final=True)
 
 
-# The end of the longest beginning of a text whose next character is a space after another sign, or the first letter or
-# digit of a line after a line that is not blank.
-_LAST_CUT = re.compile(r"(?s:.*)(?:(?<=\S)(?= )|(?<=\S\n)(?=[^\W_]))")
+# The end of the longest beginning of a text whose next character is a space after another sign (not U+2581, which many
+# vocabularies take for a space), or the first letter or digit of a line after a line that is not blank.
+_LAST_CUT = re.compile(r"(?s:.*)(?:(?<=[^\s▁])(?= )|(?<=\S\n)(?=[^\W_]))")
 
 
 def last_cut(text: str) -> int:

@@ -14,6 +14,7 @@ pytest.importorskip("tokenizers")
 
 from gpt_jax.tokenizer.hugging_face import HuggingFaceTokenizer  # noqa: E402
 from gpt_jax.tokenizer.load import load_tokenizer  # noqa: E402
+from gpt_jax.tokenizer.splitting import QWEN2  # noqa: E402
 from tests.published import byte_level, gpt2, llama, random_texts  # noqa: E402
 
 pytestmark = pytest.mark.parity
@@ -41,6 +42,12 @@ def folder_of(source: Callable[[], Path], target: Path, changes: dict[str, Any])
 
 def prefixed(file: bool) -> Callable[[dict[str, Any]], dict[str, Any]]:
     return lambda rules: rules | {"pre_tokenizer": rules["pre_tokenizer"] | {"add_prefix_space": file}}
+
+
+def qwen2(before: bool) -> dict[str, Any]:
+    step = {"type": "Split", "pattern": {"Regex": QWEN2}, "behavior": "Isolated", "invert": False}
+    last = {"type": "ByteLevel", "add_prefix_space": before, "trim_offsets": False, "use_regex": False}
+    return {"normalizer": {"type": "NFC"}, "pre_tokenizer": {"type": "Sequence", "pretokenizers": [step, last]}}
 
 
 def named(**names: Any) -> dict[str, Any]:
@@ -126,7 +133,25 @@ CASES: dict[str, tuple[Callable[[], Path], dict[str, Any], str]] = {
     "no space, as GPT-2's config has none": (
         byte_level,
         {CONFIG: {"tokenizer_class": "GPT2TokenizerFast"}, "tokenizer.json": prefixed(True)},
+        "add_prefix_space is False, as a GPT2TokenizerFast has it by default, not as tokenizer.json",
+    ),
+    "no space, as GPT-2's config says": (
+        byte_level,
+        {
+            CONFIG: {"tokenizer_class": "GPT2Tokenizer", "add_prefix_space": False},
+            "tokenizer.json": prefixed(True),
+        },
         "add_prefix_space is False, as tokenizer_config.json has it, not as tokenizer.json",
+    ),
+    "a space, as Qwen 2's config has it": (
+        byte_level,
+        {CONFIG: {"tokenizer_class": "Qwen2Tokenizer", "add_prefix_space": True}, "tokenizer.json": qwen2(False)},
+        "add_prefix_space is True, as tokenizer_config.json has it, not as tokenizer.json",
+    ),
+    "no space for a model of Qwen 2": (
+        byte_level,
+        {CONFIG: {}, "config.json": {"model_type": "qwen2"}, "tokenizer.json": qwen2(True)},
+        "add_prefix_space is False, as a Qwen2Tokenizer has it by default, not as tokenizer.json",
     ),
     "a space for a model of GPT-2": (
         byte_level,
@@ -174,6 +199,26 @@ def test_what_counts_is_what_counts_in_transformers(
     assert len(caplog.records) == bool(told)  # What is saved agrees.
     assert again.fingerprint == ours.fingerprint
     assert (again.begin_of_text, again.encode(" the")) == (ours.begin_of_text, ours.encode(" the"))
+
+
+@pytest.mark.parametrize("before", [None, False, True])
+@pytest.mark.parametrize("in_file", [False, True])
+@pytest.mark.parametrize("by_class", [False, True])
+def test_a_space_before_texts_of_roberta_is_as_in_transformers(
+    before: bool | None, in_file: bool, by_class: bool, tmp_path: Path
+) -> None:
+    parts = dict.fromkeys(("bos_token", "eos_token", "sep_token", "cls_token", "unk_token"), "<|endoftext|>")
+    config = {
+        **dict.fromkeys(("pad_token", "mask_token"), "<|im_end|>"),
+        **parts,
+        **({"tokenizer_class": "RobertaTokenizer"} if by_class else {}),
+        **({} if before is None else {"add_prefix_space": before}),
+    }
+    changes = {CONFIG: config, "tokenizer.json": prefixed(in_file), "config.json": {"model_type": "roberta"}}
+    folder = folder_of(byte_level, tmp_path, changes)
+    ours, theirs = load_tokenizer(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    assert ours.encode("the world") == theirs.encode("the world", add_special_tokens=False)
+    assert (ours.encode("the") == ours.encode(" the")) == bool(before)
 
 
 @pytest.mark.parametrize(

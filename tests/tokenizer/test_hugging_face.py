@@ -5,7 +5,7 @@ import json
 import shutil
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -94,6 +94,45 @@ def test_special_tokens_never_come_from_text(tokenizer: Tokenizer) -> None:
         ids = tokenizer.encode(f"a {name}b{name}")
         assert not (set(ids) - unknown) & set(tokenizer.special_tokens.values())
         assert tokenizer.decode([tokenizer.special_tokens[name]]) == name
+
+
+FLAGS = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
+SPECIAL = ["<unk>", "</s>", "<|im_end|>"]
+WORDS = {"type": "WordLevel", "vocab": {"<unk>": 0, "</s>": 1, "<|im_end|>": 2, "x": 3}, "unk_token": "<unk>"}
+
+
+def with_model(model: dict[str, Any], marked: Sequence[str] = SPECIAL) -> HuggingFaceTokenizer:
+    """A tokenizer whose first three tokens are SPECIAL. marked: those of them that tokenizer.json calls special."""
+    added = [{"id": i, "content": name, **FLAGS} for i, name in enumerate(SPECIAL) if name in marked]
+    definition = {"model": model, "pre_tokenizer": {"type": "WhitespaceSplit"}, "added_tokens": added}
+    return HuggingFaceTokenizer(json.dumps(definition).encode(), {"eos_token": "</s>"})
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        ({"type": "Unigram", "unk_id": 0, "vocab": [(p, -1.5) for p in [*SPECIAL, *"x<>/|skn"]]}, [3, 4, 6, 8, 5, 3]),
+        ({"type": "Unigram", "unk_id": 0, "vocab": [(p, -1.5) for p in [*SPECIAL, "x"]]}, [3, 0, 3]),
+        (WORDS, [3, 0, 3]),
+        ({**WORDS, "type": "WordPiece", "max_input_chars_per_word": 99, "continuing_subword_prefix": "##"}, [3, 0, 3]),
+    ],
+    ids=["unigram", "a unigram model that knows no sign of it", "words", "WordPiece"],
+)
+def test_names_that_are_pieces_of_the_model_are_text(model: dict[str, Any], expected: list[int]) -> None:
+    """As in SentencePiece, whose unigram model finds no control piece in a text. The library's finds every piece."""
+    tokenizer = with_model(model)
+    assert tokenizer.encode("x </s> x") == expected
+    for name in SPECIAL:
+        assert not {1, 2} & {*tokenizer.encode(name), *tokenizer.encode(f"x {name} y")}
+    assert tokenizer.decode([1, 2, 0]) == "</s> <|im_end|> <unk>"
+    assert [tokenizer.id_of(name) for name in SPECIAL] == [0, 1, 2]
+
+
+def test_the_end_of_a_text_is_no_text_though_only_the_settings_name_it() -> None:
+    """As in transformers, where each name in the settings is special."""
+    tokenizer = with_model(WORDS, marked=["<unk>"])
+    assert tokenizer.special_tokens == {"<unk>": 0, "</s>": 1}
+    assert tokenizer.encode("x </s> x") == [3, 0, 3]
 
 
 def test_what_starts_and_ends_documents() -> None:

@@ -51,7 +51,7 @@ SIGNS = [
 @functools.cache
 def texts() -> list[str]:
     rng = random.Random(0)
-    return [*TEXTS, *random_texts()[:200], *("".join(rng.choices(SIGNS, k=20)) for _ in range(400))]
+    return [*TEXTS, "the▁ world▁  ▁ 1", *random_texts()[:200], *("".join(rng.choices(SIGNS, k=20)) for _ in range(400))]
 
 
 def changed(folder: Callable[[], Path], **changes: Any) -> Callable[[], Tokenizer]:
