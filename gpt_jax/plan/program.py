@@ -188,9 +188,8 @@ def largest_array(line: str) -> float:
     result = line.split(" = ", 1)[-1]
     kind = next(k for k in KINDS if f" {k}" in result)
     shapes = re.findall(r"\b([a-z]+)(\d*)\w*\[([\d,]*)\]", result[: result.index(f" {kind}")])
-    sizes = [
-        int(bits or 8) / 8 * math.prod(int(n) for n in dims.split(",") if n) for _, bits, dims in shapes
-    ]  # pred: 8.
+    # A pred names no number of bits, and is a byte.
+    sizes = [int(bits or 8) / 8 * math.prod(int(n) for n in dims.split(",") if n) for _, bits, dims in shapes]
     if f" {kind}-start(" in result:  # Its result holds the operands, too.
         return float(max(sizes, default=0))
     return float(np.sum(sizes))

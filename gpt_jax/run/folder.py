@@ -8,7 +8,7 @@
     profile/         a profiler trace, with --profile
     tensorboard/     event files, with train.tensorboard
     wandb_id         the id of the run at Weights & Biases, with train.wandb_project
-    .lock            while a process trains
+    .lock            keeps the folder to one process; the file stays and means nothing
 
 `sample.py` needs the first two and a checkpoint.
 """

@@ -34,9 +34,7 @@ def test_every_place_drops_by_keys_of_its_own(monkeypatch: pytest.MonkeyPatch) -
 
     for module in ("gpt", "attention", "lora"):
         monkeypatch.setattr(f"gpt_jax.model.{module}.dropout", recorded)
-    monkeypatch.setattr(
-        jax, "checkpoint", lambda function: function
-    )  # Keys that are made inside could not be returned.
+    monkeypatch.setattr(jax, "checkpoint", lambda function: function)  # Keys made inside could not be returned.
 
     @jax.jit
     def keys_of_all_places(keys_B: jax.Array) -> list[jax.Array]:

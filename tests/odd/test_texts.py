@@ -26,18 +26,12 @@ from gpt_jax.data.sources import open_corpus
 from gpt_jax.errors import UserError
 from gpt_jax.system import command_line
 from tests.commands import refused_here, run_here
+from tests.data.test_formats import documents
 
 
 def read(*names: object, field: str = "text") -> list[str]:
     """The documents of the sources."""
-    documents, parts = [], []
-    for block in open_corpus(map(str, names), field).blocks(lambda _: None):
-        parts.append(block.text)
-        if block.ends_document:
-            documents.append(b"".join(parts).decode())
-            parts = []
-    assert not parts
-    return documents
+    return documents(list(open_corpus(map(str, names), field).blocks(lambda _: None)))
 
 
 def check(path: Path, expected: list[str] | str, field: str = "text") -> None:

@@ -373,7 +373,7 @@ def test_sentencepiece_of_gguf_files_without_types_or_scores() -> None:
 
 def test_a_gguf_file_of_a_vocabulary_alone_is_a_tokenizer(tmp_path: Path) -> None:
     pytest.importorskip("gguf")
-    from tests.interop.test_gguf import write as write_gguf
+    from tests.interop.gguf_files import write as write_gguf
 
     file = write_gguf(tmp_path / "vocab.gguf", {}, llama_fields())
     (tmp_path / "a.txt").write_text("A text for the model. " * 50)

@@ -254,9 +254,8 @@ def test_no_field_of_a_message_injects_special_tokens(message: dict[str, Any]) -
 def test_names_that_overlap_are_broken_each() -> None:
     settings = {**read_settings(byte_level()), "chat_template": "{{ messages[0].content }}"}
     definition = json.loads((byte_level() / "tokenizer.json").read_bytes())
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
     names = ["<a>b", "b<c>", "<|\n", "\n"]
-    definition["added_tokens"] += [{"id": 600 + i, "content": name, **flags} for i, name in enumerate(names)]
+    definition["added_tokens"] += [{"id": 600 + i, "content": name, **FLAGS} for i, name in enumerate(names)]
     tokenizer = HuggingFaceTokenizer(json.dumps(definition).encode(), settings)
     assert tokenizer.decode(tokenizer.encode_chat(user("<a>b<c>"))) == "<\u200ba>b\u200b<c>"
     with pytest.raises(UserError, match=r"a message contains the special token '\\n', which only the template may"):
@@ -268,8 +267,7 @@ def test_a_vocabulary_of_words_has_special_tokens_of_which_texts_are_cleared() -
     """Its rules find </s> in a text by themselves, as a word."""
     model = {"type": "WordLevel", "vocab": {"the": 0, "<unk>": 1, "</s>": 2}, "unk_token": "<unk>"}
     definition = {"model": model, "pre_tokenizer": {"type": "WhitespaceSplit"}, "added_tokens": []}
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
-    definition["added_tokens"] = [{"id": i, "content": name, **flags} for i, name in ((1, "<unk>"), (2, "</s>"))]
+    definition["added_tokens"] = [{"id": i, "content": name, **FLAGS} for i, name in ((1, "<unk>"), (2, "</s>"))]
     settings = {"eos_token": "</s>", "chat_template": "{{ messages[0].content }} </s>"}
     tokenizer = HuggingFaceTokenizer(json.dumps(definition).encode(), settings)
     assert tokenizer.encode_chat(user("the </s> other <unk>")) == [0, 1, 1, 1, 2]
