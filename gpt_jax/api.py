@@ -24,6 +24,7 @@ from gpt_jax.sample.chat import fit, message
 from gpt_jax.sample.decode import prepare_params
 from gpt_jax.sample.generate import Result, check_known, encode_prompt, generate, generate_tokens
 from gpt_jax.sample.settings import Filters, Settings
+from gpt_jax.tokenizer.chat_template import checked
 from gpt_jax.tokenizer.tokenizer import Tokenizer
 
 
@@ -65,13 +66,14 @@ class Model:
         return results[0] if isinstance(prompts, str) else results
 
     @own_numerics()
-    def chat(self, messages: str | Sequence[Mapping[str, str]], **settings: Any) -> str:
+    def chat(self, messages: str | Sequence[Mapping[str, Any]], **settings: Any) -> str:
         """The answer to the last message of a conversation, or to one question.
 
-        messages: each has a "role" (system, user, assistant) and a "content". settings: as in `generate`. Raises
-        UserError when the tokenizer has no chat template, or the conversation leaves no room for an answer.
+        messages: each has a "role" (system, user, assistant) and a "content", a text or OpenAI's list of text parts.
+        settings: as in `generate`. Raises UserError when the tokenizer has no chat template, for messages of another
+        form, and when the conversation leaves no room for an answer.
         """
-        history = [message("user", messages)] if isinstance(messages, str) else [dict(m) for m in messages]
+        history = checked([message("user", messages)] if isinstance(messages, str) else messages, plain=str)
         system = history.pop(0)["content"] if history and history[0]["role"] == "system" else None
         chosen = settings_of(settings)
         _, prompt = fit(self.tokenizer, system, history, self.config.context_length, chosen.max_new_tokens)

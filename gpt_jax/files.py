@@ -1,5 +1,6 @@
 """Files and folders that are written whole or not at all, and locks that keep a folder to one process."""
 
+import difflib
 import json
 import os
 import shutil
@@ -41,6 +42,16 @@ def save_json(path: Path, value: Any) -> None:
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def sibling_like(path: Path) -> Path | None:
+    """The entry beside a path that is not there whose name is most like its own: the one that may be meant. None when
+    no name is like it, and when the folder cannot be read."""
+    try:
+        names = sorted(entry.name for entry in path.parent.iterdir())
+    except OSError:
+        return None
+    return next((path.parent / name for name in difflib.get_close_matches(path.name, names, n=1)), None)
 
 
 def check_writable(folder: Path) -> None:

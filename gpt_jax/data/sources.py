@@ -12,6 +12,7 @@ from gpt_jax.data.corpora import python_docs, shakespeare
 from gpt_jax.data.formats import Block, Kind, cut_document, kind_of, read_blocks
 from gpt_jax.data.shards import META_FILE
 from gpt_jax.errors import UserError
+from gpt_jax.files import sibling_like
 
 
 def _python_docs_blocks() -> Iterator[Block]:
@@ -142,11 +143,10 @@ def _no_file(path: Path) -> str:
 
 
 def _suggestion(path: Path) -> str:
-    siblings = [sibling.name for sibling in path.parent.iterdir()] if path.parent.is_dir() else []
-    matches = difflib.get_close_matches(path.name, [*siblings, "python-docs", "shakespeare"], n=1)
-    if not matches:
-        return "; the built-in corpora are python-docs and shakespeare"
-    return f"; did you mean {path.parent / matches[0] if matches[0] in siblings else matches[0]}?"
+    built_in = difflib.get_close_matches(path.name, ["python-docs", "shakespeare"], n=1)
+    if near := sibling_like(path) or next(iter(built_in), None):
+        return f"; did you mean {near}?"
+    return "; the built-in corpora are python-docs and shakespeare"
 
 
 def _files_below(folder: Path, notes: dict[str, list[Path]]) -> list[Path]:

@@ -1,6 +1,5 @@
 """Models by name: an existing folder or file, or else a repository on the Hugging Face hub."""
 
-import difflib
 import logging
 import re
 import sys
@@ -9,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from gpt_jax.errors import UserError
+from gpt_jax.files import sibling_like
 from gpt_jax.system import user_path
 
 # Weights in one format, configuration, tokenizer and chat template; no subfolders, which are for other programs.
@@ -32,7 +32,8 @@ def find_model(name: str) -> Path:
     path = user_path(name)
     if path.exists():
         return path
-    missing = f"there is no folder or file {name}{_near(path)}"
+    near = sibling_like(path)
+    missing = f"there is no folder or file {name}" + (f" (did you mean {near}?)" if near else "")
     if not HUB_NAME.fullmatch(name):
         raise UserError(missing)
     print(f"{missing}; looking it up on the Hugging Face hub", file=sys.stderr)
@@ -45,16 +46,6 @@ def find_model(name: str) -> Path:
 def pinned(name: str, folder: Path) -> str:
     """The name on the hub with the commit whose files `folder` holds: the hub's cache names folders by commits."""
     return f"{name.partition('@')[0]}@{folder.name}"
-
-
-def _near(path: Path) -> str:
-    """A question whether another entry of the same folder was meant; empty if none has a like name."""
-    try:
-        names = sorted(entry.name for entry in path.parent.iterdir())
-    except OSError:
-        return ""
-    near = difflib.get_close_matches(path.name, names, n=1)
-    return f" (did you mean {path.parent / near[0]}?)" if near else ""
 
 
 def _download(name: str) -> Path:

@@ -174,8 +174,7 @@ class HuggingFaceTokenizer:
         utf8(text)
         if self._normalizer is not None and tokenizer is self._tokenizer:
             normalized = self._normalizer.normalize_str(text)
-            keeps_spaces = self._normalizer.normalize_str(" ") != ""
-            text = f"▁{normalized}" if normalized or (text and keeps_spaces) else ""
+            text = f"▁{normalized}" if normalized or (text and self._normalizer.normalize_str(" ")) else ""
         elif text.startswith(self._spaced):
             text = f"▁{text}"
         # The method for batches omits the tokens' offsets in the text, which take a third of the time.

@@ -23,7 +23,7 @@ from gpt_jax.model.rope import frequencies
 from gpt_jax.run.load import open_source
 from tests import tiny
 from tests.interop.models import publish_zeros
-from tests.odd.memory import at_most
+from tests.memory import at_most
 
 GONE = ["left out"]  # Instead of a value: the setting is left out.
 HUGE = 2_000_000_000

@@ -19,7 +19,7 @@ from gpt_jax.interop.gguf import NAMES, ROPE_FACTORS, GGUFWeights
 from gpt_jax.model.rope import frequencies
 from gpt_jax.run.load import open_source
 from tests.interop.gguf_files import header, tensor_entry, write
-from tests.odd.memory import at_most
+from tests.memory import at_most
 
 gguf = pytest.importorskip("gguf")
 

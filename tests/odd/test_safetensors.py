@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from gpt_jax.errors import UserError
 from gpt_jax.interop.weights import INDEX_FILE, SAFETENSORS_FILE, SafetensorsWeights
-from tests.odd.memory import at_most
+from tests.memory import at_most
 
 A, B = np.arange(6, dtype=np.float32).reshape(2, 3), np.ones(4, np.float16)
 DATA = A.tobytes() + B.tobytes()

@@ -16,10 +16,12 @@ import pytest
 pytest.importorskip("tokenizers")
 pytest.importorskip("jinja2")
 
+from gpt_jax.api import Model
 from gpt_jax.cli.chat import HELP, chat
 from gpt_jax.cli.sample import SampleArgs
 from gpt_jax.errors import UserError
 from gpt_jax.model.gpt import GPT, Params
+from gpt_jax.run.load import LoadedModel
 from gpt_jax.sample import chat as chat_module
 from gpt_jax.sample.chat import Message, fit
 from gpt_jax.sample.settings import Filters, Settings
@@ -225,6 +227,24 @@ def test_a_template_may_refuse_the_system_prompt(params: Params, capsys: pytest.
         talk(params, "Hello", system="Be brief.", tokenizer=tokenizer)
     talk(params, "/system x", "Hello", tokenizer=tokenizer, succeeds=False)
     assert capsys.readouterr().err == "error: the chat template refuses this conversation: no system\n"
+
+
+def test_programs_give_messages_as_templates_take_them(params: Params) -> None:
+    model = Model(LoadedModel(MODEL, params, TOKENIZER))
+    texts = {"system": ["Be brief."], "user": ["Hello,", "cat"]}
+    parts = [{"role": r, "content": [{"type": "text", "text": t} for t in some]} for r, some in texts.items()]
+    plain = [{"role": r, "content": "\n".join(some)} for r, some in texts.items()]
+    assert model.chat(parts, max_new_tokens=8, temperature=0) == model.chat(plain, max_new_tokens=8, temperature=0)
+    assert model.chat("Hello", max_new_tokens=8) == model.chat([{"role": "user", "content": "Hello"}], max_new_tokens=8)
+    wrong: list[tuple[Any, str]] = [
+        ([{"content": "Hello"}], "message 1 has the role None"),
+        (["Hello"], "message 1 is no object"),
+        ([{"role": "user", "content": 5}], "message 1 has a content of type int"),
+        ([{"role": "system", "content": [{"type": "text", "text": "word " * 200}]}], "200|has room for"),
+    ]
+    for messages, error in wrong:
+        with pytest.raises(UserError, match=error):
+            model.chat(messages)
 
 
 def test_without_a_template_there_is_no_chat(params: Params) -> None:

@@ -22,4 +22,4 @@ def at_most(megabytes: float) -> Iterator[None]:
     reset.write_text("5")  # The peak becomes what is used now.
     before = kilobytes("VmRSS")
     yield
-    assert kilobytes("VmHWM") - before < 1000 * megabytes
+    assert 1024 * (kilobytes("VmHWM") - before) < 1e6 * megabytes
