@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -27,13 +28,26 @@ TINY = [
 ]
 """Flags of a model that trains in milliseconds, on any prepared data."""
 
+OLDER_GENERATOR = "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters"
+"""XLA's flag for the generator of code by which the processes of the tests compile."""
 
-def start(*args: object, first: str = "") -> subprocess.Popen[str]:
-    """Starts `gpt-jax ARGS`, after the statement `first`, which may change a constant."""
+
+def environment() -> dict[str, str]:
+    """The variables of a command in a process of its own. It compiles as a user's does, but with `quick_commands`."""
+    flags = os.environ.get("XLA_FLAGS", "")
+    if "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ:
+        flags = flags.replace(OLDER_GENERATOR, "")
+    return {**os.environ, "XLA_FLAGS": flags}
+
+
+def start(*args: object, first: str = "", stdin: int | None = None) -> subprocess.Popen[str]:
+    """Starts `gpt-jax ARGS`, after the statement `first`, which may change a constant. stdin: as Popen takes it."""
     program = ("-c", f"{first}; from gpt_jax.cli.main import run; run()") if first else ("-m", "gpt_jax")
     return subprocess.Popen(
         [sys.executable, *program, *map(str, args)],
         cwd=ROOT,
+        env=environment(),
+        stdin=stdin,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

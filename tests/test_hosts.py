@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -70,22 +69,27 @@ def alone(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("placement", [["--parallel.devices=2"], MESH_2, CONTEXT_2], ids=["pmap", "mesh", "context"])
-def test_a_run_moves_from_two_hosts_to_one_and_to_four(
-    alone: Path, tiny_data: Path, tmp_path: Path, placement: list[str]
+@pytest.mark.parametrize(
+    ("placement", "n_hosts"),
+    [(["--parallel.devices=2"], 1), (CONTEXT_2, 1), (MESH_2, 4)],
+    ids=["pmap to one", "context to one", "mesh to four"],
+)
+def test_a_run_moves_from_two_hosts_to_one_or_four(
+    alone: Path, tiny_data: Path, tmp_path: Path, placement: list[str], n_hosts: int
 ) -> None:
     """Its losses are those of one host throughout."""
-    data = f"--data.dir={tiny_data}"
-    two = tmp_path / "two"
-    finish(start_hosts(2, data, f"--out-dir={two}", "--train.steps=4", *placement))
-    np.testing.assert_allclose(losses(two)[:3], losses(alone)[:3], rtol=1e-5)  # The fourth has an evaluation.
-    one, four = (Path(shutil.copytree(two, tmp_path / name)) for name in ("one", "four"))
-    on_one = ["--parallel.devices=1", "--parallel.fsdp=0", "--parallel.context=0", "--parallel.tensor=0"]
-    run_here("train", "--resume", *ARGS, data, f"--out-dir={one}", "--train.steps=6", *on_one)
-    on_four = ["--parallel.devices=1", "--parallel.fsdp=4", "--parallel.context=1", "--parallel.tensor=1"]
-    finish(start_hosts(4, "--resume", data, f"--out-dir={four}", "--train.steps=6", *on_four))
-    for out in (one, four):
-        np.testing.assert_allclose(losses(out)[4:], losses(alone)[4:], rtol=1e-5)
+    out = tmp_path / "run"
+    args = [f"--data.dir={tiny_data}", f"--out-dir={out}"]
+    finish(start_hosts(2, *args, "--train.steps=4", *placement))
+    np.testing.assert_allclose(losses(out)[:3], losses(alone)[:3], rtol=1e-5)  # The fourth has an evaluation.
+    args += ["--resume", "--train.steps=6", "--parallel.devices=1"]
+    if n_hosts == 1:
+        without_mesh = ["--parallel.fsdp=0", "--parallel.context=0", "--parallel.tensor=0"]
+        run_here("train", *ARGS, *args, *without_mesh)
+    else:
+        fsdp = [f"--parallel.fsdp={n_hosts}", "--parallel.context=1", "--parallel.tensor=1"]
+        finish(start_hosts(n_hosts, *args, *fsdp))
+    np.testing.assert_allclose(losses(out)[4:], losses(alone)[4:], rtol=1e-5)
 
 
 @pytest.mark.slow

@@ -24,7 +24,7 @@ from tests.interop.models import publish
 @pytest.fixture(scope="module")
 def trained(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "trained"
-    run("train", *TINY, f"--data.dir={tiny_data}", f"--out-dir={out}", "--train.steps=20", "--train.eval-every=10")
+    run_here("train", *TINY, f"--data.dir={tiny_data}", f"--out-dir={out}", "--train.steps=20", "--train.eval-every=10")
     return out
 
 

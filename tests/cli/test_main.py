@@ -2,7 +2,6 @@
 
 import gc
 import json
-import os
 import re
 import shutil
 import signal
@@ -16,7 +15,7 @@ import pytest
 from gpt_jax.cli.main import interrupt, main
 from gpt_jax.cli.parse import default_config_path
 from gpt_jax.cli.train import train_arguments
-from tests.commands import ROOT, TINY, records, refused, refused_here, run, run_here, start
+from tests.commands import ROOT, TINY, environment, records, refused, refused_here, run, run_here, start
 
 pytestmark = pytest.mark.usefixtures("quick_commands")
 
@@ -100,6 +99,7 @@ def test_the_newest_run_is_the_default(trained: Path, tmp_path: Path) -> None:
     process = subprocess.run(
         [sys.executable, ROOT / "sample.py", "--prompt", "the cat", "--max-new-tokens=5"],
         cwd=tmp_path,
+        env=environment(),
         capture_output=True,
         text=True,
         check=True,
@@ -345,7 +345,7 @@ def test_a_full_disk_ends_in_one_line_and_keeps_older_checkpoints(trained: Path,
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "false"},
+        env={**environment(), "JAX_ENABLE_COMPILATION_CACHE": "false"},
     )
     assert process.returncode == 1
     assert process.stderr.startswith("error: "), process.stderr

@@ -15,7 +15,7 @@ from gpt_jax.errors import UserError
 from gpt_jax.model.gpt import GPT, Params
 from gpt_jax.tokenizer.bytes import ByteTokenizer
 from tests import tiny
-from tests.commands import ROOT, TINY, run_here
+from tests.commands import ROOT, TINY, environment, run_here
 from tests.evaluate.model import log_probabilities_TV, make_params, nats
 
 lm_eval = pytest.importorskip("lm_eval")
@@ -190,7 +190,7 @@ def test_the_command_line_of_lm_eval(tiny_data: Path, tasks: Path, tmp_path: Pat
     command = [sys.executable, "-m", "gpt_jax.evaluate", "run", "--model", "gpt_jax", "--include_path", str(tasks)]
     command += ["--tasks", "choices,rolling", "--output_path", str(tmp_path / "results.json"), "--batch_size", "2"]
     command += ["--model_args", f"run={tmp_path / 'run'},context_length=16"]
-    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    process = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     [written] = tmp_path.glob("results*.json")
     results = json.loads(written.read_text())["results"]

@@ -4,7 +4,6 @@ import itertools
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from gpt_jax.run.load import load_model, open_source
 from gpt_jax.sample.generate import generate
 from gpt_jax.sample.settings import Filters, Settings
 from gpt_jax.tokenizer.tokenizer import Tokenizer
-from tests.commands import ROOT, run_here
+from tests.commands import ROOT, environment, run_here
 
 pytestmark = pytest.mark.slow
 
@@ -37,15 +36,6 @@ PROMPTS = [
     "1, 2, 3, 4,",
     "Photosynthesis is the process by which",
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def full_optimisation(quick_compilation: None) -> Iterator[None]:
-    """Of a model of this size, programs run for longer than they compile."""
-    quick = jax.config.values["jax_disable_most_optimizations"]
-    jax.config.update("jax_disable_most_optimizations", False)
-    yield
-    jax.config.update("jax_disable_most_optimizations", quick)
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +119,7 @@ def test_chat_answers(smollm2_gguf: Path) -> None:
             "40",
         ],
         cwd=ROOT,
+        env=environment(),
         input="What is the capital of France?\nAnd of Italy?\n",
         capture_output=True,
         text=True,

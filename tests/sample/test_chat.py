@@ -4,6 +4,7 @@ import dataclasses
 import os
 import select
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -263,20 +264,8 @@ def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
-def start_chat(run_folder: Path, *args: str) -> "commands.subprocess.Popen[str]":
-    command = [
-        commands.sys.executable,
-        "-m",
-        "gpt_jax",
-        "sample",
-        "--run",
-        str(run_folder),
-        "--chat",
-        "--temperature=0",
-        *args,
-    ]
-    pipe = commands.subprocess.PIPE
-    return commands.subprocess.Popen(command, cwd=commands.ROOT, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+def start_chat(run_folder: Path, *args: str) -> "subprocess.Popen[str]":
+    return commands.start("sample", f"--run={run_folder}", "--chat", "--temperature=0", *args, stdin=subprocess.PIPE)
 
 
 def read_some(pipe: IO[str], n: int) -> str:

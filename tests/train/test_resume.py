@@ -157,6 +157,7 @@ def test_ten_times_killed_and_resumed_is_bit_for_bit_the_same(
         assert_same(out, uninterrupted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.exhaustive)])
 def test_a_signal_saves_and_ends_and_the_run_goes_on(
     tiny_data: Path, uninterrupted: Path, tmp_path: Path, signum: signal.Signals
