@@ -44,6 +44,7 @@ GEMMA = dataclasses.replace(
 )
 MODELS = {"gpt2": GPT2, "llama": LLAMA}
 MESHES = [(8, 1, 1, 1), (1, 8, 1, 1), (1, 1, 1, 8), (2, 2, 1, 2), (4, 2, 1, 1), (1, 1, 8, 1), (1, 2, 2, 2)]
+EXHAUSTIVE = pytest.mark.exhaustive
 FEW = [("gpt2", (1, 2, 2, 2)), ("llama", (2, 2, 1, 2)), ("gpt2", None)]  # Which stand for all.
 BATCH, STEPS, SEED = 16, 5, 3
 # Steps large enough for a wrong gradient to show, eps large enough for Adam not to blow up the rounding of tiny ones.
@@ -98,7 +99,7 @@ def trained_alone(config: ModelConfig) -> tuple[TrainState, list[StepMetrics]]:
 @pytest.mark.parametrize(
     ("name", "mesh"),
     [
-        pytest.param(name, mesh, id=f"{name}-{mesh}", marks=[] if (name, mesh) in FEW else pytest.mark.exhaustive)
+        pytest.param(name, mesh, id=f"{name}-{mesh}", marks=[] if (name, mesh) in FEW else EXHAUSTIVE)
         for name, mesh in itertools.product(MODELS, [*MESHES, None])
     ],
 )
@@ -142,8 +143,8 @@ def test_windows_and_norms_of_heads_agree(
     assert_same(Run(config, placement(mesh, config)).train(), expected)
 
 
-@pytest.mark.parametrize("window", [0, 40])
-@pytest.mark.parametrize("shape", [(2, 2, 1, 2), (1, 2, 2, 2), (1, 1, 8, 1)])
+@pytest.mark.parametrize("window", [0, pytest.param(40, marks=EXHAUSTIVE)])
+@pytest.mark.parametrize("shape", [(2, 2, 1, 2), pytest.param((1, 2, 2, 2), marks=EXHAUSTIVE), (1, 1, 8, 1)])
 def test_a_kernel_works_on_the_heads_of_its_device(
     rng: np.random.Generator, shape: tuple[int, int, int, int], window: int
 ) -> None:
@@ -206,7 +207,11 @@ def as_xla(attend: Any) -> Any:
 
 @pytest.mark.parametrize(
     ("name", "mesh", "n_micro"),
-    [("gpt2", (1, 2, 2, 2), 2), ("llama", (2, 1, 2, 2), 1), ("llama", None, 2)],
+    [
+        ("gpt2", (1, 2, 2, 2), 2),
+        pytest.param("llama", (2, 1, 2, 2), 1, marks=EXHAUSTIVE),
+        ("llama", None, 2),
+    ],
 )
 def test_packed_documents_agree(name: str, mesh: tuple[int, int, int, int] | None, n_micro: int) -> None:
     """Steps on batches with masks, segments and positions, on a mesh and under pmap; the last has no target."""
@@ -272,7 +277,7 @@ def bytes_on(device: jax.Device, tree: Any) -> int:
     return sum(s.data.nbytes for s in shards)
 
 
-@pytest.mark.parametrize("mesh", [(1, 8, 1, 1), (1, 2, 4, 1)])
+@pytest.mark.parametrize("mesh", [pytest.param((1, 8, 1, 1), marks=EXHAUSTIVE), (1, 2, 4, 1)])
 def test_an_eighth_of_the_state_is_on_each_of_eight_devices(mesh: tuple[int, int, int, int]) -> None:
     """Within 5%, before and after a step, of a model of the usual shape; and the state comes back as it was divided."""
     config = dataclasses.replace(LLAMA, d_model=128, d_ff=512, n_layer=4)
@@ -294,7 +299,7 @@ def largest_buffer(program: str | None) -> int:
     return max(int(np.prod([int(n) for n in shape.split(",")])) for shape in shapes if shape)
 
 
-@pytest.mark.parametrize("mesh", [(1, 8, 1, 1), (1, 2, 4, 1)])
+@pytest.mark.parametrize("mesh", [pytest.param((1, 8, 1, 1), marks=EXHAUSTIVE), (1, 2, 4, 1)])
 def test_no_device_ever_has_a_whole_matrix_at_the_beginning_and_in_checksums(mesh: tuple[int, int, int, int]) -> None:
     config = dataclasses.replace(LLAMA, d_model=128, d_ff=512, n_layer=4)
     run = Run(config, placement(mesh, config))
@@ -371,7 +376,9 @@ def test_gradients_of_keys_are_added_up_in_float32(rng: np.random.Generator, mon
         assert jnp.linalg.norm(ours.astype(jnp.float32) - exact) < 0.005 * jnp.linalg.norm(exact)
 
 
-@pytest.mark.parametrize("mesh", [(1, 8, 1, 1), (2, 1, 2, 2), None], ids=str)
+@pytest.mark.parametrize(
+    "mesh", [(1, 8, 1, 1), *(pytest.param(m, marks=EXHAUSTIVE) for m in ((2, 1, 2, 2), None))], ids=str
+)
 def test_a_checkpoint_of_one_placement_is_restored_by_another(tmp_path: Path, mesh: Any) -> None:
     run = Run(GPT2, placement((4, 2, 1, 1), GPT2))
     meta: dict[str, Any] = {"config": {}, "tokenizer": "", "data": ""}

@@ -60,7 +60,10 @@ def one_device() -> tuple[TrainState, list[StepMetrics]]:
     return run(1)
 
 
-@pytest.mark.parametrize(("n_devices", "n_micro"), [(8, 1), (1, 4), (2, 4), (4, 2)])
+@pytest.mark.parametrize(
+    ("n_devices", "n_micro"),
+    [*(pytest.param(*n, marks=pytest.mark.exhaustive) for n in ((8, 1), (1, 4), (2, 4))), (4, 2)],
+)
 def test_devices_and_microbatches_agree(one_device: Any, n_devices: int, n_micro: int) -> None:
     ours = run(n_devices, n_micro)
     assert_same(ours, one_device)
