@@ -241,7 +241,10 @@ def test_programs_give_messages_as_templates_take_them(params: Params) -> None:
         ([{"content": "Hello"}], "message 1 has the role None"),
         (["Hello"], "message 1 is no object"),
         ([{"role": "user", "content": 5}], "message 1 has a content of type int"),
-        ([{"role": "system", "content": [{"type": "text", "text": "word " * 200}]}], "200|has room for"),
+        (
+            [{"role": "system", "content": [{"type": "text", "text": "word " * 200}]}],
+            r"the system prompt has \d+ tokens",
+        ),
     ]
     for messages, error in wrong:
         with pytest.raises(UserError, match=error):
