@@ -121,7 +121,7 @@ class Training(contestants.Training):
 
 
 class Decoding(contestants.Decoding):
-    """Answers prompts as `gpt_jax.sample.generate` does: the prompt in one call, then a call for every CHUNK tokens."""
+    """Answers prompts as `gpt_jax.sample.generate` does, on an engine with a slot for each."""
 
     def __init__(self, model: ModelConfig) -> None:
         """model: the weights are held in its dtype."""
@@ -146,33 +146,32 @@ class Decoding(contestants.Decoding):
             laid_out = prepare_params(traverse_util.unflatten_dict(params, sep="/"), c)
         self.params = jax.block_until_ready(jax.device_put(laid_out, self.device))
 
-    def prepare(self, batch: int, prompt: int, new: int, top_k: int = 0) -> tuple[Any, tuple[Any, ...], int]:
-        """What decodes, greedily or from the top_k; the arguments of its `prefill`; and the length of the cache."""
-        from gpt_jax.sample.decode import bucket, decoder_for
-        from gpt_jax.sample.settings import Filters
+    @functools.cache  # noqa: B019 (there is one for all the time of a process)
+    def engine(self, batch: int, places: int) -> Any:
+        """The engine of a case; its caches are there before the clock runs, as the others' programs are."""
+        from gpt_jax.sample.engine import Engine
 
-        c = self.model.config
-        filters = Filters(temperature=1.0 if top_k else 0.0, top_k=top_k, top_p=1.0)
-        decoder = decoder_for(self.model, filters, c.vocab_size)
-        cache_length = bucket(prompt + new, c.context_length)
-        tokens_BT = np.zeros((batch, bucket(prompt, cache_length)), np.int32)
-        tokens_BT[:, :prompt] = prompts(c.vocab_size, batch, prompt)
-        length_B, keys_B = np.full(batch, prompt, np.int32), jax.random.split(jax.random.key(0), batch)
-        return decoder, (self.params, tokens_BT, length_B, 0, keys_B, None), cache_length
+        engine = Engine(self.model, self.params, batch)
+        engine.reserve(places)
+        return engine
 
     def decode(self, batch: int, prompt: int, new: int, top_k: int) -> tuple[np.ndarray, np.ndarray]:
         """New tokens, int32 (B, new), and their log-probabilities, float32 (B, new), on the host."""
-        from gpt_jax.sample.decode import CHUNK
+        from gpt_jax.sample.engine import Request
+        from gpt_jax.sample.settings import Filters
 
-        decoder, inputs, cache_length = self.prepare(batch, prompt, new, top_k)
-        state, logprobs_B = decoder.prefill(*inputs, cache_length=cache_length)
-        tokens, logprobs = [np.asarray(state.last_B)], [np.asarray(logprobs_B)]
-        while len(tokens) < new:
-            n = min(CHUNK, new - len(tokens))
-            state, tokens_NB, logprobs_NB = decoder.decode(self.params, state, n)
-            tokens.extend(np.asarray(tokens_NB)[:n])
-            logprobs.extend(np.asarray(logprobs_NB)[:n])
-        return np.stack(tokens, axis=1), np.stack(logprobs, axis=1)
+        engine, V = self.engine(batch, prompt + new), self.model.config.vocab_size
+        engine.forget()
+        filters = Filters(temperature=1.0 if top_k else 0.0, top_k=top_k, top_p=1.0)
+        requests = [Request(row.tolist(), new, filters, seed=(0, 0, 0)) for row in prompts(V, batch, prompt)]
+        rows: dict[int, tuple[list[int], list[float]]] = {engine.submit(request): ([], []) for request in requests}
+        while not engine.is_idle:
+            for progress in engine.turn():
+                tokens, logprobs = rows[progress.id]
+                tokens += progress.tokens
+                logprobs += progress.logprobs
+        tokens_BN, logprobs_BN = zip(*rows.values(), strict=True)
+        return np.array(tokens_BN, np.int32), np.array(logprobs_BN, np.float32)
 
     def answer(self, batch: int, prompt: int, new: int, top_k: int) -> np.ndarray:
         return self.decode(batch, prompt, new, top_k)[0]
@@ -180,14 +179,17 @@ class Decoding(contestants.Decoding):
     def greedy(self, batch: int, prompt: int, new: int) -> tuple[np.ndarray, np.ndarray]:
         return self.decode(batch, prompt, new, 0)
 
-    def memory(self, **case: int) -> dict[str, Any]:
+    def memory(self, batch: int, prompt: int, new: int) -> dict[str, Any]:
         """The temporaries are those of the program that needs the most."""
+        from gpt_jax.sample.decode import chunk_sizes, decode_n, prefill_chunk
+
         peak = peak_bytes(self.device)
-        decoder, inputs, cache_length = self.prepare(**case)
-        state, _ = decoder.prefill(*inputs, cache_length=cache_length)
-        prefill = temporary_bytes(decoder.prefill, *inputs, cache_length=cache_length)
-        temporaries = max(prefill, temporary_bytes(decoder.decode, self.params, state, 1))
-        held = bytes_of((self.params, state.cache))
+        engine, c = self.engine(batch, prompt + new), self.model.config
+        keep_S, tokens_1T = np.ones(batch, bool), np.zeros((1, chunk_sizes(c)[-1]), np.int32)
+        blocks = self.model, self.params, engine.state, keep_S, np.int32(1), c.vocab_size, engine.places
+        chunks = self.model, self.params, engine.prompt_cache, tokens_1T, np.int32(0)
+        temporaries = max(temporary_bytes(decode_n, *blocks), temporary_bytes(prefill_chunk, *chunks))
+        held = bytes_of((self.params, engine.state.cache, engine.prompt_cache))
         kinds = {"libraries": self.libraries, "state": held, "temporaries": temporaries}
         return {"peak_bytes": peak, "memory": kinds}
 

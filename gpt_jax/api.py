@@ -21,8 +21,9 @@ from gpt_jax.model.head import logits_NV
 from gpt_jax.run.load import LoadedModel, load_model, open_source
 from gpt_jax.runtime import own_numerics
 from gpt_jax.sample.chat import fit, message
-from gpt_jax.sample.decode import prepare_params
-from gpt_jax.sample.generate import Result, check_known, encode_prompt, generate, generate_tokens
+from gpt_jax.sample.decode import bucket, prepare_params
+from gpt_jax.sample.engine import Engine
+from gpt_jax.sample.generate import MOST_SLOTS, Result, check_known, encode_prompt, generate_on
 from gpt_jax.sample.settings import Filters, Settings
 from gpt_jax.tokenizer.chat_template import checked
 from gpt_jax.tokenizer.tokenizer import Tokenizer
@@ -38,6 +39,7 @@ class Model:
         self.model: GPT = loaded.model
         self.params: Params = loaded.params
         self.tokenizer: Tokenizer = loaded.tokenizer
+        self._last_engine: Engine | None = None
 
     @property
     def config(self) -> ModelConfig:
@@ -48,6 +50,15 @@ class Model:
     def _decoding_params(self) -> Params:
         return prepare_params(self.params, self.config)
 
+    def _engine(self, n_rows: int) -> Engine:
+        """An engine for so many texts at the same time. The last one is kept, with what it has read."""
+        n_slots = bucket(n_rows, MOST_SLOTS, 1)
+        if self._last_engine is None or self._last_engine.n_slots != n_slots:
+            self._last_engine = None  # Its memory is free before the other's is taken.
+            params, n_tokens = self._decoding_params, self.tokenizer.vocab_size
+            self._last_engine = Engine(self.model, params, n_slots, n_tokens=n_tokens)
+        return self._last_engine
+
     @overload
     def generate(self, prompts: str, **settings: Any) -> Result: ...
     @overload
@@ -57,12 +68,14 @@ class Model:
     def generate(self, prompts: str | Sequence[str], **settings: Any) -> Result | list[Result]:
         """The continuation of a prompt, or of each of several: text, tokens and their log-probabilities.
 
-        settings: the fields of `Settings` and `Filters` in `sample.settings`: max_new_tokens, seed, stop; temperature,
-        top_k, top_p, min_p, repetition_penalty. Raises UserError for an impossible value, and for a prompt that is
-        longer than the context.
+        settings: the fields of `Settings` and `Filters` in `sample.settings`: max_new_tokens, seed, stop, stop_ids,
+        alternatives; temperature, top_k, top_p, min_p, the penalties and logit_bias. Raises UserError for an impossible
+        value, and for a prompt that is longer than the context.
         """
         texts = [prompts] if isinstance(prompts, str) else prompts
-        results = generate(self.model, self._decoding_params, self.tokenizer, texts, settings_of(settings))
+        chosen, T = settings_of(settings), self.config.context_length
+        tokens = [encode_prompt(text, self.tokenizer, T) for text in texts]
+        results = generate_on(self._engine(len(texts)), self.tokenizer, tokens, chosen) if texts else []
         return results[0] if isinstance(prompts, str) else results
 
     @own_numerics()
@@ -77,7 +90,7 @@ class Model:
         system = history.pop(0)["content"] if history and history[0]["role"] == "system" else None
         chosen = settings_of(settings)
         _, prompt = fit(self.tokenizer, system, history, self.config.context_length, chosen.max_new_tokens)
-        [result] = generate_tokens(self.model, self._decoding_params, self.tokenizer, [prompt], chosen)
+        [result] = generate_on(self._engine(1), self.tokenizer, [prompt], chosen)
         return result.text.strip()
 
     @own_numerics()

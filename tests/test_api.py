@@ -105,7 +105,7 @@ def test_a_published_model_answers(tmp_path: Path) -> None:
 
 def test_what_cannot_be_is_said(trained: Path, tmp_path: Path) -> None:
     model = gpt_jax.load(trained)
-    with pytest.raises(UserError, match="there is no setting tempreature; there are max_new_tokens"):
+    with pytest.raises(UserError, match="there is no setting tempreature; there are alternatives, frequency_pen"):
         model.generate("the", tempreature=1.0)
     with pytest.raises(UserError, match="temperature = -1"):
         model.generate("the", temperature=-1)

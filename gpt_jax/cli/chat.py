@@ -4,8 +4,8 @@ from collections.abc import Callable
 
 from gpt_jax.cli.terminal import print_error
 from gpt_jax.errors import UserError
-from gpt_jax.model.gpt import GPT, Params
 from gpt_jax.sample.chat import Message, answer, check_chat, message
+from gpt_jax.sample.engine import Engine
 from gpt_jax.sample.settings import Settings
 from gpt_jax.tokenizer.tokenizer import Tokenizer
 
@@ -16,8 +16,7 @@ HELP = (
 
 
 def chat(
-    model: GPT,
-    params: Params,
+    engine: Engine,
     tokenizer: Tokenizer,
     settings: Settings,
     system: str | None,
@@ -33,7 +32,7 @@ def chat(
     conversation leaves no room for an answer in the context, its oldest turns are forgotten; the system prompt is
     kept. Raises UserError when the tokenizer has no chat template, or the system prompt is too long or not accepted.
     """
-    T, n = model.config.context_length, settings.max_new_tokens
+    T, n = engine.model.config.context_length, settings.max_new_tokens
     check_chat(tokenizer, system, T, n)
     history: list[Message] = []
     succeeds = True
@@ -57,7 +56,7 @@ def chat(
                 system = asked_for
             else:
                 asked = [*history, message("user", text)]
-                history = answer(model, params, tokenizer, settings, system, asked, say)
+                history = answer(engine, tokenizer, settings, system, asked, say)
         except EOFError:
             return succeeds
         except UserError as e:

@@ -54,10 +54,12 @@ def command(argv: Sequence[str]) -> int:
 
     if args.chat:
         from gpt_jax.cli.chat import HELP, chat
+        from gpt_jax.sample.engine import Engine
 
         if sys.stdin.isatty():
             print(HELP, file=sys.stderr)
-        succeeds = chat(model, params, tokenizer, args.settings, args.system or None, ask, say)
+        engine = Engine(model, params, 1, n_tokens=tokenizer.vocab_size)
+        succeeds = chat(engine, tokenizer, args.settings, args.system or None, ask, say)
         return 0 if succeeds or sys.stdin.isatty() else 1  # At a terminal, errors have been read by the user.
 
     streams = len(prompts) * args.num_samples == 1 and not args.json

@@ -7,6 +7,7 @@ of `gpt-jax eval`. Texts become tokens and windows as in lm_eval's own `hf` mode
 """
 
 import collections
+import functools
 import json
 from collections.abc import Iterator, Sequence
 from typing import Any, Self
@@ -22,7 +23,8 @@ from gpt_jax.evaluate.windows import Window, windows
 from gpt_jax.model.gpt import GPT, Params
 from gpt_jax.run.load import choose_source, load_model
 from gpt_jax.runtime import local_devices
-from gpt_jax.sample.generate import generate_tokens
+from gpt_jax.sample.engine import Engine
+from gpt_jax.sample.generate import Row, write
 from gpt_jax.sample.settings import Filters, Settings
 from gpt_jax.tokenizer.tokenizer import Tokenizer
 
@@ -38,6 +40,9 @@ except ImportError:
 
 MAX_GEN_TOKS = 256
 """Limit on generated tokens in tasks that set none, as in lm_eval's `hf` model."""
+
+PREFIX_BYTES = 2**28
+"""Memory for the keys and values of beginnings that prompts have in common."""
 
 FILTERS = ("top_k", "top_p", "min_p", "repetition_penalty")
 """Arguments of generation that are fields of Filters, too."""
@@ -63,6 +68,12 @@ class HarnessModel(TemplateLM):
         self.model, self.params, self.tokenizer, self.batch_size = model, params, tokenizer, batch_size
         self.context_length = model.config.context_length
         self.scorer = Scorer(model, params, devices or local_devices()[:1], batch_size)
+
+    @functools.cached_property
+    def engine(self) -> Engine:
+        """What answers. It keeps beginnings that prompts have in common, such as examples."""
+        n_tokens = self.tokenizer.vocab_size
+        return Engine(self.model, self.params, self.batch_size, n_tokens=n_tokens, prefix_bytes=PREFIX_BYTES)
 
     @classmethod
     def from_names(cls, run: str, checkpoint: str, model: str, context_length: int, batch_size: int) -> Self:
@@ -168,30 +179,22 @@ class HarnessModel(TemplateLM):
 
         A repeated request gets another sample. Raises UserError naming an unknown argument of generation.
         """
-        groups: dict[tuple[str, int], list[int]] = collections.defaultdict(list)  # Requests that can share a batch.
         seen: collections.Counter[str] = collections.Counter()
-        for number, request in enumerate(requests):
-            groups[json.dumps(request.args[1], sort_keys=True), seen[json.dumps(request.args)]].append(number)
-            seen[json.dumps(request.args)] += 1
-
-        texts = [""] * len(requests)
+        rows = []
+        for request in requests:
+            name = json.dumps(request.args)
+            settings = generation_settings(request.args[1], seed=seen[name])
+            seen[name] += 1
+            T, n = self.context_length, settings.max_new_tokens
+            room = T - n if n < T else T // 2  # If the answer alone fills the context, that slides.
+            prompt = self.tok_encode(request.args[0])[-room:] or [self.prefix_token_id]
+            rows.append(Row(prompt, self.tokenizer, settings))
         with tqdm(total=len(requests), desc="generate_until", disable=disable_tqdm) as bar:
-            for (arguments, sample), numbers in groups.items():
-                settings = generation_settings(json.loads(arguments), seed=sample)
-                T, n = self.context_length, settings.max_new_tokens
-                room = T - n if n < T else T // 2  # If the answer alone fills the context, that slides.
-                prompts = {i: self.tok_encode(requests[i].args[0])[-room:] or [self.prefix_token_id] for i in numbers}
-                by_length = sorted(numbers, key=lambda i: len(prompts[i]))
-                for first in range(0, len(by_length), self.batch_size):
-                    rows = by_length[first : first + self.batch_size]
-                    results = generate_tokens(
-                        self.model, self.params, self.tokenizer, [prompts[i] for i in rows], settings
-                    )
-                    for i, result in zip(rows, results, strict=True):
-                        texts[i] = result.text
-                        self.cache_hook.add_partial("generate_until", requests[i].args, result.text)
-                    bar.update(len(rows))
-        return texts
+            for number in write(self.engine, rows):
+                text = rows[number].result.text
+                self.cache_hook.add_partial("generate_until", requests[number].args, text)
+                bar.update()
+        return [row.result.text for row in rows]
 
 
 def rolling_windows(tokens: np.ndarray, context_length: int) -> Iterator[Window]:
@@ -214,7 +217,7 @@ def generation_settings(arguments: dict[str, Any], seed: int) -> Settings:
     filters = {"top_p": 1.0} | {name: options.pop(name) for name in FILTERS if name in options}
     if options:
         raise UserError(f"the task asks for {', '.join(options)} in generation, which gpt_jax does not have")
-    return Settings(max_new_tokens, seed, stop, Filters(temperature, **filters))
+    return Settings(max_new_tokens, seed, stop, filters=Filters(temperature, **filters))
 
 
 def command_line() -> None:

@@ -31,20 +31,6 @@ def masked_attention(
     return out_BTGRK.reshape(B, T, H, K)
 
 
-def cached_attention(q_BTHK: jax.Array, k_XSK: jax.Array, v_XSK: jax.Array, mask_BTS: jax.Array) -> jax.Array:
-    """`masked_attention` over the keys and values of a cache, which has one row per key/value head of each sequence."""
-    B, T, H, K = q_BTHK.shape
-    G = k_XSK.shape[0] // B
-    R = H // G
-
-    q_BTGRK = q_BTHK.reshape(B, T, G, R, K) * (1 / np.sqrt(K)).astype(q_BTHK.dtype)
-    q_XNK = q_BTGRK.transpose(0, 2, 3, 1, 4).reshape(B * G, R * T, K)
-    scores_XNS = jnp.einsum("XNK,XSK->XNS", q_XNK, k_XSK, preferred_element_type=jnp.float32)
-    weights_XNS = masked_softmax(scores_XNS, jnp.tile(jnp.repeat(mask_BTS, G, axis=0), (1, R, 1)))
-    out_XNK = jnp.einsum("XNS,XSK->XNK", weights_XNS.astype(v_XSK.dtype), v_XSK)
-    return out_XNK.reshape(B, G, R, T, K).transpose(0, 3, 1, 2, 4).reshape(B, T, H, K)
-
-
 def masked_softmax(scores: jax.Array, mask: jax.Array | np.ndarray) -> jax.Array:
     """softmax over the last axis, with the lowest float32 in place of the scores where `mask` is false."""
     return jax.nn.softmax(jnp.where(mask, scores, jnp.finfo(jnp.float32).min), axis=-1)

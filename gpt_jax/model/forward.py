@@ -37,7 +37,10 @@ def forward(
 def forward_cached(
     model: GPT, params: Params, tokens_BT: jax.Array, cache: kv.Cache, start_B: jax.Array
 ) -> tuple[jax.Array, kv.Cache]:
-    """The hidden states (B, T, D) of tokens at positions from start_B on, and the cache with these tokens added."""
+    """The hidden states (B, T, D) of tokens at positions from start_B on, and the cache with these tokens added.
+
+    With T = 1 each row has a position of its own; with more, the rows all begin at start_B[0].
+    """
     positions_BT = start_B[:, None] + jnp.arange(tokens_BT.shape[1])
     args = {"params": params}, tokens_BT, None, None, positions_BT, cache
     return cast(tuple[jax.Array, kv.Cache], model.apply(*args))

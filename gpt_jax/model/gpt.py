@@ -18,7 +18,7 @@ import numpy as np
 from gpt_jax.config import ModelConfig
 from gpt_jax.model import cache as kv
 from gpt_jax.model import stack
-from gpt_jax.model.attention import cached_attention, visible
+from gpt_jax.model.cached import cached_attention
 from gpt_jax.model.kernels import causal_attention
 from gpt_jax.model.layers import ACTIVATIONS, INIT_STD, RMSNorm, dropout, fold_in, norm
 from gpt_jax.model.lora import linear
@@ -73,8 +73,7 @@ class Attention(nn.Module):
         else:
             assert positions_BT is not None
             cache = kv.update(cache, k_BTGK, v_BTGK, positions_BT[:, 0])
-            distance_BTS = positions_BT[:, :, None] - jnp.arange(cache.k_XSK.shape[1])
-            out_BTHK = cached_attention(q_BTHK, cache.k_XSK, cache.v_XSK, visible(distance_BTS, window))
+            out_BTHK = cached_attention(q_BTHK, k_BTGK, v_BTGK, cache, positions_BT[:, 0], c, window)
 
         out_BTD = linear(c, "out", D, residual=True)(out_BTHK.reshape(B, T, H * K), keys_B)
         return dropout(out_BTD, c.dropout, fold_in(keys_B, 1)), cache
@@ -141,7 +140,8 @@ class GPT(nn.Module):
 
         tokens_BT: int ids. keys_B: one dropout key per sequence; None: no dropout. segments_BT: int32; a token attends
         only to its own segment; None: each row is one. positions_BT: int32; None: each row counts from 0. cache: the
-        tokens stand at consecutive positions, and also attend to the cached tokens before them.
+        tokens stand at consecutive positions, and also attend to the cached tokens before them: one token of each row,
+        at any position, or several that begin at the same position in all rows.
         """
         c = self.config
         normal = nn.initializers.normal(INIT_STD)

@@ -232,21 +232,12 @@ def causal_by_splash(
     T, H = q_BTHK.shape[1:3]
     R = H // k_BTGK.shape[2]
     parts = context_parts()
-    block = next((b for b in SPLASH_BLOCKS if T % (b * parts) == 0), 0)
+    block = splash_block(T, parts)
     if not block:  # Resolved for another context_length than these sequences have.
         raise ValueError(f"Splash attends over sequences in steps of {SPLASH_BLOCKS[-1] * parts} tokens, not {T}")
-    sizes = splash.BlockSizes(
-        block_q=block,
-        block_kv=block,
-        block_kv_compute=block,
-        block_q_dkv=block,
-        block_kv_dkv=block,
-        block_kv_dkv_compute=block,
-        block_q_dq=block,
-        block_kv_dq=block,
-    )
     mask = splash.LocalMask((T, T), (window - 1, 0), 0) if window else splash.CausalMask((T, T))
     heads = splash.MultiHeadMask([mask] * R)
+    sizes = splash_sizes(block, block)
     kernel = splash.make_splash_mqa(heads, block_sizes=sizes, head_shards=1, q_seq_shards=parts, interpret=interpret)
 
     def attend(q_BTHK: Any, k_BSGK: Any, v_BSGK: Any, segments_BT: Any, segments_BS: Any, kernel: Any) -> jax.Array:
@@ -261,3 +252,24 @@ def causal_by_splash(
         return on_each_device(attend)(q_BTHK, k_BTGK, v_BTGK, segments_BT, kernel)
     rows = NamedSharding(jax.sharding.get_abstract_mesh(), PartitionSpec(None, "context"))
     return on_each_device(attend, kernel.manual_sharding_spec(rows))(q_BTHK, k_BTGK, v_BTGK, segments_BT, kernel)
+
+
+def splash_block(length: int, parts: int = 1) -> int:
+    """The largest of SPLASH_BLOCKS that divides each of `parts` equal parts of a length; 0 if none does."""
+    return next((block for block in SPLASH_BLOCKS if length % (block * parts) == 0), 0)
+
+
+def splash_sizes(queries: int, keys: int) -> Any:
+    """The sizes of all of Splash's blocks, forward and backward."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    return splash.BlockSizes(
+        block_q=queries,
+        block_kv=keys,
+        block_kv_compute=keys,
+        block_q_dkv=queries,
+        block_kv_dkv=keys,
+        block_kv_dkv_compute=keys,
+        block_q_dq=queries,
+        block_kv_dq=keys,
+    )

@@ -3,8 +3,8 @@
 from collections.abc import Callable
 
 from gpt_jax.errors import UserError
-from gpt_jax.model.gpt import GPT, Params
-from gpt_jax.sample.generate import generate_tokens
+from gpt_jax.sample.engine import Engine
+from gpt_jax.sample.generate import generate_on
 from gpt_jax.sample.settings import Settings
 from gpt_jax.tokenizer.tokenizer import NO_CHAT, Tokenizer
 
@@ -19,15 +19,15 @@ def check_chat(tokenizer: Tokenizer, system: str | None, context_length: int, ma
 
 
 def answer(
-    model: GPT,
-    params: Params,
+    engine: Engine,
     tokenizer: Tokenizer,
     settings: Settings,
     system: str | None,
     history: list[Message],
     say: Callable[[str], None],
 ) -> list[Message]:
-    """Streams the answer to the last message of `history` to `say`. Returns the history with the answer.
+    """Streams the answer to the last message of `history` to `say`. Returns the history with the answer. The engine
+    reads what it has not read in an earlier answer.
 
     The returned history lacks the turns that did not fit, and the last message when a KeyboardInterrupt came before
     any text of its answer. Raises UserError when the last message alone does not fit.
@@ -39,8 +39,8 @@ def answer(
         say(text)
 
     try:
-        history, prompt = fit(tokenizer, system, history, model.config.context_length, settings.max_new_tokens)
-        generate_tokens(model, params, tokenizer, [prompt], settings, on_text=on_text)
+        history, prompt = fit(tokenizer, system, history, engine.model.config.context_length, settings.max_new_tokens)
+        generate_on(engine, tokenizer, [prompt], settings, on_text=on_text)
     except KeyboardInterrupt:
         if not pieces:
             say("\n")

@@ -1,15 +1,24 @@
-"""The jitted core of sampling: prefills a batch of prompts, then decodes many tokens in one call to the device.
+"""The core of decoding: pure functions of a model's parameters, and of a cache with a slot for each of S sequences.
 
-Shapes are static: prompts and the cache are padded to powers of two, so that programs are compiled once per bucket and
-not once per length. Rows are independent: each has its own length and its own random keys, and gets the same result as
-it would alone.
+A prompt is read in chunks, by `prefill_chunk`, into a cache of one sequence; `insert` copies that to a slot and says
+how the sequence goes on; `decode_n` draws tokens for all slots at the same time. All settings of a sequence are
+elements of arrays, so that one compiled program serves them all.
+
+The slots do not know each other. What a row draws depends on its tokens, its settings and its key, and each chunk of a
+prompt is computed by the same program whatever stands in front of it; so a row comes out the same, to the last bit, in
+any slot, in any company, and after a prefix that was read now or earlier.
+
+The last token of a prompt is not read with the prompt: as `last`, it is the first that `decode_n` reads. So there is
+one program that computes logits.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from gpt_jax.config import ModelConfig
 from gpt_jax.model import cache as kv
@@ -17,22 +26,47 @@ from gpt_jax.model.forward import forward_cached
 from gpt_jax.model.gpt import GPT, Params
 from gpt_jax.model.head import logits_NV
 from gpt_jax.model.loss import nats_N
-from gpt_jax.sample.filters import apply, draw
-from gpt_jax.sample.settings import Filters
+from gpt_jax.sample.filters import RowFilters, adjust, apply, draw, largest, row_filters
+from gpt_jax.sample.settings import MOST_ALTERNATIVES, MOST_STOP_IDS, Filters
 
-CHUNK = 32
+BLOCK = 32
 """The most tokens decoded in one call: enough to hide the cost of a call, few enough for streaming to look alive."""
+
+STOP_IDS = 2 * MOST_STOP_IDS
+"""Places for the tokens that end a text, those of the tokenizer included."""
+
+
+class Row(NamedTuple):
+    """How one sequence goes on. In a `DecodeState`, all of them, with the axis S in front."""
+
+    last: jax.Array  # int32: the newest token, not yet in the cache.
+    length: jax.Array  # int32: number of tokens in the cache; the position of the newest token.
+    drawn: jax.Array  # int32: number of tokens drawn so far, which decides the next draw together with
+    seed: jax.Array  # uint32 (3,): the seed, and what tells sequences of the same seed apart.
+    left: jax.Array  # int32: number of tokens that are still to be drawn; 0: the slot is idle.
+    filters: RowFilters
+    stop_ids: jax.Array  # int32 (STOP_IDS,): tokens that end the sequence; -1: none.
+    alternatives: jax.Array  # int32: how many of the most probable tokens are wanted.
+    in_prompt: jax.Array  # bool (V,): tokens of the prompt, for penalties.
+    counts: jax.Array  # int32 (V,): how often each token stands in the answer so far.
 
 
 class DecodeState(NamedTuple):
-    """The state of a batch of sequences, which each token updates."""
+    """All slots: their cache, and how each sequence goes on."""
 
     cache: kv.Cache
-    last_B: jax.Array  # int32: the newest token, not yet in the cache.
-    length_B: jax.Array  # int32: number of tokens in the cache; the position of the newest token.
-    drawn: jax.Array  # int32: number of tokens drawn so far, the same for all rows; with a key, it decides the draw.
-    keys_B: jax.Array  # One random key per sequence.
-    seen_BV: jax.Array | None  # bool: tokens of the prompt and the answer; None without a repetition penalty.
+    rows: Row
+
+
+class Block(NamedTuple):
+    """The tokens of up to BLOCK steps, N, of all slots."""
+
+    is_drawn_NS: jax.Array  # bool: False where a slot was idle; then all else says nothing.
+    tokens_NS: jax.Array  # int32.
+    logprobs_NS: jax.Array  # float32: log-probabilities under the model, in nats, before bias, penalties and filters.
+    drawn_logprobs_NS: jax.Array  # float32: those under the distribution that the tokens were drawn from.
+    alternatives_NSC: jax.Array  # int32: the most probable tokens, where they are wanted.
+    alternative_logprobs_NSC: jax.Array  # float32: their log-probabilities under the model.
 
 
 def prepare_params(params: Params, config: ModelConfig, donate: bool = False) -> Params:
@@ -79,77 +113,194 @@ def layer_of(stacked: jax.Array, i: int, dtype: str, kernel: bool) -> jax.Array:
     return layer.astype(dtype) if layer.ndim >= 2 else layer
 
 
-class Decoder:
-    """Prefill and decoding of one model, with parameters from `prepare_params`.
+def chunk_sizes(config: ModelConfig) -> tuple[int, ...]:
+    """The lengths of chunks, shortest first. Prompts are read in chunks of the longest one; the rest of a prompt is
+    padded to the shortest that will do. The caches have a multiple of the longest one of places."""
+    return (128, 256, 512) if config.attention in ("cudnn", "splash") else (16, 32, 64, 128)
 
-    `n_tokens` is the size of the tokenizer's vocabulary; ids beyond it, the padding of a model's, are never drawn.
+
+def init_state(config: ModelConfig, n_slots: int, places: int) -> DecodeState:
+    """Idle slots for sequences of up to `places` tokens."""
+    row = make_row(config, [0], 0, 0, Filters(), ())
+    rows = jax.tree.map(lambda x: jnp.zeros((n_slots, *np.shape(x)), np.asarray(x).dtype), row)
+    return DecodeState(kv.init_cache(config, n_slots, places), rows)
+
+
+def make_row(
+    config: ModelConfig,
+    tokens: Sequence[int],
+    n_prompt: int,
+    left: int,
+    filters: Filters,
+    stop_ids: Sequence[int],
+    *,
+    start: int = 0,
+    seed: tuple[int, int, int] = (0, 0, 0),
+    alternatives: int = 0,
+) -> Row:
+    """The row of a sequence whose tokens from `start` to the last but one are in the cache; NumPy arrays.
+
+    The first n_prompt tokens are the prompt, the others were drawn. left: number of tokens that are still to be drawn.
     """
-
-    def __init__(self, model: GPT, filters: Filters, n_tokens: int) -> None:
-        self.model, self.filters, self.n_tokens = model, filters, n_tokens
-        self.prefill = jax.jit(self._prefill, static_argnames="cache_length")
-        self.decode = jax.jit(self._decode, donate_argnames="state")
-
-    def _draw(self, logits_BV: jax.Array, state: DecodeState) -> tuple[DecodeState, jax.Array]:
-        """Draws the next token of each row, and returns its log-probability (B,) under the model before any filter."""
-        logits_BV = jnp.where(jnp.arange(logits_BV.shape[-1]) < self.n_tokens, logits_BV, -jnp.inf)
-        filtered_BV = apply(self.filters, logits_BV, state.seen_BV)
-        if self.filters.temperature == 0:
-            tokens_B = jnp.argmax(filtered_BV, axis=-1)
-        else:
-            keys_B = jax.vmap(jax.random.fold_in, in_axes=(0, None))(state.keys_B, state.drawn)
-            tokens_B = jax.vmap(draw)(keys_B, filtered_BV)
-        rows = jnp.arange(tokens_B.shape[0])
-        seen_BV = None if state.seen_BV is None else state.seen_BV.at[rows, tokens_B].set(True)
-        tokens_B = tokens_B.astype(jnp.int32)
-        state = state._replace(last_B=tokens_B, drawn=state.drawn + 1, seen_BV=seen_BV)
-        return state, -nats_N(logits_BV, tokens_B)
-
-    def _prefill(
-        self,
-        params: Params,
-        tokens_BT: jax.Array,
-        length_B: jax.Array,
-        drawn: jax.Array,
-        keys_B: jax.Array,
-        seen_BV: jax.Array | None,
-        cache_length: int,
-    ) -> tuple[DecodeState, jax.Array]:
-        """Reads prompts of length_B tokens, padded at the end to T, into an empty cache, and draws the next token.
-
-        The cache slots of the padding are never read: a sequence sees no slot beyond its own length, and overwrites
-        those slots as it grows.
-        """
-        B = tokens_BT.shape[0]
-        cache = kv.init_cache(self.model.config, B, cache_length)
-        start_B = jnp.zeros(B, jnp.int32)
-        hidden_BTD, cache = forward_cached(self.model, params, tokens_BT, cache, start_B)
-        last_hidden_BD = hidden_BTD[jnp.arange(B), length_B - 1]
-        state = DecodeState(cache, tokens_BT[:, 0], length_B, drawn, keys_B, seen_BV)
-        return self._draw(logits_NV(self.model, params, last_hidden_BD), state)
-
-    def _decode(self, params: Params, state: DecodeState, n: jax.Array) -> tuple[DecodeState, jax.Array, jax.Array]:
-        """Decodes n <= CHUNK tokens of each row. Returns the state, tokens int32 (CHUNK, B) and log-probabilities
-        float32 (CHUNK, B), of which the first n are valid."""
-        B = state.last_B.shape[0]
-
-        def body(
-            i: jax.Array, carry: tuple[DecodeState, jax.Array, jax.Array]
-        ) -> tuple[DecodeState, jax.Array, jax.Array]:
-            state, tokens, logprobs = carry
-            hidden_BTD, cache = forward_cached(self.model, params, state.last_B[:, None], state.cache, state.length_B)
-            state = state._replace(cache=cache, length_B=state.length_B + 1)
-            state, logprobs_B = self._draw(logits_NV(self.model, params, hidden_BTD[:, 0]), state)
-            return state, tokens.at[i].set(state.last_B), logprobs.at[i].set(logprobs_B)
-
-        empty = jnp.zeros((CHUNK, B), jnp.int32), jnp.zeros((CHUNK, B), jnp.float32)
-        return jax.lax.fori_loop(0, n, body, (state, *empty))
+    stops = np.full(STOP_IDS, -1, np.int32)
+    stops[: len(stop_ids)] = list(stop_ids)
+    in_prompt, counts = np.zeros(config.embedding_rows, bool), np.zeros(config.embedding_rows, np.int32)
+    in_prompt[list(tokens[:n_prompt])] = True
+    np.add.at(counts, list(tokens[n_prompt:]), 1)
+    values: tuple[Any, ...] = (
+        np.int32(tokens[-1]),
+        np.int32(len(tokens) - 1 - start),
+        np.int32(len(tokens) - n_prompt),
+        np.array(seed, np.uint32),
+        np.int32(left),
+        row_filters(filters),
+        stops,
+        np.int32(alternatives),
+        in_prompt,
+        counts,
+    )
+    return Row(*values)
 
 
-@functools.cache
-def decoder_for(model: GPT, filters: Filters, n_tokens: int) -> Decoder:
-    """One decoder per set of arguments, so that a process compiles each program once."""
-    return Decoder(model, filters, n_tokens)
+@functools.partial(jax.jit, static_argnames="model", donate_argnames="cache")
+def prefill_chunk(model: GPT, params: Params, cache: kv.Cache, tokens_1T: jax.Array, start: jax.Array) -> kv.Cache:
+    """Reads a chunk of a prompt into the cache of one sequence, from position `start` (int32) on.
+
+    Its padding, at the end, is in the cache, too, where it is never read: a sequence sees no place beyond its own
+    length, and overwrites these places as it grows.
+    """
+    return forward_cached(model, params, tokens_1T, cache, start[None])[1]
+
+
+@functools.partial(jax.jit, static_argnames="model", donate_argnames="state")
+def insert(
+    model: GPT, state: DecodeState, slot: jax.Array, row: Row, cache: kv.Cache, n_chunks: jax.Array
+) -> DecodeState:
+    """Puts a sequence into a slot. cache: of one sequence, of which n_chunks of the longest size are copied."""
+    places = chunk_sizes(model.config)[-1]
+
+    def copy(i: jax.Array, target: kv.Cache) -> kv.Cache:
+        return copy_chunk(model.config, target, (slot, i * places), cache, (0, i * places))
+
+    copied = jax.lax.fori_loop(0, n_chunks, copy, state.cache)
+    return DecodeState(copied, jax.tree.map(lambda rows, one: rows.at[slot].set(one), state.rows, row))
+
+
+@functools.partial(jax.jit, static_argnames="model", donate_argnames="target")
+def move_chunks(model: GPT, target: kv.Cache, source: kv.Cache, moves_N4: jax.Array, n: jax.Array) -> kv.Cache:
+    """Copies chunks of the longest size from one cache to another. The first n of the moves, int32, have the row and
+    the place that a chunk comes to, and those that it comes from."""
+
+    def move(i: jax.Array, target: kv.Cache) -> kv.Cache:
+        to_row, to_place, from_row, from_place = moves_N4[i]
+        return copy_chunk(model.config, target, (to_row, to_place), source, (from_row, from_place))
+
+    return jax.lax.fori_loop(0, n, move, target)
+
+
+def copy_chunk(
+    config: ModelConfig, target: kv.Cache, at: tuple[Any, jax.Array], source: kv.Cache, of: tuple[Any, jax.Array]
+) -> kv.Cache:
+    """The target with a chunk of the longest size, copied from a row and place of the source to those of the target."""
+    G, K, places = config.kv_heads, config.head_dim, chunk_sizes(config)[-1]
+
+    def copy(to_XSK: jax.Array, from_XSK: jax.Array) -> jax.Array:
+        chunk = jax.lax.dynamic_slice(from_XSK, (of[0] * G, of[1], 0), (G, places, K))
+        return jax.lax.dynamic_update_slice(to_XSK, chunk, (at[0] * G, at[1], 0))
+
+    return jax.tree.map(copy, target, source)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "n_tokens", "view"), donate_argnames="state")
+def decode_n(
+    model: GPT, params: Params, state: DecodeState, keep_S: jax.Array, n: jax.Array, n_tokens: int, view: int
+) -> tuple[DecodeState, Block]:
+    """Draws n <= BLOCK tokens for each slot, fewer where sequences end, and for no slot once all are idle.
+
+    params: from `prepare_params`. keep_S: bool, false for slots that are to become idle first. n_tokens: the size of
+    the tokenizer's vocabulary; ids beyond it, the padding of a model's, are never drawn. view: the places of the cache
+    that are read, a multiple of the longest chunk, and enough for every sequence that is not idle.
+    """
+    S, C = keep_S.shape[0], min(MOST_ALTERNATIVES, n_tokens)
+    rows = state.rows._replace(left=jnp.where(keep_S, state.rows.left, 0))
+    whole = state.cache
+    cache = whole if view == whole[0].k_XSK.shape[1] else jax.tree.map(lambda x_XSK: x_XSK[:, :view], whole)
+    empty = jax.tree.map(
+        lambda x: jnp.zeros((BLOCK, *x.shape), x.dtype),
+        Block(
+            jnp.zeros(S, bool),
+            jnp.zeros(S, jnp.int32),
+            jnp.zeros(S),
+            jnp.zeros(S),
+            jnp.zeros((S, C), jnp.int32),
+            jnp.zeros((S, C)),
+        ),
+    )
+
+    def goes_on(carry: tuple[jax.Array, DecodeState, Block]) -> jax.Array:
+        i, state, _ = carry
+        return (i < n) & jnp.any(state.rows.left > 0)
+
+    def body(carry: tuple[jax.Array, DecodeState, Block]) -> tuple[jax.Array, DecodeState, Block]:
+        i, (cache, rows), block = carry
+        hidden_S1D, cache = forward_cached(model, params, rows.last[:, None], cache, rows.length)
+        logits_SV = logits_NV(model, params, hidden_S1D[:, 0])
+        logits_SV = jnp.where(jnp.arange(logits_SV.shape[1]) < n_tokens, logits_SV, -jnp.inf)
+        rows, step = draw_tokens(rows, logits_SV, C)
+        return i + 1, DecodeState(cache, rows), jax.tree.map(lambda all, one: all.at[i].set(one), block, step)
+
+    _, (cache, rows), block = jax.lax.while_loop(goes_on, body, (jnp.int32(0), DecodeState(cache, rows), empty))
+    if cache[0].k_XSK.shape != whole[0].k_XSK.shape:
+        cache = jax.tree.map(lambda all, viewed: all.at[:, :view].set(viewed), whole, cache)
+    return DecodeState(cache, rows), block
+
+
+def draw_tokens(rows: Row, logits_SV: jax.Array, n_alternatives: int) -> tuple[Row, Block]:
+    """Draws the next token of each row; the rows after it, and a block of this one step, without its first axis."""
+    S = logits_SV.shape[0]
+    is_drawn_S = rows.left > 0
+    filters = rows.filters._replace(temperature_S=jnp.where(is_drawn_S, rows.filters.temperature_S, 0))
+    adjusted_SV = adjust(filters, logits_SV, rows.in_prompt, rows.counts, is_drawn_S)
+    is_greedy_S = filters.temperature_S == 0
+    best_S = jnp.argmax(adjusted_SV, axis=-1).astype(jnp.int32)
+
+    def sample(adjusted_SV: jax.Array) -> tuple[jax.Array, jax.Array]:
+        filtered_SV = apply(filters, adjusted_SV)
+        drawn_S = jax.vmap(draw)(jax.vmap(draw_key)(rows.seed, rows.drawn), filtered_SV).astype(jnp.int32)
+        tokens_S = jnp.where(is_greedy_S, best_S, drawn_S)
+        return tokens_S, jnp.where(is_greedy_S, 0.0, -nats_N(filtered_SV, tokens_S))
+
+    def choose(_: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return best_S, jnp.zeros(S)
+
+    tokens_S, drawn_logprobs_S = jax.lax.cond(jnp.all(is_greedy_S), choose, sample, adjusted_SV)
+
+    def alternatives(logits_SV: jax.Array) -> tuple[jax.Array, jax.Array]:
+        values_SC, ids_SC = largest(logits_SV, n_alternatives)
+        return ids_SC, values_SC - jax.nn.logsumexp(logits_SV, axis=-1, keepdims=True)
+
+    def none(logits_SV: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jnp.zeros((S, n_alternatives), jnp.int32), jnp.zeros((S, n_alternatives))
+
+    ids_SC, logprobs_SC = jax.lax.cond(jnp.any(is_drawn_S & (rows.alternatives > 0)), alternatives, none, logits_SV)
+    step = Block(is_drawn_S, tokens_S, -nats_N(logits_SV, tokens_S), drawn_logprobs_S, ids_SC, logprobs_SC)
+    ends_S = jnp.any(tokens_S[:, None] == rows.stop_ids, axis=1)
+    one_S = is_drawn_S.astype(jnp.int32)
+    return rows._replace(
+        last=jnp.where(is_drawn_S, tokens_S, rows.last),
+        length=rows.length + one_S,
+        drawn=rows.drawn + one_S,
+        left=jnp.where(ends_S, 0, rows.left - one_S),
+        counts=rows.counts.at[jnp.arange(S), tokens_S].add(one_S),
+    ), step
+
+
+def draw_key(seed_3: jax.Array, drawn: jax.Array) -> jax.Array:
+    """The key of a draw: a function of the sequence's seed, and of the number of tokens drawn before it."""
+    key = jax.random.key(seed_3[0])
+    for word in (seed_3[1], seed_3[2], drawn):
+        key = jax.random.fold_in(key, word)
+    return key
 
 
 def bucket(length: int, limit: int, least: int = 16) -> int:

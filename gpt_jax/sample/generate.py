@@ -5,51 +5,79 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-import jax
 import numpy as np
 
 from gpt_jax.errors import UserError
 from gpt_jax.model.gpt import GPT, Params
-from gpt_jax.sample.decode import CHUNK, bucket, decoder_for, prepare_params
+from gpt_jax.sample.engine import Engine, Progress, Request
 from gpt_jax.sample.settings import Settings
 from gpt_jax.tokenizer.tokenizer import Tokenizer
+
+MOST_SLOTS = 64
+"""Sequences that `generate` decodes at the same time, at most."""
 
 
 @dataclass
 class Result:
-    """The text generated from one prompt, and its tokens.
+    """The text generated from one prompt, and all tokens that were drawn, the one that ended the text included.
 
-    logprobs are those of the tokens under the model, in nats, before temperature and filters. finish_reason says why
-    the text ended: "length", "end_of_text" (any of the tokenizer's stop_ids) or "stop".
+    logprobs are those of the tokens under the model, in nats, before temperature and filters; drawn_logprobs those
+    under the distribution that they were drawn from. alternatives: for each token the most probable ones with their
+    log-probabilities under the model, as many as the settings ask for. finish_reason says why the text ended: "length",
+    "end_of_text" (any of the stop ids) or "stop".
     """
 
     prompt_tokens: list[int]
     text: str = ""
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    drawn_logprobs: list[float] = field(default_factory=list)
+    alternatives: list[list[tuple[int, float]]] = field(default_factory=list)
     finish_reason: str = ""
 
 
 class Row:
-    """One sequence during generation. Takes tokens, and returns text as soon as it is certain."""
+    """One sequence during generation. Takes tokens, and returns text as soon as it is certain.
 
-    def __init__(self, prompt_tokens: list[int], tokenizer: Tokenizer, settings: Settings) -> None:
-        self.result = Result(prompt_tokens)
-        self.settings, self.stop_ids = settings, tokenizer.stop_ids
-        self.decoder = tokenizer.decoder(after=prompt_tokens)
+    sample: its number among those of the same prompt and seed.
+    """
+
+    def __init__(self, prompt_tokens: Sequence[int], tokenizer: Tokenizer, settings: Settings, sample: int = 0) -> None:
+        self.result = Result(list(prompt_tokens))
+        self.settings, self.stop_ids = settings, tokenizer.stop_ids | set(settings.stop_ids)
+        self.decoder = tokenizer.decoder(after=self.result.prompt_tokens)
         self.held = ""  # Decoded text that may be the start of a stop string.
         self.window_start = 0  # The first token that the model still sees.
+        prompt = np.array(self.result.prompt_tokens, np.int32)
+        self.seed = settings.seed, zlib.crc32(prompt.tobytes()), sample
 
-    @property
-    def tokens(self) -> list[int]:
-        """The tokens of the prompt and the answer."""
-        return self.result.prompt_tokens + self.result.tokens
+    def request(self, context_length: int) -> Request:
+        """What is asked of the engine: to go on as far as the context has room. When the tokens exceed the context, it
+        restarts with its last half."""
+        result, settings = self.result, self.settings
+        tokens = result.prompt_tokens + result.tokens
+        if len(tokens) - self.window_start > context_length:
+            self.window_start = len(tokens) - max(1, context_length // 2)
+        room = context_length + 1 - (len(tokens) - self.window_start)
+        return Request(
+            tokens,
+            min(settings.max_new_tokens - len(result.tokens), room),
+            settings.filters,
+            self.stop_ids,
+            self.seed,
+            len(result.prompt_tokens),
+            self.window_start,
+            settings.alternatives,
+        )
 
-    def window(self, context_length: int) -> list[int]:
-        """The tokens for the model to read. When they exceed the context, the window restarts with its last half."""
-        if len(self.tokens) - self.window_start > context_length:
-            self.window_start = len(self.tokens) - max(1, context_length // 2)
-        return self.tokens[self.window_start :]
+    def take(self, progress: Progress) -> Iterator[str]:
+        """Takes the next tokens, as far as they belong to the text, and yields the text that is certain with each."""
+        for i, (token, logprob) in enumerate(zip(progress.tokens, progress.logprobs, strict=True)):
+            if self.result.finish_reason:
+                break
+            self.result.drawn_logprobs.append(progress.drawn_logprobs[i])
+            self.result.alternatives += progress.alternatives[i : i + 1]
+            yield self.add(token, logprob)
 
     def add(self, token: int, logprob: float) -> str:
         """Takes the next token and returns the text that is now certain. Does nothing once the row has ended.
@@ -63,10 +91,10 @@ class Row:
             return ""
         if not math.isfinite(logprob):
             raise UserError(f"the log-probability of a token is {logprob}: the model's weights are damaged")
-        if token in self.stop_ids:
-            return self.finish("end_of_text")
         result.tokens.append(token)
         result.logprobs.append(logprob)
+        if token in self.stop_ids:
+            return self.finish("end_of_text")
         self.held += self.decoder.push(token)
         if self.settings.stop:
             text = self.held + self.decoder.held()
@@ -133,16 +161,58 @@ def generate_tokens(
 
     Raises UserError for ids that the model does not know.
     """
+    n_slots = max(1, min(len(prompts) * num_samples, MOST_SLOTS))
+    engine = Engine(model, params, n_slots, n_tokens=tokenizer.vocab_size)
+    return generate_on(engine, tokenizer, prompts, settings, num_samples, on_text)
+
+
+def generate_on(
+    engine: Engine,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    settings: Settings,
+    num_samples: int = 1,
+    on_text: Callable[[int, str], None] | None = None,
+) -> list[Result]:
+    """`generate_tokens` on an engine that has nothing else to do, and keeps what it reads for the next time."""
     for prompt in prompts:
-        check_known(prompt, model, tokenizer)
-    rows = [Row(list(prompt), tokenizer, settings) for prompt in prompts for _ in range(num_samples)]
-    keys_B = row_keys(rows, settings.seed, num_samples)
-    for tokens_B, logprobs_B in token_stream(model, params, tokenizer.vocab_size, rows, keys_B, settings):
-        for i, row in enumerate(rows):
-            text = row.add(int(tokens_B[i]), float(logprobs_B[i]))
-            if text and on_text:
-                on_text(i, text)
+        check_known(prompt, engine.model, tokenizer)
+    rows = [Row(prompt, tokenizer, settings, n) for prompt in prompts for n in range(num_samples)]
+    for _ in write(engine, rows, on_text):
+        pass
     return [row.result for row in rows]
+
+
+def write(engine: Engine, rows: Sequence[Row], on_text: Callable[[int, str], None] | None = None) -> Iterator[int]:
+    """Lets an engine that has nothing else to do write all rows. Yields the number of each row that has ended, as soon
+    as it has; when the caller stops early, the others are cancelled. on_text: as in `generate`."""
+    T = engine.model.config.context_length
+    writing: dict[int, int] = {}  # The number of the row, by that of the request.
+    requests = [row.request(T) for row in rows]
+    engine.reserve(max((request.places for request in requests), default=0))
+    try:
+        for number, request in enumerate(requests):
+            writing[engine.submit(request)] = number
+        while writing:
+            for progress in engine.turn():
+                if progress.id not in writing:
+                    continue
+                number = writing[progress.id]
+                row = rows[number]
+                for text in row.take(progress):
+                    if text and on_text:
+                        on_text(number, text)
+                if row.result.finish_reason:
+                    engine.cancel(progress.id)
+                if row.result.finish_reason or progress.finish_reason:
+                    del writing[progress.id]
+                if row.result.finish_reason:
+                    yield number
+                elif progress.finish_reason:  # The context is full.
+                    writing[engine.submit(row.request(T))] = number
+    finally:
+        for id in writing:
+            engine.cancel(id)
 
 
 def check_known(tokens: Sequence[int], model: GPT, tokenizer: Tokenizer) -> None:
@@ -168,57 +238,3 @@ def encode_prompt(prompt: str, tokenizer: Tokenizer, context_length: int) -> lis
             f"the prompt has {len(tokens)} tokens, and the model's context_length is {context_length}; shorten it"
         )
     return tokens
-
-
-def row_keys(rows: list[Row], seed: int, num_samples: int) -> jax.Array:
-    """A random key for each row, from the seed, its prompt and its number among the prompt's samples."""
-    prompt_B = np.array([zlib.crc32(np.array(row.result.prompt_tokens, np.int32).tobytes()) for row in rows], np.uint32)
-    sample_B = np.arange(len(rows), dtype=np.uint32) % num_samples
-    key = jax.random.key(seed)
-    return jax.vmap(lambda prompt, n: jax.random.fold_in(jax.random.fold_in(key, prompt), n))(prompt_B, sample_B)
-
-
-def token_stream(
-    model: GPT, params: Params, n_tokens: int, rows: list[Row], keys_B: jax.Array, settings: Settings
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """The next token of each row and its log-probability, int32 and float32 (B,), until all rows have ended.
-
-    The caller adds the tokens to the rows, which are read again when the context is full and must be refilled.
-    """
-    decoder = decoder_for(model, settings.filters, n_tokens)
-    params = prepare_params(params, model.config)
-    drawn = 0
-    while not all(row.result.finish_reason for row in rows):
-        # A row that has ended takes part with one token, so that its length does not fill the context of the others.
-        windows = [
-            row.tokens[-1:] if row.result.finish_reason else row.window(model.config.context_length) for row in rows
-        ]
-        longest = max(map(len, windows))
-        cache_length = bucket(longest + settings.max_new_tokens - drawn, model.config.context_length)
-        tokens_BT = np.zeros((len(rows), bucket(longest, cache_length)), np.int32)
-        for i, window in enumerate(windows):
-            tokens_BT[i, : len(window)] = window
-        length_B = np.array([len(window) for window in windows], np.int32)
-        seen_BV = seen_tokens(model, rows, settings)
-        state, logprobs_B = decoder.prefill(
-            params, tokens_BT, length_B, drawn, keys_B, seen_BV, cache_length=cache_length
-        )
-        yield np.asarray(state.last_B), np.asarray(logprobs_B)
-        drawn += 1
-
-        filled = longest
-        while filled < cache_length and not all(row.result.finish_reason for row in rows):
-            n = min(CHUNK, cache_length - filled, settings.max_new_tokens - drawn)
-            state, tokens_NB, logprobs_NB = decoder.decode(params, state, n)
-            yield from zip(np.asarray(tokens_NB)[:n], np.asarray(logprobs_NB)[:n], strict=True)
-            filled, drawn = filled + n, drawn + n
-
-
-def seen_tokens(model: GPT, rows: list[Row], settings: Settings) -> np.ndarray | None:
-    """The tokens that each row has seen, bool (B, V), for the repetition penalty; None without a penalty."""
-    if settings.filters.repetition_penalty == 1:
-        return None
-    seen_BV = np.zeros((len(rows), model.config.embedding_rows), bool)
-    for i, row in enumerate(rows):
-        seen_BV[i, row.tokens] = True
-    return seen_BV

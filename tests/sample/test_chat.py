@@ -25,6 +25,7 @@ from gpt_jax.model.gpt import GPT, Params
 from gpt_jax.run.load import LoadedModel
 from gpt_jax.sample import chat as chat_module
 from gpt_jax.sample.chat import Message, fit
+from gpt_jax.sample.engine import Engine
 from gpt_jax.sample.settings import Filters, Settings
 from gpt_jax.tokenizer.bytes import ByteTokenizer
 from gpt_jax.tokenizer.hugging_face import HuggingFaceTokenizer, read_settings
@@ -48,13 +49,13 @@ def params() -> Params:
 def prompts(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What the model is given to go on from, turn by turn."""
     seen: list[str] = []
-    generate_tokens = chat_module.generate_tokens
+    generate_on = chat_module.generate_on
 
     def recorded(*args: Any, **options: Any) -> Any:
-        seen.append(TOKENIZER.decode(args[3][0]))
-        return generate_tokens(*args, **options)
+        seen.append(TOKENIZER.decode(args[2][0]))
+        return generate_on(*args, **options)
 
-    monkeypatch.setattr(chat_module, "generate_tokens", recorded)
+    monkeypatch.setattr(chat_module, "generate_on", recorded)
     return seen
 
 
@@ -80,7 +81,8 @@ def talk(
         said.append(text)
         say(text)
 
-    assert chat(MODEL, params, tokenizer, settings, system, ask, both) is succeeds
+    engine = Engine(MODEL, params, 1, n_tokens=tokenizer.vocab_size)
+    assert chat(engine, tokenizer, settings, system, ask, both) is succeeds
     return "".join(said)
 
 
@@ -137,16 +139,16 @@ def test_an_answer_that_is_interrupted_stays_as_far_as_it_was_said(params: Param
 def test_a_message_without_any_answer_is_forgotten(
     params: Params, prompts: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    generate_tokens = chat_module.generate_tokens
+    generate_on = chat_module.generate_on
     calls: list[int] = []
 
     def at_once(*args: Any, **options: Any) -> Any:
         calls.append(1)
         if len(calls) == 1:
             raise KeyboardInterrupt
-        return generate_tokens(*args, **options)
+        return generate_on(*args, **options)
 
-    monkeypatch.setattr(chat_module, "generate_tokens", at_once)
+    monkeypatch.setattr(chat_module, "generate_on", at_once)
     talk(params, "Hello", "Again")
     assert prompts == [turn("user", "Again") + BEGIN]
 
@@ -168,7 +170,7 @@ def test_at_the_prompt_two_interrupts_leave(params: Params, prompts: list[str]) 
             raise text
         return text
 
-    chat(MODEL, params, TOKENIZER, SETTINGS, None, ask, said.append)
+    chat(Engine(MODEL, params, 1, n_tokens=TOKENIZER.vocab_size), TOKENIZER, SETTINGS, None, ask, said.append)
     assert inputs == ["Never"]
     assert len(prompts) == 2
     assert turn("user", "Hello") in prompts[1]

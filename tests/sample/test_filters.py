@@ -19,7 +19,20 @@ from gpt_jax.cli.sample import SampleArgs
 from gpt_jax.config import Config
 from gpt_jax.errors import UserError
 from gpt_jax.model.gpt import GPT
-from gpt_jax.sample.filters import apply, draw, keep_min_p, keep_top_k, keep_top_p, penalise_repetition
+from gpt_jax.sample.filters import (
+    RowFilters,
+    add_bias,
+    adjust,
+    apply,
+    draw,
+    keep_min_p,
+    keep_top_k,
+    keep_top_p,
+    largest,
+    penalise_presence,
+    penalise_repetition,
+    row_filters,
+)
 from gpt_jax.sample.generate import Result
 from gpt_jax.sample.settings import Filters, Settings
 from gpt_jax.train import loop
@@ -33,8 +46,32 @@ batches = st.integers(1, 4).flatmap(
 )
 
 
-top_k = jax.jit(keep_top_k, static_argnames="k")
-top_p = jax.jit(keep_top_p)
+def with_all(keep: Callable[[jax.Array, jax.Array], jax.Array]) -> Callable[[Any, float], jax.Array]:
+    """A filter that gives all rows the same limit."""
+    compiled = jax.jit(keep)
+    dtype = np.int32 if keep is keep_top_k else np.float32
+    return lambda logits, limit: compiled(jnp.asarray(logits), np.full(len(logits), limit, dtype))
+
+
+top_k, top_p, min_p = map(with_all, (keep_top_k, keep_top_p, keep_min_p))
+
+
+def rows_of(*filters: Filters) -> RowFilters:
+    """A row for each of the filters."""
+    return jax.tree.map(lambda *xs: np.stack(xs), *map(row_filters, filters))
+
+
+@jax.jit
+def filtered(rows: RowFilters, logits: jax.Array, seen: jax.Array) -> jax.Array:
+    """The logits that are drawn from, after the repetition penalty, too; greedy rows are as at a temperature of 1."""
+    nothing = jnp.zeros(logits.shape, jnp.int32)
+    return apply(rows, adjust(rows, logits, seen, nothing, jnp.ones(len(logits), bool)))
+
+
+def applied(filters: Filters, logits: Any, seen: Any = None) -> np.ndarray:
+    """All rows filtered alike."""
+    seen = np.zeros(np.shape(logits), bool) if seen is None else seen
+    return np.asarray(filtered(rows_of(*[filters] * len(logits)), jnp.asarray(logits), jnp.asarray(seen)))
 
 
 def softmax(x: np.ndarray) -> np.ndarray:
@@ -54,7 +91,7 @@ def by_row(reference: Callable[[np.ndarray], set[int]], logits: np.ndarray) -> n
 @given(batches, st.integers(1, 20))
 def test_top_k(logits: np.ndarray, k: int) -> None:
     expected = by_row(lambda row: set(np.argsort(-row)[:k]), logits)
-    np.testing.assert_array_equal(top_k(jnp.asarray(logits), k), expected)
+    np.testing.assert_array_equal(top_k(logits, k), expected)
 
 
 @pytest.mark.parametrize("k", [1, 7, 50, 999, 1000])
@@ -65,7 +102,7 @@ def test_top_k_of_many_tokens(k: int, distinct: int) -> None:
     logits[1, 100:700] = -np.inf
     kth = np.sort(logits, axis=1)[:, -k][:, None]
     expected = np.where(logits < kth, -np.inf, logits)
-    np.testing.assert_array_equal(keep_top_k(jnp.asarray(logits), k), expected)
+    np.testing.assert_array_equal(top_k(logits, k), expected)
 
 
 @pytest.mark.parametrize("V", [2, 17, 100])
@@ -95,7 +132,7 @@ def test_top_p(logits: np.ndarray, p: float) -> None:
 
     sums = np.cumsum(np.sort(softmax(logits[0]))[::-1])
     if np.min(np.abs(sums - p)) > 1e-5:
-        np.testing.assert_array_equal(top_p(jnp.asarray(logits), p), by_row(reference, logits))
+        np.testing.assert_array_equal(top_p(logits, p), by_row(reference, logits))
 
 
 def test_sums_that_are_exactly_p_are_enough() -> None:
@@ -103,7 +140,7 @@ def test_sums_that_are_exactly_p_are_enough() -> None:
     logits = jnp.array([[0.0, -1.0, -2.0, -3.0]])
     probabilities = jax.nn.softmax(logits[0])
     for n in (1, 2, 3):
-        p = float((jnp.cumsum(probabilities) - probabilities)[n])  # As float32 adds them up.
+        p = float(jnp.sum(probabilities[:n]))  # As float32 adds them up.
         assert np.isfinite(top_p(logits, p)).sum() == n
 
 
@@ -115,12 +152,12 @@ def test_min_p(logits: np.ndarray, p: float) -> None:
 
     ratios = softmax(logits[0]) / softmax(logits[0]).max()
     if np.min(np.abs(ratios - p)) > 1e-5 or p == 1:
-        np.testing.assert_array_equal(keep_min_p(jnp.asarray(logits), p), by_row(reference, logits))
+        np.testing.assert_array_equal(min_p(logits, p), by_row(reference, logits))
 
 
 def test_a_token_exactly_at_the_threshold_is_kept() -> None:
     logits = jnp.array([[0.0, -1.0, -2.0]])
-    np.testing.assert_array_equal(keep_min_p(logits, 1.0), [[0.0, -np.inf, -np.inf]])
+    np.testing.assert_array_equal(min_p(logits, 1.0), [[0.0, -np.inf, -np.inf]])
 
 
 @given(
@@ -134,24 +171,81 @@ def test_repetition_penalty(logits: np.ndarray, seen: np.ndarray, penalty: float
     np.testing.assert_allclose(ours, expected, rtol=1e-6, atol=1e-30)
 
 
+@given(
+    arrays(np.float32, (2, 9), elements=st.floats(-5, 5, width=32)),
+    arrays(np.int32, (2, 9), elements=st.integers(0, 5)),
+    st.floats(-2, 2, width=32),
+    st.floats(-2, 2, width=32),
+)
+def test_presence_and_frequency_penalties(
+    logits: np.ndarray, counts: np.ndarray, presence: float, frequency: float
+) -> None:
+    expected = logits.astype(np.float64) - np.where(counts > 0, presence, 0) - frequency * counts
+    ours = penalise_presence(jnp.asarray(logits), jnp.asarray(counts), presence, frequency)
+    np.testing.assert_allclose(ours, expected, atol=1e-5)
+
+
+def test_biases_are_added_to_their_tokens() -> None:
+    logits = np.zeros((2, 5), np.float32)
+    tokens, bias = np.array([[0, 4, -1], [-1, -1, 2]], np.int32), np.array([[1, -100, 7], [7, 7, 3]], np.float32)
+    expected = [[1, 0, 0, 0, -100], [0, 0, 3, 0, 0]]
+    np.testing.assert_array_equal(add_bias(jnp.asarray(logits), jnp.asarray(tokens), jnp.asarray(bias)), expected)
+
+
+@given(batches, st.integers(1, 17))
+def test_the_largest_logits_and_their_tokens(logits: np.ndarray, k: int) -> None:
+    values, tokens = jax.jit(largest, static_argnames="k")(logits, k=k)
+    expected = np.argsort(-logits, axis=1)[:, :k]
+    np.testing.assert_array_equal(tokens, expected)
+    np.testing.assert_array_equal(values, np.take_along_axis(logits, expected, axis=1))
+
+
+@settings(max_examples=50)
+@given(
+    st.lists(
+        st.builds(
+            Filters,
+            st.sampled_from([0.0, 0.5, 1.0, 3.0]),
+            st.sampled_from([0, 1, 3, 20]),
+            st.sampled_from([0.3, 0.9, 1.0]),
+            st.sampled_from([0.0, 0.2]),
+            st.sampled_from([1.0, 1.5]),
+            st.sampled_from([0.0, 1.0]),
+            st.sampled_from([0.0, -0.5]),
+            st.sampled_from([(), ((3, 5.0),), ((0, -100.0), (16, 2.0))]),
+        ),
+        min_size=3,
+        max_size=3,
+    )
+)
+def test_a_row_is_filtered_by_its_own_settings(filters: list[Filters]) -> None:
+    """Whatever its neighbours ask for: to the last bit as in the company of its like. Greedy rows are not drawn."""
+    logits = np.random.default_rng(0).normal(size=(3, 17)).astype(np.float32) * 2
+    seen = logits > 1
+    together = np.asarray(filtered(rows_of(*filters), jnp.asarray(logits), jnp.asarray(seen)))
+    for i in (i for i in range(3) if filters[i].temperature):
+        alike = applied(filters[i], np.stack([logits[i]] * 3), np.stack([seen[i]] * 3))
+        np.testing.assert_array_equal(together[i], alike[1])
+
+
 @settings(max_examples=25)
 @given(batches, st.floats(0.1, 2), st.integers(0, 20), st.floats(0.05, 1), st.floats(0, 1))
 def test_together_they_leave_the_most_probable_token(
-    logits: np.ndarray, temperature: float, k: int, p: float, min_p: float
+    logits: np.ndarray, temperature: float, k: int, p: float, least: float
 ) -> None:
-    filtered = np.asarray(apply(Filters(temperature, k, p, min_p), jnp.asarray(logits), None))
-    np.testing.assert_array_equal(np.argmax(filtered, -1), np.argmax(logits, -1))
-    kept = np.isfinite(filtered)
+    left = applied(Filters(temperature, k, p, least), logits)
+    np.testing.assert_array_equal(np.argmax(left, -1), np.argmax(logits, -1))
+    kept = np.isfinite(left)
     expected = (logits - logits.max(-1, keepdims=True)) / np.float32(temperature)  # The same after softmax.
-    np.testing.assert_allclose(filtered[kept], expected[kept], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(left[kept], expected[kept], rtol=1e-5, atol=1e-6)
     assert kept.sum(-1).max() <= (k or 17)
 
 
 def test_draws_follow_the_filtered_distribution() -> None:
     """A chi-squared test of 20,000 draws with temperature and top-k."""
     logits = jnp.array([[0.0, 1.0, 2.0, 3.0, -1.0]])
-    filtered = apply(Filters(temperature=1.5, top_k=3), logits, None)
-    draws = jax.random.categorical(jax.random.key(0), filtered[0], shape=(20_000,))
+    left = applied(Filters(temperature=1.5, top_k=3), logits)
+    draws = jax.random.categorical(jax.random.key(0), left[0], shape=(20_000,))
     counts = np.bincount(draws, minlength=5)
     expected = 20_000 * softmax(np.array([1.0, 2.0, 3.0]) / 1.5)
     assert counts[[0, 4]].sum() == 0
@@ -165,7 +259,7 @@ TOP = [{4}, {0, 4}]
 
 def chances(filters: Filters) -> np.ndarray:
     """The probability of each token, by a compiled program, as in decoding."""
-    probabilities = np.asarray(jax.jit(lambda x_BV: jax.nn.softmax(apply(filters, x_BV, None)))(EDGES))
+    probabilities = np.asarray(jax.nn.softmax(applied(filters, EDGES)))
     assert np.all(probabilities[np.isneginf(EDGES)] == 0)
     np.testing.assert_allclose(probabilities.sum(-1), 1, rtol=1e-6)
     return probabilities
@@ -194,7 +288,7 @@ def test_a_top_p_that_goes_to_zero_leaves_the_most_probable_token(p: float) -> N
 )
 def test_filters_that_go_to_their_other_end_change_nothing(arguments: dict[str, float]) -> None:
     filters = Filters(1.0, **{"top_p": 1, **arguments})  # type: ignore[arg-type]
-    kept_BV = np.isfinite(apply(filters, jnp.asarray(EDGES[:1]), None))
+    kept_BV = np.isfinite(applied(filters, EDGES[:1]))
     np.testing.assert_array_equal(kept_BV, np.isfinite(EDGES[:1]))
 
 
@@ -202,10 +296,10 @@ def test_filters_that_go_to_their_other_end_change_nothing(arguments: dict[str, 
 @pytest.mark.parametrize("others", [{}, {"top_k": 2, "top_p": 1e-46, "min_p": 5e-324, "repetition_penalty": 1e6}])
 def test_no_filter_leads_out_of_the_vocabulary(temperature: float, others: dict[str, float]) -> None:
     seen = jnp.array([[False, True, True, True, True, True]] * 2)
-    filtered = apply(Filters(temperature, **others), jnp.asarray(EDGES), seen)  # type: ignore[arg-type]
+    left = applied(Filters(temperature, **others), EDGES, seen)  # type: ignore[arg-type]
     keys = jax.random.split(jax.random.key(0), 20)
     for row in (0, 1):
-        ids = np.asarray(jax.vmap(draw, in_axes=(0, None))(keys, filtered[row]))
+        ids = np.asarray(jax.vmap(draw, in_axes=(0, None))(keys, left[row]))
         assert np.all(np.isfinite(EDGES[row][ids]))
 
 
@@ -221,6 +315,14 @@ def test_no_filter_leads_out_of_the_vocabulary(temperature: float, others: dict[
         ({"repetition_penalty": 1e-38}, "repetition_penalty = 1e-38 is not possible: it must be between 1e-06 and 1e"),
         ({"repetition_penalty": math.inf}, "repetition_penalty = inf"),
         ({"top_p": -0.0}, "top_p = -0.0"),
+        ({"presence_penalty": 101}, "presence_penalty = 101 is not possible: it must be between -100 and 100"),
+        ({"frequency_penalty": -math.inf}, "frequency_penalty = -inf"),
+        ({"logit_bias": {3: 1.0}}, "logit_bias = .* is not possible: it must be at most 300 pairs of a token's id and"),
+        ({"logit_bias": ((-1, 1.0),)}, "logit_bias = "),
+        ({"logit_bias": ((3, math.nan),)}, "logit_bias = "),
+        ({"logit_bias": ((3, 101),)}, "logit_bias = "),
+        ({"logit_bias": ((3, 1), (3, 2))}, "logit_bias = "),
+        ({"logit_bias": tuple((i, 1) for i in range(301))}, "logit_bias = "),
         ({"top_p": 10**400}, "top_p = 1000"),
         ({"temperature": "0.5"}, "temperature = '0.5' is not possible: it must be a number"),
         ({"top_k": 2.0}, "top_k = 2.0 is not possible: it must be a whole number"),

@@ -1,7 +1,6 @@
 """Generation with a small random model and the byte tokenizer."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +9,11 @@ import pytest
 
 from gpt_jax.config import DTypeName
 from gpt_jax.errors import UserError
+from gpt_jax.model.cache import init_cache
 from gpt_jax.model.forward import forward
 from gpt_jax.model.gpt import GPT, Params
 from gpt_jax.model.head import logits_NV
-from gpt_jax.sample.decode import bucket, decoder_for, prepare_params
+from gpt_jax.sample.decode import bucket, decode_n, init_state, insert, make_row, prefill_chunk, prepare_params
 from gpt_jax.sample.generate import Result, Row, encode_prompt, generate, generate_tokens
 from gpt_jax.sample.settings import Filters, Settings
 from gpt_jax.tokenizer.bytes import ByteTokenizer
@@ -147,7 +147,8 @@ def test_what_is_streamed_is_the_text(params: Params) -> None:
         MODEL, params, TOKENIZER, ["x", "生成"], settings, on_text=lambda row, text: pieces[row].append(text)
     )
     for row, result in enumerate(results):
-        assert "".join(pieces[row]) == result.text == TOKENIZER.decode(result.tokens)
+        tokens = result.tokens[: -1 if result.finish_reason == "end_of_text" else None]
+        assert "".join(pieces[row]) == result.text == TOKENIZER.decode(tokens)
         assert len(pieces[row]) > 1
 
 
@@ -162,7 +163,7 @@ def test_stop_strings_end_the_text_and_are_not_part_of_it(params: Params) -> Non
         params,
         TOKENIZER,
         ["Stop"],
-        Settings(80, 1, (stop, "never in it"), HOT),
+        Settings(80, 1, (stop, "never in it"), filters=HOT),
         on_text=lambda row, text: pieces.append(text),
     )
     assert (result.text, result.finish_reason) == (expected, "stop")
@@ -188,7 +189,8 @@ def test_end_of_text_ends_the_text(params: Params) -> None:
     row = certain["tokens_VD"][TOKENIZER.end_of_text]
     certain["final_norm"] = {**certain["final_norm"], "bias": 50 * row / jnp.linalg.norm(row)}
     [result] = run(certain, "x")
-    assert (result.tokens, result.text, result.finish_reason) == ([], "", "end_of_text")
+    assert (result.tokens, result.text, result.finish_reason) == ([TOKENIZER.end_of_text], "", "end_of_text")
+    assert len(result.logprobs) == 1
 
 
 def test_any_of_the_stop_ids_ends_the_text(params: Params, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,7 +198,8 @@ def test_any_of_the_stop_ids_ends_the_text(params: Params, monkeypatch: pytest.M
     stop = whole.tokens[5]
     monkeypatch.setattr(ByteTokenizer, "stop_ids", frozenset({TOKENIZER.end_of_text, stop}))
     [result] = run(params, "x")
-    assert result.tokens == whole.tokens[: whole.tokens.index(stop)]
+    assert result.tokens == whole.tokens[: whole.tokens.index(stop) + 1]
+    assert result.text == TOKENIZER.decode(result.tokens[:-1])
     assert result.finish_reason == "end_of_text"
 
 
@@ -220,45 +223,6 @@ def test_padding_of_the_vocabulary_is_never_drawn(params: Params) -> None:
     tempting["final_norm"] = {**params["final_norm"], "bias": 50 * row / jnp.linalg.norm(row)}
     [result] = run(tempting, "x", n=50, filters=Filters(temperature=2.0, top_p=1))
     assert max(result.tokens) < TOKENIZER.vocab_size
-
-
-def test_programs_are_compiled_once_a_bucket(params: Params) -> None:
-    decoder = decoder_for(MODEL, GREEDY, TOKENIZER.vocab_size)
-    run(params, "abc", n=20)
-    before = decoder.prefill._cache_size(), decoder.decode._cache_size()  # type: ignore[attr-defined]
-    for prompt in ("a", "abcdef", "0123456789"):
-        run(params, prompt, n=22)
-    assert (decoder.prefill._cache_size(), decoder.decode._cache_size()) == before  # type: ignore[attr-defined]
-
-
-def test_a_long_row_that_has_ended_does_not_slow_the_others(params: Params, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It does not fill the context of the batch: one prefill, and one more when the first row ends."""
-    decoder = decoder_for(MODEL, HOT, TOKENIZER.vocab_size)
-    prefills: list[int] = []
-    prefill = decoder.prefill
-
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        prefills.append(1)
-        return prefill(*args, **kwargs)
-
-    monkeypatch.setattr(decoder, "prefill", counted)
-    [whole] = run(params, "x" * 50, n=40, filters=HOT)
-    prefills.clear()
-    long, short = run(params, "x" * 50, "a", n=40, filters=HOT, stop=(whole.text[:8],))
-    assert long.finish_reason == "stop"
-    assert len(short.tokens) == 40
-    assert len(prefills) <= 2
-
-
-def test_the_cache_is_donated(params: Params) -> None:
-    decoder = decoder_for(MODEL, GREEDY, TOKENIZER.vocab_size)
-    tokens, lengths = np.zeros((1, 16), np.int32), np.ones(1, np.int32)
-    keys = jax.random.split(jax.random.key(0), 1)
-    unstacked = prepare_params(params, CONFIG)
-    state, _ = decoder.prefill(unstacked, tokens, lengths, 0, keys, None, cache_length=32)
-    buffer = state.cache[0].k_XSK
-    decoder.decode(unstacked, state, 1)
-    assert buffer.is_deleted()
 
 
 def test_prepared_parameters_compute_the_same_and_are_not_prepared_again(params: Params) -> None:
@@ -301,11 +265,17 @@ def test_prepared_matrices_are_in_the_compute_type() -> None:
     prepared = prepare_params(params, config)
     assert {str(x.dtype) for x in jax.tree.leaves(prepared) if x.ndim >= 2} == {"bfloat16"}
     assert {str(x.dtype) for x in jax.tree.leaves(prepared) if x.ndim < 2} == {"float32"}
-    decoder = decoder_for(model, Filters(temperature=0), config.vocab_size)
-    tokens_BT, length_B = np.arange(16, dtype=np.int32).reshape(2, 8), np.full(2, 8, np.int32)
-    keys_B = jax.random.split(jax.random.key(0), 2)
-    states = [
-        decoder.prefill(p, tokens_BT, length_B, 0, keys_B, None, cache_length=16) for p in (as_they_were, prepared)
-    ]
+    logprobs = []
+    for form in (as_they_were, prepared):
+        state = init_state(config, 1, 128)
+        cache = init_cache(config, 1, 128)
+        tokens = np.arange(16, dtype=np.int32)
+        cache = prefill_chunk(model, form, cache, tokens[None], np.int32(0))
+        state = insert(
+            model, state, np.int32(0), make_row(config, tokens.tolist(), 16, 1, GREEDY, ()), cache, np.int32(1)
+        )
+        keep_S = np.ones(1, bool)
+        _, block = decode_n(model, form, state, keep_S, np.int32(1), config.vocab_size, 128)
+        logprobs.append(block.logprobs_NS[0])
     # Embeddings are rounded before they are added up, and not after it: bfloat16 has eight bits.
-    np.testing.assert_allclose(states[0][1], states[1][1], atol=2e-2)
+    np.testing.assert_allclose(logprobs[0], logprobs[1], atol=2e-2)

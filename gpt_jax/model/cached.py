@@ -1,0 +1,144 @@
+"""Attention over the KV cache: of the newest token of each row, and of a chunk of a prompt.
+
+A chunk attends to itself, and to the cache before it, through the backend that `config.attention` names. No backend
+writes scores of more than a chunk of queries and the places of one cache to memory, whatever the length of the prompt.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gpt_jax.config import ModelConfig
+from gpt_jax.model.attention import causal_mask, masked_softmax, visible
+from gpt_jax.model.cache import LayerCache
+from gpt_jax.model.kernels import splash_block, splash_sizes
+
+KEY_BLOCK = 128
+"""Places of the cache that `chunk_by_blocks` reads at one time; a cache that is longer has a multiple of it."""
+
+LOWEST = np.finfo(np.float32).min
+
+
+def cached_attention(
+    q_BTHK: jax.Array,
+    k_BTGK: jax.Array,
+    v_BTGK: jax.Array,
+    cache: LayerCache,
+    start_B: jax.Array,
+    config: ModelConfig,
+    window: int = 0,
+) -> jax.Array:
+    """Attention of T new tokens, at positions from start_B (int32) on, to themselves and to those before: (B, T, H, K).
+
+    The new keys and values are in the cache already. T = 1: every row has a position of its own. T > 1: all rows begin
+    at start_B[0]. With a window, a token sees that many tokens, itself included.
+    """
+    if q_BTHK.shape[1] == 1:
+        return newest_attention(q_BTHK, cache, start_B, window)
+    if config.attention == "cudnn":
+        return chunk_by_cudnn(q_BTHK, cache, start_B[0], window)
+    if config.attention == "splash":
+        return chunk_by_splash(q_BTHK, cache, start_B[0], window)
+    return chunk_by_blocks(q_BTHK, k_BTGK, v_BTGK, cache, start_B[0], window)
+
+
+def newest_attention(q_B1HK: jax.Array, cache: LayerCache, position_B: jax.Array, window: int) -> jax.Array:
+    """Attention of each row's newest token to its places up to position_B: (B, 1, H, K)."""
+    B, _, H, K = q_B1HK.shape
+    X, S, _ = cache.k_XSK.shape
+    mask_BS = visible(position_B[:, None] - jnp.arange(S), window)
+    scores_XRS = jnp.einsum("XRK,XSK->XRS", heads_of(q_B1HK, X), cache.k_XSK, preferred_element_type=jnp.float32)
+    weights_XRS = masked_softmax(scores_XRS, jnp.repeat(mask_BS, X // B, axis=0)[:, None])
+    out_XRK = jnp.einsum("XRS,XSK->XRK", weights_XRS.astype(cache.v_XSK.dtype), cache.v_XSK)
+    return out_XRK.reshape(B, 1, H, K)
+
+
+def chunk_by_blocks(
+    q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, cache: LayerCache, start: jax.Array, window: int
+) -> jax.Array:
+    """Attention within the chunk, then to the cache before it, a block of places after the other, as far as there are
+    tokens: a softmax whose maximum and sum are carried on (Milakov and Gimelshein 2018)."""
+    B, T, H, K = q_BTHK.shape
+    X, S, _ = cache.k_XSK.shape
+    R = H * B // X
+    block = min(S, KEY_BLOCK)
+    q_XNK = heads_of(q_BTHK, X)
+    k_XTK, v_XTK = (x.swapaxes(1, 2).reshape(X, T, K).astype(q_XNK.dtype) for x in (k_BTGK, v_BTGK))
+
+    def attend(carry: tuple[jax.Array, ...], k_XCK: jax.Array, v_XCK: jax.Array, mask_TC: jax.Array | np.ndarray):  # type: ignore[no-untyped-def]
+        most_XN, sum_XN, out_XNK = carry
+        mask_NC = jnp.tile(mask_TC, (R, 1))
+        scores_XNC = jnp.einsum("XNK,XCK->XNC", q_XNK, k_XCK, preferred_element_type=jnp.float32)
+        now_XN = jnp.maximum(most_XN, jnp.max(scores_XNC, axis=-1, where=mask_NC, initial=LOWEST))
+        weights_XNC = jnp.where(mask_NC, jnp.exp(scores_XNC - now_XN[..., None]), 0)
+        before_XN = jnp.exp(most_XN - now_XN)
+        added_XNK = jnp.einsum(
+            "XNC,XCK->XNK", weights_XNC.astype(v_XCK.dtype), v_XCK, preferred_element_type=jnp.float32
+        )
+        return (
+            now_XN,
+            sum_XN * before_XN + jnp.sum(weights_XNC, axis=-1),
+            out_XNK * before_XN[..., None] + added_XNK,
+        )
+
+    def attend_block(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        k_XCK, v_XCK = (jax.lax.dynamic_slice_in_dim(x, i * block, block, axis=1) for x in cache)
+        places_C = i * block + jnp.arange(block)
+        distance_TC = start + jnp.arange(T)[:, None] - places_C
+        return attend(carry, k_XCK, v_XCK, visible(distance_TC, window) & (places_C < start))
+
+    nothing = jnp.full((X, R * T), LOWEST), jnp.zeros((X, R * T)), jnp.zeros((X, R * T, K))
+    carry = attend(nothing, k_XTK, v_XTK, causal_mask(0, T, 0, T, window)[0])
+    first = jnp.maximum(start - window + 1, 0) // block if window else 0
+    _, sum_XN, out_XNK = jax.lax.fori_loop(first, (start + block - 1) // block, attend_block, carry)
+    out_XRTK = (out_XNK / sum_XN[..., None]).astype(q_BTHK.dtype).reshape(B, X // B, R, T, K)
+    return out_XRTK.transpose(0, 3, 1, 2, 4).reshape(B, T, H, K)
+
+
+def chunk_by_cudnn(q_BTHK: jax.Array, cache: LayerCache, start: jax.Array, window: int) -> jax.Array:
+    """cuDNN's kernel, with the mask of the chunk, (1, 1, T, S) in memory; it reads the places up to the chunk's end."""
+    B, T = q_BTHK.shape[:2]
+    X, S, K = cache.k_XSK.shape
+    k_BSGK, v_BSGK = (x.reshape(B, X // B, S, K).swapaxes(1, 2) for x in cache)
+    return jax.nn.dot_product_attention(
+        q_BTHK,
+        k_BSGK,
+        v_BSGK,
+        mask=chunk_mask(start, T, S, window)[None, None],
+        query_seq_lengths=jnp.full(B, T, jnp.int32),
+        key_value_seq_lengths=jnp.full(B, start + T, jnp.int32),
+        implementation="cudnn",
+    )
+
+
+def chunk_by_splash(
+    q_BTHK: jax.Array, cache: LayerCache, start: jax.Array, window: int, interpret: bool = False
+) -> jax.Array:
+    """The Splash kernel, which finds the blocks to skip in the mask of the chunk. `interpret` runs it on CPU."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash  # Slow to import, and for TPUs only.
+
+    B, T, H, K = q_BTHK.shape
+    X, S, _ = cache.k_XSK.shape
+    R = H * B // X
+    mask_RTS = jnp.broadcast_to(chunk_mask(start, T, S, window), (R, T, S))
+    kernel = splash.make_splash_mqa_single_device(
+        mask_RTS, block_sizes=splash_sizes(splash_block(T), splash_block(S)), interpret=interpret
+    )
+    # JAX makes an array of this flag, too, which the kernel cannot branch by within a program.
+    kernel.fwd_mask_info = kernel.fwd_mask_info._replace(is_dynamic_mask=True)
+    out_XRTK = jax.vmap(kernel)(heads_of(q_BTHK, X).reshape(X, R, T, K), *cache)
+    return out_XRTK.reshape(B, X // B, R, T, K).transpose(0, 3, 1, 2, 4).reshape(B, T, H, K)
+
+
+def chunk_mask(start: jax.Array, T: int, S: int, window: int) -> jax.Array:
+    """The mask of T queries from position `start` on over the S places of the cache: bool (T, S)."""
+    return visible(start + jnp.arange(T)[:, None] - jnp.arange(S), window)
+
+
+def heads_of(q_BTHK: jax.Array, X: int) -> jax.Array:
+    """Queries divided by sqrt(K), with one row per key/value head of each sequence, and its R query heads one after the
+    other: (X, R * T, K)."""
+    B, T, H, K = q_BTHK.shape
+    G = X // B
+    q_BTGRK = q_BTHK.reshape(B, T, G, H // G, K) * (1 / np.sqrt(K)).astype(q_BTHK.dtype)
+    return q_BTGRK.transpose(0, 2, 3, 1, 4).reshape(X, -1, K)

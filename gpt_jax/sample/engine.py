@@ -1,0 +1,369 @@
+"""The engine that everything that writes text runs on: requests come and go, while the device decodes all slots.
+
+A turn of the engine reads at most one chunk of a prompt, starts one block of tokens on the device, and takes the tokens
+of the block before, while the device works on the new one. What is to be done is the scheduler's to say; what is
+computed is in decode.py. One thread uses an engine.
+"""
+
+import secrets
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from gpt_jax.errors import UserError
+from gpt_jax.model import cache as kv
+from gpt_jax.model.gpt import GPT, Params
+from gpt_jax.sample.decode import (
+    BLOCK,
+    STOP_IDS,
+    Block,
+    bucket,
+    chunk_sizes,
+    decode_n,
+    init_state,
+    insert,
+    make_row,
+    move_chunks,
+    prefill_chunk,
+    prepare_params,
+)
+from gpt_jax.sample.prefixes import Prefixes
+from gpt_jax.sample.scheduler import Scheduler, Ticket
+from gpt_jax.sample.settings import Filters
+
+MOVES = 64
+"""Chunks that are copied in one call."""
+
+SHORT_BLOCK = 8
+"""The most tokens of a block while requests wait, since a slot that becomes free in its midst is idle to its end."""
+
+Seed = tuple[int, int, int]
+"""A seed, and two numbers that tell sequences of the same seed apart; less than 2**32 each."""
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """A sequence to go on with, and how."""
+
+    tokens: Sequence[int]  # Those of the prompt, then those drawn for it earlier, if any.
+    max_new_tokens: int
+    filters: Filters = field(default_factory=Filters)
+    stop_ids: Collection[int] = ()  # Tokens that end the sequence.
+    seed: Seed | None = None  # With the number of tokens drawn, it decides each draw; None: one that nobody knows.
+    n_prompt: int | None = None  # Number of tokens that are the prompt; None: all. Penalties tell the two apart.
+    start: int = 0  # The first token that the model reads.
+    alternatives: int = 0  # Most probable tokens whose log-probabilities are wanted, at each step.
+    client: str = ""  # Clients take turns.
+
+    @property
+    def places(self) -> int:
+        """The places of a cache that the sequence needs at most."""
+        return len(self.tokens) - self.start - 1 + self.max_new_tokens
+
+
+class Progress(NamedTuple):
+    """The next tokens of a request, one or more, or none at its end. The token that ends a text is one of them.
+
+    logprobs: under the model, in nats. drawn_logprobs: under the distribution that the token was drawn from. Both are
+    float32. alternatives: for each token the most probable ones, with their log-probabilities under the model.
+    """
+
+    id: int
+    tokens: list[int]
+    logprobs: list[float]
+    drawn_logprobs: list[float]
+    alternatives: list[list[tuple[int, float]]]
+    finish_reason: str  # "": it goes on; "length"; "end_of_text", by a token of its stop_ids.
+    reused_tokens: int  # Tokens of the prompt whose keys and values were there.
+
+
+@dataclass
+class Task:
+    """A request that is not done."""
+
+    request: Request
+    ticket: Ticket
+    left: int  # Tokens that are still to come, at most.
+    computed: int = 0  # Tokens of the prompt that were read for it.
+
+
+@dataclass
+class Counts:
+    """What an engine has done so far."""
+
+    requests: int = 0
+    cancelled: int = 0
+    prompt_tokens: int = 0  # Of requests whose prompt was read, or found.
+    reused_tokens: int = 0  # Of these, those whose keys and values were there.
+    drawn_tokens: int = 0
+    chunks: int = 0  # Computed.
+    blocks: int = 0
+
+
+class Engine:
+    """A model with `n_slots` slots for sequences.
+
+    n_tokens: the size of the tokenizer's vocabulary; None: the model's. prefix_bytes: memory for the keys and values of
+    prompts that were read, besides the last one, which is always kept. most_waiting, most_waiting_tokens: bounds on the
+    requests that wait, and on their tokens.
+
+    The caches grow with the longest sequence that was asked for, up to the model's context, by powers of two; `reserve`
+    makes room at once.
+    """
+
+    def __init__(
+        self,
+        model: GPT,
+        params: Params,
+        n_slots: int,
+        *,
+        n_tokens: int | None = None,
+        prefix_bytes: int = 0,
+        most_waiting: int = 2**31,
+        most_waiting_tokens: int = 2**31,
+    ) -> None:
+        c = model.config
+        self.model, self.params = model, prepare_params(params, c)
+        self.n_slots, self.n_tokens = n_slots, n_tokens or c.vocab_size
+        self.chunk = self.places = chunk_sizes(c)[-1]
+        chunk_bytes = 2 * c.n_layer * c.kv_heads * self.chunk * c.head_dim * jnp.dtype(c.dtype).itemsize
+        self.n_kept = prefix_bytes // chunk_bytes  # Chunks.
+        self.limits = most_waiting, most_waiting_tokens
+        self.counts = Counts()
+        self.next_id = 0
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets all requests, and all that was read."""
+        c, n_slots = self.model.config, self.n_slots
+        self.scheduler = Scheduler(n_slots, *self.limits)
+        self.tasks: dict[int, Task] = {}  # By id.
+        self.forget()
+        self.prompt_cache = kv.init_cache(c, 1, self.places)
+        self.kept = kv.init_cache(c, self.n_kept, self.chunk) if self.n_kept else ()
+        self.state = init_state(c, n_slots, self.places)
+        self.dropped = np.zeros(n_slots, bool)  # Slots that the device has to make idle.
+        self.ends = np.zeros(n_slots, np.int64)  # The places that the sequence in a slot will need at most.
+        self.filled = np.zeros(n_slots, np.int64)  # The places that it may need after the blocks that were started.
+        self.is_new = False  # True when a sequence was inserted since the last block.
+        self.pending: tuple[Block, list[Task]] | None = None
+
+    def forget(self) -> None:
+        """Forgets what was read, so that prompts are read anew."""
+        self.held: list[int] = []  # The tokens in the cache of a prompt.
+        self.prefixes = Prefixes(self.n_kept, self.chunk)
+
+    def submit(self, request: Request) -> int:
+        """Lets a request wait for its turn; returns its id. Raises UserError when it cannot be answered, and
+        QueueFullError when too many wait."""
+        check_request(request, self.model, self.n_tokens)
+        ticket = Ticket(self.next_id, request.places, request.client)
+        self.scheduler.add(ticket)
+        self.tasks[ticket.id] = Task(request, ticket, request.max_new_tokens)
+        self.next_id += 1
+        self.counts.requests += 1
+        return ticket.id
+
+    def cancel(self, id: int) -> None:
+        """Ends a request, of which nothing more will be heard. One that has ended may be cancelled, too."""
+        task = self.tasks.pop(id, None)
+        if task is None:
+            return
+        if task.ticket.state == "writing":
+            self.dropped[task.ticket.slot] = True
+        self.scheduler.end(task.ticket)
+        self.counts.cancelled += 1
+
+    @property
+    def is_idle(self) -> bool:
+        """True when there is nothing to do."""
+        return not self.tasks and self.pending is None
+
+    def turn(self) -> list[Progress]:
+        """Goes on with all requests, and returns what has become of them since the last turn. Whatever is raised, such
+        as KeyboardInterrupt, leaves the engine as `reset` does, since arrays that were donated are gone."""
+        try:
+            self._read()
+            before, self.pending = self.pending, self._decode()
+            return [] if before is None else list(self._take(*before))
+        except BaseException:
+            self.reset()
+            raise
+
+    def replace_params(self, params: Params) -> None:
+        """Takes other weights. Forgets all requests, and all that was read."""
+        self.params = prepare_params(params, self.model.config)
+        self.reset()
+
+    def reserve(self, places: int) -> None:
+        """Makes room for sequences of so many tokens."""
+        wanted = self._rounded(places)
+        if wanted <= self.places:
+            return
+
+        def grow(x_XSK: jax.Array) -> jax.Array:
+            return jnp.pad(x_XSK, ((0, 0), (0, wanted - x_XSK.shape[1]), (0, 0)))
+
+        self.prompt_cache = jax.tree.map(grow, self.prompt_cache)
+        self.state = self.state._replace(cache=jax.tree.map(grow, self.state.cache))
+        self.places = wanted
+
+    def _read(self) -> None:
+        """Reads at most one chunk. Whatever has been read is put into its slot."""
+        may_read = True
+        while ticket := self.scheduler.next_to_read():
+            task = self.tasks[ticket.id]
+            tokens = list(task.request.tokens[task.request.start : -1])  # The last one is read with the first block.
+            if not self._holds(tokens):
+                if not may_read:
+                    return
+                self.reserve(len(tokens))
+                self._read_chunk(tokens, task)
+                may_read = False
+            if self._holds(tokens):
+                self._insert(task)
+
+    def _holds(self, tokens: list[int]) -> bool:
+        """True when all of the tokens have been read, as they are read when nothing is there."""
+        n = len(tokens) // self.chunk * self.chunk  # The rest is padded by itself, and so must be the same.
+        return self.held[:n] == tokens[:n] and (len(tokens) == n or self.held == tokens)
+
+    def _read_chunk(self, tokens: list[int], task: Task) -> None:
+        """Reads the chunk after the longest prefix that is there."""
+        n = whole_chunks_alike(self.held, tokens, self.chunk)
+        places = self.prefixes.find((), tokens)
+        if len(places) * self.chunk > n:
+            first, n = n // self.chunk, len(places) * self.chunk
+            self._move("prompt_cache", "kept", [(0, i * self.chunk, places[i], 0) for i in range(first, len(places))])
+            self.held = tokens[:n]
+            if self._holds(tokens):
+                return
+        part = tokens[n : n + self.chunk]
+        padded = np.zeros((1, next(size for size in chunk_sizes(self.model.config) if size >= len(part))), np.int32)
+        padded[0, : len(part)] = part
+        self.prompt_cache = prefill_chunk(self.model, self.params, self.prompt_cache, padded, np.int32(n))
+        self.held = tokens[: n + len(part)]
+        task.computed += len(part)
+        self.counts.chunks += 1
+        if len(part) == self.chunk and self.kept:
+            place = self.prefixes.add((), self.held)
+            if place is not None:
+                self._move("kept", "prompt_cache", [(place, 0, 0, n)])
+
+    def _move(self, target: str, source: str, moves: list[tuple[int, int, int, int]]) -> None:
+        """Copies chunks between the caches of these names."""
+        for start in range(0, len(moves), MOVES):
+            moves_N4 = np.zeros((MOVES, 4), np.int32)
+            some = moves[start : start + MOVES]
+            moves_N4[: len(some)] = some
+            moved = move_chunks(self.model, getattr(self, target), getattr(self, source), moves_N4, len(some))
+            setattr(self, target, moved)
+
+    def _insert(self, task: Task) -> None:
+        """Puts the sequence that was read into its slot, to write."""
+        request, slot = task.request, task.ticket.slot
+        row = make_row(
+            self.model.config,
+            request.tokens,
+            len(request.tokens) if request.n_prompt is None else request.n_prompt,
+            request.max_new_tokens,
+            request.filters,
+            sorted(request.stop_ids),
+            start=request.start,
+            seed=fresh_seed() if request.seed is None else request.seed,
+            alternatives=request.alternatives,
+        )
+        length = int(row.length)
+        self.reserve(request.places)
+        n_chunks = np.int32(-(-length // self.chunk))
+        self.state = insert(self.model, self.state, np.int32(slot), row, self.prompt_cache, n_chunks)
+        self.filled[slot], self.ends[slot] = length, request.places
+        self.dropped[slot], self.is_new = False, True
+        self.counts.prompt_tokens += length
+        self.counts.reused_tokens += length - task.computed
+        self.scheduler.write(task.ticket)
+
+    def _decode(self) -> tuple[Block, list[Task]] | None:
+        """Starts a block on the device, if someone writes."""
+        writing = [self.tasks[ticket.id] for ticket in self.scheduler.writing.values()]
+        if not writing:
+            return None
+        # The first token of a sequence is waited for; after it, a call for more tokens costs less.
+        n = 1 if self.is_new else SHORT_BLOCK if self.scheduler.n_waiting or self.scheduler.reading else BLOCK
+        slots = [task.ticket.slot for task in writing]
+        self.filled[slots] = np.minimum(self.filled[slots] + n, self.ends[slots])
+        view = self._rounded(int(self.filled[slots].max()))
+        self.state, block = decode_n(
+            self.model, self.params, self.state, ~self.dropped, np.int32(n), self.n_tokens, view
+        )
+        self.dropped[:], self.is_new = False, False
+        self.counts.blocks += 1
+        return block, writing
+
+    def _rounded(self, places: int) -> int:
+        """The least number of places that is at least so many, of those for which there are programs: chunks times a
+        power of two, and what the whole context takes."""
+        most = -(-self.model.config.context_length // self.chunk)
+        return bucket(-(-places // self.chunk), most, 1) * self.chunk
+
+    def _take(self, block: Block, writing: list[Task]) -> Iterator[Progress]:
+        """The tokens of a block, once the device has them."""
+        wanted = [task for task in writing if task.ticket.state == "writing"]  # The others were cancelled or are done.
+        asks = any(task.request.alternatives for task in wanted)
+        host = jax.device_get(block if asks else block[:4])
+        for task in wanted:
+            request, slot = task.request, task.ticket.slot
+            n = int(host[0][:, slot].sum())
+            if not n:
+                continue
+            tokens, logprobs, drawn_logprobs = (x_NS[:n, slot].tolist() for x_NS in host[1:4])
+            alternatives: list[list[tuple[int, float]]] = []
+            if request.alternatives:
+                ids_NC, logprobs_NC = (x_NSC[:n, slot, : request.alternatives].tolist() for x_NSC in host[4:])
+                alternatives = [list(zip(*step, strict=True)) for step in zip(ids_NC, logprobs_NC, strict=True)]
+            task.left -= n
+            self.counts.drawn_tokens += n
+            reason = "end_of_text" if tokens[-1] in request.stop_ids else "" if task.left else "length"
+            if reason:
+                self.scheduler.end(task.ticket)
+                del self.tasks[task.ticket.id]
+            reused = len(request.tokens) - 1 - request.start - task.computed
+            yield Progress(task.ticket.id, tokens, logprobs, drawn_logprobs, alternatives, reason, reused)
+
+
+def check_request(request: Request, model: GPT, n_tokens: int) -> None:
+    """Raises UserError when a request cannot be answered."""
+    c, n = model.config, len(request.tokens) - request.start
+    if n < 1:
+        raise UserError("a request has no tokens; it takes one at least, such as the one that begins a text")
+    if unknown := [token for token in request.tokens if not 0 <= token < c.vocab_size]:
+        raise UserError(f"the model knows {c.vocab_size} tokens, and {unknown[0]} is none of them")
+    if request.max_new_tokens < 1:
+        raise UserError(f"max_new_tokens = {request.max_new_tokens} is not possible: it must be 1 or more")
+    if n + request.max_new_tokens > c.context_length + 1:  # The last token that is drawn is never read.
+        raise UserError(
+            f"{n} tokens and {request.max_new_tokens} new ones are more than the model's context_length, "
+            f"{c.context_length}, has room for; shorten the prompt or the answer"
+        )
+    if len(request.stop_ids) > STOP_IDS:
+        raise UserError(f"{len(request.stop_ids)} tokens are to end a text, and {STOP_IDS} may; leave some out")
+    for token, _ in request.filters.logit_bias:
+        if token >= n_tokens:
+            raise UserError(f"logit_bias names token {token}, and the tokenizer has {n_tokens}, from 0 on")
+
+
+def whole_chunks_alike(first: Sequence[int], second: Sequence[int], size: int) -> int:
+    """The number of tokens in the whole chunks with which both begin."""
+    n = 0
+    while n + size <= min(len(first), len(second)) and first[n : n + size] == second[n : n + size]:
+        n += size
+    return n
+
+
+def fresh_seed() -> Seed:
+    """A seed that nobody knows."""
+    return secrets.randbits(32), secrets.randbits(32), secrets.randbits(32)

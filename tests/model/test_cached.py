@@ -1,0 +1,57 @@
+"""Attention of a chunk over the cache, by each backend, against the formula over the whole sequence."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from gpt_jax.model import cached
+from gpt_jax.model.attention import masked_attention
+from gpt_jax.model.cache import LayerCache
+
+
+def cudnn_formula(*args: Any, implementation: str, **kwargs: Any) -> jax.Array:
+    """What cuDNN's kernel is asked for, by JAX's own formula of it."""
+    assert implementation == "cudnn"
+    return dot_product_attention(*args, **kwargs, implementation="xla")
+
+
+dot_product_attention = jax.nn.dot_product_attention
+
+CASES = [(1, 2, 3, 512, 128, 256, 0), (2, 2, 2, 512, 16, 384, 0), (1, 2, 1, 512, 128, 384, 200), (2, 1, 2, 64, 9, 0, 6)]
+"""Sequences, key/value heads, queries to each, places, tokens, the first one's position, and the window."""
+
+
+@pytest.mark.parametrize("backend", ["blocks", "cudnn", "splash"])
+@pytest.mark.parametrize("case", CASES)
+def test_a_chunk_sees_itself_and_all_before_it(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, backend: str, case: tuple[int, ...]
+) -> None:
+    """What stands in the cache after the chunk, be it not a number, is not seen."""
+    monkeypatch.setattr(jax.nn, "dot_product_attention", cudnn_formula)
+    B, G, R, S, T, start, window = case
+    if backend == "splash" and T % 128:
+        pytest.skip("Splash attends in steps of 128 tokens")
+    K = 16
+    q_BTHK = jnp.asarray(rng.normal(size=(B, T, G * R, K)), jnp.float32)
+    k_BSGK, v_BSGK = (jnp.asarray(rng.normal(size=(B, S, G, K)), jnp.float32) for _ in range(2))
+    mask_1TS = np.asarray(cached.chunk_mask(jnp.int32(start), T, S, window))[None]
+    expected = masked_attention(q_BTHK, k_BSGK, v_BSGK, mask_1TS)
+
+    unseen = jnp.nan if backend == "blocks" else 1e6  # Fused kernels multiply by a weight of 0.
+    after = start + T
+    layer_cache = LayerCache(
+        *(x.at[:, after:].set(unseen).swapaxes(1, 2).reshape(B * G, S, K) for x in (k_BSGK, v_BSGK))
+    )
+    own = k_BSGK[:, start:after], v_BSGK[:, start:after]
+    attend: dict[str, Callable[..., jax.Array]] = {
+        "blocks": functools.partial(cached.chunk_by_blocks, q_BTHK, *own),
+        "cudnn": functools.partial(cached.chunk_by_cudnn, q_BTHK),
+        "splash": functools.partial(cached.chunk_by_splash, q_BTHK, interpret=True),
+    }
+    ours = jax.jit(lambda cache, start: attend[backend](cache, start, window))(layer_cache, jnp.int32(start))
+    np.testing.assert_allclose(ours, expected, atol=2e-6)

@@ -1,0 +1,88 @@
+"""Engines of tiny models, random requests, and what they are answered: for tests, and for the soak."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from gpt_jax.config import ModelConfig
+from gpt_jax.model.gpt import GPT
+from gpt_jax.sample.engine import Engine, Request
+from gpt_jax.sample.settings import Filters
+from tests import tiny
+
+CONTEXT = 512
+
+MODELS: dict[str, ModelConfig] = {
+    name: dataclasses.replace(config, context_length=CONTEXT, vocab_size=259)
+    for name, config in tiny.ARCHITECTURES.items()
+}
+"""GPT-2's architecture, a Llama with grouped queries, one with sliding windows, and one with adapters."""
+
+Answer = tuple[list[int], list[float], list[float], list[list[tuple[int, float]]], str]
+"""Tokens, log-probabilities under the model and as drawn, alternatives, and why it ended."""
+
+
+def engine_of(name: str, n_slots: int = 3, prefix_chunks: int = 5) -> Engine:
+    """An engine whose kept prefixes do not suffice for all requests."""
+    config = MODELS[name]
+    chunk_bytes = 2 * config.n_layer * config.kv_heads * 128 * config.head_dim * 4
+    engine = Engine(GPT(config), tiny.uneven_params(config), n_slots, prefix_bytes=prefix_chunks * chunk_bytes)
+    engine.reserve(CONTEXT)
+    return engine
+
+
+def random_requests(seed: int, n: int, longest: int = CONTEXT) -> list[Request]:
+    """Requests of all lengths and settings, some of which begin alike, some of which are the same but for the seed."""
+    rng = np.random.default_rng(seed)
+    beginnings = [rng.integers(0, 256, longest).tolist() for _ in range(3)]
+    requests: list[Request] = []
+    for i in range(n):
+        shared = beginnings[rng.integers(3)][: rng.integers(0, longest)]
+        tokens = [*shared, *rng.integers(0, 256, rng.integers(1, 40)).tolist()][: longest - 50]
+        if requests and rng.random() < 0.2:
+            tokens = list(requests[-1].tokens)
+        filters = Filters(
+            temperature=float(rng.choice([0, 0.7, 1.0, 2.5])),
+            top_k=int(rng.choice([0, 0, 1, 5, 40])),
+            top_p=float(rng.choice([1.0, 0.95, 0.5])),
+            min_p=float(rng.choice([0.0, 0.0, 0.1])),
+            repetition_penalty=float(rng.choice([1.0, 1.0, 1.3])),
+            presence_penalty=float(rng.choice([0.0, 0.0, 0.5])),
+            frequency_penalty=float(rng.choice([0.0, 0.0, -0.2])),
+            logit_bias=((int(rng.integers(256)), 5.0),) if rng.random() < 0.3 else (),
+        )
+        stop_ids = set(rng.integers(0, 256, rng.integers(0, 4)).tolist())
+        alternatives = int(rng.choice([0, 0, 3]))
+        new = int(rng.integers(1, 50))
+        requests.append(Request(tokens, new, filters, stop_ids, (i, 0, 0), alternatives=alternatives))
+    return requests
+
+
+class Answers:
+    """What an engine says, put together by request."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.answers: dict[int, Answer] = {}
+
+    def turn(self) -> None:
+        """Lets the engine go on."""
+        for p in self.engine.turn():
+            tokens, logprobs, drawn, alternatives, reason = self.answers.get(p.id, ([], [], [], [], ""))
+            assert not reason
+            assert p.tokens
+            self.answers[p.id] = (
+                tokens + p.tokens,
+                logprobs + p.logprobs,
+                drawn + p.drawn_logprobs,
+                alternatives + p.alternatives,
+                p.finish_reason,
+            )
+
+    def all(self, requests: Sequence[Request]) -> list[Answer]:
+        """The answers to requests that are made at the same time."""
+        ids = [self.engine.submit(request) for request in requests]
+        while not self.engine.is_idle:
+            self.turn()
+        return [self.answers.pop(id) for id in ids]

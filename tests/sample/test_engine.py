@@ -1,0 +1,228 @@
+"""The engine: rows that do not know each other, prefixes, cancellation, and programs that are compiled once."""
+
+import dataclasses
+import functools
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gpt_jax.errors import UserError
+from gpt_jax.model.forward import forward
+from gpt_jax.model.head import logits_NV
+from gpt_jax.sample.engine import Engine, Request
+from gpt_jax.sample.scheduler import QueueFullError
+from gpt_jax.sample.settings import Filters
+from tests import tiny
+from tests.sample.engines import CONTEXT, MODELS, Answer, Answers, engine_of, random_requests
+
+REQUESTS = random_requests(0, 24)
+GREEDY = Filters(temperature=0)
+
+engine = functools.cache(engine_of)
+"""One engine a model, as a server has; what it holds of earlier tests must not matter."""
+
+
+@functools.cache
+def alone(name: str, number: int) -> Answer:
+    """The answer to one of REQUESTS from an engine that has read nothing before."""
+    engine(name).reset()
+    [answer] = Answers(engine(name)).all([REQUESTS[number]])
+    return answer
+
+
+steps = st.lists(
+    st.one_of(
+        st.tuples(st.just("ask"), st.integers(0, len(REQUESTS) - 1)),
+        st.tuples(st.just("turn"), st.integers(1, 4)),
+        st.tuples(st.just("cancel"), st.integers(0, 5)),
+    ),
+    min_size=5,
+    max_size=40,
+)
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+@settings(max_examples=15)
+@given(schedule=steps)
+def test_an_answer_is_the_same_whenever_and_beside_whatever_it_is_asked_for(
+    name: str, schedule: list[tuple[str, int]]
+) -> None:
+    """Tokens, log-probabilities and alternatives, to the last bit: in any slot, among any neighbours, some of which are
+    cancelled, after a prefix that is read now, is still there or was kept."""
+    asked: dict[int, int] = {}  # The number of the request, by id.
+    answers = Answers(engine(name))
+    for step, n in schedule:
+        if step == "ask":
+            asked[engine(name).submit(REQUESTS[n])] = n
+        elif step == "turn":
+            for _ in range(n):
+                answers.turn()
+        elif asked:
+            id = list(asked)[n % len(asked)]
+            engine(name).cancel(id)
+            if not answers.answers.get(id, ("",))[-1]:  # Not answered before.
+                asked.pop(id)
+                answers.answers.pop(id, None)
+    while not engine(name).is_idle:
+        answers.turn()
+    assert answers.answers.keys() == asked.keys()
+    for id, n in asked.items():
+        assert answers.answers[id] == alone(name, n)
+
+
+def test_samples_of_a_prompt_read_it_once() -> None:
+    e = engine("llama")
+    e.reset()
+    chunks = e.counts.chunks
+    prompt = list(range(200))
+    requests = [Request(prompt, 10, Filters(1.0, top_p=1.0), seed=(0, 0, n)) for n in range(7)]  # More than slots.
+    answers = Answers(e).all(requests)
+    assert e.counts.chunks == chunks + 2
+    assert len({tuple(answer[0]) for answer in answers}) == 7
+
+
+def test_what_was_read_before_is_not_read_again() -> None:
+    """A conversation goes on: only what is new, and the rest of a chunk, is read. Another one in between leaves what is
+    kept, and counts say so."""
+    e = engine("gpt2")
+    e.reset()
+    first, second = list(range(100, 250)), [7] * 140
+
+    def chunks_for(tokens: list[int]) -> int:
+        before = e.counts.chunks
+        Answers(e).all([Request(tokens, 2, GREEDY)])
+        return e.counts.chunks - before
+
+    assert chunks_for(first) == 2
+    assert chunks_for(first) == 0
+    reused = e.counts.reused_tokens
+    assert chunks_for([*first, 1, 2, 3]) == 1
+    assert e.counts.reused_tokens == reused + 128
+    assert chunks_for(second) == 2
+    assert chunks_for([*first, 1, 2]) == 1
+    assert chunks_for(first[:129]) == 0  # All but the last token are the kept chunk.
+
+
+def test_other_weights_have_read_nothing() -> None:
+    e = engine_of("gpt2")
+    request = Request(list(range(200)), 5, GREEDY)
+    [before] = Answers(e).all([request])
+    doubled = jax.tree.map(lambda x: 2 * x, e.params)
+    e.replace_params(doubled)
+    [after] = Answers(e).all([request])
+    assert after[1] != before[1]
+    assert after == Answers(Engine(e.model, doubled, 3)).all([request])[0]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gemma"])
+def test_log_probabilities_are_those_of_the_full_pass(name: str) -> None:
+    """The sum over an answer at a temperature of 1 without filters, which rewards will stand on: within 1e-4. What it
+    was drawn from is the model's distribution, then."""
+    e = Engine(engine(name).model, tiny.random_params(MODELS[name]), 3)
+    prompts = [np.arange(n) % 259 for n in (1, 2, 100, 300)]
+    requests = [Request(p.tolist(), 60, Filters(1.0, top_p=1.0), seed=(len(p), 0, 0)) for p in prompts]
+    for request, (tokens, logprobs, drawn, _, _) in zip(requests, Answers(e).all(requests), strict=True):
+        np.testing.assert_allclose(drawn, logprobs, atol=1e-5)
+        whole = np.zeros((1, CONTEXT), np.int32)
+        whole[0, : len(request.tokens) + 60] = [*request.tokens, *tokens]
+        full_NV = jax.nn.log_softmax(logits_NV(e.model, e.params, forward(e.model, e.params, jnp.asarray(whole))[0]))
+        first = len(request.tokens) - 1
+        expected_N = full_NV[jnp.arange(first, first + 60), jnp.array(tokens)]
+        np.testing.assert_allclose(logprobs, expected_N, atol=1e-4)
+        np.testing.assert_allclose(sum(logprobs), expected_N.sum(), atol=1e-4)
+
+
+def test_what_is_drawn_from_is_the_filtered_distribution() -> None:
+    """Its log-probabilities, against NumPy's, from the alternatives that the model has."""
+    requests = [Request([1, 2, 3], 30, Filters(0.5, top_k=3, top_p=1.0), seed=(5, 0, 0), alternatives=3)]
+    [(tokens, logprobs, drawn, alternatives, _)] = Answers(engine("llama")).all(requests)
+    for token, logprob, drawn_logprob, best in zip(tokens, logprobs, drawn, alternatives, strict=True):
+        ids, theirs = zip(*best, strict=True)
+        assert sorted(theirs, reverse=True) == list(theirs)
+        place = ids.index(token)
+        np.testing.assert_allclose(logprob, theirs[place], atol=1e-5)
+        sharpened = np.exp(2 * np.array(theirs, np.float64))
+        np.testing.assert_allclose(drawn_logprob, np.log(sharpened[place] / sharpened.sum()), atol=1e-4)
+
+
+def test_a_seed_decides_and_without_one_nobody_does() -> None:
+    e = engine("llama")
+    hot = Filters(2.0, top_p=1.0)
+    known = [Request([1, 2, 3], 20, hot, seed=(8, 0, 0)), Request([1, 2, 3], 20, hot, seed=(8, 0, 0))]
+    a, b = Answers(e).all(known)
+    assert a == b
+    c, d = Answers(e).all([Request([1, 2, 3], 20, hot)] * 2)
+    assert c[0] != d[0] != a[0]
+
+
+def test_no_setting_compiles_another_program(caplog: pytest.LogCaptureFixture) -> None:
+    """Nor does any number of requests: after a few of them, none is compiled, by JAX's own log."""
+    e = engine("llama")
+    Answers(e).all(random_requests(1, 30))
+    caplog.set_level(logging.WARNING)
+    with jax.log_compiles():
+        Answers(e).all(random_requests(2, 60))
+        assert not [r.getMessage() for r in caplog.records if "ompil" in r.getMessage()]
+        jax.jit(lambda x: x + 1)(np.float32(0))
+        assert [r.getMessage() for r in caplog.records if "ompil" in r.getMessage()]  # The log would tell.
+
+
+def test_what_is_raised_in_a_turn_leaves_an_engine_that_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    e = engine("gpt2")
+    expected = Answers(e).all(REQUESTS[:2])
+    decode = Engine._decode
+
+    def interrupted(self: Engine) -> None:
+        decode(self)  # The state was donated, and its successor is lost.
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Engine, "_decode", interrupted)
+    e.submit(REQUESTS[0])
+    with pytest.raises(KeyboardInterrupt):
+        e.turn()
+    monkeypatch.undo()
+    assert e.is_idle
+    assert Answers(e).all(REQUESTS[:2]) == expected
+
+
+def test_caches_grow_with_what_is_asked_for() -> None:
+    """To the same answers, whether there was room at the beginning or not."""
+    e = Engine(engine("llama").model, engine("llama").params, 3)
+    assert e.places == 128
+    requests = sorted(REQUESTS, key=lambda request: request.places)[::4]
+    assert Answers(e).all(requests) == Answers(engine("llama")).all(requests)
+    assert e.places == CONTEXT
+
+
+def test_a_full_queue_refuses() -> None:
+    e = Engine(engine("gpt2").model, engine("gpt2").params, 1, most_waiting=1)
+    e.submit(Request([1], 5, GREEDY))
+    with pytest.raises(QueueFullError, match="1 requests wait already"):
+        e.submit(Request([2], 5, GREEDY))
+    while not e.is_idle:
+        e.turn()
+    assert (e.counts.requests, e.counts.drawn_tokens) == (1, 5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokens": []}, "a request has no tokens"),
+        ({"tokens": [1, 259]}, "the model knows 259 tokens, and 259 is none of them"),
+        ({"tokens": [-1]}, "and -1 is none of them"),
+        ({"max_new_tokens": 0}, "max_new_tokens = 0 is not possible"),
+        ({"tokens": [1] * 500}, "500 tokens and 20 new ones are more than the model's context_length, 512, has room"),
+        ({"stop_ids": range(129)}, "129 tokens are to end a text, and 128 may"),
+        ({"filters": Filters(logit_bias=((259, 1.0),))}, "logit_bias names token 259, and the tokenizer has 259"),
+    ],
+)
+def test_requests_that_cannot_be_answered_are_refused(changes: dict[str, object], message: str) -> None:
+    e = engine("gpt2")
+    with pytest.raises(UserError, match=message):
+        e.submit(dataclasses.replace(Request([1, 2], 20), **changes))  # type: ignore[arg-type]
+    assert e.is_idle
