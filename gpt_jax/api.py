@@ -24,7 +24,7 @@ from gpt_jax.sample.chat import fit, message
 from gpt_jax.sample.decode import bucket, prepare_params
 from gpt_jax.sample.engine import Engine
 from gpt_jax.sample.generate import MOST_SLOTS, Result, check_known, encode_prompt, generate_on
-from gpt_jax.sample.settings import Filters, Settings
+from gpt_jax.sample.settings import Settings, changed
 from gpt_jax.tokenizer.chat_template import checked
 from gpt_jax.tokenizer.tokenizer import Tokenizer
 
@@ -73,7 +73,7 @@ class Model:
         value, and for a prompt that is longer than the context.
         """
         texts = [prompts] if isinstance(prompts, str) else prompts
-        chosen, T = settings_of(settings), self.config.context_length
+        chosen, T = changed(Settings(), settings), self.config.context_length
         tokens = [encode_prompt(text, self.tokenizer, T) for text in texts]
         results = generate_on(self._engine(len(texts)), self.tokenizer, tokens, chosen) if texts else []
         return results[0] if isinstance(prompts, str) else results
@@ -88,7 +88,7 @@ class Model:
         """
         history = checked([message("user", messages)] if isinstance(messages, str) else messages, plain=str)
         system = history.pop(0)["content"] if history and history[0]["role"] == "system" else None
-        chosen = settings_of(settings)
+        chosen = changed(Settings(), settings)
         _, prompt = fit(self.tokenizer, system, history, self.config.context_length, chosen.max_new_tokens)
         [result] = generate_on(self._engine(1), self.tokenizer, [prompt], chosen)
         return result.text.strip()
@@ -120,16 +120,6 @@ class Model:
         plain = GPT(dataclasses.replace(self.config, attention="xla"))  # "xla" takes any length.
         hidden_BTD = jax.jit(forward, static_argnums=0)(plain, self.params, np.array([tokens], np.int32))
         return np.asarray(logits_NV(plain, self.params, hidden_BTD[0]))[:, : self.tokenizer.vocab_size]
-
-
-def settings_of(given: Mapping[str, Any]) -> Settings:
-    """Settings and their filters, from the fields of both. Raises UserError naming an unknown field."""
-    filters = {name: value for name, value in given.items() if name in Filters.__dataclass_fields__}
-    others = {name: value for name, value in given.items() if name not in filters}
-    known = Settings.__dataclass_fields__.keys() - {"filters"}
-    for name in others.keys() - known:
-        raise UserError(f"there is no setting {name}; there are {', '.join(sorted({*known, *vars(Filters())}))}")
-    return Settings(**others, filters=Filters(**filters))
 
 
 @own_numerics()

@@ -1,10 +1,12 @@
 """`gpt-jax sample`, and sample.py."""
 
+import contextlib
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import tyro
 
@@ -21,6 +23,9 @@ class SampleArgs(ModelArgs):
 
     prompt: tuple[str, ...] = ()  # Texts to continue, all in one batch; none: the start of a document.
     prompt_file: str = ""  # File whose whole text is the prompt; -: standard input.
+    prompts: str = ""  # File of prompts to answer by JSON Lines: one a line, or JSON Lines with "prompt" or "messages".
+    out: str = ""  # With --prompts: the file of the answers, to which a job that was stopped goes on to add.
+    slots: int = 32  # With --prompts: texts that are written at the same time.
     num_samples: int = 1  # Texts for each prompt.
     settings: tyro.conf.OmitArgPrefixes[Settings] = field(default_factory=Settings)
     json: Switch = False  # Print one JSON object a text: tokens, their log-probabilities, why it ended.
@@ -30,10 +35,14 @@ class SampleArgs(ModelArgs):
     def __post_init__(self) -> None:
         super().__post_init__()
         check(self.num_samples >= 1, "num_samples", self.num_samples, "1 or more")
-        if self.prompt and self.prompt_file:
-            raise UserError("--prompt and --prompt-file were both given; use one of them")
-        if self.chat and (self.prompt or self.prompt_file or self.json or self.num_samples > 1):
-            raise UserError("--chat goes with none of --prompt, --prompt-file, --json and --num-samples")
+        check(self.slots >= 1, "slots", self.slots, "1 or more")
+        given = {"--prompt": self.prompt, "--prompt-file": self.prompt_file, "--prompts": self.prompts}
+        if len(both := [name for name, value in given.items() if value]) > 1:
+            raise UserError(f"{' and '.join(both)} were both given; use one of them")
+        if self.chat and (any(given.values()) or self.json or self.num_samples > 1):
+            raise UserError("--chat goes with none of --prompt, --prompt-file, --prompts, --json and --num-samples")
+        if self.out and not self.prompts:
+            raise UserError("--out goes with --prompts only")
         if self.system and not self.chat:
             raise UserError("--system goes with --chat only")
 
@@ -41,6 +50,9 @@ class SampleArgs(ModelArgs):
 def command(argv: Sequence[str]) -> int:
     """Loads a model and prints its text, as it is generated."""
     args = parse(SampleArgs, argv, "sample")
+    if args.prompts:
+        answer_prompts(args)
+        return 0
 
     from gpt_jax import runtime
     from gpt_jax.run.load import load_model
@@ -85,6 +97,39 @@ def command(argv: Sequence[str]) -> int:
         else:
             print(f"--- {i + 1} of {len(results)}\n{prompt}{result.text}")
     return 0
+
+
+def answer_prompts(args: SampleArgs) -> None:
+    """Answers the prompts of a file, each by a line of JSON."""
+    from tqdm import tqdm
+
+    from gpt_jax import runtime
+    from gpt_jax.run.load import load_model
+    from gpt_jax.sample.batch import job_name, open_answers, read_prompts, run_job
+    from gpt_jax.sample.decode import prepare_params
+    from gpt_jax.sample.engine import Engine
+
+    source, where = args.source(), "standard input" if args.prompts == "-" else args.prompts
+    prompts = read_prompts(read_prompt(args.prompts), where, args.settings)
+    n_texts = len(prompts) * args.num_samples
+    with contextlib.ExitStack() as stack:
+        done: dict[tuple[int, int], Any] = {}
+        answered: Callable[[dict[str, Any]], None] = print_json
+        if args.out:  # Before the model is loaded, which takes longer.
+            job = job_name(source.pinned, args.context_length, args.settings, args.num_samples)
+            answers = stack.enter_context(open_answers(Path(args.out), job, prompts))
+            done, answered = answers.done, answers.add
+            if len(done) == n_texts:
+                print(f"{args.out} has all {n_texts} answers already", file=sys.stderr)
+                return
+        runtime.setup()
+        model, params, tokenizer = load_model(source, args.context_length)
+        params = prepare_params(params, model.config, donate=True)
+        engine = Engine(model, params, min(args.slots, n_texts), n_tokens=tokenizer.vocab_size)
+        bar = stack.enter_context(tqdm(total=n_texts, initial=len(done), unit=" texts", disable=None))
+        for answer in run_job(engine, tokenizer, prompts, args.num_samples, done):
+            answered(answer)
+            bar.update()
 
 
 def read_prompt(name: str) -> str:

@@ -190,8 +190,8 @@ class HarnessModel(TemplateLM):
             prompt = self.tok_encode(request.args[0])[-room:] or [self.prefix_token_id]
             rows.append(Row(prompt, self.tokenizer, settings))
         with tqdm(total=len(requests), desc="generate_until", disable=disable_tqdm) as bar:
-            for number in write(self.engine, rows):
-                text = rows[number].result.text
+            for number, row in write(self.engine, rows):
+                text = row.result.text
                 self.cache_hook.add_partial("generate_until", requests[number].args, text)
                 bar.update()
         return [row.result.text for row in rows]

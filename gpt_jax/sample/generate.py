@@ -1,8 +1,9 @@
 """Generation of text: batches of prompts, stop strings, streaming, texts longer than the context."""
 
+import itertools
 import math
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -178,27 +179,32 @@ def generate_on(
     for prompt in prompts:
         check_known(prompt, engine.model, tokenizer)
     rows = [Row(prompt, tokenizer, settings, n) for prompt in prompts for n in range(num_samples)]
+    T = engine.model.config.context_length
+    engine.reserve(max((row.request(T).places for row in rows), default=0))  # At once, not bit by bit.
     for _ in write(engine, rows, on_text):
         pass
     return [row.result for row in rows]
 
 
-def write(engine: Engine, rows: Sequence[Row], on_text: Callable[[int, str], None] | None = None) -> Iterator[int]:
-    """Lets an engine that has nothing else to do write all rows. Yields the number of each row that has ended, as soon
-    as it has; when the caller stops early, the others are cancelled. on_text: as in `generate`."""
+def write(
+    engine: Engine, rows: Iterable[Row], on_text: Callable[[int, str], None] | None = None
+) -> Iterator[tuple[int, Row]]:
+    """Lets an engine that has nothing else to do write all rows, which are taken as slots become free. Yields each row
+    that has ended, with its number, as soon as it has; when the caller stops early, the others are cancelled. on_text:
+    as in `generate`."""
     T = engine.model.config.context_length
-    writing: dict[int, int] = {}  # The number of the row, by that of the request.
-    requests = [row.request(T) for row in rows]
-    engine.reserve(max((request.places for request in requests), default=0))
+    writing: dict[int, tuple[int, Row]] = {}  # By the number of the request.
+    coming = enumerate(rows)
     try:
-        for number, request in enumerate(requests):
-            writing[engine.submit(request)] = number
-        while writing:
+        while True:
+            for number, row in itertools.islice(coming, max(0, 2 * engine.n_slots - len(writing))):
+                writing[engine.submit(row.request(T))] = number, row
+            if not writing:
+                return
             for progress in engine.turn():
                 if progress.id not in writing:
                     continue
-                number = writing[progress.id]
-                row = rows[number]
+                number, row = writing[progress.id]
                 for text in row.take(progress):
                     if text and on_text:
                         on_text(number, text)
@@ -207,9 +213,9 @@ def write(engine: Engine, rows: Sequence[Row], on_text: Callable[[int, str], Non
                 if row.result.finish_reason or progress.finish_reason:
                     del writing[progress.id]
                 if row.result.finish_reason:
-                    yield number
+                    yield number, row
                 elif progress.finish_reason:  # The context is full.
-                    writing[engine.submit(row.request(T))] = number
+                    writing[engine.submit(row.request(T))] = number, row
     finally:
         for id in writing:
             engine.cancel(id)

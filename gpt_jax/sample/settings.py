@@ -1,11 +1,13 @@
 """Settings of generation. JAX is not imported, since the fields of these classes are flags of `sample`."""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any
 
 from gpt_jax.config import check
+from gpt_jax.errors import UserError
 
 MOST_BIASES = 300
 """Tokens whose logits a text may change, as in OpenAI's API."""
@@ -86,6 +88,16 @@ class Settings:
         check(ids and len(self.stop_ids) <= MOST_STOP_IDS, "stop_ids", self.stop_ids, f"at most {MOST_STOP_IDS} ids")
         few = f"between 0 and {MOST_ALTERNATIVES}"
         check(0 <= self.alternatives <= MOST_ALTERNATIVES, "alternatives", self.alternatives, few)
+
+
+def changed(settings: Settings, given: Mapping[str, Any]) -> Settings:
+    """Settings of which some fields, or of their filters, are others. Raises UserError naming an unknown field."""
+    filters = {name: value for name, value in given.items() if name in Filters.__dataclass_fields__}
+    others = {name: value for name, value in given.items() if name not in filters}
+    known = Settings.__dataclass_fields__.keys() - {"filters"}
+    for name in others.keys() - known:
+        raise UserError(f"there is no setting {name}; there are {', '.join(sorted({*known, *vars(Filters())}))}")
+    return dataclasses.replace(settings, **others, filters=dataclasses.replace(settings.filters, **filters))
 
 
 def check_numbers(settings: Any) -> None:

@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from gpt_jax.api import settings_of
 from gpt_jax.cli.parse import parse
 from gpt_jax.cli.sample import SampleArgs
 from gpt_jax.config import Config
@@ -34,7 +33,7 @@ from gpt_jax.sample.filters import (
     row_filters,
 )
 from gpt_jax.sample.generate import Result
-from gpt_jax.sample.settings import Filters, Settings
+from gpt_jax.sample.settings import Filters, Settings, changed
 from gpt_jax.train import loop
 from tests import tiny
 
@@ -353,5 +352,5 @@ def test_there_is_one_default_of_each_filter(monkeypatch: pytest.MonkeyPatch) ->
     placement: Any = SimpleNamespace(on_one_device=lambda params: params)
     loop.write_sample(GPT(tiny.GPT2), placement, {}, SimpleNamespace(tokenizer=None), Config())  # type: ignore[arg-type]
     command = parse(SampleArgs, [], "sample").settings
-    assert used[0].filters == command.filters == settings_of({}).filters == Filters()
+    assert used[0].filters == command.filters == changed(Settings(), {}).filters == Filters()
     assert Filters().top_p == 0.95

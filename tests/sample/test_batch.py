@@ -1,0 +1,170 @@
+"""Batch jobs: files of prompts, answers as they are ready, and jobs that are stopped, or killed, and go on."""
+
+import dataclasses
+import json
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gpt_jax.errors import UserError
+from gpt_jax.model.gpt import GPT
+from gpt_jax.sample.batch import Answers, Prompt, read_prompts, run_job
+from gpt_jax.sample.engine import Engine
+from gpt_jax.sample.generate import generate
+from gpt_jax.sample.settings import Filters, Settings
+from gpt_jax.tokenizer.bytes import ByteTokenizer
+from tests import tiny
+from tests.commands import refused_here, run, run_here, start
+from tests.interop.models import publish
+
+TOKENIZER = ByteTokenizer()
+CONFIG = dataclasses.replace(tiny.ONE_LAYER, context_length=64)
+SETTINGS = Settings(max_new_tokens=9, filters=Filters(1.3))
+
+
+@pytest.fixture(scope="module")
+def engine() -> Engine:
+    return Engine(GPT(CONFIG), tiny.uneven_params(CONFIG), 3, n_tokens=TOKENIZER.vocab_size)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    publish(folder, dataclasses.replace(tiny.LLAMA, context_length=64))
+    return folder
+
+
+def test_prompts_are_lines_or_objects() -> None:
+    assert read_prompts("a b\r\n\n{not json\n", "f", SETTINGS) == [
+        Prompt(1, "a b", SETTINGS),
+        Prompt(3, "{not json", SETTINGS),
+    ]
+    lines = [
+        '{"prompt": "a", "id": 7, "temperature": 0.5, "stop": ["x"]}',
+        "",
+        '{"messages": [{"role": "user", "content": "Hi"}], "max_new_tokens": 3}',
+    ]
+    first, second = read_prompts("\n".join(lines), "f", SETTINGS)
+    assert first.named == {"line": 1, "id": 7, "prompt": "a"}
+    assert first.settings == Settings(9, stop=["x"], filters=Filters(0.5))  # type: ignore[arg-type]
+    assert second.named == {"line": 3, "messages": [{"role": "user", "content": "Hi"}]}
+    assert second.settings.max_new_tokens == 3
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ("\n \n", "f has no prompts: every line is empty"),
+        ('{"prompt": "a"}\nb', "f, line 2: this is no JSON object, and the first line is one"),
+        ('{"prompt": "a"}\n[1]', "f, line 2: this is no JSON object"),
+        ('{"text": "a"}', 'f, line 1: a prompt has either "prompt", a text, or "messages"'),
+        ('{"prompt": "a", "messages": []}', "f, line 1: a prompt has either"),
+        ('{"prompt": 3}', "f, line 1: the prompt is 3, which is no text"),
+        ('{"prompt": "\\ud800"}', r"f, line 1: the prompt has half a character, '\\ud800', which is no text"),
+        ('{"messages": "a"}', "f, line 1: "),
+        ('{"prompt": "a", "temprature": 1}', "f, line 1: there is no setting temprature; there are"),
+        ('{"prompt": "a", "filters": {}}', "f, line 1: there is no setting filters"),
+        ('{"prompt": "a", "temperature": -1}', "f, line 1: temperature = -1 is not possible"),
+        ('{"prompt": "a", "top_p": NaN}', "f, line 1: top_p = nan is not possible"),
+        ('{"prompt": "a", "seed": "1"}', "f, line 1: seed = '1' is not possible: it must be a whole number"),
+    ],
+)
+def test_lines_that_are_no_prompts_are_refused(lines: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        read_prompts(lines, "f", SETTINGS)
+
+
+def test_a_job_answers_each_prompt_as_it_would_be_alone(engine: Engine) -> None:
+    prompts = [Prompt(i, "x" * (i % 7 + 1), dataclasses.replace(SETTINGS, max_new_tokens=i + 1)) for i in range(40)]
+    answers = {(a["line"], a["sample"]): a for a in run_job(engine, TOKENIZER, prompts, 2, {(3, 0), (3, 1), (5, 1)})}
+    assert answers.keys() == {(i, n) for i in range(40) for n in (0, 1)} - {(3, 0), (3, 1), (5, 1)}
+    for i in (0, 5, 39):
+        model, params, prompt = engine.model, engine.params, prompts[i]
+        expected = generate(model, params, TOKENIZER, [str(prompt.content)], prompt.settings, 2)
+        assert answers[i, 0]["tokens"] == expected[0].tokens
+        assert i == 5 or answers[i, 1]["tokens"] == expected[1].tokens
+
+
+def test_a_prompt_that_does_not_fit_ends_the_job_after_those_before_it(engine: Engine) -> None:
+    prompts = [Prompt(1, "a", SETTINGS), Prompt(2, "x" * 65, SETTINGS), Prompt(3, "b", SETTINGS)]
+    answers = run_job(engine, TOKENIZER, prompts, 1, ())
+    assert next(answers)["line"] == 1
+    with pytest.raises(UserError, match="line 2: the prompt has 65 tokens, and the model's context_length is 64"):
+        next(answers)
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]  # Texts have other ends of lines, too.
+    return sorted(map(json.loads, lines), key=lambda a: (a["line"], a["sample"]))
+
+
+def test_a_job_that_was_killed_goes_on(model: Path, tmp_path: Path) -> None:
+    """To the answers of one that was not, wherever it was killed, within the line of an answer, too."""
+    prompts, whole, out = tmp_path / "prompts.txt", tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
+    prompts.write_text("\n".join(f"prompt {i}" for i in range(300)), encoding="utf-8")
+    job = ["sample", "--model", model, "--prompts", prompts, "--max-new-tokens", 20, "--slots", 4]
+    run(*job, "--out", whole)
+    expected = lines_of(whole)
+    assert [answer["line"] for answer in expected] == list(range(1, 301))
+
+    process = start(*job, "--out", out)
+    while not out.exists() or out.read_bytes().count(b"\n") < 20:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    content = out.read_bytes()
+    assert content.count(b"\n") < 300
+    out.write_bytes(content[:-7])
+    run(*job, "--out", out)
+    assert lines_of(out) == expected
+    _, err = run(*job, "--out", out)
+    assert "has all 300 answers already" in err
+    assert lines_of(out) == expected
+
+
+def test_answers_of_another_job_are_left_alone(model: Path, tmp_path: Path) -> None:
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "out.jsonl"
+    prompts.write_text("a\nb\n", encoding="utf-8")
+    job = ["sample", "--model", model, "--prompts", prompts, "--out", out, "--max-new-tokens", 3]
+    run_here(*job)
+    before = out.read_bytes()
+    assert "answers of another model, or of other settings; take another --out" in refused_here(*job, "--seed=1")
+    prompts.write_text("a\nc\n", encoding="utf-8")
+    assert "answers another prompt at line 2; take another --out" in refused_here(*job)
+    assert out.read_bytes() == before
+    out.write_text("a text\n", encoding="utf-8")
+    assert "line 1: this is no answer of such a job; take another --out" in refused_here(*job)
+    assert out.read_text(encoding="utf-8") == "a text\n"
+    assert "cannot be written: --out is a file, in a folder" in refused_here(*job, f"--out={tmp_path / 'no' / 'out'}")
+
+
+def test_answers_that_cannot_be_written_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = Answers(tmp_path / "out", "job")
+    answers.add({"line": 1, "sample": 0})
+
+    def full(*args: Any, **kwargs: Any) -> Any:
+        raise OSError(28, "No space left on device")
+
+    write: Callable[..., Any] = Path.open
+    monkeypatch.setattr(Path, "open", full)
+    with pytest.raises(UserError, match=r"could not be written \(No space left on device\); the answers before stay"):
+        answers.add({"line": 2, "sample": 0})
+    monkeypatch.setattr(Path, "open", write)
+    answers.add({"line": 3, "sample": 0})
+    assert [answer["line"] for answer in lines_of(tmp_path / "out")] == [1, 3]
+
+
+def test_without_a_file_answers_are_printed(model: Path, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "a", "temperature": 0}\n{"prompt": "b", "id": "second"}\n', encoding="utf-8")
+    out, _ = run_here("sample", "--model", model, "--prompts", prompts, "--max-new-tokens", 3)
+    answers = sorted(map(json.loads, out.split("\n")[:-1]), key=lambda answer: answer["line"])
+    assert [answer["prompt"] for answer in answers] == ["a", "b"]
+    assert answers[1]["id"] == "second"
+    alone, _ = run_here("sample", "--model", model, "--prompt", "a", "--temperature=0", "--json", "--max-new-tokens", 3)
+    assert json.loads(alone)["text"] == answers[0]["text"]
