@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from gpt_jax.cli.terminal import print_error
 from gpt_jax.errors import UserError
-from gpt_jax.sample.chat import Message, answer, check_chat, message
+from gpt_jax.sample.chat import Message, answer, beginning, check_chat, message
 from gpt_jax.sample.engine import Engine
 from gpt_jax.sample.settings import Settings
 from gpt_jax.tokenizer.tokenizer import Tokenizer
@@ -39,6 +39,8 @@ def chat(
     interrupted = False  # By one Ctrl-C at the prompt, which may have been meant for an answer that had just ended.
     while True:
         try:
+            if history:  # The device reads the last answer while the user writes, so that the next one begins sooner.
+                engine.read(beginning(tokenizer, system, history))
             text = ask().strip()
             interrupted = False
             if not text:

@@ -1,5 +1,6 @@
 """Conversations: their turns as tokens that fit the context, and the answer to the last one."""
 
+import itertools
 from collections.abc import Callable
 
 from gpt_jax.errors import UserError
@@ -46,7 +47,17 @@ def answer(
             say("\n")
             return history[:-1]
     say("\n")
-    return [*history, message("assistant", "".join(pieces).strip())]
+    history = [*history, message("assistant", "".join(pieces).strip())]
+    engine.read(beginning(tokenizer, system, history))  # While the user writes, so that the next answer begins sooner.
+    return history
+
+
+def beginning(tokenizer: Tokenizer, system: str | None, history: list[Message]) -> list[int]:
+    """The tokens with which the prompt begins, whatever the user says next, as far as the template lets us know."""
+    first, second = (tokenizer.encode_chat(conversation(system, [*history, message("user", s)])) for s in ("a", "b"))
+    return [
+        token for token, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False))
+    ]
 
 
 def fit(

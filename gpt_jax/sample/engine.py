@@ -7,6 +7,7 @@ computed is in decode.py. One thread uses an engine.
 
 import secrets
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -184,12 +185,28 @@ class Engine:
         return not self.tasks and self.pending is None
 
     def turn(self) -> list[Progress]:
-        """Goes on with all requests, and returns what has become of them since the last turn. Whatever is raised, such
-        as KeyboardInterrupt, leaves the engine as `reset` does, since arrays that were donated are gone."""
-        try:
+        """Goes on with all requests, and returns what has become of them since the last turn."""
+        with self._or_reset():
             self._read()
             before, self.pending = self.pending, self._decode()
             return [] if before is None else list(self._take(*before))
+
+    def read(self, tokens: Sequence[int]) -> None:
+        """Reads the whole chunks of a prompt to come, as far as they fit into the context, while nothing else is to be
+        done. Does not wait for the device."""
+        n = min(len(tokens), self.model.config.context_length)
+        tokens = list(tokens[: n // self.chunk * self.chunk])
+        with self._or_reset():
+            self.reserve(len(tokens))
+            while not self._holds(tokens):
+                self._read_chunk(tokens)
+
+    @contextmanager
+    def _or_reset(self) -> Iterator[None]:
+        """Whatever is raised inside, such as KeyboardInterrupt, leaves the engine as `reset` does, since arrays that
+        were donated are gone."""
+        try:
+            yield
         except BaseException:
             self.reset()
             raise
@@ -222,7 +239,7 @@ class Engine:
                 if not may_read:
                     return
                 self.reserve(len(tokens))
-                self._read_chunk(tokens, task)
+                task.computed += self._read_chunk(tokens)
                 may_read = False
             if self._holds(tokens):
                 self._insert(task)
@@ -232,8 +249,8 @@ class Engine:
         n = len(tokens) // self.chunk * self.chunk  # The rest is padded by itself, and so must be the same.
         return self.held[:n] == tokens[:n] and (len(tokens) == n or self.held == tokens)
 
-    def _read_chunk(self, tokens: list[int], task: Task) -> None:
-        """Reads the chunk after the longest prefix that is there."""
+    def _read_chunk(self, tokens: list[int]) -> int:
+        """Reads the chunk after the longest prefix that is there; returns the number of tokens that were computed."""
         n = whole_chunks_alike(self.held, tokens, self.chunk)
         places = self.prefixes.find((), tokens)
         if len(places) * self.chunk > n:
@@ -241,18 +258,18 @@ class Engine:
             self._move("prompt_cache", "kept", [(0, i * self.chunk, places[i], 0) for i in range(first, len(places))])
             self.held = tokens[:n]
             if self._holds(tokens):
-                return
+                return 0
         part = tokens[n : n + self.chunk]
         padded = np.zeros((1, next(size for size in chunk_sizes(self.model.config) if size >= len(part))), np.int32)
         padded[0, : len(part)] = part
         self.prompt_cache = prefill_chunk(self.model, self.params, self.prompt_cache, padded, np.int32(n))
         self.held = tokens[: n + len(part)]
-        task.computed += len(part)
         self.counts.chunks += 1
         if len(part) == self.chunk and self.kept:
             place = self.prefixes.add((), self.held)
             if place is not None:
                 self._move("kept", "prompt_cache", [(place, 0, 0, n)])
+        return len(part)
 
     def _move(self, target: str, source: str, moves: list[tuple[int, int, int, int]]) -> None:
         """Copies chunks between the caches of these names."""

@@ -37,6 +37,7 @@ from tests.published import byte_level
 TOKENIZER = load_tokenizer(byte_level())
 SETTINGS = Settings(max_new_tokens=8, filters=Filters(temperature=0))
 MODEL = GPT(dataclasses.replace(tiny.ONE_LAYER, vocab_size=TOKENIZER.vocab_size, context_length=128))
+MODEL_OF_512 = GPT(dataclasses.replace(MODEL.config, context_length=512))
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +85,26 @@ def talk(
     engine = Engine(MODEL, params, 1, n_tokens=tokenizer.vocab_size)
     assert chat(engine, tokenizer, settings, system, ask, both) is succeeds
     return "".join(said)
+
+
+def test_an_answer_is_read_while_the_user_writes(params: Params) -> None:
+    """So the next prompt finds the conversation, and only what is new, less than a chunk, is read with it."""
+    engine = Engine(MODEL_OF_512, tiny.initial_params(MODEL_OF_512.config), 1, n_tokens=TOKENIZER.vocab_size)
+    lines = iter(["x" * 150, "and now?"])
+    chunks: list[int] = []
+
+    def ask() -> str:
+        chunks.append(engine.counts.chunks)
+        for line in lines:
+            return line
+        raise EOFError
+
+    settings = dataclasses.replace(SETTINGS, max_new_tokens=60)
+    chat(engine, TOKENIZER, settings, None, ask, lambda text: None)
+    held = len(engine.held)
+    assert held % 128 == 0
+    assert held > 128
+    assert chunks[2] - chunks[1] <= 2  # The rest of the second prompt, and the chunk that its answer fills.
 
 
 def turn(role: str, content: str) -> str:
