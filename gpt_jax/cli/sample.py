@@ -57,7 +57,8 @@ def command(argv: Sequence[str]) -> int:
     from gpt_jax import runtime
     from gpt_jax.run.load import load_model
     from gpt_jax.sample.decode import prepare_params
-    from gpt_jax.sample.generate import encode_prompt, generate
+    from gpt_jax.sample.engine import check_request
+    from gpt_jax.sample.generate import Row, encode_prompt, generate
 
     prompts = [read_prompt(args.prompt_file)] if args.prompt_file else list(args.prompt) or [""]
     runtime.setup()
@@ -76,7 +77,9 @@ def command(argv: Sequence[str]) -> int:
 
     streams = len(prompts) * args.num_samples == 1 and not args.json
     if streams:
-        encode_prompt(prompts[0], tokenizer, model.config.context_length)  # Raises before the prompt is printed.
+        T = model.config.context_length  # What is raised, is raised before the prompt is printed.
+        tokens = encode_prompt(prompts[0], tokenizer, T)
+        check_request(Row(tokens, tokenizer, args.settings).request(T), model, tokenizer.vocab_size)
         print(prompts[0], end="", flush=True)
     results = generate(
         model,
