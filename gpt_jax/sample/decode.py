@@ -172,15 +172,24 @@ def prefill_chunk(model: GPT, params: Params, cache: kv.Cache, tokens_1T: jax.Ar
     return forward_cached(model, params, tokens_1T, cache, start[None])[1]
 
 
+@functools.partial(jax.jit, static_argnames="model")
+def prefill_short(model: GPT, params: Params, tokens_PT: jax.Array) -> kv.Cache:
+    """A cache of P sequences and T places, with prompts that are shorter than the longest chunk; padded as in
+    `prefill_chunk`. Short prompts that are read together fill the matrix units as a chunk does."""
+    cache = kv.init_cache(model.config, *tokens_PT.shape)
+    return forward_cached(model, params, tokens_PT, cache, jnp.zeros(len(tokens_PT), jnp.int32))[1]
+
+
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="state")
 def insert(
-    model: GPT, state: DecodeState, slot: jax.Array, row: Row, cache: kv.Cache, n_chunks: jax.Array
+    model: GPT, state: DecodeState, slot: jax.Array, row: Row, cache: kv.Cache, at: jax.Array, n_chunks: jax.Array
 ) -> DecodeState:
-    """Puts a sequence into a slot. cache: of one sequence, of which n_chunks of the longest size are copied."""
-    places = chunk_sizes(model.config)[-1]
+    """Puts a sequence into a slot. cache: of prompts, of whose row `at` n_chunks of the longest size are copied, or all
+    that it has if that is less."""
+    places = min(chunk_sizes(model.config)[-1], cache[0].k_XSK.shape[1])
 
     def copy(i: jax.Array, target: kv.Cache) -> kv.Cache:
-        return copy_chunk(model.config, target, (slot, i * places), cache, (0, i * places))
+        return copy_chunk(model.config, target, (slot, i * places), cache, (at, i * places), places)
 
     copied = jax.lax.fori_loop(0, n_chunks, copy, state.cache)
     return DecodeState(copied, jax.tree.map(lambda rows, one: rows.at[slot].set(one), state.rows, row))
@@ -193,20 +202,26 @@ def move_chunks(model: GPT, target: kv.Cache, source: kv.Cache, moves_N4: jax.Ar
 
     def move(i: jax.Array, target: kv.Cache) -> kv.Cache:
         to_row, to_place, from_row, from_place = moves_N4[i]
-        return copy_chunk(model.config, target, (to_row, to_place), source, (from_row, from_place))
+        places = chunk_sizes(model.config)[-1]
+        return copy_chunk(model.config, target, (to_row, to_place), source, (from_row, from_place), places)
 
     return jax.lax.fori_loop(0, n, move, target)
 
 
 def copy_chunk(
-    config: ModelConfig, target: kv.Cache, at: tuple[Any, jax.Array], source: kv.Cache, of: tuple[Any, jax.Array]
+    config: ModelConfig,
+    target: kv.Cache,
+    to: tuple[Any, jax.Array],
+    source: kv.Cache,
+    of: tuple[Any, jax.Array],
+    places: int,
 ) -> kv.Cache:
-    """The target with a chunk of the longest size, copied from a row and place of the source to those of the target."""
-    G, K, places = config.kv_heads, config.head_dim, chunk_sizes(config)[-1]
+    """The target with so many places copied, from a row and place of the source to those of the target."""
+    G, K = config.kv_heads, config.head_dim
 
     def copy(to_XSK: jax.Array, from_XSK: jax.Array) -> jax.Array:
         chunk = jax.lax.dynamic_slice(from_XSK, (of[0] * G, of[1], 0), (G, places, K))
-        return jax.lax.dynamic_update_slice(to_XSK, chunk, (at[0] * G, at[1], 0))
+        return jax.lax.dynamic_update_slice(to_XSK, chunk, (to[0] * G, to[1], 0))
 
     return jax.tree.map(copy, target, source)
 

@@ -30,6 +30,7 @@ from gpt_jax.sample.decode import (
     make_row,
     move_chunks,
     prefill_chunk,
+    prefill_short,
     prepare_params,
 )
 from gpt_jax.sample.prefixes import Prefixes
@@ -88,6 +89,9 @@ class Task:
 
     request: Request
     ticket: Ticket
+    prompt: list[
+        int
+    ]  # The tokens that are read before it writes: all but the last, which is read with the first block.
     left: int  # Tokens that are still to come, at most.
     computed: int = 0  # Tokens of the prompt that were read for it.
 
@@ -156,6 +160,8 @@ class Engine:
     def forget(self) -> None:
         """Forgets what was read, so that prompts are read anew."""
         self.held: list[int] = []  # The tokens in the cache of a prompt.
+        self.short_held: list[list[int]] = []  # Those of the short prompts that were read together last,
+        self.short_cache: kv.Cache = ()  # and their cache.
         self.prefixes = Prefixes(self.n_kept, self.chunk)
 
     def submit(self, request: Request) -> int:
@@ -164,7 +170,8 @@ class Engine:
         check_request(request, self.model, self.n_tokens)
         ticket = Ticket(self.next_id, request.places, request.client)
         self.scheduler.add(ticket)
-        self.tasks[ticket.id] = Task(request, ticket, request.max_new_tokens)
+        prompt = list(request.tokens[request.start : -1])
+        self.tasks[ticket.id] = Task(request, ticket, prompt, request.max_new_tokens)
         self.next_id += 1
         self.counts.requests += 1
         return ticket.id
@@ -230,19 +237,57 @@ class Engine:
         self.places = wanted
 
     def _read(self) -> None:
-        """Reads at most one chunk. Whatever has been read is put into its slot."""
+        """Reads at most one chunk, or short prompts that make up one. Whatever has been read is put into its slot."""
         may_read = True
         while ticket := self.scheduler.next_to_read():
             task = self.tasks[ticket.id]
-            tokens = list(task.request.tokens[task.request.start : -1])  # The last one is read with the first block.
-            if not self._holds(tokens):
+            if not self._is_read(task.prompt):
                 if not may_read:
                     return
-                self.reserve(len(tokens))
-                task.computed += self._read_chunk(tokens)
+                if self._rows(len(task.prompt)) > 1:
+                    self._read_short(task)
+                else:
+                    self.reserve(len(task.prompt))
+                    task.computed += self._read_chunk(task.prompt)
                 may_read = False
-            if self._holds(tokens):
-                self._insert(task)
+            for ticket in list(self.scheduler.reading):
+                if self._is_read(self.tasks[ticket.id].prompt):
+                    self._insert(self.tasks[ticket.id])
+
+    def _is_read(self, tokens: list[int]) -> bool:
+        """True when the tokens are in the cache of prompts of their length."""
+        return tokens in self.short_held if self._rows(len(tokens)) > 1 else self._holds(tokens)
+
+    def _size(self, n: int) -> int:
+        """The least size of a chunk for n tokens."""
+        return next(size for size in chunk_sizes(self.model.config) if size >= n)
+
+    def _rows(self, n: int) -> int:
+        """How many prompts of n tokens are read at once: as many as make up a chunk, if there are slots for them."""
+        return min(self.n_slots, self.chunk // self._size(n)) if 0 < n < self.chunk else 1
+
+    def _read_short(self, task: Task) -> None:
+        """Reads a short prompt, and those behind it that are as short."""
+        size, rows = self._size(len(task.prompt)), self._rows(len(task.prompt))
+        self.short_held = [task.prompt]
+        task.computed = len(task.prompt)
+
+        def fits(ticket: Ticket) -> bool:
+            prompt = self.tasks[ticket.id].prompt
+            if prompt in self.short_held:
+                return True
+            return len(self.short_held) < rows and 0 < len(prompt) < self.chunk and self._size(len(prompt)) == size
+
+        while ticket := self.scheduler.take(fits):
+            other = self.tasks[ticket.id]
+            if other.prompt not in self.short_held:
+                self.short_held.append(other.prompt)
+                other.computed = len(other.prompt)
+        tokens_PT = np.zeros((rows, size), np.int32)
+        for padded, tokens in zip(tokens_PT, self.short_held, strict=False):
+            padded[: len(tokens)] = tokens
+        self.short_cache = prefill_short(self.model, self.params, tokens_PT)
+        self.counts.chunks += 1
 
     def _holds(self, tokens: list[int]) -> bool:
         """True when all of the tokens have been read, as they are read when nothing is there."""
@@ -260,7 +305,7 @@ class Engine:
             if self._holds(tokens):
                 return 0
         part = tokens[n : n + self.chunk]
-        padded = np.zeros((1, next(size for size in chunk_sizes(self.model.config) if size >= len(part))), np.int32)
+        padded = np.zeros((1, self._size(len(part))), np.int32)
         padded[0, : len(part)] = part
         self.prompt_cache = prefill_chunk(self.model, self.params, self.prompt_cache, padded, np.int32(n))
         self.held = tokens[: n + len(part)]
@@ -296,8 +341,10 @@ class Engine:
         )
         length = int(row.length)
         self.reserve(request.places)
-        n_chunks = np.int32(-(-length // self.chunk))
-        self.state = insert(self.model, self.state, np.int32(slot), row, self.prompt_cache, n_chunks)
+        cache, at, n_chunks = self.prompt_cache, 0, -(-length // self.chunk)
+        if self._rows(length) > 1:
+            cache, at = self.short_cache, self.short_held.index(task.prompt)
+        self.state = insert(self.model, self.state, np.int32(slot), row, cache, np.int32(at), np.int32(n_chunks))
         self.filled[slot], self.ends[slot] = length, request.places
         self.dropped[slot], self.is_new = False, True
         self.counts.prompt_tokens += length
@@ -348,7 +395,7 @@ class Engine:
             if reason:
                 self.scheduler.end(task.ticket)
                 del self.tasks[task.ticket.id]
-            reused = len(request.tokens) - 1 - request.start - task.computed
+            reused = len(task.prompt) - task.computed
             yield Progress(task.ticket.id, tokens, logprobs, drawn_logprobs, alternatives, reason, reused)
 
 

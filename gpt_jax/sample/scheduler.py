@@ -1,10 +1,12 @@
 """Which request is read next, into which slot, and who writes: plain Python over small records, without a device.
 
-A request waits, its prompt is read, it writes, and it is gone. At most one prompt is being read at a time, into a slot
-that is kept free for it. Clients take turns, and the requests of a client are taken in the order in which they came.
+A request waits, its prompt is read, it writes, and it is gone. One prompt is being read at a time, or several that are
+read at once, each for a slot that is kept free for it. Clients take turns, and the requests of a client are taken in
+the order in which they came.
 """
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,7 +39,7 @@ class Scheduler:
         self.free = deque(range(n_slots))  # The slot that has been free for the longest time is taken first.
         self.queues: dict[str, deque[Ticket]] = {}  # Of each client that waits; the one whose turn it is first.
         self.tickets: dict[int, Ticket] = {}
-        self.reading: Ticket | None = None
+        self.reading: list[Ticket] = []  # The one that is read first is the first.
         self.writing: dict[int, Ticket] = {}  # By slot.
         self.n_waiting = self.n_waiting_tokens = 0
 
@@ -61,21 +63,28 @@ class Scheduler:
 
     def next_to_read(self) -> Ticket | None:
         """The request whose prompt is being read, or else the next one, if there is a slot for it."""
-        if self.reading is None and self.queues and self.free:
-            client = next(iter(self.queues))
-            queue = self.queues.pop(client)
-            ticket = queue.popleft()
-            if queue:
-                self.queues[client] = queue  # Behind the other clients.
-            self._count(ticket, -1)
-            ticket.slot, ticket.state = self.free.popleft(), "reading"
-            self.reading = ticket
-        return self.reading
+        if not self.reading:
+            self.take(lambda ticket: True)
+        return self.reading[0] if self.reading else None
+
+    def take(self, fits: Callable[[Ticket], bool]) -> Ticket | None:
+        """Lets the next request be read, too, if there is a slot for it and `fits` is true of it; else returns None."""
+        client = next(iter(self.queues), None)
+        if client is None or not self.free or not fits(self.queues[client][0]):
+            return None
+        queue = self.queues.pop(client)
+        ticket = queue.popleft()
+        if queue:
+            self.queues[client] = queue  # Behind the other clients.
+        self._count(ticket, -1)
+        ticket.slot, ticket.state = self.free.popleft(), "reading"
+        self.reading.append(ticket)
+        return ticket
 
     def write(self, ticket: Ticket) -> None:
         """Lets the request that was read write."""
-        assert ticket is self.reading
-        self.reading, ticket.state = None, "writing"
+        self.reading.remove(ticket)
+        ticket.state = "writing"
         self.writing[ticket.slot] = ticket
 
     def end(self, ticket: Ticket) -> None:
@@ -87,7 +96,7 @@ class Scheduler:
                 del self.queues[ticket.client]
             self._count(ticket, -1)
         elif ticket.state == "reading":
-            self.reading = None
+            self.reading.remove(ticket)
             self.free.append(ticket.slot)
         elif ticket.state == "writing":
             del self.writing[ticket.slot]

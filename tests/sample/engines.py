@@ -38,7 +38,7 @@ def random_requests(seed: int, n: int, longest: int = CONTEXT) -> list[Request]:
     beginnings = [rng.integers(0, 256, longest).tolist() for _ in range(3)]
     requests: list[Request] = []
     for i in range(n):
-        shared = beginnings[rng.integers(3)][: rng.integers(0, longest)]
+        shared = beginnings[rng.integers(3)][: rng.integers(0, longest) if rng.random() < 0.7 else rng.integers(0, 30)]
         tokens = [*shared, *rng.integers(0, 256, rng.integers(1, 40)).tolist()][: longest - 50]
         if requests and rng.random() < 0.2:
             tokens = list(requests[-1].tokens)

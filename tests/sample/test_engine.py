@@ -86,6 +86,19 @@ def test_samples_of_a_prompt_read_it_once() -> None:
     assert len({tuple(answer[0]) for answer in answers}) == 7
 
 
+def test_short_prompts_are_read_together() -> None:
+    """As many as make up a chunk, those that are the same once; one of another size waits for its turn."""
+    e = engine("llama")
+    e.reset()
+    chunks = e.counts.chunks
+    shorts = [Request([i] * (12 + i), 10, GREEDY) for i in (0, 1, 2, 1)]
+    together = Answers(e).all([*shorts[:2], shorts[1], *shorts[2:], Request([5] * 100, 10, GREEDY)])
+    assert e.counts.chunks == chunks + 3  # There are three slots; the last of them found its prompt gone.
+    for request, answer in zip(shorts, [*together[:2], together[3]], strict=False):
+        e.reset()
+        assert Answers(e).all([request]) == [answer]
+
+
 def test_what_was_read_before_is_not_read_again() -> None:
     """A conversation goes on: only what is new, and the rest of a chunk, is read. Another one in between leaves what is
     kept, and counts say so."""

@@ -32,6 +32,18 @@ def test_requests_are_taken_in_their_order_while_there_are_slots() -> None:
     assert (write_next(s).id, s.writing[first.slot].id) == (2, 2)
 
 
+def test_others_are_read_with_the_next_one_while_they_fit() -> None:
+    s = scheduler(n_slots=3)
+    for i, n_tokens in enumerate([5, 5, 50, 5]):
+        s.add(Ticket(i, n_tokens))
+    s.next_to_read()
+    assert s.take(lambda ticket: ticket.n_tokens == 5) is s.tickets[1]
+    assert s.take(lambda ticket: ticket.n_tokens == 5) is None  # Nobody overtakes the third.
+    assert [ticket.id for ticket in s.reading] == [0, 1]
+    s.write(s.reading[1])
+    assert s.next_to_read() is s.tickets[0]
+
+
 def test_clients_take_turns() -> None:
     s = scheduler(n_slots=10)
     for i, client in enumerate(["a", "a", "a", "b", "c", "b"]):
@@ -54,7 +66,9 @@ def test_no_more_wait_than_may() -> None:
     assert (s.n_waiting, s.n_waiting_tokens) == (2, 51)
 
 
-@given(st.integers(1, 4), st.lists(st.tuples(st.sampled_from(["add", "read", "write", "end"]), st.integers(0, 9))))
+@given(
+    st.integers(1, 4), st.lists(st.tuples(st.sampled_from(["add", "read", "take", "write", "end"]), st.integers(0, 9)))
+)
 def test_no_slot_is_lost_and_none_is_given_twice(n_slots: int, steps: list[tuple[str, int]]) -> None:
     s = scheduler(n_slots)
     for i, (step, number) in enumerate(steps):
@@ -62,11 +76,13 @@ def test_no_slot_is_lost_and_none_is_given_twice(n_slots: int, steps: list[tuple
             s.add(Ticket(i, number, f"client {number % 3}"))
         elif step == "read":
             s.next_to_read()
+        elif step == "take":
+            s.take(lambda ticket, number=number: ticket.n_tokens > number)  # type: ignore[misc]
         elif step == "write" and s.reading:
-            s.write(s.reading)
+            s.write(s.reading[number % len(s.reading)])
         elif step == "end" and s.tickets:
             s.end(list(s.tickets.values())[number % len(s.tickets)])
-        reading = [s.reading.slot] if s.reading else []
+        reading = [ticket.slot for ticket in s.reading]
         assert sorted([*s.free, *s.writing, *reading]) == list(range(n_slots))
         assert all(slot == ticket.slot for slot, ticket in s.writing.items())
         waiting = [ticket for queue in s.queues.values() for ticket in queue]
