@@ -18,7 +18,8 @@ from gpt_jax.model.flops import FLOPS_FORMULA, flops_per_token
 from gpt_jax.model.forward import init_params
 from gpt_jax.model.gpt import GPT, Params
 from gpt_jax.placement import Placement, choose_placement
-from gpt_jax.run.checkpoint import Checkpoints, data_facts, tree_fingerprint
+from gpt_jax.run.checkpoint import Checkpoints, data_facts
+from gpt_jax.run.checksums import tree_fingerprint
 from gpt_jax.run.folder import RunFolder
 from gpt_jax.sample.generate import encode_prompt, generate
 from gpt_jax.sample.settings import Settings

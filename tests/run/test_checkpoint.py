@@ -14,7 +14,8 @@ import pytest
 
 from gpt_jax.errors import UserError
 from gpt_jax.placement import Placement
-from gpt_jax.run.checkpoint import CHUNK_BYTES, Checkpoints, DamagedCheckpointError, named_checksums
+from gpt_jax.run.checkpoint import CHUNK_BYTES, Checkpoints, DamagedCheckpointError
+from gpt_jax.run.checksums import named_checksums
 
 
 def make(seed: int) -> tuple[Any, Any]:
