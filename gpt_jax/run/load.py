@@ -188,7 +188,7 @@ class RunSource:
                 return base, tree_fingerprint(base)
 
             base = self.checked_base(load, meta.get("base"))
-            params = placement.make(lambda params: fold(params, model.lora), join(params, base))
+            params = placement.make(lambda base, own: fold(join(base, own), model.lora), base, params, donate=(0,))
         if model.positions == "learned" and model.context_length > T:
             params |= placement.make(lambda x_TD: {"positions_TD": x_TD[:T]}, params["positions_TD"])
         return params

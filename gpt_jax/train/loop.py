@@ -52,7 +52,7 @@ def train(config: Config, data: Dataset, resume: bool = False, profile: bool = F
     before the first step is done, these signals do what they did before.
     """
     run, seed = RunFolder(Path(config.out_dir)), config.train.seed
-    placement = choose_placement(config.parallel, config.model, runtime.choose_devices(config))
+    placement = choose_placement(config.parallel, config.model, runtime.choose_devices(config.parallel))
     n_micro = placement.microbatches(config.data.batch_size, config.data.microbatch_size)
     rows = placement.rows(config.data.batch_size, n_micro)  # Those that this host loads.
     batches = TrainBatches(data.train, config.model.context_length, config.data.batch_size, seed)
