@@ -5,6 +5,8 @@ parameters in its own placement, and export reads them part by part, on no devic
 """
 
 import dataclasses
+import hashlib
+import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -76,6 +78,10 @@ class Source(Protocol):
     def check(self) -> None:
         """Raises UserError when parameters are missing, or have other shapes than the configuration asks for."""
 
+    def ingredients(self) -> str | None:
+        """A hash of what the parameters are computed from, where adapters are folded into them: products are rounded in
+        other ways on other devices and meshes, so that their values cannot be compared. None: they can."""
+
     def load_params(self, config: ModelConfig, placement: Placement) -> Params:
         """The parameters for `config` without its adapters, float32, placed like those of a training state. `config`
         has the architecture of the source, and may have another context. Raises UserError."""
@@ -121,6 +127,10 @@ class PublishedSource:
     def check(self) -> None:
         """See Source."""
         interop.check_files(self.files)
+
+    def ingredients(self) -> str | None:
+        """See Source."""
+        return None
 
     def load_params(self, config: ModelConfig, placement: Placement) -> Params:
         """See Source."""
@@ -183,11 +193,10 @@ class RunSource:
             params = placement.from_checkpoint(checkpoints.restore(step, "params", target))
         if model.lora.rank:
 
-            def load(source: Source) -> tuple[Params, str]:
-                base = source.load_params(self.config, placement)
-                return base, tree_fingerprint(base)
+            def load(source: Source) -> Params:
+                return source.load_params(self.config, placement)
 
-            base = self.checked_base(load, meta.get("base"))
+            base = self.base(load, tree_fingerprint, meta.get("base"))
             params = placement.make(lambda base, own: fold(join(base, own), model.lora), base, params, donate=(0,))
         if model.positions == "learned" and model.context_length > T:
             params |= placement.make(lambda x_TD: {"positions_TD": x_TD[:T]}, params["positions_TD"])
@@ -200,13 +209,13 @@ class RunSource:
             read = checkpoints.open_parts(step, "params", self.saved_shapes())
         if self.saved.model.lora.rank:
 
-            def load(source: Source) -> tuple[ReadPart, str]:
-                base = source.open_params(self.config)
-                return base, fingerprint(named_checksums_of_parts(base, leaf_shapes(interop.param_shapes(self.config))))
+            def values(base: ReadPart) -> str:
+                return fingerprint(named_checksums_of_parts(base, leaf_shapes(interop.param_shapes(self.config))))
 
+            base = self.base(lambda source: source.open_params(self.config), values, meta.get("base"))
             shapes = leaf_shapes(self.saved_shapes())
             adapters = {leaf: [read(leaf, i) for i in range(n_parts(leaf, shape))] for leaf, shape in shapes.items()}
-            read = folded_parts(self.checked_base(load, meta.get("base")), adapters, self.saved.model.lora)
+            read = folded_parts(base, adapters, self.saved.model.lora)
         T = config.context_length
         return lambda leaf, i: read(leaf, i)[:T] if leaf == "positions_TD" else read(leaf, i)
 
@@ -225,17 +234,38 @@ class RunSource:
             raise UserError(f"the tokenizer in {self.folder} is not the one that checkpoint {step} was trained with")
         return step, meta
 
-    def checked_base(self, load: Callable[[Source], tuple[Base, str]], fingerprint: str | None) -> Base:
-        """The model that the run's adapters were trained on. load: loads it, and gives its fingerprint, too. Raises
-        UserError when it is missing or has changed."""
+    def base(self, load: Callable[[Source], Base], values: Callable[[Base], str], fingerprint: str | None) -> Base:
+        """The model that the run's adapters were trained on, and whose fingerprint was saved with them.
+
+        load: loads it. values: gives the fingerprint of its values, which earlier versions always saved, see
+        `fingerprint_of`. Raises UserError when it is missing or has changed.
+        """
         name = self.saved.init_from
         try:
-            base, now = load(open_source(name))
+            source = open_source(name)
+            base = load(source)
+            is_same = fingerprint == source.ingredients() or fingerprint == values(base)
         except UserError as e:
             raise UserError(f"the run's adapters need the model that they were trained on: {e}") from e
-        if now != fingerprint:
+        if not is_same:
             raise UserError(f"the adapters in {self.folder} were trained on another model than {name} now is")
         return base
+
+    def ingredients(self) -> str | None:
+        """See Source."""
+        lora = self.saved.model.lora
+        if not lora.rank:
+            return None
+        with Checkpoints(self.folder.checkpoints, read_only=True) as checkpoints:
+            _, meta = self.chosen(checkpoints)
+        facts = [meta["checksums"]["params"], meta.get("base"), lora.rank, lora.alpha]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def fingerprint_of(source: Source, params: Params) -> str:
+    """What a checkpoint of adapters says of the model that they were trained on: a hash of its values, or of what they
+    were computed from. params: as `source` loaded them."""
+    return source.ingredients() or tree_fingerprint(params)
 
 
 fold_layer = jax.jit(fold, static_argnums=1)

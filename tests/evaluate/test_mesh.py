@@ -97,11 +97,12 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_run(folder / "run", GPT2, tiny.random_params(GPT2))
     publish(folder / "published", LLAMA)
     save_adapters(folder / "adapted", folder / "published", LoraConfig(rank=2))
+    save_adapters(folder / "twice", folder / "adapted", LoraConfig(rank=3))
     return folder
 
 
 @pytest.mark.parametrize("mesh", [name for name in MESHES if name != "pmap"])
-@pytest.mark.parametrize("name", ["run", "published", "adapted"])
+@pytest.mark.parametrize("name", ["run", "published", "adapted", "twice"])
 def test_no_device_holds_more_than_its_share(sources: Path, name: str, mesh: str) -> None:
     """With a shorter context, too, for which learned positions are cut."""
     source = open_source(str(sources / name))

@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from gpt_jax.placement import Placement
 from gpt_jax.run.checkpoint import Checkpoints
 from gpt_jax.run.checksums import tree_fingerprint
 from gpt_jax.run.folder import RunFolder
-from gpt_jax.run.load import adopt, load_model, open_source
+from gpt_jax.run.load import Source, adopt, fingerprint_of, load_model, open_source
 from gpt_jax.tokenizer.bytes import ByteTokenizer
 from tests import tiny
 from tests.commands import ROOT, environment, refused_here
@@ -45,18 +46,21 @@ def save_run(folder: Path, model: ModelConfig, params: Params, init_from: str = 
     return run
 
 
-def save_adapters(folder: Path, init_from: Path, lora: LoraConfig) -> RunFolder:
-    """Writes a run of adapters on another model."""
+def save_adapters(
+    folder: Path, init_from: Path, lora: LoraConfig, of: Callable[[Source, Params], str] = fingerprint_of
+) -> RunFolder:
+    """Writes a run of adapters on another model. of: gives the fingerprint of that model."""
     source = open_source(str(init_from))
     model = adopt(source, ModelConfig(context_length=24, lora=lora))
-    base = tree_fingerprint(source.load_params(model, Placement(jax.devices()[:1])))
+    base = of(source, source.load_params(model, Placement(jax.devices()[:1])))
     adapters, _ = split(tiny.random_params(model))
     return save_run(folder, model, adapters, source.pinned, base)
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Runs of all kinds; `adapted` was trained on a published model, and `twice` on the checkpoint of `adapted`."""
+    """Runs of all kinds; `adapted` was trained on a published model, and `twice` on `adapted`, once by an earlier
+    version."""
     folder = tmp_path_factory.mktemp("runs")
     models = {
         "gpt2": dataclasses.replace(tiny.GPT2, **SIZES),
@@ -69,6 +73,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_adapters(folder / "adapted", folder / "published", ADAPTERS)
     few = dataclasses.replace(ADAPTERS, rank=2, targets=("qkv", "down"))
     save_adapters(folder / "twice", folder / "adapted", few)
+    save_adapters(folder / "twice_before", folder / "adapted", few, lambda _, params: tree_fingerprint(params))
     return folder
 
 
@@ -78,7 +83,7 @@ def tensors(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("context_length", [0, 20])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", ["gpt2", "no_biases", "gemma", "adapted", "twice"])
+@pytest.mark.parametrize("name", ["gpt2", "no_biases", "gemma", "adapted", "twice", "twice_before"])
 def test_the_files_are_those_of_the_whole_model(
     runs: Path, tmp_path: Path, name: str, dtype: StoredDType, context_length: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
