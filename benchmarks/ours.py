@@ -37,7 +37,7 @@ class Training(contestants.Training):
         self.preset, self.parallel, model = preset, parallel or ParallelConfig(), preset.model
         config = Config(model=model, data=DataConfig(batch_size=preset.batch_size), parallel=self.parallel)
         runtime.setup(runtime.choose_cpu_devices(config))
-        self.placement = choose_placement(self.parallel, model, runtime.choose_devices(config))
+        self.placement = choose_placement(self.parallel, model, runtime.choose_devices(config.parallel))
         self.device = self.placement.devices[0]
         self.model = GPT(resolve_for(model, self.device, self.placement.context))
         self.libraries = memory_of_libraries(self.device.platform == "cpu")

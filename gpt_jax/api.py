@@ -18,6 +18,7 @@ from gpt_jax.evaluate.score import Scorer
 from gpt_jax.model.forward import forward
 from gpt_jax.model.gpt import GPT, Params
 from gpt_jax.model.head import logits_NV
+from gpt_jax.placement import Placement
 from gpt_jax.run.load import LoadedModel, load_model, open_source
 from gpt_jax.runtime import own_numerics
 from gpt_jax.sample.chat import fit, message
@@ -101,7 +102,7 @@ class Model:
         Raises UserError when there is no text.
         """
         T = self.config.context_length
-        scorer = Scorer(self.model, self.params, runtime.local_devices()[:1], batch_size=1)
+        scorer = Scorer(self.model, self.params, Placement(runtime.local_devices()[:1]), batch_size=1)
         blocks = [Block(text.encode(), True, 0) for text in ([texts] if isinstance(texts, str) else texts)]
         return evaluate_blocks(scorer, blocks, self.tokenizer, T, stride or T)
 

@@ -79,9 +79,11 @@ class Placement:
             sharding = NamedSharding(self.local_mesh, PartitionSpec())
         return jax.tree.map(lambda _: sharding, tree)
 
-    def make(self, make: Callable[..., Any], *args: Any) -> Any:
-        """The result of `make(*args)`, a part of a state, made in its place: no device has more than its shards."""
-        return jax.jit(make, out_shardings=self.state_shardings(jax.eval_shape(make, *args)))(*args)
+    def make(self, make: Callable[..., Any], *args: Any, donate: tuple[int, ...] = ()) -> Any:
+        """The result of `make(*args)`, a part of a state, made in its place: no device has more than its shards. It
+        takes the memory of the arguments with the numbers in `donate`."""
+        shardings = self.state_shardings(jax.eval_shape(make, *args))
+        return jax.jit(make, out_shardings=shardings, donate_argnums=donate)(*args)
 
     def checkpoint_shardings(self, tree: Any) -> Any:
         """The shardings of the arrays that checkpoints are saved from and restored to, over all hosts."""

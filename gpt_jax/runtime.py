@@ -4,7 +4,6 @@
 """
 
 import ctypes
-import math
 import os
 import re
 import sys
@@ -15,7 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from gpt_jax.config import Config
+from gpt_jax.config import Config, ParallelConfig
 from gpt_jax.errors import UserError
 from gpt_jax.system import available_cores, cache_folder
 
@@ -31,11 +30,8 @@ where every device repeats the optimizer's pass over parameters that no cache ho
 def choose_cpu_devices(config: Config) -> int:
     """Number of CPU devices to train on: that of `parallel.devices` or the mesh, or else one per core for models of up
     to 32 million parameters (as many as divide the batch), and one for larger ones."""
-    parallel = config.parallel
-    if parallel.devices:
-        return parallel.devices
-    if parallel.uses_mesh:
-        return math.prod(max(n, 1) for n in (parallel.data, parallel.fsdp, parallel.context, parallel.tensor))
+    if config.parallel.n_asked:
+        return config.parallel.n_asked
     if config.model.n_params > SMALL_MODEL_PARAMS:
         return 1
     microbatch = config.data.microbatch_size or 1
@@ -152,11 +148,11 @@ def local_devices() -> list[jax.Device]:
         raise UserError(f"JAX finds no device: {why}") from e
 
 
-def choose_devices(config: Config) -> list[jax.Device]:
-    """The devices of all hosts to train on. Raises UserError when `parallel.devices` is more than a host has, or, with
+def choose_devices(parallel: ParallelConfig) -> list[jax.Device]:
+    """The devices of all hosts to use. Raises UserError when `parallel.devices` is more than a host has, or, with
     several hosts, fewer."""
     devices = local_devices()
-    count = config.parallel.devices or len(devices)
+    count = parallel.devices or len(devices)
     if count > len(devices):
         raise UserError(f"parallel.devices = {count}, but this machine has {len(devices)}; 0 takes all of them")
     if jax.process_count() == 1:

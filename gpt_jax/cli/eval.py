@@ -2,13 +2,13 @@
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gpt_jax.cli.parse import ModelArgs, Switch, parse
 from gpt_jax.cli.terminal import print_json, print_table
-from gpt_jax.config import check
+from gpt_jax.config import ParallelConfig, check
 from gpt_jax.data.shards import Dataset, SplitName, open_dataset
 from gpt_jax.data.sources import Corpus, open_corpus
 from gpt_jax.errors import UserError
@@ -36,7 +36,8 @@ class EvalArgs(ModelArgs):
     # Tokens from the start of one window to the start of the next; None: context_length. With a smaller stride, each
     # token after the first window is predicted from at least context_length - stride tokens, which takes longer.
     stride: int | None = None
-    batch_size: int = 8  # Windows that a device scores at the same time.
+    batch_size: int = 8  # Windows that a device scores at the same time; on a mesh, of each part of the batch.
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     json: Switch = False  # Print one JSON object.
 
     def __post_init__(self) -> None:
@@ -60,7 +61,8 @@ def evaluate(args: EvalArgs) -> None:
     from gpt_jax.evaluate.loss import evaluate_blocks, evaluate_split
     from gpt_jax.evaluate.score import Scorer
     from gpt_jax.model.backend import fallback
-    from gpt_jax.run.load import RunSource, load_model
+    from gpt_jax.placement import choose_placement
+    from gpt_jax.run.load import RunSource, config_to_load, load_model
 
     source = args.source()
     text_name, text = open_text(args, source)  # Raises before the model is loaded.
@@ -70,12 +72,14 @@ def evaluate(args: EvalArgs) -> None:
         print(f"windows of {T:,} tokens, of the model's {own_context:,}; --context-length takes more", file=sys.stderr)
     stride = T if args.stride is None else args.stride
     check(1 <= stride <= T, "stride", stride, f"between 1 and context_length = {T}")
-    runtime.setup()
-    model, params, tokenizer = load_model(source, T)
-    if slower := fallback(model.config, runtime.hardware(runtime.local_devices()[0])):
+    runtime.setup(args.parallel.n_asked or 1)
+    devices = runtime.choose_devices(args.parallel)
+    placement = choose_placement(args.parallel, config_to_load(source, T), devices)
+    model, params, tokenizer = load_model(source, T, placement)
+    if slower := fallback(model.config, runtime.hardware(devices[0]), placement.context):
         print(f"attention {model.config.attention}, {slower}", file=sys.stderr)
 
-    scorer = Scorer(model, params, runtime.local_devices(), args.batch_size)
+    scorer = Scorer(model, params, placement, args.batch_size)
     if isinstance(text, Corpus):
         tally = evaluate_blocks(scorer, text.blocks(lambda n_bytes: None), tokenizer, T, stride)
     else:

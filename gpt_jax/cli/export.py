@@ -26,10 +26,13 @@ def command(argv: Sequence[str]) -> int:
     """Writes a run as a folder that other software loads."""
     args = parse(ExportArgs, argv, "export")
 
+    import jax
+
     from gpt_jax import runtime
     from gpt_jax.export.folder import export
     from gpt_jax.run.folder import RunFolder, newest_run
 
+    jax.config.update("jax_platforms", "cpu")  # The accelerators stay free, also for a training that goes on.
     runtime.setup()
     run, out = RunFolder(Path(args.run)) if args.run else newest_run(), Path(args.out)
     family, n_params = export(run, out, args.checkpoint, args.dtype, args.context_length, args.force)

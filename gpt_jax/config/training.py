@@ -1,6 +1,7 @@
 """Sections of the configuration for training: the data, the optimizer, the duration and the devices."""
 
 from dataclasses import dataclass
+from math import prod
 from typing import Literal, get_args
 
 from gpt_jax.config.check import check, check_types
@@ -107,7 +108,7 @@ class ParallelConfig:
     """Placement on devices: by pmap, each with the whole state, or on a mesh of data x fsdp x context x tensor, if any
     of them is set."""
 
-    # Devices to train on, on each host; 0: all, but on CPU one per core for small models and one for larger ones.
+    # Devices of each host to use; 0: all. On CPU, training then takes one per core for small models, and otherwise one.
     devices: int = 0
     data: int = 0  # Mesh: parts of the batch, each with the whole state; 0: the devices that the other axes leave.
     fsdp: int = 0  # Mesh: parts of the batch, over which the state is sharded; 0: 1.
@@ -129,6 +130,13 @@ class ParallelConfig:
     def uses_mesh(self) -> bool:
         """True when an axis of the mesh is set."""
         return any((self.data, self.fsdp, self.context, self.tensor))
+
+    @property
+    def n_asked(self) -> int:
+        """Number of devices that `devices` or the axes of the mesh ask for; 0 when none of them is set."""
+        if self.devices or not self.uses_mesh:
+            return self.devices
+        return prod(max(n, 1) for n in (self.data, self.fsdp, self.context, self.tensor))
 
     def mesh_shape(self, n_devices: int) -> tuple[int, int, int, int]:
         """The sizes of data, fsdp, context and tensor. Raises UserError unless their product is the number of

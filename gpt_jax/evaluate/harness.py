@@ -3,26 +3,28 @@
     python -m gpt_jax.evaluate run --model gpt_jax --model_args run=runs/quickstart --tasks lambada_openai
 
 is lm_eval's own command line. Its `--model_args` takes run=, checkpoint=, model= and context_length=, like the options
-of `gpt-jax eval`. Texts become tokens and windows as in lm_eval's own `hf` model, so that results can be compared.
+of `gpt-jax eval`, and data=, fsdp=, context= and tensor= for its mesh. Texts become tokens and windows as in lm_eval's
+own `hf` model, so that results can be compared.
 """
 
 import collections
 import functools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, Self
 
-import jax
 import numpy as np
 from tqdm import tqdm
 
-from gpt_jax.config import check
+from gpt_jax.config import ParallelConfig, check
 from gpt_jax.errors import UserError
 from gpt_jax.evaluate.score import Scorer
 from gpt_jax.evaluate.windows import Window, windows
 from gpt_jax.model.gpt import GPT, Params
-from gpt_jax.run.load import choose_source, load_model
-from gpt_jax.runtime import local_devices
+from gpt_jax.model.sharding import MESH_AXES
+from gpt_jax.placement import MeshPlacement, Placement, choose_placement
+from gpt_jax.run.load import choose_source, config_to_load, load_model
+from gpt_jax.runtime import choose_devices, local_devices
 from gpt_jax.sample.engine import Engine
 from gpt_jax.sample.generate import Row, write
 from gpt_jax.sample.settings import Filters, Settings
@@ -52,8 +54,8 @@ FILTERS = ("top_k", "top_p", "min_p", "repetition_penalty")
 class HarnessModel(TemplateLM):
     """A model, its parameters and its tokenizer, with the interface that lm_eval asks for.
 
-    The parameters are on one device, which generates text. Each of `devices`, by default that one alone, scores
-    `batch_size` windows at the same time.
+    Windows are scored in `placement`, by default on one device: `batch_size` at the same time in each of its shares of
+    a batch. The parameters are on one device, which generates text; or on a mesh, which only scores.
     """
 
     def __init__(
@@ -62,23 +64,37 @@ class HarnessModel(TemplateLM):
         params: Params,
         tokenizer: Tokenizer,
         batch_size: int = 8,
-        devices: Sequence[jax.Device] | None = None,
+        placement: Placement | None = None,
     ) -> None:
         super().__init__()
         self.model, self.params, self.tokenizer, self.batch_size = model, params, tokenizer, batch_size
         self.context_length = model.config.context_length
-        self.scorer = Scorer(model, params, devices or local_devices()[:1], batch_size)
+        self.scorer = Scorer(model, params, placement or Placement(local_devices()[:1]), batch_size)
 
     @functools.cached_property
     def engine(self) -> Engine:
-        """What answers. It keeps beginnings that prompts have in common, such as examples."""
+        """What answers. It keeps beginnings that prompts have in common, such as examples. Raises UserError on a
+        mesh."""
+        if isinstance(self.scorer.placement, MeshPlacement):
+            raise UserError(f"tasks that generate text need a model on one device; leave out {'=, '.join(MESH_AXES)}=")
         n_tokens = self.tokenizer.vocab_size
         return Engine(self.model, self.params, self.batch_size, n_tokens=n_tokens, prefix_bytes=PREFIX_BYTES)
 
     @classmethod
-    def from_names(cls, run: str, checkpoint: str, model: str, context_length: int, batch_size: int) -> Self:
+    def from_names(
+        cls,
+        run: str,
+        checkpoint: str,
+        model: str,
+        context_length: int,
+        batch_size: int,
+        parallel: ParallelConfig = ParallelConfig(),  # noqa: B008
+    ) -> Self:
         """The model that `gpt-jax eval` loads for these arguments, on all devices of this machine."""
-        return cls(*load_model(choose_source(run, model, checkpoint), context_length), batch_size, local_devices())
+        source = choose_source(run, model, checkpoint)
+        placement = choose_placement(parallel, config_to_load(source, context_length), choose_devices(parallel))
+        loaded = load_model(source, context_length, placement if parallel.uses_mesh else None)
+        return cls(*loaded, batch_size, placement)
 
     @classmethod
     def create_from_arg_obj(cls, arg_dict: dict[str, Any], additional_config: dict[str, Any] | None = None) -> Self:
@@ -89,6 +105,7 @@ class HarnessModel(TemplateLM):
         batch_size = str((additional_config or {}).get("batch_size", "auto"))
         given = {"batch_size": int(batch_size)} if batch_size.isdecimal() else {}
         named: dict[str, Any] = {"run": "", "checkpoint": "latest", "model": "", "context_length": 0, "batch_size": 8}
+        named |= dict.fromkeys(MESH_AXES, 0)
         for name, value in (given | arg_dict).items():
             if name not in named:
                 raise UserError(f"there is no model argument {name}; there are {', '.join(named)}")
@@ -96,7 +113,8 @@ class HarnessModel(TemplateLM):
             check(kind is str or type(value) is int, name, value, "a whole number")
             named[name] = kind(value)  # lm_eval reads a checkpoint's step, or a folder of digits, as a number.
         check(named["batch_size"] >= 1, "batch_size", named["batch_size"], "1 or more")
-        return cls.from_names(**named)
+        parallel = ParallelConfig(**{axis: named.pop(axis) for axis in MESH_AXES})
+        return cls.from_names(**named, parallel=parallel)
 
     @classmethod
     def create_from_arg_string(cls, arg_string: str, additional_config: dict[str, Any] | None = None) -> Self:

@@ -44,12 +44,13 @@ def batches(
     """The windows in batches of `batch_size`, each yielded as soon as it is full, in few shapes.
 
     Yields the numbers of the windows in a batch, and the batch; its mask, bool (B, T), has the targets to score.
-    Windows are padded to the next power of two, to at least `least` and at most context_length. Masked rows, which have
+    Windows are padded to `least` times a power of two, but no further than to context_length. Masked rows, which have
     no number, fill up the last batch of each length.
     """
     waiting: dict[int, list[tuple[int, Window]]] = {}
     for numbered in enumerate(windows):
-        T = bucket(len(numbered[1].tokens) - 1, context_length, least)
+        steps = -(-(len(numbered[1].tokens) - 1) // least)
+        T = min(context_length, least * bucket(steps, context_length, 1))
         rows = waiting.setdefault(T, [])
         rows.append(numbered)
         if len(rows) == batch_size:

@@ -10,7 +10,7 @@ from gpt_jax.interop.families.family import Family
 from gpt_jax.interop.save import generation_settings, in_a_family, model_settings, write_model
 from gpt_jax.run.checkpoint import Checkpoints, choose_step
 from gpt_jax.run.folder import RunFolder
-from gpt_jax.run.load import load_model, open_run
+from gpt_jax.run.load import config_to_load, open_run
 from gpt_jax.tokenizer.export import as_hugging_face, export_tokenizer
 from gpt_jax.tokenizer.published import encodes_as_qwen2
 
@@ -24,7 +24,7 @@ def export(
     force: bool = False,
 ) -> tuple[Family, int]:
     """Writes the model of a run, adapters merged, to a folder that transformers loads. Returns the model's family and
-    its number of parameters.
+    its number of parameters. One tensor is in memory at a time.
 
     The arguments are those of the command. Raises UserError when the run cannot be read, no family of models computes
     what its model does, or the folder exists already.
@@ -35,8 +35,9 @@ def export(
     check_replaceable(out, "generation_config.json", force)
     with Checkpoints(run.checkpoints, read_only=True) as checkpoints:
         step = choose_step(checkpoints, checkpoint)
-    model, params, tokenizer = load_model(open_run(run, str(step)), context_length)
-    exported, params, family = in_a_family(model.config, params)
+    source = open_run(run, str(step))
+    model, tokenizer = config_to_load(source, context_length), source.tokenizer()
+    exported, read, family = in_a_family(model, source.open_params(model))
     if family.model_type == "qwen2" and not encodes_as_qwen2(as_hugging_face(tokenizer)):
         raise UserError(
             f"{run} has Qwen2's architecture, for which transformers has fixed rules of cutting text into tokens; its "
@@ -44,7 +45,7 @@ def export(
         )
     try:
         with whole_folder(out) as folder:
-            write_model(folder, family, exported, params, dtype)
+            write_model(folder, family, exported, read, dtype)
             save_json(folder / "config.json", model_settings(family, exported, tokenizer, dtype))
             save_json(folder / "generation_config.json", generation_settings(tokenizer))
             export_tokenizer(tokenizer, folder, exported.context_length)

@@ -15,6 +15,20 @@ from gpt_jax.config import ModelConfig
 Read = Callable[..., np.ndarray]
 """`read(name)` gives a tensor as float32; `read(name, out)` reads it into an array of its shape, of any strides."""
 
+ReadPart = Callable[[str, int], np.ndarray]
+"""`read_part(leaf, i)` gives a part of a parameter tree, float32: layer i of a stacked leaf, or with 0 another leaf. A
+leaf has a name such as layers/attention/qkv/kernel."""
+
+
+def n_parts(leaf: str, shape: tuple[int, ...]) -> int:
+    """The number of parts of a leaf of this shape: its layers if it is stacked, or else one."""
+    return shape[0] if is_stacked(leaf) else 1
+
+
+def is_stacked(leaf: str) -> bool:
+    """True when the first axis of a leaf counts layers."""
+    return leaf.startswith("layers/")
+
 
 class Layout(Protocol):
     """The connection between one leaf and one tensor or more."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from gpt_jax.interop.families import family_of
 from gpt_jax.interop.families.family import Family
 from gpt_jax.interop.gguf_file import GGUFFile
 from gpt_jax.interop.hub import find_model
-from gpt_jax.interop.layout import Layout
+from gpt_jax.interop.layout import ReadPart, is_stacked, n_parts
 from gpt_jax.interop.model_files import ModelFiles, open_model
 from gpt_jax.interop.weights import few
 from gpt_jax.model.forward import init_params
@@ -101,26 +101,50 @@ def load_params(files: ModelFiles, config: ModelConfig, shardings: Callable[[Par
     one by one into their leaf, so the host holds at most one leaf besides those that are placed already. Raises
     UserError, before anything is allocated, when the tensors do not fit the model's config.json.
     """
-    family, theirs = family_of(files.config, files.where), their_config(files)
-    file_names = check_tensors(files, family, theirs)
-    check_architecture(config, theirs, files.where)
-    config = dataclasses.replace(config, lora=LoraConfig())
+    fill = part_filler(files, config)
 
     def load(path: tuple[Any, ...], shape: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.Array:
         leaf = leaf_name(path)
         out = aligned(shape.shape)
-        for part, layout, number in parts(out, leaf, family):
-
-            def read(name: str, out: np.ndarray | None = None, number: int = number) -> np.ndarray:
-                return files.weights.read(file_names[name.format(i=number)], out)
-
-            layout.fill(part, read, config)
+        for i in range(n_parts(leaf, out.shape)):
+            fill(out[i] if is_stacked(leaf) else out, leaf, i)
         if sharding.is_fully_addressable:
             return jax.device_put(out, sharding)
         return jax.make_array_from_callback(out.shape, sharding, lambda index: out[index])  # This host's parts.
 
-    shapes = param_shapes(config)
+    shapes = param_shapes(dataclasses.replace(config, lora=LoraConfig()))
     return jax.tree_util.tree_map_with_path(load, shapes, shardings(shapes))
+
+
+def open_parts(files: ModelFiles, config: ModelConfig) -> ReadPart:
+    """The parameters that `load_params` loads, to be read part by part. Raises UserError as it does, and so does the
+    reader."""
+    fill, shapes = part_filler(files, config), part_shapes(dataclasses.replace(config, lora=LoraConfig()))
+
+    def read_part(leaf: str, i: int) -> np.ndarray:
+        out = np.empty(shapes[leaf], np.float32)
+        fill(out, leaf, i)
+        return out
+
+    return read_part
+
+
+def part_filler(files: ModelFiles, config: ModelConfig) -> Callable[[np.ndarray, str, int], None]:
+    """A function `fill(out, leaf, i)` that reads a part of the parameters, see `ReadPart`, into `out`.
+
+    Raises UserError when the tensors do not fit the model's config.json, or that is not of the model in `config`.
+    """
+    family, theirs = family_of(files.config, files.where), their_config(files)
+    file_names = check_tensors(files, family, theirs)
+    check_architecture(config, theirs, files.where)
+
+    def fill(out: np.ndarray, leaf: str, i: int) -> None:
+        def read(name: str, out: np.ndarray | None = None) -> np.ndarray:
+            return files.weights.read(file_names[name.format(i=i)], out)
+
+        family.tensors[leaf].fill(out, read, config)
+
+    return fill
 
 
 def param_shapes(config: ModelConfig) -> Params:
@@ -136,25 +160,20 @@ def leaf_name(path: tuple[Any, ...]) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def parts(leaf: Any, name: str, family: Family) -> Iterator[tuple[Any, Layout, int]]:
-    """The parts of a leaf that have a layout: each layer's part with the layer's number, or the leaf itself with 0."""
-    layout = family.tensors[name]
-    if name.startswith("layers/"):
-        yield from ((leaf[i], layout, i) for i in range(len(leaf)))
-    else:
-        yield leaf, layout, 0
+def part_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of a part of each leaf, see `ReadPart`, by the leaf's name."""
+    leaves = {leaf_name(path): x.shape for path, x in jax.tree_util.tree_leaves_with_path(param_shapes(config))}
+    return {leaf: shape[1:] if is_stacked(leaf) else shape for leaf, shape in leaves.items()}
 
 
 def tensor_shapes(family: Family, config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """The name and shape of every tensor of a model, as the family has them."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for path, shape in jax.tree_util.tree_leaves_with_path(param_shapes(config)):
-        leaf = leaf_name(path)
+    for leaf, shape in part_shapes(config).items():
         layout = family.tensors[leaf]
-        stacked = leaf.startswith("layers/")
-        part = jax.ShapeDtypeStruct(shape.shape[1:], shape.dtype) if stacked else shape
+        part = jax.ShapeDtypeStruct(shape, np.float32)
         tensors = jax.eval_shape(lambda x, layout=layout: layout.write(x, config), part)
-        for i in range(config.n_layer if stacked else 1):
+        for i in range(config.n_layer if is_stacked(leaf) else 1):
             shapes |= {name.format(i=i): tensor.shape for name, tensor in zip(layout.names, tensors, strict=True)}
     return shapes
 

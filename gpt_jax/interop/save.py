@@ -1,6 +1,8 @@
 """Saving a model of ours as one of a published family, with the tensors and settings of transformers."""
 
 import dataclasses
+import functools
+from collections.abc import Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,8 @@ from gpt_jax.config import ModelConfig, StoredDType
 from gpt_jax.errors import UserError
 from gpt_jax.interop.families import FAMILIES, family_for
 from gpt_jax.interop.families.family import Family
-from gpt_jax.interop.load import leaf_name, param_shapes, tensor_shapes
+from gpt_jax.interop.layout import ReadPart, is_stacked
+from gpt_jax.interop.load import leaf_name, part_shapes, tensor_shapes
 from gpt_jax.interop.weights import write_safetensors
 from gpt_jax.model.gpt import Params
 from gpt_jax.tokenizer.tokenizer import Tokenizer
@@ -19,7 +22,7 @@ from gpt_jax.tokenizer.tokenizer import Tokenizer
 MAX_SHARD_BYTES = 5_000_000_000  # As transformers has it.
 
 
-def in_a_family(config: ModelConfig, params: Params) -> tuple[ModelConfig, Params, Family]:
+def in_a_family(config: ModelConfig, read: ReadPart) -> tuple[ModelConfig, ReadPart, Family]:
     """The model as one of a family that computes the same, and the family. Biases that the family requires become 0.
 
     Raises UserError when there is no such family.
@@ -29,38 +32,41 @@ def in_a_family(config: ModelConfig, params: Params) -> tuple[ModelConfig, Param
         with_biases = dataclasses.replace(config, bias=True)
         family = family_for(with_biases)
         if family:
-            config, params = with_biases, filled_up(params, param_shapes(with_biases))
+            config, read = with_biases, filled_up(read, part_shapes(config), part_shapes(with_biases))
     if family is None:
         raise UserError(
             "transformers has no model that computes what this one does; what can be exported are the architectures of "
             f"{', '.join(FAMILIES)}"
         )
-    return config, params, family
+    return config, read, family
 
 
-def filled_up(params: Any, shapes: Any) -> Any:
-    """`params` with zeros for the leaves that only `shapes` has."""
-    if not isinstance(shapes, dict):
-        return np.zeros(shapes.shape, shapes.dtype) if params is None else params
-    return {name: filled_up((params or {}).get(name), shape) for name, shape in shapes.items()}
+def filled_up(read: ReadPart, own: Container[str], shapes: Mapping[str, tuple[int, ...]]) -> ReadPart:
+    """`read` with zeros for the leaves that are not the model's own. shapes: those of a part of each leaf."""
+    return lambda leaf, i: read(leaf, i) if leaf in own else np.zeros(shapes[leaf], np.float32)
 
 
-def write_model(folder: Path, family: Family, config: ModelConfig, params: Params, dtype: StoredDType) -> None:
-    """Writes the tensors one by one."""
-    leaves = {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+def write_model(folder: Path, family: Family, config: ModelConfig, read: ReadPart, dtype: StoredDType) -> None:
+    """Writes the tensors one by one. A part of the parameters is read when its first tensor is written, and forgotten
+    after its last one."""
     places: dict[str, tuple[str, int, int]] = {}  # By tensor: leaf, layer, number in the layout.
-    for leaf in leaves:
+    for leaf in part_shapes(config):
         layout = family.tensors[leaf]
-        for i in range(config.n_layer if leaf.startswith("layers/") else 1):
+        for i in range(config.n_layer if is_stacked(leaf) else 1):
             places |= {name.format(i=i): (leaf, i, k) for k, name in enumerate(layout.names)}
+    read_once = functools.lru_cache(maxsize=1)(read)  # The tensors of a part follow each other.
 
-    def read(name: str) -> np.ndarray:
+    def read_tensor(name: str) -> np.ndarray:
         leaf, i, k = places[name]
-        layout, stacked = family.tensors[leaf], leaf.startswith("layers/")
-        part = np.asarray(leaves[leaf][i] if stacked else leaves[leaf])
-        return np.ascontiguousarray(layout.write(part, config)[k])
+        return np.ascontiguousarray(family.tensors[leaf].write(read_once(leaf, i), config)[k])
 
-    write_safetensors(folder, tensor_shapes(family, config), read, dtype, MAX_SHARD_BYTES)
+    write_safetensors(folder, tensor_shapes(family, config), read_tensor, dtype, MAX_SHARD_BYTES)
+
+
+def parts_of(params: Params) -> ReadPart:
+    """The parts of parameters in memory."""
+    leaves = {leaf_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    return lambda leaf, i: np.asarray(leaves[leaf][i] if is_stacked(leaf) else leaves[leaf])
 
 
 def model_settings(family: Family, config: ModelConfig, tokenizer: Tokenizer, dtype: StoredDType) -> dict[str, Any]:

@@ -74,7 +74,7 @@ def indivisible(config: ModelConfig, fsdp: int, context: int, tensor: int) -> st
     }
     for name, (size, axis, n) in sizes.items():
         if size % n:
-            hint = "; set model.vocab_multiple = 128" if name == "the vocabulary" else ""
+            hint = "; train with model.vocab_multiple = 128" if name == "the vocabulary" else ""
             return f"{name}, {size}, does not divide over parallel.{axis} = {n}{hint}"
     return None
 

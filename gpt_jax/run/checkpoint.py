@@ -6,8 +6,6 @@ saved with the facts, show that.
 """
 
 import gc
-import hashlib
-import json
 import logging
 import math
 import sys
@@ -20,12 +18,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 from gpt_jax import hosts
 from gpt_jax.data.shards import Meta
 from gpt_jax.errors import UserError
+from gpt_jax.interop.layout import ReadPart
+from gpt_jax.run.checksums import leaf_shapes, named_checksums, named_checksums_of_parts
+from gpt_jax.run.stored import StoredArrays
 
 CHUNK_BYTES = 8 * 2**20
 """Size of the chunks in which arrays are written. A chunk is always read whole: if each array were one chunk, every
@@ -38,46 +39,6 @@ of the largest array is added to it, since that may be one chunk."""
 
 class DamagedCheckpointError(UserError):
     """A checkpoint that cannot be read, or whose arrays are not those that were saved."""
-
-
-@jax.jit
-def checksum(x: jax.Array) -> jax.Array:
-    """The uint32 checksum of an array: the sum of a hash of each element's bits and index. An element of 64 bits counts
-    as two, smaller ones are filled up with zeros.
-
-    Integer sums are exact in any order, so the sharding does not matter. The hash is MurmurHash3's 32-bit finaliser,
-    a bijection: a change of one element is always detected, other changes are missed once in four billion times.
-    """
-    if x.dtype == bool:
-        x = x.astype(jnp.uint8)
-    width = min(x.dtype.itemsize, 4) * 8
-    x = jax.lax.bitcast_convert_type(x, f"uint{width}").astype(jnp.uint32)
-    # The flat index of each element, by dimension: flattening an array that is sharded would gather it.
-    strides = [math.prod(x.shape[i + 1 :]) & 0xFFFFFFFF for i in range(x.ndim)]
-    indices = sum((jax.lax.broadcasted_iota(jnp.uint32, x.shape, i) * jnp.uint32(s) for i, s in enumerate(strides)))
-    h = x + jnp.uint32(indices) * jnp.uint32(0x9E3779B9)
-    h = (h ^ (h >> 16)) * jnp.uint32(0x85EBCA6B)
-    h = (h ^ (h >> 13)) * jnp.uint32(0xC2B2AE35)
-    return jnp.sum(h ^ (h >> 16), dtype=jnp.uint32)
-
-
-def named_checksums(tree: Any) -> dict[str, int]:
-    """The checksum of each leaf by its path, such as "layers/mlp/up/kernel". Each leaf is a program of its own: in one
-    program for all, XLA:CPU would keep all hashes at once, as many bytes as the leaves."""
-    return {name: int(checksum(leaf)) for name, leaf in zip(leaf_shapes(tree), jax.tree.leaves(tree), strict=True)}
-
-
-def tree_fingerprint(tree: Any) -> str:
-    """A hash of the names and values of all leaves, in hexadecimal."""
-    return hashlib.sha256(json.dumps(named_checksums(tree), sort_keys=True).encode()).hexdigest()
-
-
-def leaf_shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    """The shape of each leaf by its path."""
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
 
 
 def data_facts(meta: Meta) -> dict[str, Any]:
@@ -103,8 +64,14 @@ def check_data(where: Path, saved: dict[str, Any], facts: dict[str, Any]) -> Non
 
 
 def in_chunks(tree: Any) -> ocp.args.StandardSave:
-    """The arguments with which orbax writes a tree of arrays in chunks."""
-    return ocp.args.StandardSave(tree, jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree))
+    """The arguments with which orbax writes a tree of arrays in chunks. No chunk of a large stack of matrices spans
+    layers, so that a layer can be read alone."""
+
+    def chunks(x: jax.Array) -> ocp.SaveArgs:
+        by_layers = x.ndim > 2 and x.nbytes > CHUNK_BYTES
+        return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=(0,) if by_layers else ())
+
+    return ocp.args.StandardSave(tree, jax.tree.map(chunks, tree))
 
 
 def not_of_orbax(record: logging.LogRecord) -> bool:
@@ -267,23 +234,43 @@ class Checkpoints:
         Raises UserError naming the first leaf whose shape differs from the target's, and DamagedCheckpointError
         naming the item or leaf that is not as it was saved.
         """
-        where = f"{self.folder / str(step)}"
-        expected = self.meta(step)["checksums"][item]
-        metadata = self.restore_metadata(step, item)
-        saved, target_shapes = leaf_shapes(metadata), leaf_shapes(target)
-        for name in sorted(saved.keys() | target_shapes.keys()):
-            if saved.get(name) != target_shapes.get(name):
-                raise UserError(
-                    f"checkpoint {where} does not fit the configuration: {item}/{name} has shape "
-                    f"{saved.get(name, 'none')} in the checkpoint and {target_shapes.get(name, 'none')} in the model"
-                )
+        self.check_shapes(step, item, target)
         largest = max((math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(target)), default=0)
         handler = ocp.StandardCheckpointHandler(restore_concurrent_gb=READ_AT_ONCE_GB + largest // 10**9)
         tree = self.restore_item(step, item, handler, ocp.args.StandardRestore(target))
-        for name, actual in named_checksums(tree).items():
-            if actual != expected.get(name):
-                raise DamagedCheckpointError(f"checkpoint {where} is damaged: {item}/{name} is not as it was saved")
+        self.check_values(step, item, named_checksums(tree))
         return tree
+
+    def open_parts(self, step: int, item: str, target: Any) -> ReadPart:
+        """The item of a step, to be read part by part, without a device. All of it is read once now, to compare it with
+        its checksums. target: the shapes of its leaves, which are float32. Raises as `restore` does, and so does the
+        reader, which may outlive this object."""
+        self.check_shapes(step, item, target)
+        stored = StoredArrays(self.folder / str(step) / item)
+
+        def read_part(leaf: str, i: int) -> np.ndarray:
+            return self.read(step, item, lambda: stored(leaf, i))
+
+        self.check_values(step, item, named_checksums_of_parts(read_part, leaf_shapes(target)))
+        return read_part
+
+    def check_shapes(self, step: int, item: str, target: Any) -> None:
+        """Raises UserError naming the first leaf of an item that has another shape than in `target`."""
+        saved, asked = leaf_shapes(self.restore_metadata(step, item)), leaf_shapes(target)
+        for name in sorted(saved.keys() | asked.keys()):
+            if saved.get(name) != asked.get(name):
+                raise UserError(
+                    f"checkpoint {self.folder / str(step)} does not fit the configuration: {item}/{name} has shape "
+                    f"{saved.get(name, 'none')} in the checkpoint and {asked.get(name, 'none')} in the model"
+                )
+
+    def check_values(self, step: int, item: str, checksums: dict[str, int]) -> None:
+        """Raises DamagedCheckpointError naming the first leaf of an item that has another checksum than was saved."""
+        expected = self.meta(step)["checksums"][item]
+        for name, actual in checksums.items():
+            if actual != expected.get(name):
+                where = f"checkpoint {self.folder / str(step)}"
+                raise DamagedCheckpointError(f"{where} is damaged: {item}/{name} is not as it was saved")
 
     def restore_metadata(self, step: int, item: str) -> Any:
         """Shapes and dtypes of a saved item."""

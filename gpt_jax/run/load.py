@@ -1,17 +1,21 @@
 """Loads a model, its parameters and its tokenizer by name: the folder of a run, or a published model.
 
-Sampling, evaluation and export load all three, on one device. Training that starts from the model loads the parameters
-in its own placement.
+Sampling and evaluation load all three, on one device or in a placement. Training that starts from the model loads the
+parameters in its own placement, and export reads them part by part, on no device.
 """
 
 import dataclasses
+import hashlib
+import json
 import os
 import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
+import numpy as np
 
 from gpt_jax.config import HOW_IT_RUNS, Config, LoraConfig, ModelConfig, check
 from gpt_jax.data.shards import Meta
@@ -19,12 +23,13 @@ from gpt_jax.errors import UserError
 from gpt_jax.interop import hub
 from gpt_jax.interop import load as interop
 from gpt_jax.interop.agreement import agreeing
+from gpt_jax.interop.layout import ReadPart, n_parts
 from gpt_jax.interop.load import open_named
 from gpt_jax.interop.model_files import ModelFiles
 from gpt_jax.model.backend import resolve_for
 from gpt_jax.model.forward import init_params
 from gpt_jax.model.gpt import GPT, Params
-from gpt_jax.model.lora import fold, join, split
+from gpt_jax.model.lora import ADAPTERS, fold, join, split
 from gpt_jax.placement import Placement
 from gpt_jax.run.checkpoint import (
     Checkpoints,
@@ -32,8 +37,8 @@ from gpt_jax.run.checkpoint import (
     choose_step,
     data_facts,
     latest_step,
-    tree_fingerprint,
 )
+from gpt_jax.run.checksums import fingerprint, leaf_shapes, named_checksums_of_parts, tree_fingerprint
 from gpt_jax.run.folder import RunFolder, newest_run
 from gpt_jax.runtime import local_devices
 from gpt_jax.system import user_path
@@ -41,6 +46,9 @@ from gpt_jax.tokenizer.tokenizer import Tokenizer
 
 KEPT_FIELDS = (*HOW_IT_RUNS, "context_length")
 """Fields of ModelConfig that keep their configured values when training starts from another model."""
+
+
+Base = TypeVar("Base")
 
 
 class Source(Protocol):
@@ -70,9 +78,17 @@ class Source(Protocol):
     def check(self) -> None:
         """Raises UserError when parameters are missing, or have other shapes than the configuration asks for."""
 
+    def ingredients(self) -> str | None:
+        """A hash of what the parameters are computed from, where adapters are folded into them: products are rounded in
+        other ways on other devices and meshes, so that their values cannot be compared. None: they can."""
+
     def load_params(self, config: ModelConfig, placement: Placement) -> Params:
         """The parameters for `config` without its adapters, float32, placed like those of a training state. `config`
         has the architecture of the source, and may have another context. Raises UserError."""
+
+    def open_params(self, config: ModelConfig) -> ReadPart:
+        """The parameters of `load_params`, to be read part by part, without a device. A checkpoint is compared with its
+        checksums now. Raises UserError, and so does the reader."""
 
 
 @dataclass(frozen=True)
@@ -112,9 +128,17 @@ class PublishedSource:
         """See Source."""
         interop.check_files(self.files)
 
+    def ingredients(self) -> str | None:
+        """See Source."""
+        return None
+
     def load_params(self, config: ModelConfig, placement: Placement) -> Params:
         """See Source."""
         return interop.load_params(self.files, config, placement.state_shardings)
+
+    def open_params(self, config: ModelConfig) -> ReadPart:
+        """See Source."""
+        return interop.open_parts(self.files, config)
 
 
 @dataclass(frozen=True)
@@ -162,37 +186,101 @@ class RunSource:
 
     def load_params(self, config: ModelConfig, placement: Placement) -> Params:
         """See Source."""
-        model = self.saved.model
-        shapes = jax.eval_shape(lambda: init_params(GPT(model), jax.random.key(0)))
-        if model.lora.rank:
-            shapes, _ = split(shapes)
+        model, T = self.saved.model, config.context_length
         with Checkpoints(self.folder.checkpoints, read_only=True) as checkpoints:
-            step = choose_step(checkpoints, self.checkpoint)
-            meta = checkpoints.meta(step)
-            if meta["tokenizer"] != self.tokenizer().fingerprint:
-                raise UserError(
-                    f"the tokenizer in {self.folder} is not the one that checkpoint {step} was trained with"
-                )
-            params = placement.from_checkpoint(checkpoints.restore(step, "params", placement.abstract(shapes)))
+            step, meta = self.chosen(checkpoints)
+            target = placement.abstract(self.saved_shapes())
+            params = placement.from_checkpoint(checkpoints.restore(step, "params", target))
         if model.lora.rank:
-            base = self.load_base(placement, meta.get("base"))
-            params = placement.make(lambda params: fold(params, model.lora), join(params, base))
-        T = config.context_length
+
+            def load(source: Source) -> Params:
+                return source.load_params(self.config, placement)
+
+            base = self.base(load, tree_fingerprint, meta.get("base"))
+            params = placement.make(lambda base, own: fold(join(base, own), model.lora), base, params, donate=(0,))
         if model.positions == "learned" and model.context_length > T:
-            params["positions_TD"] = placement.make(lambda positions_TD: positions_TD[:T], params["positions_TD"])
+            params |= placement.make(lambda x_TD: {"positions_TD": x_TD[:T]}, params["positions_TD"])
         return params
 
-    def load_base(self, placement: Placement, fingerprint: str | None) -> Params:
-        """The parameters that the run's adapters were trained on. Raises UserError when they are missing or have
-        changed."""
+    def open_params(self, config: ModelConfig) -> ReadPart:
+        """See Source. Adapters are in memory, and each is folded into its matrix when that is read."""
+        with Checkpoints(self.folder.checkpoints, read_only=True) as checkpoints:
+            step, meta = self.chosen(checkpoints)
+            read = checkpoints.open_parts(step, "params", self.saved_shapes())
+        if self.saved.model.lora.rank:
+
+            def values(base: ReadPart) -> str:
+                return fingerprint(named_checksums_of_parts(base, leaf_shapes(interop.param_shapes(self.config))))
+
+            base = self.base(lambda source: source.open_params(self.config), values, meta.get("base"))
+            shapes = leaf_shapes(self.saved_shapes())
+            adapters = {leaf: [read(leaf, i) for i in range(n_parts(leaf, shape))] for leaf, shape in shapes.items()}
+            read = folded_parts(base, adapters, self.saved.model.lora)
+        T = config.context_length
+        return lambda leaf, i: read(leaf, i)[:T] if leaf == "positions_TD" else read(leaf, i)
+
+    def saved_shapes(self) -> Params:
+        """The shapes of the parameters in a checkpoint: of the adapters alone, if the run trained those."""
+        model = self.saved.model
+        shapes = jax.eval_shape(lambda: init_params(GPT(model), jax.random.key(0)))
+        return split(shapes)[0] if model.lora.rank else shapes
+
+    def chosen(self, checkpoints: Checkpoints) -> tuple[int, dict[str, Any]]:
+        """The step of the checkpoint, and the facts saved with it. Raises UserError when there is none, or it was
+        trained with another tokenizer than the run's."""
+        step = choose_step(checkpoints, self.checkpoint)
+        meta = checkpoints.meta(step)
+        if meta["tokenizer"] != self.tokenizer().fingerprint:
+            raise UserError(f"the tokenizer in {self.folder} is not the one that checkpoint {step} was trained with")
+        return step, meta
+
+    def base(self, load: Callable[[Source], Base], values: Callable[[Base], str], fingerprint: str | None) -> Base:
+        """The model that the run's adapters were trained on, and whose fingerprint was saved with them.
+
+        load: loads it. values: gives the fingerprint of its values, which earlier versions always saved, see
+        `fingerprint_of`. Raises UserError when it is missing or has changed.
+        """
         name = self.saved.init_from
         try:
-            base = open_source(name).load_params(self.config, placement)
+            source = open_source(name)
+            base = load(source)
+            is_same = fingerprint == source.ingredients() or fingerprint == values(base)
         except UserError as e:
             raise UserError(f"the run's adapters need the model that they were trained on: {e}") from e
-        if tree_fingerprint(base) != fingerprint:
+        if not is_same:
             raise UserError(f"the adapters in {self.folder} were trained on another model than {name} now is")
         return base
+
+    def ingredients(self) -> str | None:
+        """See Source."""
+        lora = self.saved.model.lora
+        if not lora.rank:
+            return None
+        with Checkpoints(self.folder.checkpoints, read_only=True) as checkpoints:
+            _, meta = self.chosen(checkpoints)
+        facts = [meta["checksums"]["params"], meta.get("base"), lora.rank, lora.alpha]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def fingerprint_of(source: Source, params: Params) -> str:
+    """What a checkpoint of adapters says of the model that they were trained on: a hash of its values, or of what they
+    were computed from. params: as `source` loaded them."""
+    return source.ingredients() or tree_fingerprint(params)
+
+
+fold_layer = jax.jit(fold, static_argnums=1)
+
+
+def folded_parts(read: ReadPart, adapters: Mapping[str, Sequence[np.ndarray]], lora: LoraConfig) -> ReadPart:
+    """`read`, with the adapters of each layer, by the names of their leaves, folded into that layer's matrices."""
+
+    def read_part(leaf: str, i: int) -> np.ndarray:
+        layer = leaf.removesuffix("kernel")
+        own = {name: adapters[layer + name][i] for name in ADAPTERS if layer + name in adapters}
+        part = read(leaf, i)
+        return np.asarray(fold_layer({"kernel": part, **own}, lora)["kernel"]) if own else part
+
+    return read_part
 
 
 def open_source(name: str, checkpoint: str = "latest") -> Source:
@@ -235,24 +323,32 @@ def choose_source(run: str, model: str, checkpoint: str = "latest") -> Source:
 
 
 class LoadedModel(NamedTuple):
-    """A model that is ready for use, with its parameters on one device."""
+    """A model that is ready for use."""
 
     model: GPT
     params: Params
     tokenizer: Tokenizer
 
 
-def load_model(source: Source, context_length: int = 0) -> LoadedModel:
-    """The model, its parameters on this machine's first device, and its tokenizer.
+def load_model(source: Source, context_length: int = 0, placement: Placement | None = None) -> LoadedModel:
+    """The model, its parameters, and its tokenizer.
 
-    context_length: in tokens; 0: the model's own. Raises UserError naming what is missing, damaged or not supported.
+    context_length: in tokens; 0: the model's own. placement: where the parameters are; None: on this machine's first
+    device. Raises UserError naming what is missing, damaged or not supported.
     """
-    placement = Placement(local_devices()[:1])
-    config = with_context(source.config, context_length or source.config.context_length, source.where)
-    config = dataclasses.replace(config, vocab_multiple=source.vocab_multiple(config.vocab_multiple))
-    config = resolve_for(config, placement.devices[0])  # For this context, which may not be the source's own.
+    placement = placement or Placement(local_devices()[:1])
+    config = resolve_for(config_to_load(source, context_length), placement.devices[0], placement.context)
     tokenizer = source.tokenizer()
     return LoadedModel(GPT(config), source.load_params(config, placement), tokenizer)
+
+
+def config_to_load(source: Source, context_length: int = 0) -> ModelConfig:
+    """The configuration with which a source is loaded, not yet resolved for a device. Raises UserError.
+
+    context_length: in tokens; 0: the model's own.
+    """
+    config = with_context(source.config, context_length or source.config.context_length, source.where)
+    return dataclasses.replace(config, vocab_multiple=source.vocab_multiple(config.vocab_multiple))
 
 
 def with_context(config: ModelConfig, context_length: int, where: str, name: str = "context_length") -> ModelConfig:

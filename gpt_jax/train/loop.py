@@ -18,8 +18,9 @@ from gpt_jax.model.flops import FLOPS_FORMULA, flops_per_token
 from gpt_jax.model.forward import init_params
 from gpt_jax.model.gpt import GPT, Params
 from gpt_jax.placement import Placement, choose_placement
-from gpt_jax.run.checkpoint import Checkpoints, data_facts, tree_fingerprint
+from gpt_jax.run.checkpoint import Checkpoints, data_facts
 from gpt_jax.run.folder import RunFolder
+from gpt_jax.run.load import fingerprint_of, open_source
 from gpt_jax.sample.generate import encode_prompt, generate
 from gpt_jax.sample.settings import Settings
 from gpt_jax.system import command_line
@@ -51,7 +52,7 @@ def train(config: Config, data: Dataset, resume: bool = False, profile: bool = F
     before the first step is done, these signals do what they did before.
     """
     run, seed = RunFolder(Path(config.out_dir)), config.train.seed
-    placement = choose_placement(config.parallel, config.model, runtime.choose_devices(config))
+    placement = choose_placement(config.parallel, config.model, runtime.choose_devices(config.parallel))
     n_micro = placement.microbatches(config.data.batch_size, config.data.microbatch_size)
     rows = placement.rows(config.data.batch_size, n_micro)  # Those that this host loads.
     batches = TrainBatches(data.train, config.model.context_length, config.data.batch_size, seed)
@@ -77,8 +78,8 @@ def train(config: Config, data: Dataset, resume: bool = False, profile: bool = F
         Checkpoints(run.checkpoints, config.train.keep_checkpoints) as checkpoints,
     ):
         pretrained = load_pretrained_params(config, model, placement, bool(resume and checkpoints.steps()))
-        if model.config.lora.rank:
-            meta["base"] = tree_fingerprint(pretrained)
+        if model.config.lora.rank and pretrained:
+            meta["base"] = fingerprint_of(open_source(config.init_from), pretrained)
         state = restore(checkpoints, model, optimizer, placement, meta, pretrained) if resume else None
         if state is None:
             state = first_state(model, optimizer, seed, placement, pretrained)

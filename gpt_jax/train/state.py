@@ -16,6 +16,7 @@ from gpt_jax.errors import UserError
 from gpt_jax.model.gpt import GPT, Params
 from gpt_jax.placement import Placement
 from gpt_jax.run.checkpoint import Checkpoints, DamagedCheckpointError, check_data
+from gpt_jax.run.checksums import tree_fingerprint
 from gpt_jax.run.load import open_source
 from gpt_jax.train.step import TrainState, init_state
 
@@ -54,7 +55,7 @@ def restore(
     damaged = []
     for step in reversed(checkpoints.steps()):
         try:
-            check_fits(checkpoints.folder / str(step), checkpoints.meta(step), meta)
+            check_fits(checkpoints.folder / str(step), checkpoints.meta(step), meta, pretrained)
             params = placement.from_checkpoint(checkpoints.restore(step, "params", target.params))
             opt_state = placement.from_checkpoint(checkpoints.restore(step, "opt_state", target.opt_state))
         except DamagedCheckpointError as e:
@@ -84,11 +85,12 @@ def load_pretrained_params(config: Config, model: GPT, placement: Placement, res
 DECIDE_THE_DATA_ORDER = ("data.batch_size", "train.seed")
 
 
-def check_fits(where: Path, saved: dict[str, Any], meta: dict[str, Any]) -> None:
+def check_fits(where: Path, saved: dict[str, Any], meta: dict[str, Any], pretrained: Params | None = None) -> None:
     """Raises UserError when the facts of a checkpoint and of this run differ in what must be equal, naming it. Prints
-    the other differences."""
+    the other differences. pretrained: the parameters that adapters are trained on."""
     check_data(where, saved, meta)
-    if saved.get("base") != meta.get("base"):
+    # Earlier versions always saved the fingerprint of the values.
+    if saved.get("base") != meta.get("base") and saved.get("base") != tree_fingerprint(pretrained):
         raise UserError(f"the adapters in checkpoint {where} were trained on another model than init_from now is")
     configs = [config_from_dict(facts["config"], str(where)) for facts in (saved, meta)]
     deciding = [config.model.deciding() for config in configs]

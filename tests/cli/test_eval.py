@@ -14,7 +14,7 @@ import pytest
 from gpt_jax import runtime
 from gpt_jax.cli import eval as evaluate_command
 from gpt_jax.cli.eval import EvalArgs, evaluate
-from gpt_jax.config import ModelConfig, RopeConfig
+from gpt_jax.config import ModelConfig, ParallelConfig, RopeConfig
 from gpt_jax.errors import UserError
 from gpt_jax.run.load import with_context
 from tests.commands import ROOT, TINY, records, refused, refused_here, run, run_here
@@ -31,7 +31,7 @@ def trained(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """The devices of this process are set up already."""
-    monkeypatch.setattr(runtime, "setup", lambda: None)
+    monkeypatch.setattr(runtime, "setup", lambda cpu_devices: None)
     one = runtime.local_devices()[:1]
     monkeypatch.setattr(runtime, "local_devices", lambda: one)
 
@@ -52,6 +52,13 @@ def test_a_run_is_evaluated_as_in_training(trained: Path, tiny_data: Path) -> No
     assert result["text"] == f"{tiny_data}, val"
     assert result["context_length"] == result["stride"] == 16
     assert run("eval", "--run", trained, "--json")[0] == out
+
+
+@pytest.mark.parametrize("flags", [["--parallel.fsdp=8"], ["--parallel.fsdp=2", "--parallel.context=2"]], ids=" ".join)
+def test_a_run_is_evaluated_on_a_mesh(trained: Path, flags: list[str]) -> None:
+    """As in training, by the same flags: on a CPU, the mesh gets as many devices as it needs."""
+    result = json.loads(run_here("eval", "--run", trained, "--json", *flags)[0])
+    assert result["loss"] == pytest.approx(records(trained)[-1]["val_loss"], rel=1e-6)
 
 
 def test_the_table(trained: Path, tiny_data: Path) -> None:
@@ -110,6 +117,11 @@ def test_the_newest_run_is_the_default(
         ({"text": ("missing",)}, "there is no file or folder 'missing'"),
         ({"text": ("empty.txt",)}, "empty.txt is empty"),
         ({"text": ("one.txt",), "data": "data"}, "--text names a text, and --data another one; use one of them"),
+        (
+            {"parallel": ParallelConfig(fsdp=2)},
+            "data x fsdp x context x tensor = 1 x 2 x 1 x 1 = 2, but there are 1 dev",
+        ),
+        ({"parallel": ParallelConfig(devices=2)}, "parallel.devices = 2, but this machine has 1; 0 takes all of them"),
         ({"data": "other"}, "other, val: these tokens were made by another tokenizer than the model's; name the text"),
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else "",
@@ -129,6 +141,14 @@ def test_what_cannot_be_is_told(
 
 def test_the_command_tells_it_in_one_line(trained: Path) -> None:
     assert "must be between 1 and context_length = 16" in refused_here("eval", "--run", trained, "--stride=17")
+    told = refused_here("eval", "--run", trained, "--parallel.tensor=2")
+    assert (
+        "the vocabulary, 261, does not divide over parallel.tensor = 2; train with model.vocab_multiple = 128" in told
+    )
+    assert "d_model, 16, does not divide over parallel.fsdp = 3" in refused_here(
+        "eval", "--run", trained, "--parallel.fsdp=3"
+    )
+    assert "parallel.fsdp = -1 is not possible" in refused_here("eval", "--parallel.fsdp=-1")
     assert "-m gpt_jax eval --help" in refused("eval", "--split=test", status=2)
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from gpt_jax.errors import UserError
 from gpt_jax.model.gpt import GPT, Params
+from gpt_jax.placement import Placement
 from gpt_jax.tokenizer.bytes import ByteTokenizer
 from tests import tiny
 from tests.commands import ROOT, TINY, environment, run_here
@@ -69,7 +70,7 @@ def params() -> Params:
 
 @pytest.fixture(scope="module")
 def harness_model(params: Params) -> HarnessModel:
-    return HarnessModel(MODEL, params, TOKENIZER, batch_size=8, devices=jax.devices()[:1])
+    return HarnessModel(MODEL, params, TOKENIZER, batch_size=8, placement=Placement(jax.devices()[:1]))
 
 
 @pytest.fixture(scope="module")
@@ -182,6 +183,24 @@ def test_what_cannot_be_is_told(harness_model: HarnessModel) -> None:
         HarnessModel.create_from_arg_string("run=runs/mine,context_length=long")
     with pytest.raises(UserError, match="missing is not a run: it has no config"):
         HarnessModel.create_from_arg_string("run=missing")
+
+
+def test_a_mesh_scores(tiny_data: Path, tmp_path: Path) -> None:
+    """As one device does, to 1e-5, and only that."""
+    run_here("train", *TINY, f"--data.dir={tiny_data}", f"--out-dir={tmp_path / 'run'}", "--train.steps=20")
+    asked = [Instance("loglikelihood", {}, (f"the cat{' sat' * i}", " on a mat"), 0) for i in range(20)]
+    one, mesh = (
+        HarnessModel.create_from_arg_string(f"run={tmp_path / 'run'}{axes}", {"batch_size": "2"})
+        for axes in ("", ",fsdp=4,context=2")
+    )
+    assert {shard.data.shape for shard in mesh.params["tokens_VD"].addressable_shards} == {(261, 2)}
+    expected, got = (np.array(model.loglikelihood(asked, disable_tqdm=True)) for model in (one, mesh))
+    np.testing.assert_allclose(got[:, 0], expected[:, 0], rtol=1e-5)
+    assert (got[:, 1] == expected[:, 1]).all()
+    with pytest.raises(UserError, match="tasks that generate text need a model on one device; leave out data=, fsdp="):
+        mesh.generate_until([ask("on")], disable_tqdm=True)
+    with pytest.raises(UserError, match=r"key/value heads, 2, does not divide over parallel\.tensor = 8"):
+        HarnessModel.create_from_arg_string(f"run={tmp_path / 'run'},tensor=8")
 
 
 @pytest.mark.slow

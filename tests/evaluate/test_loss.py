@@ -36,7 +36,7 @@ def params() -> Params:
 
 @pytest.fixture(scope="module")
 def scorer(params: Params) -> Scorer:
-    return Scorer(MODEL, params, jax.devices()[:1], 4)
+    return Scorer(MODEL, params, Placement(jax.devices()[:1]), 4)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def test_the_other_split(scorer: Scorer, params: Params, data: Dataset) -> None:
 
 
 def test_devices_do_not_matter(scorer: Scorer, params: Params, data: Dataset) -> None:
-    several = evaluate_split(Scorer(MODEL, params, jax.devices()[:4], 2), data.val, T, 5)
+    several = evaluate_split(Scorer(MODEL, params, Placement(jax.devices()[:4]), 2), data.val, T, 5)
     assert several.nats == pytest.approx(evaluate_split(scorer, data.val, T, 5).nats, rel=1e-6)
 
 
@@ -165,4 +165,4 @@ def test_without_text_there_is_no_loss(scorer: Scorer, tmp_path: Path) -> None:
 def test_a_loss_that_is_no_number_is_told(params: Params, data: Dataset) -> None:
     broken = {**params, "tokens_VD": params["tokens_VD"].at[0].set(np.nan)}
     with pytest.raises(UserError, match="the loss is nan"):
-        evaluate_split(Scorer(MODEL, broken, jax.devices()[:1], 4), data.val, T, T)
+        evaluate_split(Scorer(MODEL, broken, Placement(jax.devices()[:1]), 4), data.val, T, T)

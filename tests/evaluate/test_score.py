@@ -10,6 +10,7 @@ from gpt_jax.evaluate import score
 from gpt_jax.evaluate.score import Scorer
 from gpt_jax.evaluate.windows import Window
 from gpt_jax.model.gpt import GPT, Params
+from gpt_jax.placement import Placement
 from tests.evaluate.model import CONFIG, MODEL, T, log_probabilities_TV, make_params, nats
 
 
@@ -36,7 +37,7 @@ def some_windows(params: Params) -> list[Window]:
 def test_scores_are_those_of_one_window_at_a_time(
     params: Params, some_windows: list[Window], n_devices: int, batch_size: int
 ) -> None:
-    scores = sorted(Scorer(MODEL, params, jax.devices()[:n_devices], batch_size)(some_windows))
+    scores = sorted(Scorer(MODEL, params, Placement(jax.devices()[:n_devices]), batch_size)(some_windows))
     assert [score.number for score in scores] == list(range(len(some_windows)))
     for window, got in zip(some_windows, scores, strict=True):
         assert got.nats == pytest.approx(nats(params, window.tokens, window.n_scored), rel=1e-5)
@@ -48,9 +49,9 @@ def test_scores_are_those_of_one_window_at_a_time(
 def test_logits_in_chunks_are_the_same(
     params: Params, some_windows: list[Window], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = list(Scorer(MODEL, params, jax.devices()[:1], 4)(some_windows))
+    whole = list(Scorer(MODEL, params, Placement(jax.devices()[:1]), 4)(some_windows))
     monkeypatch.setattr(score, "CHUNK", 24)  # Neither divides a batch nor is divided by one.
-    chunked = list(Scorer(MODEL, params, jax.devices()[:1], 4)(some_windows))
+    chunked = list(Scorer(MODEL, params, Placement(jax.devices()[:1]), 4)(some_windows))
     for a, b in zip(whole, chunked, strict=True):
         assert a.number == b.number
         assert a.greedy == b.greedy
@@ -61,7 +62,7 @@ def test_padding_of_the_vocabulary_has_no_probability(params: Params, some_windo
     padded = GPT(dataclasses.replace(CONFIG, vocab_multiple=128))
     rows_VD = 100 * np.ones((384 - 261, 16), np.float32)
     with_padding = {**params, "tokens_VD": np.concatenate([params["tokens_VD"], rows_VD])}
-    expected = list(Scorer(MODEL, params, jax.devices()[:1], 4)(some_windows))
-    for a, b in zip(expected, Scorer(padded, with_padding, jax.devices()[:1], 4)(some_windows), strict=True):
+    expected = list(Scorer(MODEL, params, Placement(jax.devices()[:1]), 4)(some_windows))
+    for a, b in zip(expected, Scorer(padded, with_padding, Placement(jax.devices()[:1]), 4)(some_windows), strict=True):
         assert a.greedy == b.greedy
         assert a.nats == pytest.approx(b.nats, rel=1e-5)

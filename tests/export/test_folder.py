@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gpt_jax.config import ModelConfig
 from gpt_jax.export.folder import export as export_run
 from gpt_jax.interop import save
+from gpt_jax.interop.layout import ReadPart
 from gpt_jax.run.folder import RunFolder
-from gpt_jax.run.load import LoadedModel, load_model, open_source
+from gpt_jax.run.load import RunSource, load_model, open_source
 from tests.commands import ROOT, TINY, refused_here, run_here
 
 torch = pytest.importorskip("torch")
@@ -45,12 +47,13 @@ def export(trained: Path, out: Path, *flags: str) -> tuple[Any, Any]:
 def test_weights_that_are_nan_are_not_exported(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As after a run that was saved before it diverged was made worse by hand: one line, and no folder."""
 
-    def broken(*args: Any) -> LoadedModel:
-        model, params, tokenizer = load_model(*args)
-        scale = params["final_norm"]["scale"].at[3].set(np.nan)
-        return LoadedModel(model, {**params, "final_norm": {**params["final_norm"], "scale": scale}}, tokenizer)
+    open_params = RunSource.open_params
 
-    monkeypatch.setattr("gpt_jax.export.folder.load_model", broken)
+    def broken(source: RunSource, config: ModelConfig) -> ReadPart:
+        read = open_params(source, config)
+        return lambda leaf, i: read(leaf, i) * (np.nan if leaf == "final_norm/scale" else 1)
+
+    monkeypatch.setattr(RunSource, "open_params", broken)
     told = refused_here("export", "--run", trained, "--out", tmp_path / "out")
     assert "tensor transformer.ln_f.weight has numbers that are not finite (nan or infinity)" in told
     assert {path.name for path in tmp_path.iterdir()} == {".out.lock"}

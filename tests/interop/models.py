@@ -10,7 +10,7 @@ from gpt_jax.config import ModelConfig
 from gpt_jax.files import save_json
 from gpt_jax.interop.families import family_for
 from gpt_jax.interop.load import tensor_shapes
-from gpt_jax.interop.save import generation_settings, model_settings, write_model
+from gpt_jax.interop.save import generation_settings, model_settings, parts_of, write_model
 from gpt_jax.interop.weights import write_safetensors
 from gpt_jax.model.gpt import Params
 from gpt_jax.tokenizer.bytes import ByteTokenizer
@@ -27,7 +27,7 @@ def publish(folder: Path, config: ModelConfig = LLAMA) -> Params:
     assert family is not None
     params, tokenizer = random_params(config), ByteTokenizer()
     folder.mkdir(parents=True, exist_ok=True)
-    write_model(folder, family, config, params, "float32")
+    write_model(folder, family, config, parts_of(params), "float32")
     save_json(folder / "config.json", model_settings(family, config, tokenizer, "float32"))
     save_json(folder / "generation_config.json", generation_settings(tokenizer))
     export_tokenizer(tokenizer, folder, config.context_length)

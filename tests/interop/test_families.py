@@ -14,7 +14,7 @@ from gpt_jax.config import AttentionName, ModelConfig
 from gpt_jax.interop.families import FAMILIES, family_for
 from gpt_jax.interop.load import PADDED_TO, load_params, their_config
 from gpt_jax.interop.model_files import ModelFiles, open_model
-from gpt_jax.interop.save import in_a_family, write_model
+from gpt_jax.interop.save import in_a_family, parts_of, write_model
 from gpt_jax.model.backend import resolve
 from gpt_jax.model.cache import init_cache
 from gpt_jax.model.forward import forward, forward_cached
@@ -146,8 +146,8 @@ def test_cached_decoding_equals(published: tuple[Any, Path], tokens: np.ndarray)
 
 def save(folder: Path, model: GPT, params: Params) -> None:
     """What an export writes, but for the tokenizer."""
-    config, params, family = in_a_family(model.config, params)
-    write_model(folder, family, config, params, "float32")
+    config, read, family = in_a_family(model.config, parts_of(params))
+    write_model(folder, family, config, read, "float32")
     settings = family.to_settings(config) | {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     (folder / "config.json").write_text(json.dumps(settings))
 

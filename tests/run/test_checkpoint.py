@@ -14,7 +14,8 @@ import pytest
 
 from gpt_jax.errors import UserError
 from gpt_jax.placement import Placement
-from gpt_jax.run.checkpoint import CHUNK_BYTES, Checkpoints, DamagedCheckpointError, named_checksums
+from gpt_jax.run.checkpoint import CHUNK_BYTES, Checkpoints, DamagedCheckpointError
+from gpt_jax.run.checksums import named_checksums
 
 
 def make(seed: int) -> tuple[Any, Any]:
@@ -198,8 +199,20 @@ def data_files(folder: Path) -> list[Path]:
     return [p for p in files if p.name != "_sharding" and "commit_success" not in p.name]
 
 
+def restored_whole(checkpoints: Checkpoints, params: Any) -> Any:
+    return checkpoints.restore(1, "params", target(params))
+
+
+def restored_by_parts(checkpoints: Checkpoints, params: Any) -> Any:
+    read = checkpoints.open_parts(1, "params", params)
+    return {"a": read("a", 0), "b": {"c": read("b/c", 0)}}
+
+
+@pytest.mark.parametrize("restored", [restored_whole, restored_by_parts])
 @pytest.mark.parametrize("how", ["cut short", "changed", "removed"])
-def test_no_damage_goes_unseen(tmp_path: Path, how: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_no_damage_goes_unseen(
+    tmp_path: Path, how: str, restored: Callable[..., Any], capfd: pytest.CaptureFixture[str]
+) -> None:
     """Whatever file of the parameters is damaged: they come back as they were, or the damage is told in one line."""
     whole = tmp_path / "whole"
     save(whole, {1: None})
@@ -218,7 +231,7 @@ def test_no_damage_goes_unseen(tmp_path: Path, how: str, capfd: pytest.CaptureFi
             file.write_bytes(content[:middle] + (b"" if how == "cut short" else changed + content[middle + 1 :]))
         with Checkpoints(folder, read_only=True) as checkpoints:
             try:
-                assert_equal(checkpoints.restore(1, "params", target(params)), params)
+                assert_equal(restored(checkpoints, params), params)
             except DamagedCheckpointError as e:
                 message = str(e)
                 noticed += 1

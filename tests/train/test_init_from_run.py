@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from gpt_jax.run.checksums import tree_fingerprint
 from gpt_jax.run.load import load_model, open_source
 from tests.commands import TINY, records, refused_here, run_here
 
@@ -84,6 +85,27 @@ def test_a_run_is_resumed_by_what_it_began_with(first: Path, tiny_data: Path, tm
     run_here("train", "--resume", "--out-dir", parts, "--train.steps=6")
     one, other = (load_model(open_source(str(run))).params for run in (whole, parts))
     jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def test_adapters_of_adapters_are_resumed_on_a_mesh(first: Path, tiny_data: Path, tmp_path: Path) -> None:
+    """The model that they began with is known by what it was computed from: folding adapters rounds in other ways on
+    other meshes. And still by its values, as earlier versions saved it."""
+    base, out = tmp_path / "base", tmp_path / "run"
+    train(tiny_data, base, *tuning(first, "--model.lora.rank=2"))
+    train(tiny_data, out, *tuning(base, "--model.lora.rank=2", "--train.steps=3", "--optimizer.schedule=constant"))
+    values = load_model(open_source(str(base))).params
+    resume = ["train", "--resume", "--out-dir", out]
+    run_here(*resume, "--train.steps=4", "--parallel.devices=0", "--parallel.fsdp=4")
+    facts = out / "checkpoints" / "4" / "meta" / "metadata"
+    before = json.loads(facts.read_text())
+    facts.write_text(json.dumps(before | {"base": tree_fingerprint(values)}))
+    run_here(*resume, "--train.steps=5", "--parallel.fsdp=0", "--parallel.devices=1")
+    facts = out / "checkpoints" / "5" / "meta" / "metadata"
+    content = json.loads(facts.read_text())
+    assert content["base"] == before["base"]
+    facts.write_text(json.dumps(content | {"base": "other"}))
+    assert "were trained on another model than init_from now is" in refused_here(*resume, "--train.steps=6")
+    assert "were trained on another model than" in refused_here("sample", "--run", out)
 
 
 def test_what_cannot_be_begun_with_is_said(first: Path, tiny_data: Path, tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ from gpt_jax.model.forward import forward, init_params
 from gpt_jax.model.gpt import GPT
 from gpt_jax.model.kernels import causal_attention, causal_by_mask, causal_by_splash
 from gpt_jax.placement import MeshPlacement, Placement, choose_placement, mesh_array
-from gpt_jax.run.checkpoint import Checkpoints, checksum
+from gpt_jax.run.checkpoint import Checkpoints
+from gpt_jax.run.checksums import checksum
 from gpt_jax.train.objectives.next_token import next_token
 from gpt_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from gpt_jax.train.step import StepMetrics, TrainState, init_state, make_eval_step, make_train_step
