@@ -271,15 +271,8 @@ def test_prepared_matrices_are_in_the_compute_type() -> None:
         cache = init_cache(config, 1, 128)
         tokens = np.arange(16, dtype=np.int32)
         cache = prefill_chunk(model, form, cache, tokens[None], np.int32(0))
-        state = insert(
-            model,
-            state,
-            np.int32(0),
-            make_row(config, tokens.tolist(), 16, 1, GREEDY, ()),
-            cache,
-            np.int32(0),
-            np.int32(1),
-        )
+        row = make_row(config, tokens.tolist(), 16, 1, GREEDY, ())
+        state = insert(model, state, np.int32(0), row, cache, np.int32(0), np.int32(1))
         keep_S = np.ones(1, bool)
         _, block = decode_n(model, form, state, keep_S, np.int32(1), config.vocab_size, 128)
         logprobs.append(block.logprobs_NS[0])
