@@ -149,9 +149,9 @@ class Decoding(contestants.Decoding):
     @functools.cache  # noqa: B019 (there is one for all the time of a process)
     def engine(self, batch: int, places: int) -> Any:
         """The engine of a case; its caches are there before the clock runs, as the others' programs are."""
-        from gpt_jax.sample.engine import Engine
+        from gpt_jax.sample.engine import ALL_CHUNKS, Engine
 
-        engine = Engine(self.model, self.params, batch)
+        engine = Engine(self.model, self.params, batch, chunks_a_turn=ALL_CHUNKS)
         engine.reserve(places)
         return engine
 

@@ -23,7 +23,7 @@ from gpt_jax.run.load import LoadedModel, load_model, open_source
 from gpt_jax.runtime import own_numerics
 from gpt_jax.sample.chat import fit, message
 from gpt_jax.sample.decode import bucket, prepare_params
-from gpt_jax.sample.engine import Engine
+from gpt_jax.sample.engine import ALL_CHUNKS, Engine
 from gpt_jax.sample.generate import MOST_SLOTS, Result, check_known, encode_prompt, generate_on
 from gpt_jax.sample.settings import Settings, changed
 from gpt_jax.tokenizer.chat_template import checked
@@ -57,7 +57,7 @@ class Model:
         if self._last_engine is None or self._last_engine.n_slots != n_slots:
             self._last_engine = None  # Its memory is free before the other's is taken.
             params, n_tokens = self._decoding_params, self.tokenizer.vocab_size
-            self._last_engine = Engine(self.model, params, n_slots, n_tokens=n_tokens)
+            self._last_engine = Engine(self.model, params, n_slots, n_tokens=n_tokens, chunks_a_turn=ALL_CHUNKS)
         return self._last_engine
 
     @overload

@@ -110,7 +110,7 @@ def answer_prompts(args: SampleArgs) -> None:
     from gpt_jax.run.load import load_model
     from gpt_jax.sample.batch import job_name, open_answers, read_prompts, run_job
     from gpt_jax.sample.decode import prepare_params
-    from gpt_jax.sample.engine import Engine
+    from gpt_jax.sample.engine import ALL_CHUNKS, Engine
 
     source, where = args.source(), "standard input" if args.prompts == "-" else args.prompts
     prompts = read_prompts(read_prompt(args.prompts), where, args.settings)
@@ -128,7 +128,8 @@ def answer_prompts(args: SampleArgs) -> None:
         runtime.setup()
         model, params, tokenizer = load_model(source, args.context_length)
         params = prepare_params(params, model.config, donate=True)
-        engine = Engine(model, params, min(args.slots, n_texts), n_tokens=tokenizer.vocab_size)
+        n_slots, n_tokens = min(args.slots, n_texts), tokenizer.vocab_size
+        engine = Engine(model, params, n_slots, n_tokens=n_tokens, chunks_a_turn=ALL_CHUNKS)
         bar = stack.enter_context(tqdm(total=n_texts, initial=len(done), unit=" texts", disable=None))
         for answer in run_job(engine, tokenizer, prompts, args.num_samples, done):
             answered(answer)

@@ -25,7 +25,7 @@ from gpt_jax.model.sharding import MESH_AXES
 from gpt_jax.placement import MeshPlacement, Placement, choose_placement
 from gpt_jax.run.load import choose_source, config_to_load, load_model
 from gpt_jax.runtime import choose_devices, local_devices
-from gpt_jax.sample.engine import Engine
+from gpt_jax.sample.engine import ALL_CHUNKS, Engine
 from gpt_jax.sample.generate import Row, write
 from gpt_jax.sample.settings import Filters, Settings
 from gpt_jax.tokenizer.tokenizer import Tokenizer
@@ -78,7 +78,14 @@ class HarnessModel(TemplateLM):
         if isinstance(self.scorer.placement, MeshPlacement):
             raise UserError(f"tasks that generate text need a model on one device; leave out {'=, '.join(MESH_AXES)}=")
         n_tokens = self.tokenizer.vocab_size
-        return Engine(self.model, self.params, self.batch_size, n_tokens=n_tokens, prefix_bytes=PREFIX_BYTES)
+        return Engine(
+            self.model,
+            self.params,
+            self.batch_size,
+            n_tokens=n_tokens,
+            prefix_bytes=PREFIX_BYTES,
+            chunks_a_turn=ALL_CHUNKS,
+        )
 
     @classmethod
     def from_names(

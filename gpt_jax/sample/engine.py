@@ -40,6 +40,9 @@ from gpt_jax.sample.settings import Filters
 MOVES = 64
 """Chunks that are copied in one call."""
 
+ALL_CHUNKS = 2**31
+"""For `chunks_a_turn`: prompts are read as long as there are slots."""
+
 SHORT_BLOCK = 8
 """The most tokens of a block while requests wait, since a slot that becomes free in its midst is idle to its end."""
 
@@ -114,7 +117,8 @@ class Engine:
 
     n_tokens: the size of the tokenizer's vocabulary; None: the model's. prefix_bytes: memory for the keys and values of
     prompts that were read, besides the last one, which is always kept. most_waiting, most_waiting_tokens: bounds on the
-    requests that wait, and on their tokens.
+    requests that wait, and on their tokens. chunks_a_turn: chunks that are read between two blocks; with 1, those who
+    write are held up least, and with more, all are done sooner, since a block takes as long for few as for many.
 
     The caches grow with the longest sequence that was asked for, up to the model's context, by powers of two; `reserve`
     makes room at once.
@@ -128,6 +132,7 @@ class Engine:
         *,
         n_tokens: int | None = None,
         prefix_bytes: int = 0,
+        chunks_a_turn: int = 1,
         most_waiting: int = 2**31,
         most_waiting_tokens: int = 2**31,
     ) -> None:
@@ -137,7 +142,7 @@ class Engine:
         self.chunk = self.places = chunk_sizes(c)[-1]
         chunk_bytes = 2 * c.n_layer * c.kv_heads * self.chunk * c.head_dim * jnp.dtype(c.dtype).itemsize
         self.n_kept = prefix_bytes // chunk_bytes  # Chunks.
-        self.limits = most_waiting, most_waiting_tokens
+        self.limits, self.chunks_a_turn = (most_waiting, most_waiting_tokens), chunks_a_turn
         self.counts = Counts()
         self.next_id = 0
         self.reset()
@@ -237,19 +242,19 @@ class Engine:
         self.places = wanted
 
     def _read(self) -> None:
-        """Reads at most one chunk, or short prompts that make up one. Whatever has been read is put into its slot."""
-        may_read = True
+        """Reads a chunk, or short prompts that make up one, as often as it may. What was read is put into its slot."""
+        n_chunks = 0
         while ticket := self.scheduler.next_to_read():
             task = self.tasks[ticket.id]
             if not self._is_read(task.prompt):
-                if not may_read:
+                if n_chunks == self.chunks_a_turn:
                     return
                 if self._rows(len(task.prompt)) > 1:
                     self._read_short(task)
                 else:
                     self.reserve(len(task.prompt))
                     task.computed += self._read_chunk(task.prompt)
-                may_read = False
+                n_chunks += 1
             for ticket in list(self.scheduler.reading):
                 if self._is_read(self.tasks[ticket.id].prompt):
                     self._insert(self.tasks[ticket.id])

@@ -10,7 +10,7 @@ import numpy as np
 
 from gpt_jax.errors import UserError
 from gpt_jax.model.gpt import GPT, Params
-from gpt_jax.sample.engine import Engine, Progress, Request
+from gpt_jax.sample.engine import ALL_CHUNKS, Engine, Progress, Request
 from gpt_jax.sample.settings import Settings
 from gpt_jax.tokenizer.tokenizer import Tokenizer
 
@@ -163,7 +163,7 @@ def generate_tokens(
     Raises UserError for ids that the model does not know.
     """
     n_slots = max(1, min(len(prompts) * num_samples, MOST_SLOTS))
-    engine = Engine(model, params, n_slots, n_tokens=tokenizer.vocab_size)
+    engine = Engine(model, params, n_slots, n_tokens=tokenizer.vocab_size, chunks_a_turn=ALL_CHUNKS)
     return generate_on(engine, tokenizer, prompts, settings, num_samples, on_text)
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from gpt_jax.errors import UserError
 from gpt_jax.model.forward import forward
 from gpt_jax.model.head import logits_NV
-from gpt_jax.sample.engine import Engine, Request
+from gpt_jax.sample.engine import ALL_CHUNKS, Engine, Request
 from gpt_jax.sample.scheduler import QueueFullError
 from gpt_jax.sample.settings import Filters
 from tests import tiny
@@ -97,6 +97,22 @@ def test_short_prompts_are_read_together() -> None:
     for request, answer in zip(shorts, [*together[:2], together[3]], strict=False):
         e.reset()
         assert Answers(e).all([request]) == [answer]
+
+
+def test_chunks_between_two_blocks() -> None:
+    """One, so that those who write go on, or all, to the same answers."""
+    requests = [Request(list(range(n)), 40, GREEDY) for n in (20, 200, 250)]
+    one, every = (Engine(engine("gpt2").model, engine("gpt2").params, 3, chunks_a_turn=n) for n in (1, ALL_CHUNKS))
+    answers = Answers(one).all(requests)
+    assert Answers(every).all(requests) == answers
+    assert one.counts.chunks == every.counts.chunks == 4  # The third finds a chunk of the second.
+    assert every.counts.blocks < one.counts.blocks
+    for e, writing in ((one, 1), (every, 3)):
+        e.forget()
+        for request in requests:
+            e.submit(request)
+        e.turn()
+        assert len(e.scheduler.writing) == writing
 
 
 def test_what_was_read_before_is_not_read_again() -> None:
