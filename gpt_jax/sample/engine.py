@@ -92,9 +92,7 @@ class Task:
 
     request: Request
     ticket: Ticket
-    prompt: list[
-        int
-    ]  # The tokens that are read before it writes: all but the last, which is read with the first block.
+    prompt: list[int]  # What is read before it writes: all tokens but the last, which the first block reads.
     left: int  # Tokens that are still to come, at most.
     computed: int = 0  # Tokens of the prompt that were read for it.
 
