@@ -81,8 +81,8 @@ def test_logits_equal_transformers(ours: tuple[GPT, Params, Tokenizer], theirs: 
 
 @pytest.mark.parity
 def test_greedy_continuations_equal_transformers(ours: tuple[GPT, Params, Tokenizer], theirs: Any) -> None:
-    """Ten prompts, 64 tokens each, token for token, the one that ends a text too; both in one batch, ours ragged, theirs
-    padded on the left."""
+    """Ten prompts, 64 tokens each, token for token, with the one that ends a text; both in one batch, ours ragged,
+    theirs padded on the left."""
     import torch
 
     model, params, tokenizer = ours
