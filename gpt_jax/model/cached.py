@@ -65,7 +65,9 @@ def chunk_by_blocks(
     q_XNK = heads_of(q_BTHK, X)
     k_XTK, v_XTK = (x.swapaxes(1, 2).reshape(X, T, K).astype(q_XNK.dtype) for x in (k_BTGK, v_BTGK))
 
-    def attend(carry: tuple[jax.Array, ...], k_XCK: jax.Array, v_XCK: jax.Array, mask_TC: jax.Array | np.ndarray):  # type: ignore[no-untyped-def]
+    def attend(
+        carry: tuple[jax.Array, ...], k_XCK: jax.Array, v_XCK: jax.Array, mask_TC: jax.Array | np.ndarray
+    ) -> tuple[jax.Array, ...]:
         most_XN, sum_XN, out_XNK = carry
         mask_NC = jnp.tile(mask_TC, (R, 1))
         scores_XNC = jnp.einsum("XNK,XCK->XNC", q_XNK, k_XCK, preferred_element_type=jnp.float32)

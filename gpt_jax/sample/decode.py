@@ -1,8 +1,8 @@
 """The core of decoding: pure functions of a model's parameters, and of a cache with a slot for each of S sequences.
 
-A prompt is read in chunks, by `prefill_chunk`, into a cache of one sequence; `insert` copies that to a slot and says
-how the sequence goes on; `decode_n` draws tokens for all slots at the same time. All settings of a sequence are
-elements of arrays, so that one compiled program serves them all.
+A prompt is read in chunks, by `prefill_chunk`, into a cache of one sequence, or together with others if it is short, by
+`prefill_short`; `insert` copies that to a slot and says how the sequence goes on; `decode_n` draws tokens for all slots
+at the same time. All settings of a sequence are elements of arrays, so that one compiled program serves them all.
 
 The slots do not know each other. What a row draws depends on its tokens, its settings and its key, and each chunk of a
 prompt is computed by the same program whatever stands in front of it; so a row comes out the same, to the last bit, in
