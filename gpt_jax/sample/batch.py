@@ -11,7 +11,7 @@ from typing import Any
 
 from gpt_jax.errors import UserError
 from gpt_jax.files import locked
-from gpt_jax.sample.engine import Engine
+from gpt_jax.sample.engine import Engine, check_request
 from gpt_jax.sample.generate import Row, check_known, encode_prompt, write
 from gpt_jax.sample.settings import Settings, changed
 from gpt_jax.tokenizer.chat_template import checked
@@ -64,16 +64,19 @@ def prompt_of(value: Any, line: int, where: str, settings: Settings) -> Prompt:
     if ("prompt" in value) == ("messages" in value):
         raise UserError(f'{where}: a prompt has either "prompt", a text, or "messages", a list of them')
     try:
+        json.dumps(value, ensure_ascii=False).encode()
+        json.dumps(value.get("id"), allow_nan=False)  # Answers have it, too.
         if "messages" in value:
             return Prompt(line, checked(value["messages"], plain=str), changed(settings, rest), value.get("id"))
         if not isinstance(value["prompt"], str):
             raise UserError(f"the prompt is {value['prompt']!r:.40}, which is no text")
-        value["prompt"].encode()
         return Prompt(line, value["prompt"], changed(settings, rest), value.get("id"))
     except UserError as e:
         raise UserError(f"{where}: {e}") from e
     except UnicodeEncodeError as e:
-        raise UserError(f"{where}: the prompt has half a character, {e.object[e.start]!a}, which is no text") from e
+        raise UserError(f"{where}: there is half a character, {e.object[e.start]!a}, which is no text") from e
+    except ValueError as e:
+        raise UserError(f"{where}: the id has a number that JSON does not have; take another") from e
 
 
 def tokens_of(prompt: Prompt, tokenizer: Tokenizer, engine: Engine) -> list[int]:
@@ -109,6 +112,8 @@ def run_job(
             try:
                 tokens = tokens_of(prompt, tokenizer, engine)
                 check_known(tokens, engine.model, tokenizer)
+                request = Row(tokens, tokenizer, prompt.settings).request(engine.model.config.context_length)
+                check_request(request, engine.model, engine.n_tokens)
             except UserError as e:
                 refused.append(UserError(f"line {prompt.line}: {e}"))
                 return

@@ -64,7 +64,11 @@ def test_prompts_are_lines_or_objects() -> None:
         ('{"text": "a"}', 'f, line 1: a prompt has either "prompt", a text, or "messages"'),
         ('{"prompt": "a", "messages": []}', "f, line 1: a prompt has either"),
         ('{"prompt": 3}', "f, line 1: the prompt is 3, which is no text"),
-        ('{"prompt": "\\ud800"}', r"f, line 1: the prompt has half a character, '\\ud800', which is no text"),
+        ('{"prompt": "\\ud800"}', r"f, line 1: there is half a character, '\\ud800', which is no text"),
+        ('{"messages": [{"role": "user", "content": "\\ud800"}]}', "f, line 1: there is half a character"),
+        ('{"prompt": "a", "id": "\\udfff"}', "f, line 1: there is half a character"),
+        ('{"prompt": "a", "id": [NaN]}', "f, line 1: the id has a number that JSON does not have"),
+        ('{"prompt": "a", "id": 1e999}', "f, line 1: the id has a number that JSON does not have"),
         ('{"messages": "a"}', "f, line 1: "),
         ('{"prompt": "a", "temprature": 1}', "f, line 1: there is no setting temprature; there are"),
         ('{"prompt": "a", "filters": {}}', "f, line 1: there is no setting filters"),
@@ -94,6 +98,14 @@ def test_a_prompt_that_does_not_fit_ends_the_job_after_those_before_it(engine: E
     answers = run_job(engine, TOKENIZER, prompts, 1, ())
     assert next(answers)["line"] == 1
     with pytest.raises(UserError, match="line 2: the prompt has 65 tokens, and the model's context_length is 64"):
+        next(answers)
+
+
+def test_settings_that_do_not_fit_the_model_are_told_with_their_line(engine: Engine) -> None:
+    biased = dataclasses.replace(SETTINGS, filters=Filters(logit_bias=((10**6, 1.0),)))
+    answers = run_job(engine, TOKENIZER, [Prompt(1, "a", SETTINGS), Prompt(2, "b", biased)], 1, ())
+    assert next(answers)["line"] == 1
+    with pytest.raises(UserError, match="line 2: logit_bias names token 1000000, and the tokenizer has"):
         next(answers)
 
 
