@@ -175,6 +175,7 @@ class Hardware(NamedTuple):
     platform: str  # cpu, gpu or tpu.
     architecture: str = ""  # Of a GPU, as JAX has it: the compute capability, such as 8.0, or the name, such as gfx90a.
     cudnn: int = 99_999  # The version of cuDNN, such as 91100; 0: there is none. As if recent where it is not known.
+    deterministic: bool = False  # XLA is asked for programs that give the same bits in every run.
 
     @property
     def capability(self) -> tuple[int, ...]:
@@ -190,7 +191,12 @@ def hardware(device: jax.Device) -> Hardware:
     from jax._src.lib import cuda_versions  # As JAX's own check of cuDNN reads it; None without CUDA.
 
     architecture = str(getattr(device, "compute_capability", ""))
-    return Hardware("gpu", architecture, cuda_versions.cudnn_get_version() if cuda_versions else 0)
+    cudnn = cuda_versions.cudnn_get_version() if cuda_versions else 0
+    return Hardware("gpu", architecture, cudnn, re.search(DETERMINISTIC, os.environ.get("XLA_FLAGS", "")) is not None)
+
+
+DETERMINISTIC = r"xla_gpu_(deterministic_ops|exclude_nondeterministic_ops)(=true|=1|\s|$)"
+"""XLA's flags for programs that give the same bits in every run."""
 
 
 PEAK_TFLOPS = {

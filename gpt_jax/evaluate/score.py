@@ -16,7 +16,7 @@ from gpt_jax.model.forward import forward
 from gpt_jax.model.gpt import GPT, Params
 from gpt_jax.model.head import head_VD, hide_padding
 from gpt_jax.model.kernels import SPLASH_BLOCKS
-from gpt_jax.model.loss import nats_N, nats_of_parts_N
+from gpt_jax.model.loss import nats_N
 from gpt_jax.model.sharding import BATCH_AXES, mesh_is_set
 from gpt_jax.model.weight import decoding_product
 from gpt_jax.placement import Placement
@@ -81,7 +81,7 @@ def scores_in_chunks(
             return nats_N(logits_1V, target[None])[0], jnp.argmax(logits_1V) == target
         first = jax.lax.axis_index(vocabulary_axis) * head_VD.shape[0]
         logits_1V = hide_padding(logits_1V, vocab_size, first)
-        nats_1 = nats_of_parts_N(logits_1V, target[None], first, vocabulary_axis)
+        nats_1 = nats_N(logits_1V, target[None], first, vocabulary_axis)
         return nats_1[0], most_probable_N(logits_1V, first, vocabulary_axis)[0] == target
 
     flat = hidden_BTD.reshape(-1, hidden_BTD.shape[-1]), targets_BT.reshape(-1)

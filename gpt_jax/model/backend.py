@@ -40,6 +40,8 @@ def cudnn_refusal(config: ModelConfig, on: Hardware, context: int) -> str | None
         return "it needs cuDNN, which JAX does not find"
     if on.capability == (10, 3) and on.cudnn < 91100:
         return "it needs cuDNN 9.11 or later on a GPU of compute capability 10.3"
+    if on.deterministic:
+        return "XLA_FLAGS ask for deterministic programs, which end in an error when they call it"
     if context > 1:
         return f"it does not divide sequences, and parallel.context = {context}"
     if config.dtype != "bfloat16":

@@ -23,7 +23,7 @@ from gpt_jax.model.kernels import causal_attention
 from gpt_jax.model.layers import ACTIVATIONS, INIT_STD, RMSNorm, dropout, fold_in, norm
 from gpt_jax.model.lora import linear
 from gpt_jax.model.rope import rotate
-from gpt_jax.model.sharding import constrain, for_use
+from gpt_jax.model.sharding import constrain, for_use, row_major
 
 Params = dict[str, Any]
 
@@ -154,6 +154,7 @@ class GPT(nn.Module):
             positions_TD = for_use({"positions_TD": positions_TD}, positions_TD.dtype)["positions_TD"]
             T = tokens_BT.shape[1]
             x_BTD = x_BTD + (positions_TD[:T] if positions_BT is None else positions_TD[positions_BT])
+            x_BTD = row_major(x_BTD, "BTD")
         x_BTD = x_BTD.astype(c.dtype)
         if c.scale_embeddings:
             x_BTD = x_BTD * np.sqrt(c.d_model).astype(x_BTD.dtype)

@@ -22,12 +22,12 @@ def logits_NV(model: GPT, params: Params, hidden_ND: jax.Array) -> jax.Array:
     return hide_padding(decoding_product(hidden_ND, head, jnp.float32), model.config.vocab_size)
 
 
-def head_logits(hidden_ND: jax.Array, head_VD: jax.Array, vocab_size: int) -> jax.Array:
+def head_logits(hidden_ND: jax.Array, head_VD: jax.Array, vocab_size: int, first: int | jax.Array = 0) -> jax.Array:
     """hidden @ head.T, the logits of each token: multiplied in the hidden states' dtype, summed in float32 (N, V).
 
-    Rows of the head from `vocab_size` on are padding, and their logits are -inf.
+    The head's rows are those of tokens from `first` on. Tokens from `vocab_size` on are padding, with logits of -inf.
     """
-    return hide_padding(head_product(hidden_ND, head_VD), vocab_size)
+    return hide_padding(head_product(hidden_ND, head_VD), vocab_size, first)
 
 
 @jax.custom_vjp
@@ -37,17 +37,24 @@ def head_product(hidden_ND: jax.Array, head_VD: jax.Array) -> jax.Array:
     return jnp.einsum("ND,VD->NV", hidden_ND, head_VD.astype(hidden_ND.dtype), preferred_element_type=jnp.float32)
 
 
+def head_product_gradients(
+    hidden_ND: jax.Array, head_VD: jax.Array, gradient_NV: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The gradients with respect to hidden states, in their dtype, and to the head, in float32."""
+    dtype = hidden_ND.dtype
+    gradient_NV = gradient_NV.astype(dtype)
+    to_hidden_ND = jnp.einsum("NV,VD->ND", gradient_NV, head_VD.astype(dtype))
+    to_head_VD = jnp.einsum("NV,ND->VD", gradient_NV, hidden_ND, preferred_element_type=jnp.float32)
+    return to_hidden_ND, to_head_VD
+
+
 def _head_product_fwd(hidden_ND: jax.Array, head_VD: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     return head_product(hidden_ND, head_VD), (hidden_ND, head_VD)
 
 
 def _head_product_bwd(saved: tuple[jax.Array, jax.Array], gradient_NV: jax.Array) -> tuple[jax.Array, jax.Array]:
-    hidden_ND, head_VD = saved
-    dtype = hidden_ND.dtype
-    gradient_NV = gradient_NV.astype(dtype)
-    to_hidden_ND = jnp.einsum("NV,VD->ND", gradient_NV, head_VD.astype(dtype))
-    to_head_VD = jnp.einsum("NV,ND->VD", gradient_NV, hidden_ND, preferred_element_type=jnp.float32)
-    return to_hidden_ND, to_head_VD.astype(head_VD.dtype)
+    to_hidden_ND, to_head_VD = head_product_gradients(*saved, gradient_NV)
+    return to_hidden_ND, to_head_VD.astype(saved[1].dtype)
 
 
 head_product.defvjp(_head_product_fwd, _head_product_bwd)

@@ -226,7 +226,20 @@ def copy_chunk(
     return jax.tree.map(copy, target, source)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "n_tokens", "view"), donate_argnames="state")
+DECODING_OPTIONS = {
+    # On a GPU, the whole loop becomes graphs that the GPU runs by itself. By default, the host starts each step, and
+    # looks whether there is to be another one, for which the GPU waits: a third of the time.
+    "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE",
+}
+"""How XLA compiles `decode_n`; other platforms pass over what is not theirs."""
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("model", "n_tokens", "view"),
+    donate_argnames="state",
+    compiler_options=DECODING_OPTIONS,
+)
 def decode_n(
     model: GPT, params: Params, state: DecodeState, keep_S: jax.Array, n: jax.Array, n_tokens: int, view: int
 ) -> tuple[DecodeState, Block]:

@@ -165,6 +165,22 @@ def test_the_hardware_of_a_device(
 
 
 @pytest.mark.parametrize(
+    ("flags", "deterministic"),
+    [
+        ("", False),
+        ("--xla_gpu_deterministic_ops=true", True),
+        ("--xla_gpu_deterministic_ops --xla_dump_to=x", True),
+        ("--xla_dump_to=x --xla_gpu_exclude_nondeterministic_ops=1", True),
+        ("--xla_gpu_deterministic_ops=false", False),
+    ],
+)
+def test_flags_for_deterministic_programs(flags: str, deterministic: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XLA_FLAGS", flags)
+    device: Any = SimpleNamespace(platform="gpu", compute_capability="9.0")
+    assert hardware(device).deterministic == deterministic
+
+
+@pytest.mark.parametrize(
     ("on", "changes", "attention"),
     [
         ("cpu", {}, "block_causal"),
@@ -200,6 +216,11 @@ def test_what_cannot_divide_sequences_is_refused(on: Hardware | str, changes: di
         (A100, {"attention": "cudnn", "dtype": "float32"}, "computes in bfloat16"),
         (A100, {"attention": "cudnn", "d_model": 512}, "width of 128 at most"),
         (A100, {"attention": "cudnn", "dropout": 0.1}, "does not drop attention weights"),
+        (
+            A100._replace(deterministic=True),
+            {"attention": "cudnn", "dtype": "bfloat16"},
+            "ask for deterministic programs",
+        ),
         (A100, {"attention": "splash"}, "needs a TPU, and this is gpu"),
         ("tpu", {"attention": "splash", "context_length": 100}, "in steps of 128"),
     ],

@@ -1,11 +1,12 @@
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt_jax.model.loss import nats_BT
+from gpt_jax.model.loss import nats_BT, sum_of_nats
 
 
 def reference(hidden: np.ndarray, head: np.ndarray, targets: np.ndarray, mask: np.ndarray) -> float:
@@ -15,23 +16,38 @@ def reference(hidden: np.ndarray, head: np.ndarray, targets: np.ndarray, mask: n
     return float(((logsumexp - np.take_along_axis(logits, targets[..., None], -1)[..., 0]) * mask).sum())
 
 
+def by_nats(hidden: Any, head: Any, targets: jax.Array, weights: jax.Array, vocabulary: int, chunk: int) -> jax.Array:
+    """`sum_of_nats`, by the nats of each token."""
+    return jnp.sum(nats_BT(hidden, head, targets, vocabulary, chunk) * weights)
+
+
+both = pytest.mark.parametrize("total", [by_nats, sum_of_nats])
+
+
+@both
 @pytest.mark.parametrize("chunk", [1, 7, 8, 21, 1000])
-def test_loss_and_gradient_do_not_depend_on_the_chunk(rng: np.random.Generator, chunk: int) -> None:
+def test_loss_and_gradient_do_not_depend_on_the_chunk(rng: np.random.Generator, total: Any, chunk: int) -> None:
     hidden = rng.normal(size=(3, 7, 16)).astype(np.float32)
     head = rng.normal(size=(50, 16)).astype(np.float32)
-    targets, mask = jnp.asarray(rng.integers(0, 50, (3, 7))), jnp.asarray(rng.random((3, 7)) < 0.7)
+    targets = jnp.asarray(rng.integers(0, 47, (3, 7)))
+    weights = np.where(rng.random((3, 7)) < 0.7, rng.random((3, 7)), 0).astype(np.float32)
 
-    def loss(hidden: jax.Array, head: jax.Array, chunk: int) -> jax.Array:
-        return jnp.sum(nats_BT(hidden, head, targets, head.shape[0], chunk), where=mask)
+    def loss(total: Any, hidden: jax.Array, head: jax.Array, weights: jax.Array, chunk: int) -> jax.Array:
+        return jnp.sin(total(hidden, head, targets, weights, 47, chunk) / 10)
 
-    grad = jax.value_and_grad(loss, argnums=(0, 1))
-    total, grads = grad(hidden, head, chunk)
-    assert float(total) == pytest.approx(reference(hidden, head, np.asarray(targets), np.asarray(mask)), rel=1e-5)
-    for chunked, whole in zip(grads, grad(hidden, head, 10_000)[1], strict=True):
-        np.testing.assert_allclose(chunked, whole, rtol=1e-5, atol=1e-5)
+    def value_and_gradients(total: Any, chunk: int) -> Any:
+        return jax.value_and_grad(loss, argnums=(1, 2, 3))(total, hidden, head, weights, chunk)
+
+    value, gradients = value_and_gradients(total, chunk)
+    expected = reference(hidden, head[:47], np.asarray(targets), weights)
+    assert float(total(hidden, head, targets, weights, 47, chunk)) == pytest.approx(expected, rel=1e-5)
+    assert float(value) == pytest.approx(np.sin(expected / 10), abs=1e-4)
+    for chunked, whole in zip(gradients, value_and_gradients(by_nats, 10_000)[1], strict=True):
+        np.testing.assert_allclose(chunked, whole, rtol=1e-4, atol=1e-5)
 
 
-def test_full_logits_never_exist(rng: np.random.Generator) -> None:
+@both
+def test_full_logits_never_exist(total: Any) -> None:
     """The compiled gradient needs less memory than the logits of all tokens alone would take."""
     n_tokens, vocabulary, width, chunk = 4096, 8192, 64, 256
     hidden = jnp.zeros((1, n_tokens, width))
@@ -39,7 +55,7 @@ def test_full_logits_never_exist(rng: np.random.Generator) -> None:
     targets = jnp.zeros((1, n_tokens), jnp.int32)
 
     def loss(hidden: jax.Array, head: jax.Array) -> jax.Array:
-        return nats_BT(hidden, head, targets, head.shape[0], chunk).sum()
+        return total(hidden, head, targets, jnp.ones(targets.shape), head.shape[0], chunk)
 
     compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(hidden, head).compile()
     memory = compiled.memory_analysis()
@@ -47,11 +63,12 @@ def test_full_logits_never_exist(rng: np.random.Generator) -> None:
     assert memory.temp_size_in_bytes < n_tokens * vocabulary * 4 / 4
 
 
-def test_all_products_of_the_head_multiply_bfloat16(rng: np.random.Generator) -> None:
+@both
+def test_all_products_of_the_head_multiply_bfloat16(rng: np.random.Generator, total: Any) -> None:
     hidden = jnp.asarray(rng.normal(size=(1, 8, 16)), jnp.bfloat16)
     head = jnp.asarray(rng.normal(size=(50, 16)), jnp.float32)
     targets = jnp.zeros((1, 8), jnp.int32)
-    gradients = jax.jit(jax.grad(lambda h, w: nats_BT(h, w, targets, 50, 100).sum(), argnums=(0, 1)))
+    gradients = jax.jit(jax.grad(lambda h, w: total(h, w, targets, jnp.ones((1, 8)), 50, 100), argnums=(0, 1)))
     products = re.findall(r"stablehlo.dot_general.*: \((.*)\) ->", gradients.lower(hidden, head).as_text())
     of_the_head = [operands for operands in products if "50x" in operands or "x50" in operands]
     assert len(of_the_head) == 3
@@ -62,3 +79,31 @@ def test_all_products_of_the_head_multiply_bfloat16(rng: np.random.Generator) ->
     for found, expected in zip((of_hidden, of_head), exact, strict=True):
         distance = np.linalg.norm(np.asarray(found, np.float32) - expected) / np.linalg.norm(expected)
         assert distance < 1e-2
+
+
+def test_the_head_multiplies_three_times_in_chunks(rng: np.random.Generator) -> None:
+    """Forward, and for the gradients of hidden states and head; the nats of each token take a fourth product."""
+    hidden, head = jnp.zeros((1, 8, 16)), jnp.zeros((50, 16))
+
+    def products(total: Any) -> int:
+        targets, weights = jnp.zeros((1, 8), jnp.int32), jnp.ones((1, 8))
+        gradients = jax.jit(jax.grad(lambda h, w: total(h, w, targets, weights, 50, 4), argnums=(0, 1)))
+        return len(re.findall("stablehlo.dot_general", gradients.lower(hidden, head).as_text()))
+
+    assert (products(sum_of_nats), products(by_nats)) == (3, 4)
+
+
+def test_a_frozen_head_has_no_gradient() -> None:
+    """XLA drops what nobody reads, the product included."""
+    hidden, head = jnp.zeros((1, 4096, 64)), jnp.zeros((8192, 64))
+    targets, weights = jnp.zeros((1, 4096), jnp.int32), jnp.ones((1, 4096))
+
+    def flops(argnums: Any) -> float:
+        def loss(hidden: jax.Array, head: jax.Array) -> jax.Array:
+            return sum_of_nats(hidden, head, targets, weights, 8192, 4096)
+
+        analysis = jax.jit(jax.grad(loss, argnums=argnums)).lower(hidden, head).compile().cost_analysis()
+        assert analysis is not None
+        return float(analysis["flops"])
+
+    assert flops(0) < 0.75 * flops((0, 1))

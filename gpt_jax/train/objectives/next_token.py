@@ -7,7 +7,7 @@ from gpt_jax.data.batch import Batch
 from gpt_jax.model.forward import forward
 from gpt_jax.model.gpt import GPT, Params
 from gpt_jax.model.head import head_VD
-from gpt_jax.model.loss import nats_BT
+from gpt_jax.model.loss import sum_of_nats
 from gpt_jax.train.objectives import Sums
 
 
@@ -18,6 +18,6 @@ def next_token(model: GPT, params: Params, batch: Batch, keys_B: jax.Array | Non
     if batch.mask is not None:
         targets_BT = jnp.where(batch.mask != 0, targets_BT, 0)  # 0 times the infinite loss of an unknown id is NaN.
     c = model.config
-    losses_BT = nats_BT(hidden_BTD, head_VD(params), targets_BT, c.vocab_size, c.loss_chunk)
     mask_BT = jnp.ones(targets_BT.shape) if batch.mask is None else batch.mask.astype(jnp.float32)
-    return Sums(jnp.einsum("BT,BT->", losses_BT, mask_BT), jnp.sum(mask_BT), logged={})
+    loss = sum_of_nats(hidden_BTD, head_VD(params), targets_BT, mask_BT, c.vocab_size, c.loss_chunk)
+    return Sums(loss, jnp.sum(mask_BT), logged={})
