@@ -149,6 +149,8 @@ class GPT(nn.Module):
         if not c.tied_head:
             self.param("head_VD", normal, (c.embedding_rows, c.d_model))
         x_BTD = for_use({"tokens_VD": tokens_VD}, tokens_VD.dtype)["tokens_VD"][tokens_BT]
+        if self.has_variable("params", "tokens_scale_V"):
+            x_BTD = x_BTD * self.get_variable("params", "tokens_scale_V")[tokens_BT][..., None]
         if c.positions == "learned":
             positions_TD = self.param("positions_TD", normal, (c.context_length, c.d_model))
             positions_TD = for_use({"positions_TD": positions_TD}, positions_TD.dtype)["positions_TD"]

@@ -7,19 +7,28 @@ import jax.numpy as jnp
 
 from gpt_jax.model.gpt import GPT, Params
 from gpt_jax.model.sharding import for_use
-from gpt_jax.model.weight import decoding_product
+from gpt_jax.model.weight import decoding_product, int8_product, scale_of
+
+
+def head_name(params: Params) -> str:
+    """The name of the matrix that maps hidden states to logits: the token embeddings, where the head is tied."""
+    return "head_VD" if "head_VD" in params else "tokens_VD"
 
 
 def head_VD(params: Params) -> Any:
-    """The matrix that maps hidden states to logits: the token embeddings, where the head is tied."""
-    name = "head_VD" if "head_VD" in params else "tokens_VD"
+    """The matrix that maps hidden states to logits."""
+    name = head_name(params)
     return for_use({name: params[name]}, params[name].dtype)[name]
 
 
 def logits_NV(model: GPT, params: Params, hidden_ND: jax.Array) -> jax.Array:
     """The float32 logits of hidden states; those of the vocabulary's padding are -inf."""
-    head = head_VD(params).astype(hidden_ND.dtype)
-    return hide_padding(decoding_product(hidden_ND, head, jnp.float32), model.config.vocab_size)
+    head, scale_V = head_VD(params), params.get(scale_of(head_name(params)))
+    if scale_V is None:
+        product_NV = decoding_product(hidden_ND, head.astype(hidden_ND.dtype), jnp.float32)
+    else:
+        product_NV = int8_product(hidden_ND, head, scale_V, jnp.float32)
+    return hide_padding(product_NV, model.config.vocab_size)
 
 
 def head_logits(hidden_ND: jax.Array, head_VD: jax.Array, vocab_size: int, first: int | jax.Array = 0) -> jax.Array:

@@ -1,13 +1,18 @@
-"""Matrix products for each kind of weight: a plain kernel (D, F), or one transposed for decoding, (F, D)."""
+"""Matrix products for each kind of weight: a plain kernel (D, F), or one transposed for decoding, (F, D), which may be
+int8 with a scale for each of its rows."""
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.xla_metadata import set_xla_metadata
 from jax.typing import DTypeLike
 
 from gpt_jax.model.sharding import context_parts
+
+FEW_INT8_ROWS = 8
+"""XLA:CPU multiplies up to so many rows by int8 faster one by one; more of them by the matrix as float32."""
 
 FEW_ROWS = 64
 """XLA:CPU multiplies up to so many rows faster with the operands exchanged; 512 rows take a seventh longer."""
@@ -19,7 +24,10 @@ def product(x: jax.Array, weights: Mapping[str, jax.Array], dtype: DTypeLike) ->
     weights: the layer's parameters, with `kernel`, or with `kernel_FD` from `sample.decode.prepare_params`.
     """
     if "kernel_FD" in weights:
-        return decoding_product(x.reshape(-1, x.shape[-1]).astype(dtype), weights["kernel_FD"].astype(dtype), dtype)
+        x_ND, kernel_FD = x.reshape(-1, x.shape[-1]).astype(dtype), weights["kernel_FD"]
+        if "scale_F" in weights:
+            return int8_product(x_ND, kernel_FD, weights["scale_F"], dtype)
+        return decoding_product(x_ND, kernel_FD.astype(dtype), dtype)
     return plain_product(x, weights["kernel"], dtype)
 
 
@@ -58,3 +66,57 @@ def product_exchanged(x_ND: jax.Array, kernel_FD: jax.Array, dtype: DTypeLike) -
     """(kernel @ x.T).T. The barrier keeps XLA from exchanging the operands back."""
     product_FN = jnp.matmul(kernel_FD, x_ND.T, preferred_element_type=jnp.float32)
     return jax.lax.optimization_barrier(product_FN).T.astype(dtype)
+
+
+def int8_product(x_ND: jax.Array, kernel_FD: jax.Array, scale_F: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """x @ (kernel * scale).T in `dtype` (N, F), where kernel is int8 and scale float32.
+
+    Accelerators convert the kernel while they multiply, in the dtype of x, and sum in float32. XLA:CPU does so only for
+    one row, where it reads a quarter of the bytes of float32.
+    """
+    product_NF = jax.lax.platform_dependent(x_ND, kernel_FD, cpu=int8_product_on_cpu, default=int8_product_as_it_stands)
+    return (product_NF * scale_F).astype(dtype)
+
+
+def int8_product_as_it_stands(x_ND: jax.Array, kernel_FD: jax.Array) -> jax.Array:
+    """x @ kernel.T, float32."""
+    return jnp.matmul(x_ND, kernel_FD.astype(x_ND.dtype).T, preferred_element_type=jnp.float32)
+
+
+def int8_product_on_cpu(x_ND: jax.Array, kernel_FD: jax.Array) -> jax.Array:
+    """x @ kernel.T, float32, row by row if there are few."""
+    x_ND = x_ND.astype(jnp.float32)
+    if len(x_ND) <= FEW_INT8_ROWS:
+        return jnp.stack([int8_product_of_row(x_D, kernel_FD) for x_D in x_ND])
+    return jnp.matmul(x_ND, as_float32(kernel_FD).T)
+
+
+def apart(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """The function, which XLA compiles apart: it fuses nothing inside with anything outside. XLA:CPU would compute
+    what stands before a product, such as a norm, for every row of the matrix anew."""
+    jitted = jax.jit(function)
+
+    @functools.wraps(function)
+    def called(*args: jax.Array) -> jax.Array:
+        with set_xla_metadata(inlineable="false"):
+            return jitted(*args)
+
+    return called
+
+
+@apart
+def int8_product_of_row(x_D: jax.Array, kernel_FD: jax.Array) -> jax.Array:
+    """kernel @ x, float32 (F,)."""
+    return jnp.dot(x_D, kernel_FD.astype(jnp.float32).T)
+
+
+@apart
+def as_float32(x: jax.Array) -> jax.Array:
+    """The array in memory as float32."""
+    return x.astype(jnp.float32)
+
+
+def scale_of(name: str) -> str:
+    """The name of the scales of a matrix in int8, one for each of its rows: scale_F of kernel_FD."""
+    matrix, _, dims = name.rpartition("_")
+    return f"{'' if matrix == 'kernel' else matrix + '_'}scale_{dims[0]}"
