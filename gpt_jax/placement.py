@@ -107,9 +107,12 @@ class Placement:
         """Shapes, dtypes and shardings of a tree that is to be restored to these devices."""
         return with_shardings(tree, self.checkpoint_shardings(tree))
 
-    def on_one_device(self, tree: Any) -> Any:
-        """A state's arrays, whole, on one device of this host. All hosts must call this together."""
-        return jax.tree.map(lambda x: x.addressable_data(0), tree)
+    def replicas(self, params: Any) -> dict[int, Any]:
+        """The parameters as each replica has them that this host takes part in: by its number, on its devices alone.
+        Nothing is copied. Here, each device is a replica."""
+        if self.n_devices == 1:
+            return {0: params}
+        return {i: jax.tree.map(lambda x, d=self.devices[i]: shards_of(x)[d], params) for i in self.local_indices}
 
     def microbatches(self, batch_size: int, microbatch_size: int) -> int:
         """Number A of microbatches that each share of the batch is cut into.
@@ -223,11 +226,16 @@ class MeshPlacement(Placement):
         """See Placement."""
         return tree
 
-    def on_one_device(self, tree: Any) -> Any:
-        """See Placement. Arrays are gathered one by one, so that only that device holds more than one whole array."""
-        gather = jax.jit(lambda x: x, out_shardings=NamedSharding(self.mesh, PartitionSpec()))
-        device = self.devices[self.local_indices[0]]
-        return jax.tree.map(lambda x: jax.device_put(np.asarray(gather(x).addressable_data(0)), device), tree)
+    def replicas(self, params: Any) -> dict[int, Any]:
+        """See Placement. A replica is a part of the mesh's data axis: a mesh of its own, whose axis fsdp stands for
+        context, too, since both divide parameters, and one token at a time cannot be divided."""
+        found: dict[int, Any] = {}
+        for number, devices in enumerate(self.mesh.devices):
+            shape = 1, devices.shape[0] * devices.shape[1], 1, devices.shape[2]
+            mesh = Mesh(devices.reshape(shape), sharding.MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
+            if mesh.local_devices:
+                found[number] = jax.tree.map(on_part, params, sharding.state_shardings(mesh, params))
+        return found
 
     def batch_sharding(self, n_micro: int | None) -> NamedSharding:
         """The sharding of a batch: (B, ...), or (A, B, ...) with microbatches."""
@@ -271,6 +279,18 @@ def mesh_array(devices: Sequence[jax.Device], shape: tuple[int, ...]) -> np.ndar
             return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     ordered = sorted(devices, key=lambda d: (getattr(d, "slice_index", None) or 0, d.process_index, d.id))
     return np.array(ordered).reshape(shape)
+
+
+def shards_of(x: jax.Array) -> dict[jax.Device, jax.Array]:
+    """What each device of this host has of an array."""
+    return {shard.device: shard.data for shard in x.addressable_shards}
+
+
+def on_part(x: jax.Array, sharding: NamedSharding) -> jax.Array:
+    """The array on a part of its devices, which have all of it, divided as it is. Nothing is copied."""
+    shards = shards_of(x)
+    parts = [shards[device] for device in sharding.mesh.local_devices]
+    return jax.make_array_from_single_device_arrays(x.shape, sharding, parts)
 
 
 @dataclasses.dataclass(frozen=True)

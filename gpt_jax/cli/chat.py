@@ -6,6 +6,7 @@ from gpt_jax.cli.terminal import print_error
 from gpt_jax.errors import UserError
 from gpt_jax.sample.chat import Message, answer, beginning, check_chat, message
 from gpt_jax.sample.engine import Engine
+from gpt_jax.sample.replicas import Replicas
 from gpt_jax.sample.settings import Settings
 from gpt_jax.tokenizer.tokenizer import Tokenizer
 
@@ -16,7 +17,7 @@ HELP = (
 
 
 def chat(
-    engine: Engine,
+    engine: Engine | Replicas,
     tokenizer: Tokenizer,
     settings: Settings,
     system: str | None,

@@ -6,15 +6,21 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
 from gpt_jax.cli.parse import ModelArgs, Switch, parse
 from gpt_jax.cli.terminal import ask, decoded, print_json, say
-from gpt_jax.config import check
+from gpt_jax.config import ParallelConfig, check
 from gpt_jax.errors import UserError
 from gpt_jax.sample.settings import Settings
+
+if TYPE_CHECKING:
+    from gpt_jax.run.load import Source
+    from gpt_jax.sample.engine import Engine
+    from gpt_jax.sample.replicas import Replicas
+    from gpt_jax.tokenizer.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -25,12 +31,13 @@ class SampleArgs(ModelArgs):
     prompt_file: str = ""  # File whose whole text is the prompt; -: standard input.
     prompts: str = ""  # File of prompts to answer by JSON Lines: one a line, or JSON Lines with "prompt" or "messages".
     out: str = ""  # With --prompts: the file of the answers, to which a job that was stopped goes on to add.
-    slots: int = 32  # With --prompts: texts that are written at the same time.
+    slots: int = 32  # With --prompts: texts that each device writes at the same time; on a mesh, each data part of it.
     num_samples: int = 1  # Texts for each prompt.
     settings: tyro.conf.OmitArgPrefixes[Settings] = field(default_factory=Settings)
     json: Switch = False  # Print one JSON object a text: tokens, their log-probabilities, why it ended.
     chat: Switch = False  # Talk with the model, which must have a chat template; each line of input is a message.
     system: str = ""  # With --chat: the system prompt, which may say how to behave.
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -54,38 +61,29 @@ def command(argv: Sequence[str]) -> int:
         answer_prompts(args)
         return 0
 
-    from gpt_jax import runtime
-    from gpt_jax.run.load import load_model
-    from gpt_jax.sample.decode import prepare_params
-    from gpt_jax.sample.engine import check_request
-    from gpt_jax.sample.generate import Row, encode_prompt, generate
+    from gpt_jax.sample.engine import ALL_CHUNKS, check_request
+    from gpt_jax.sample.generate import MOST_SLOTS, Row, encode_prompt, generate_on
 
     prompts = [read_prompt(args.prompt_file)] if args.prompt_file else list(args.prompt) or [""]
-    runtime.setup()
-    model, params, tokenizer = load_model(args.source(), args.context_length)
-    params = prepare_params(params, model.config, donate=True)  # Once for all answers; the first copy is freed.
-
+    n_texts = len(prompts) * args.num_samples
+    engine, tokenizer = load_to_write(args, args.source(), n_texts, MOST_SLOTS, 1 if args.chat else ALL_CHUNKS)
     if args.chat:
         from gpt_jax.cli.chat import HELP, chat
-        from gpt_jax.sample.engine import Engine
 
         if sys.stdin.isatty():
             print(HELP, file=sys.stderr)
-        engine = Engine(model, params, 1, n_tokens=tokenizer.vocab_size)
         succeeds = chat(engine, tokenizer, args.settings, args.system or None, ask, say)
         return 0 if succeeds or sys.stdin.isatty() else 1  # At a terminal, errors have been read by the user.
 
-    streams = len(prompts) * args.num_samples == 1 and not args.json
-    if streams:
-        T = model.config.context_length  # What is raised, is raised before the prompt is printed.
-        tokens = encode_prompt(prompts[0], tokenizer, T)
-        check_request(Row(tokens, tokenizer, args.settings).request(T), model, tokenizer.vocab_size)
+    streams, T = n_texts == 1 and not args.json, engine.model.config.context_length
+    prompt_tokens = [encode_prompt(prompt, tokenizer, T) for prompt in prompts]
+    if streams:  # What is raised, is raised before the prompt is printed.
+        check_request(Row(prompt_tokens[0], tokenizer, args.settings).request(T), engine.model, engine.n_tokens)
         print(prompts[0], end="", flush=True)
-    results = generate(
-        model,
-        params,
+    results = generate_on(
+        engine,
         tokenizer,
-        prompts,
+        prompt_tokens,
         args.settings,
         args.num_samples,
         on_text=(lambda _, text: print(text, end="", flush=True)) if streams else None,
@@ -106,11 +104,8 @@ def answer_prompts(args: SampleArgs) -> None:
     """Answers the prompts of a file, each by a line of JSON."""
     from tqdm import tqdm
 
-    from gpt_jax import runtime
-    from gpt_jax.run.load import load_model
     from gpt_jax.sample.batch import job_name, open_answers, read_prompts, run_job
-    from gpt_jax.sample.decode import prepare_params
-    from gpt_jax.sample.engine import ALL_CHUNKS, Engine
+    from gpt_jax.sample.engine import ALL_CHUNKS
 
     source, where = args.source(), "standard input" if args.prompts == "-" else args.prompts
     prompts = read_prompts(read_prompt(args.prompts), where, args.settings)
@@ -125,15 +120,33 @@ def answer_prompts(args: SampleArgs) -> None:
             if len(done) == n_texts:
                 print(f"{args.out} has all {n_texts} answers already", file=sys.stderr)
                 return
-        runtime.setup()
-        model, params, tokenizer = load_model(source, args.context_length)
-        params = prepare_params(params, model.config, donate=True)
-        n_slots, n_tokens = min(args.slots, n_texts), tokenizer.vocab_size
-        engine = Engine(model, params, n_slots, n_tokens=n_tokens, chunks_a_turn=ALL_CHUNKS)
+        engine, tokenizer = load_to_write(args, source, n_texts, args.slots, ALL_CHUNKS)
         bar = stack.enter_context(tqdm(total=n_texts, initial=len(done), unit=" texts", disable=None))
         for answer in run_job(engine, tokenizer, prompts, args.num_samples, done):
             answered(answer)
             bar.update()
+
+
+def load_to_write(
+    args: SampleArgs, source: "Source", n_texts: int, slots: int, chunks_a_turn: int
+) -> "tuple[Engine | Replicas, Tokenizer]":
+    """Loads a model to write so many texts: on a mesh, on as many devices as were asked for, or by default on those of
+    this machine that the texts fill, each with at most so many slots."""
+    from gpt_jax import runtime
+    from gpt_jax.placement import choose_placement
+    from gpt_jax.run.load import config_to_load, load_model
+    from gpt_jax.sample.decode import prepare_params
+    from gpt_jax.sample.replicas import engine_on
+
+    runtime.setup(args.parallel.n_asked or 1)
+    devices = runtime.choose_devices(args.parallel)
+    if not args.parallel.n_asked:
+        devices = devices[: -(-n_texts // slots)]
+    placement = choose_placement(args.parallel, config_to_load(source, args.context_length), devices)
+    model, params, tokenizer = load_model(source, args.context_length, placement)
+    params = prepare_params(params, model.config, donate=True)  # The first copy is freed.
+    options = {"n_tokens": tokenizer.vocab_size, "chunks_a_turn": chunks_a_turn}
+    return engine_on(placement, model, params, n_texts, slots, **options), tokenizer
 
 
 def read_prompt(name: str) -> str:

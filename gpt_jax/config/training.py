@@ -88,7 +88,7 @@ class TrainConfig:
     eval_batch_size: int = 0  # Sequences evaluated at one time, over all devices; 0: as many as train at one time.
     checkpoint_every: int = 0  # Steps between checkpoints; 0: after each evaluation.
     keep_checkpoints: int = 2  # Number of latest checkpoints to keep, besides the best.
-    sample_every: int = 0  # Steps between samples, for which the model must fit on one device; 0: no samples.
+    sample_every: int = 0  # Steps between samples; 0: no samples.
     sample_prompt: str = ""  # Text that those samples continue; empty: the start of a document.
     sample_tokens: int = 64  # Length of those samples, in tokens.
     tensorboard: bool = False  # Write TensorBoard event files to the run's folder.

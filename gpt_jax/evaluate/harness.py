@@ -22,11 +22,12 @@ from gpt_jax.evaluate.score import Scorer
 from gpt_jax.evaluate.windows import Window, windows
 from gpt_jax.model.gpt import GPT, Params
 from gpt_jax.model.sharding import MESH_AXES
-from gpt_jax.placement import MeshPlacement, Placement, choose_placement
+from gpt_jax.placement import Placement, choose_placement
 from gpt_jax.run.load import choose_source, config_to_load, load_model
 from gpt_jax.runtime import choose_devices, local_devices
 from gpt_jax.sample.engine import ALL_CHUNKS, Engine
 from gpt_jax.sample.generate import Row, write
+from gpt_jax.sample.replicas import Replicas, engine_on
 from gpt_jax.sample.settings import Filters, Settings
 from gpt_jax.tokenizer.tokenizer import Tokenizer
 
@@ -55,7 +56,7 @@ class HarnessModel(TemplateLM):
     """A model, its parameters and its tokenizer, with the interface that lm_eval asks for.
 
     Windows are scored in `placement`, by default on one device: `batch_size` at the same time in each of its shares of
-    a batch. The parameters are on one device, which generates text; or on a mesh, which only scores.
+    a batch, and as many texts written in each replica of the parameters.
     """
 
     def __init__(
@@ -72,17 +73,15 @@ class HarnessModel(TemplateLM):
         self.scorer = Scorer(model, params, placement or Placement(local_devices()[:1]), batch_size)
 
     @functools.cached_property
-    def engine(self) -> Engine:
-        """What answers. It keeps beginnings that prompts have in common, such as examples. Raises UserError on a
-        mesh."""
-        if isinstance(self.scorer.placement, MeshPlacement):
-            raise UserError(f"tasks that generate text need a model on one device; leave out {'=, '.join(MESH_AXES)}=")
-        n_tokens = self.tokenizer.vocab_size
-        return Engine(
+    def engine(self) -> Engine | Replicas:
+        """What answers. It keeps beginnings that prompts have in common, such as examples."""
+        return engine_on(
+            self.scorer.placement,
             self.model,
-            self.params,
+            self.scorer.params,
+            2**31,  # As many texts as there are.
             self.batch_size,
-            n_tokens=n_tokens,
+            n_tokens=self.tokenizer.vocab_size,
             prefix_bytes=PREFIX_BYTES,
             chunks_a_turn=ALL_CHUNKS,
         )

@@ -4,14 +4,18 @@ A chunk attends to itself, and to the cache before it, through the backend that 
 writes scores of more than a chunk of queries and the places of one cache to memory, whatever the length of the prompt.
 """
 
+from typing import cast
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from gpt_jax.config import ModelConfig
 from gpt_jax.model.attention import causal_mask, masked_softmax, visible
-from gpt_jax.model.cache import LayerCache
+from gpt_jax.model.cache import LayerCache, update
 from gpt_jax.model.kernels import splash_block, splash_sizes
+from gpt_jax.model.sharding import BATCH_AXES, in_parts
 
 KEY_BLOCK = 128
 """Places of the cache that `chunk_by_blocks` reads at one time; a cache that is longer has a multiple of it."""
@@ -27,19 +31,33 @@ def cached_attention(
     start_B: jax.Array,
     config: ModelConfig,
     window: int = 0,
-) -> jax.Array:
-    """Attention of T new tokens, at positions from start_B (int32) on, to themselves and to those before: (B, T, H, K).
+) -> tuple[jax.Array, LayerCache]:
+    """Attention of T new tokens, at positions from start_B (int32) on, to themselves and to those before: (B, T, H, K);
+    and the cache with their keys and values.
 
-    The new keys and values are in the cache already. T = 1: every row has a position of its own. T > 1: all rows begin
-    at start_B[0]. With a window, a token sees that many tokens, itself included.
+    T = 1: every row has a position of its own. T > 1: all rows begin at start_B[0]. With a window, a token sees that
+    many tokens, itself included.
+
+    On a mesh, each device has the cache of its heads, all of which it reads and writes by itself; with T = 1, of its
+    rows only. What is read by T > 1, the prompts, is whole in each part of the batch.
     """
-    if q_BTHK.shape[1] == 1:
-        return newest_attention(q_BTHK, cache, start_B, window)
-    if config.attention == "cudnn":
-        return chunk_by_cudnn(q_BTHK, cache, start_B[0], window)
-    if config.attention == "splash":
-        return chunk_by_splash(q_BTHK, cache, start_B[0], window)
-    return chunk_by_blocks(q_BTHK, k_BTGK, v_BTGK, cache, start_B[0], window)
+
+    def on_one_device(
+        q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, cache: LayerCache, start_B: jax.Array
+    ) -> tuple[jax.Array, LayerCache]:
+        cache = update(cache, k_BTGK, v_BTGK, start_B)
+        if q_BTHK.shape[1] == 1:
+            return newest_attention(q_BTHK, cache, start_B, window), cache
+        if config.attention == "cudnn":
+            return chunk_by_cudnn(q_BTHK, cache, start_B[0], window), cache
+        if config.attention == "splash":
+            return chunk_by_splash(q_BTHK, cache, start_B[0], window), cache
+        return chunk_by_blocks(q_BTHK, k_BTGK, v_BTGK, cache, start_B[0], window), cache
+
+    rows = BATCH_AXES if q_BTHK.shape[1] == 1 else ()
+    heads, cached = PartitionSpec(rows, None, "tensor"), PartitionSpec((*rows, "tensor"))
+    attend = in_parts(on_one_device, (heads, heads, heads, cached, PartitionSpec(rows)), (heads, cached))
+    return cast(tuple[jax.Array, LayerCache], attend(q_BTHK, k_BTGK, v_BTGK, cache, start_B))
 
 
 def newest_attention(q_B1HK: jax.Array, cache: LayerCache, position_B: jax.Array, window: int) -> jax.Array:

@@ -72,8 +72,7 @@ class Attention(nn.Module):
             out_BTHK = causal_attention(q_BTHK, k_BTGK, v_BTGK, c, window, fold_in(keys_B, 0), segments_BT)
         else:
             assert positions_BT is not None
-            cache = kv.update(cache, k_BTGK, v_BTGK, positions_BT[:, 0])
-            out_BTHK = cached_attention(q_BTHK, k_BTGK, v_BTGK, cache, positions_BT[:, 0], c, window)
+            out_BTHK, cache = cached_attention(q_BTHK, k_BTGK, v_BTGK, cache, positions_BT[:, 0], c, window)
 
         out_BTD = linear(c, "out", D, residual=True)(out_BTHK.reshape(B, T, H * K), keys_B)
         return dropout(out_BTD, c.dropout, fold_in(keys_B, 1)), cache

@@ -10,6 +10,7 @@ Without a mesh, on one device and under pmap, the functions on arrays do nothing
 """
 
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import jax
@@ -35,7 +36,8 @@ LINEAR = {"qkv": ("D", "H"), "out": ("H", "D"), "gate": ("D", "F"), "up": ("D", 
 
 DIMENSIONS = {"tokens_VD": "VD", "head_VD": "VD", "positions_TD": "SD"}  # Positions are gathered whole, then sliced.
 for _name, (_from, _to) in LINEAR.items():
-    DIMENSIONS |= {f"{_name}/kernel": _from + _to, f"{_name}/lora_a": _from + "R", f"{_name}/lora_b": "R" + _to}
+    DIMENSIONS |= {f"{_name}/kernel": _from + _to, f"{_name}/kernel_FD": _to + _from}
+    DIMENSIONS |= {f"{_name}/lora_a": _from + "R", f"{_name}/lora_b": "R" + _to}
     DIMENSIONS |= {f"{_name}/bias": _to} if _to != "D" else {}
 
 
@@ -80,6 +82,12 @@ def indivisible(config: ModelConfig, fsdp: int, context: int, tensor: int) -> st
     return None
 
 
+def mesh_of(params: Any) -> Mesh | None:
+    """The mesh that parameters are divided over; None on one device."""
+    mesh = getattr(jax.tree.leaves(params)[0].sharding, "mesh", None)
+    return mesh if isinstance(mesh, Mesh) and mesh.axis_names == MESH_AXES else None
+
+
 def mesh_is_set() -> bool:
     """True when the program that is being traced will run on a mesh whose arrays XLA divides."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -88,12 +96,36 @@ def mesh_is_set() -> bool:
 
 def context_parts() -> int:
     """The number of devices that each sequence is divided over."""
-    return int(jax.sharding.get_abstract_mesh().shape["context"]) if mesh_is_set() else 1
+    return n_parts("context")
+
+
+def n_parts(axes: str | tuple[str, ...]) -> int:
+    """The number of parts that these axes of the mesh divide a dimension into; 1 without a mesh."""
+    names = (axes,) if isinstance(axes, str) else axes
+    return prod(jax.sharding.get_abstract_mesh().shape[name] for name in names) if mesh_is_set() else 1
 
 
 def constrain(x: jax.Array, dims: str) -> jax.Array:
-    """`x`, an activation whose last dimensions are `dims`, divided as in ACTIVE; those without an axis are whole."""
-    return jax.lax.with_sharding_constraint(x, spec(dims, ACTIVE, x.ndim)) if mesh_is_set() else x
+    """`x`, an activation whose last dimensions are `dims`, divided as in ACTIVE; those without an axis are whole, and
+    so are sequences that do not divide, such as a prompt that is read alone."""
+    if not mesh_is_set():
+        return x
+    if dims[0] == "B" and x.shape[-len(dims)] % n_parts(BATCH_AXES):
+        dims = f"_{dims[1:]}"
+    return jax.lax.with_sharding_constraint(x, spec(dims, ACTIVE, x.ndim))
+
+
+def divide(tree: Any, axes: PartitionSpec) -> Any:
+    """Arrays, divided over these axes of the mesh."""
+    return jax.lax.with_sharding_constraint(tree, axes) if mesh_is_set() else tree
+
+
+def in_parts(function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """`function` as each device calls it with its parts of the arguments; without a mesh, as it is. The parts of what
+    it returns are alike on devices between which nothing is divided."""
+    if not mesh_is_set():
+        return function
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, check_vma=False)
 
 
 def row_major(x: jax.Array, dims: str) -> jax.Array:

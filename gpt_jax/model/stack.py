@@ -64,7 +64,9 @@ def run_cached(
     """The output of all blocks for x, and the new cache. `block(params, x_BTD, sliding, layer_cache)` returns both."""
     new_cache = []
     for params, layer_cache, sliding in zip(unstack(layers, config.n_layer), cache, config.sliding, strict=True):
-        x_BTD, updated = block(params, x_BTD, sliding, layer_cache)
+        if gathers_again():  # Otherwise XLA gathers all layers together, before the loop over tokens.
+            params, x_BTD = jax.lax.optimization_barrier((params, x_BTD))
+        x_BTD, updated = block(for_use(params, config.dtype), x_BTD, sliding, layer_cache)
         new_cache.append(updated)
     return x_BTD, tuple(new_cache)
 

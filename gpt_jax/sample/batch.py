@@ -13,6 +13,7 @@ from gpt_jax.errors import UserError
 from gpt_jax.files import locked
 from gpt_jax.sample.engine import Engine, check_request
 from gpt_jax.sample.generate import Row, check_known, encode_prompt, write
+from gpt_jax.sample.replicas import Replicas
 from gpt_jax.sample.settings import Settings, changed
 from gpt_jax.tokenizer.chat_template import checked
 from gpt_jax.tokenizer.tokenizer import Tokenizer
@@ -79,7 +80,7 @@ def prompt_of(value: Any, line: int, where: str, settings: Settings) -> Prompt:
         raise UserError(f"{where}: the id has a number that JSON does not have; take another") from e
 
 
-def tokens_of(prompt: Prompt, tokenizer: Tokenizer, engine: Engine) -> list[int]:
+def tokens_of(prompt: Prompt, tokenizer: Tokenizer, engine: Engine | Replicas) -> list[int]:
     """The tokens to go on from. Raises UserError when they do not fit into the context."""
     if isinstance(prompt.content, str):
         return encode_prompt(prompt.content, tokenizer, engine.model.config.context_length)
@@ -95,7 +96,11 @@ def job_name(*settings: Any) -> str:
 
 
 def run_job(
-    engine: Engine, tokenizer: Tokenizer, prompts: Iterable[Prompt], num_samples: int, done: Container[tuple[int, int]]
+    engine: Engine | Replicas,
+    tokenizer: Tokenizer,
+    prompts: Iterable[Prompt],
+    num_samples: int,
+    done: Container[tuple[int, int]],
 ) -> Iterator[dict[str, Any]]:
     """Yields the answers to all prompts whose (line, sample) is not done, as soon as they are ready.
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from gpt_jax.errors import UserError
 from gpt_jax.sample.engine import Engine
 from gpt_jax.sample.generate import generate_on
+from gpt_jax.sample.replicas import Replicas
 from gpt_jax.sample.settings import Settings
 from gpt_jax.tokenizer.tokenizer import NO_CHAT, Tokenizer
 
@@ -20,7 +21,7 @@ def check_chat(tokenizer: Tokenizer, system: str | None, context_length: int, ma
 
 
 def answer(
-    engine: Engine,
+    engine: Engine | Replicas,
     tokenizer: Tokenizer,
     settings: Settings,
     system: str | None,

@@ -14,11 +14,12 @@ one program that computes logits.
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from gpt_jax.config import ModelConfig
 from gpt_jax.model import cache as kv
@@ -26,6 +27,7 @@ from gpt_jax.model.forward import forward_cached
 from gpt_jax.model.gpt import GPT, Params
 from gpt_jax.model.head import logits_NV
 from gpt_jax.model.loss import nats_N
+from gpt_jax.model.sharding import BATCH_AXES, divide, in_parts, mesh_is_set, n_parts
 from gpt_jax.sample.filters import RowFilters, adjust, apply, draw, largest, row_filters
 from gpt_jax.sample.settings import MOST_ALTERNATIVES, MOST_STOP_IDS, Filters
 
@@ -34,6 +36,10 @@ BLOCK = 32
 
 STOP_IDS = 2 * MOST_STOP_IDS
 """Places for the tokens that end a text, those of the tokenizer included."""
+
+WHOLE, PROMPTS = PartitionSpec(), PartitionSpec("tensor")
+ROWS, SLOTS = PartitionSpec(BATCH_AXES), PartitionSpec((*BATCH_AXES, "tensor"))
+"""What divides, on a mesh, the first dimension of caches of prompts, of all that slots have, and of their caches."""
 
 
 class Row(NamedTuple):
@@ -119,11 +125,18 @@ def chunk_sizes(config: ModelConfig) -> tuple[int, ...]:
     return (128, 256, 512) if config.attention in ("cudnn", "splash") else (16, 32, 64, 128)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def init_prompts(config: ModelConfig, n: int, places: int) -> kv.Cache:
+    """An empty cache for n prompts, or parts of prompts, of up to `places` tokens."""
+    return cast(kv.Cache, divide(kv.init_cache(config, n, places), PROMPTS))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def init_state(config: ModelConfig, n_slots: int, places: int) -> DecodeState:
     """Idle slots for sequences of up to `places` tokens."""
     row = make_row(config, [0], 0, 0, Filters(), ())
     rows = jax.tree.map(lambda x: jnp.zeros((n_slots, *np.shape(x)), np.asarray(x).dtype), row)
-    return DecodeState(kv.init_cache(config, n_slots, places), rows)
+    return DecodeState(divide(kv.init_cache(config, n_slots, places), SLOTS), divide(rows, ROWS))
 
 
 def make_row(
@@ -187,41 +200,59 @@ def insert(
     """Puts a sequence into a slot. cache: of prompts, of whose row `at` n_chunks of the longest size are copied, or all
     that it has if that is less."""
     places = min(chunk_sizes(model.config)[-1], cache[0].k_XSK.shape[1])
+    heads, is_divided = model.config.kv_heads // n_parts("tensor"), mesh_is_set()
 
-    def copy(i: jax.Array, target: kv.Cache) -> kv.Cache:
-        return copy_chunk(model.config, target, (slot, i * places), cache, (at, i * places), places)
+    def on_one_device(
+        slots: kv.Cache, rows: Row, slot: jax.Array, row: Row, cache: kv.Cache, at: jax.Array, n_chunks: jax.Array
+    ) -> tuple[kv.Cache, Row]:
+        if is_divided:  # The slot's number among those of this device; if it is another's, nothing is copied.
+            n = rows.left.shape[0]
+            slot = slot - jax.lax.axis_index(BATCH_AXES) * n
+            is_own = (slot >= 0) & (slot < n)
+            slot, n_chunks = jnp.where(is_own, slot, n), jnp.where(is_own, n_chunks, 0)
 
-    copied = jax.lax.fori_loop(0, n_chunks, copy, state.cache)
-    return DecodeState(copied, jax.tree.map(lambda rows, one: rows.at[slot].set(one), state.rows, row))
+        def copy(i: jax.Array, target: kv.Cache) -> kv.Cache:
+            return copy_chunk(heads, target, (slot, i * places), cache, (at, i * places), places)
+
+        slots = jax.lax.fori_loop(0, n_chunks, copy, slots)
+        return slots, jax.tree.map(lambda rows, one: rows.at[slot].set(one, mode="drop"), rows, row)
+
+    put = in_parts(on_one_device, (SLOTS, ROWS, WHOLE, WHOLE, PROMPTS, WHOLE, WHOLE), (SLOTS, ROWS))
+    return DecodeState(*put(state.cache, state.rows, slot, row, cache, at, n_chunks))
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="target")
 def move_chunks(model: GPT, target: kv.Cache, source: kv.Cache, moves_N4: jax.Array, n: jax.Array) -> kv.Cache:
     """Copies chunks of the longest size from one cache to another. The first n of the moves, int32, have the row and
     the place that a chunk comes to, and those that it comes from."""
+    places, heads = chunk_sizes(model.config)[-1], model.config.kv_heads // n_parts("tensor")
 
-    def move(i: jax.Array, target: kv.Cache) -> kv.Cache:
-        to_row, to_place, from_row, from_place = moves_N4[i]
-        places = chunk_sizes(model.config)[-1]
-        return copy_chunk(model.config, target, (to_row, to_place), source, (from_row, from_place), places)
+    def on_one_device(target: kv.Cache, source: kv.Cache, moves_N4: jax.Array, n: jax.Array) -> kv.Cache:
+        def move(i: jax.Array, target: kv.Cache) -> kv.Cache:
+            to_row, to_place, from_row, from_place = moves_N4[i]
+            return copy_chunk(heads, target, (to_row, to_place), source, (from_row, from_place), places)
 
-    return jax.lax.fori_loop(0, n, move, target)
+        return jax.lax.fori_loop(0, n, move, target)
+
+    copy = in_parts(on_one_device, (PROMPTS, PROMPTS, WHOLE, WHOLE), PROMPTS)
+    return cast(kv.Cache, copy(target, source, moves_N4, n))
 
 
 def copy_chunk(
-    config: ModelConfig,
+    heads: int,
     target: kv.Cache,
     to: tuple[Any, jax.Array],
     source: kv.Cache,
     of: tuple[Any, jax.Array],
     places: int,
 ) -> kv.Cache:
-    """The target with so many places copied, from a row and place of the source to those of the target."""
-    G, K = config.kv_heads, config.head_dim
+    """The target with so many places copied, from a row and place of the source to those of the target. heads: those
+    of keys and values that a row has."""
 
     def copy(to_XSK: jax.Array, from_XSK: jax.Array) -> jax.Array:
-        chunk = jax.lax.dynamic_slice(from_XSK, (of[0] * G, of[1], 0), (G, places, K))
-        return jax.lax.dynamic_update_slice(to_XSK, chunk, (to[0] * G, to[1], 0))
+        size = heads, places, from_XSK.shape[2]
+        chunk = jax.lax.dynamic_slice(from_XSK, (of[0] * heads, of[1], 0), size)
+        return jax.lax.dynamic_update_slice(to_XSK, chunk, (to[0] * heads, to[1], 0))
 
     return jax.tree.map(copy, target, source)
 
@@ -277,7 +308,7 @@ def decode_n(
         hidden_S1D, cache = forward_cached(model, params, rows.last[:, None], cache, rows.length)
         logits_SV = logits_NV(model, params, hidden_S1D[:, 0])
         logits_SV = jnp.where(jnp.arange(logits_SV.shape[1]) < n_tokens, logits_SV, -jnp.inf)
-        rows, step = draw_tokens(rows, logits_SV, C)
+        rows, step = in_parts(functools.partial(draw_tokens, n_alternatives=C), (ROWS, ROWS), ROWS)(rows, logits_SV)
         return i + 1, DecodeState(cache, rows), jax.tree.map(lambda all, one: all.at[i].set(one), block, step)
 
     _, (cache, rows), block = jax.lax.while_loop(goes_on, body, (jnp.int32(0), DecodeState(cache, rows), empty))

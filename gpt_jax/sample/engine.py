@@ -5,11 +5,12 @@ of the block before, while the device works on the new one. What is to be done i
 computed is in decode.py. One thread uses an engine.
 """
 
+import math
 import secrets
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,8 @@ import numpy as np
 from gpt_jax.errors import UserError
 from gpt_jax.model import cache as kv
 from gpt_jax.model.gpt import GPT, Params
+from gpt_jax.model.sharding import BATCH_AXES, mesh_of
+from gpt_jax.runtime import platform_name
 from gpt_jax.sample.decode import (
     BLOCK,
     STOP_IDS,
@@ -25,6 +28,7 @@ from gpt_jax.sample.decode import (
     bucket,
     chunk_sizes,
     decode_n,
+    init_prompts,
     init_state,
     insert,
     make_row,
@@ -45,6 +49,8 @@ ALL_CHUNKS = 2**31
 
 SHORT_BLOCK = 8
 """The most tokens of a block while requests wait, since a slot that becomes free in its midst is idle to its end."""
+
+Result = TypeVar("Result")
 
 Seed = tuple[int, int, int]
 """A seed, and two numbers that tell sequences of the same seed apart; less than 2**32 each."""
@@ -120,6 +126,9 @@ class Engine:
 
     The caches grow with the longest sequence that was asked for, up to the model's context, by powers of two; `reserve`
     makes room at once.
+
+    All that it has is where the parameters are, on one device or on a mesh, see `Placement.replicas`; a mesh divides
+    the slots, whose number is rounded up to that end, and the heads.
     """
 
     def __init__(
@@ -136,7 +145,10 @@ class Engine:
     ) -> None:
         c = model.config
         self.model, self.params = model, prepare_params(params, c)
-        self.n_slots, self.n_tokens = n_slots, n_tokens or c.vocab_size
+        self.mesh = mesh_of(params)
+        self.device = next(iter(jax.tree.leaves(self.params)[0].devices()))
+        parts = 1 if self.mesh is None else math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
+        self.n_slots, self.n_tokens = -(-n_slots // parts) * parts, n_tokens or c.vocab_size
         self.chunk = self.places = chunk_sizes(c)[-1]
         chunk_bytes = 2 * c.n_layer * c.kv_heads * self.chunk * c.head_dim * jnp.dtype(c.dtype).itemsize
         self.n_kept = prefix_bytes // chunk_bytes  # Chunks.
@@ -151,9 +163,10 @@ class Engine:
         self.scheduler = Scheduler(n_slots, *self.limits)
         self.tasks: dict[int, Task] = {}  # By id.
         self.forget()
-        self.prompt_cache = kv.init_cache(c, 1, self.places)
-        self.kept = kv.init_cache(c, self.n_kept, self.chunk) if self.n_kept else ()
-        self.state = init_state(c, n_slots, self.places)
+        with self._where_it_is():
+            self.prompt_cache = init_prompts(c, 1, self.places)
+            self.kept = init_prompts(c, self.n_kept, self.chunk) if self.n_kept else ()
+            self.state = init_state(c, n_slots, self.places)
         self.dropped = np.zeros(n_slots, bool)  # Slots that the device has to make idle.
         self.ends = np.zeros(n_slots, np.int64)  # The places that the sequence in a slot will need at most.
         self.filled = np.zeros(n_slots, np.int64)  # The places that it may need after the blocks that were started.
@@ -216,13 +229,24 @@ class Engine:
         """Whatever is raised inside, such as KeyboardInterrupt, leaves the engine as `reset` does, since arrays that
         were donated are gone."""
         try:
-            yield
+            with self._where_it_is():
+                yield
         except BaseException:
             self.reset()
             raise
 
+    def _where_it_is(self) -> AbstractContextManager[object]:
+        """Inside, programs run on the engine's devices."""
+        return jax.default_device(self.device) if self.mesh is None else jax.set_mesh(self.mesh)
+
+    def _call(self, program: Callable[..., Result], *args: object) -> Result:
+        """The result of a program of the model's. Several CPU devices can deadlock when programs with sums queue up."""
+        result = program(self.model, *args)
+        must_wait = self.mesh is not None and platform_name(self.device) == "cpu"
+        return jax.block_until_ready(result) if must_wait else result
+
     def replace_params(self, params: Params) -> None:
-        """Takes other weights. Forgets all requests, and all that was read."""
+        """Takes other weights, placed like those before. Forgets all requests, and all that was read."""
         self.params = prepare_params(params, self.model.config)
         self.reset()
 
@@ -235,8 +259,9 @@ class Engine:
         def grow(x_XSK: jax.Array) -> jax.Array:
             return jnp.pad(x_XSK, ((0, 0), (0, wanted - x_XSK.shape[1]), (0, 0)))
 
-        self.prompt_cache = jax.tree.map(grow, self.prompt_cache)
-        self.state = self.state._replace(cache=jax.tree.map(grow, self.state.cache))
+        with self._where_it_is():
+            self.prompt_cache = jax.tree.map(grow, self.prompt_cache)
+            self.state = self.state._replace(cache=jax.tree.map(grow, self.state.cache))
         self.places = wanted
 
     def _read(self) -> None:
@@ -289,7 +314,7 @@ class Engine:
         tokens_PT = np.zeros((rows, size), np.int32)
         for padded, tokens in zip(tokens_PT, self.short_held, strict=False):
             padded[: len(tokens)] = tokens
-        self.short_cache = prefill_short(self.model, self.params, tokens_PT)
+        self.short_cache = self._call(prefill_short, self.params, tokens_PT)
         self.counts.chunks += 1
 
     def _holds(self, tokens: list[int]) -> bool:
@@ -310,7 +335,7 @@ class Engine:
         part = tokens[n : n + self.chunk]
         padded = np.zeros((1, self._size(len(part))), np.int32)
         padded[0, : len(part)] = part
-        self.prompt_cache = prefill_chunk(self.model, self.params, self.prompt_cache, padded, np.int32(n))
+        self.prompt_cache = self._call(prefill_chunk, self.params, self.prompt_cache, padded, np.int32(n))
         self.held = tokens[: n + len(part)]
         self.counts.chunks += 1
         if len(part) == self.chunk and self.kept:
@@ -325,7 +350,7 @@ class Engine:
             moves_N4 = np.zeros((MOVES, 4), np.int32)
             some = moves[start : start + MOVES]
             moves_N4[: len(some)] = some
-            moved = move_chunks(self.model, getattr(self, target), getattr(self, source), moves_N4, len(some))
+            moved = self._call(move_chunks, getattr(self, target), getattr(self, source), moves_N4, len(some))
             setattr(self, target, moved)
 
     def _insert(self, task: Task) -> None:
@@ -347,7 +372,7 @@ class Engine:
         cache, at, n_chunks = self.prompt_cache, 0, -(-length // self.chunk)
         if self._rows(length) > 1:
             cache, at = self.short_cache, self.short_held.index(task.prompt)
-        self.state = insert(self.model, self.state, np.int32(slot), row, cache, np.int32(at), np.int32(n_chunks))
+        self.state = self._call(insert, self.state, np.int32(slot), row, cache, np.int32(at), np.int32(n_chunks))
         self.filled[slot], self.ends[slot] = length, request.places
         self.dropped[slot], self.is_new = False, True
         self.counts.prompt_tokens += length
@@ -364,8 +389,8 @@ class Engine:
         slots = [task.ticket.slot for task in writing]
         self.filled[slots] = np.minimum(self.filled[slots] + n, self.ends[slots])
         view = self._rounded(int(self.filled[slots].max()))
-        self.state, block = decode_n(
-            self.model, self.params, self.state, ~self.dropped, np.int32(n), self.n_tokens, view
+        self.state, block = self._call(
+            decode_n, self.params, self.state, ~self.dropped, np.int32(n), self.n_tokens, view
         )
         self.dropped[:], self.is_new = False, False
         self.counts.blocks += 1

@@ -11,6 +11,7 @@ import numpy as np
 from gpt_jax.errors import UserError
 from gpt_jax.model.gpt import GPT, Params
 from gpt_jax.sample.engine import ALL_CHUNKS, Engine, Progress, Request
+from gpt_jax.sample.replicas import Replicas
 from gpt_jax.sample.settings import Settings
 from gpt_jax.tokenizer.tokenizer import Tokenizer
 
@@ -168,7 +169,7 @@ def generate_tokens(
 
 
 def generate_on(
-    engine: Engine,
+    engine: Engine | Replicas,
     tokenizer: Tokenizer,
     prompts: Sequence[Sequence[int]],
     settings: Settings,
@@ -187,7 +188,7 @@ def generate_on(
 
 
 def write(
-    engine: Engine, rows: Iterable[Row], on_text: Callable[[int, str], None] | None = None
+    engine: Engine | Replicas, rows: Iterable[Row], on_text: Callable[[int, str], None] | None = None
 ) -> Iterator[tuple[int, Row]]:
     """Lets an engine that has nothing else to do write all rows, which are taken as slots become free. Yields each row
     that has ended, with its number, as soon as it has; when the caller stops early, the others are cancelled. on_text:

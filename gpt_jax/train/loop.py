@@ -163,13 +163,14 @@ def describe_run(
 
 
 def write_sample(model: GPT, placement: Placement, params: Params, data: Dataset, config: Config) -> str:
-    """The model's continuation of the configured prompt, between two rules; empty on all hosts but the first."""
-    on_one_device = placement.on_one_device(params)
-    if not hosts.is_first():
+    """The model's continuation of the configured prompt, between two rules; empty on all hosts but the first. The
+    first replica of the parameters writes it, on all hosts that take part in that."""
+    first = placement.replicas(params).get(0)
+    if first is None:
         return ""
     settings = Settings(max_new_tokens=config.train.sample_tokens, seed=config.train.seed)
-    [result] = generate(model, on_one_device, data.tokenizer, [config.train.sample_prompt], settings)
-    return f"--- sample\n{config.train.sample_prompt}{result.text}\n---"
+    [result] = generate(model, first, data.tokenizer, [config.train.sample_prompt], settings)
+    return f"--- sample\n{config.train.sample_prompt}{result.text}\n---" if hosts.is_first() else ""
 
 
 def conclude(run: RunFolder, recorder: Recorder) -> None:

@@ -185,20 +185,20 @@ def test_what_cannot_be_is_told(harness_model: HarnessModel) -> None:
         HarnessModel.create_from_arg_string("run=missing")
 
 
-def test_a_mesh_scores(tiny_data: Path, tmp_path: Path) -> None:
-    """As one device does, to 1e-5, and only that."""
+def test_a_mesh_scores_and_writes(tiny_data: Path, tmp_path: Path) -> None:
+    """As one device does; scores to 1e-5."""
     run_here("train", *TINY, f"--data.dir={tiny_data}", f"--out-dir={tmp_path / 'run'}", "--train.steps=20")
     asked = [Instance("loglikelihood", {}, (f"the cat{' sat' * i}", " on a mat"), 0) for i in range(20)]
     one, mesh = (
         HarnessModel.create_from_arg_string(f"run={tmp_path / 'run'}{axes}", {"batch_size": "2"})
-        for axes in ("", ",fsdp=4,context=2")
+        for axes in ("", ",data=2,fsdp=2,context=2")
     )
-    assert {shard.data.shape for shard in mesh.params["tokens_VD"].addressable_shards} == {(261, 2)}
+    assert {shard.data.shape for shard in mesh.params["tokens_VD"].addressable_shards} == {(261, 4)}
     expected, got = (np.array(model.loglikelihood(asked, disable_tqdm=True)) for model in (one, mesh))
     np.testing.assert_allclose(got[:, 0], expected[:, 0], rtol=1e-5)
     assert (got[:, 1] == expected[:, 1]).all()
-    with pytest.raises(UserError, match="tasks that generate text need a model on one device; leave out data=, fsdp="):
-        mesh.generate_until([ask("on")], disable_tqdm=True)
+    tasks = [ask(text, max_gen_toks=8) for text in ("on", "the cat", "rain")]
+    assert mesh.generate_until(tasks, disable_tqdm=True) == one.generate_until(tasks, disable_tqdm=True)
     with pytest.raises(UserError, match=r"key/value heads, 2, does not divide over parallel\.tensor = 8"):
         HarnessModel.create_from_arg_string(f"run={tmp_path / 'run'},tensor=8")
 

@@ -8,6 +8,7 @@ import numpy as np
 from gpt_jax.config import ModelConfig
 from gpt_jax.model.gpt import GPT
 from gpt_jax.sample.engine import Engine, Request
+from gpt_jax.sample.replicas import Replicas
 from gpt_jax.sample.settings import Filters
 from tests import tiny
 
@@ -62,7 +63,7 @@ def random_requests(seed: int, n: int, longest: int = CONTEXT) -> list[Request]:
 class Answers:
     """What an engine says, put together by request."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine | Replicas) -> None:
         self.engine = engine
         self.answers: dict[int, Answer] = {}
 

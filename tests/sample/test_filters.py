@@ -349,7 +349,7 @@ def test_there_is_one_default_of_each_filter(monkeypatch: pytest.MonkeyPatch) ->
         return [Result([])]
 
     monkeypatch.setattr(loop, "generate", generate)
-    placement: Any = SimpleNamespace(on_one_device=lambda params: params)
+    placement: Any = SimpleNamespace(replicas=lambda params: {0: params})
     loop.write_sample(GPT(tiny.GPT2), placement, {}, SimpleNamespace(tokenizer=None), Config())  # type: ignore[arg-type]
     command = parse(SampleArgs, [], "sample").settings
     assert used[0].filters == command.filters == changed(Settings(), {}).filters == Filters()

@@ -405,11 +405,16 @@ def test_evaluation_agrees(rng: np.random.Generator) -> None:
     np.testing.assert_allclose(sums[1][:2], sums[0][:2], rtol=1e-5)
 
 
-def test_all_of_a_state_is_given_to_one_device() -> None:
-    run = Run(LLAMA, placement((1, 2, 2, 2), LLAMA))
-    there = run.on.on_one_device(run.state.params)
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(there), jax.device_get(run.state.params))
-    assert all(x.devices() == {jax.devices()[0]} for x in jax.tree.leaves(there))
+@pytest.mark.parametrize("mesh", [(2, 1, 2, 2), None], ids=str)
+def test_each_replica_of_a_state_is_found_where_it_is(mesh: tuple[int, int, int, int] | None) -> None:
+    run = Run(LLAMA, placement(mesh, LLAMA, n_devices=2))
+    size = 1 if mesh is None else 4
+    replicas = run.on.replicas(run.state.params)
+    assert list(replicas) == [0, 1]
+    for number, params in replicas.items():
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(params), jax.device_get(run.state.params))
+        devices = set(jax.devices()[number * size : (number + 1) * size])
+        assert all(x.devices() == devices for x in jax.tree.leaves(params))
 
 
 @pytest.mark.parametrize(
