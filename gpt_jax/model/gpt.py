@@ -155,7 +155,8 @@ class GPT(nn.Module):
             positions_TD = for_use({"positions_TD": positions_TD}, positions_TD.dtype)["positions_TD"]
             T = tokens_BT.shape[1]
             x_BTD = x_BTD + (positions_TD[:T] if positions_BT is None else positions_TD[positions_BT])
-            x_BTD = row_major(x_BTD, "BTD")
+            if cache is None:  # With one, there are no gradients.
+                x_BTD = row_major(x_BTD, "BTD")
         x_BTD = x_BTD.astype(c.dtype)
         if c.scale_embeddings:
             x_BTD = x_BTD * np.sqrt(c.d_model).astype(x_BTD.dtype)
