@@ -19,21 +19,24 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from gpt_jax.api import Model
-    from gpt_jax.config import Config
+    from gpt_jax.config import Config, QuantizeName
 
     def train(config: Config | str | Path, resume: bool = False) -> Path: ...
 
 
-def load(name: "str | Path", checkpoint: str = "latest", context_length: int = 0) -> "Model":
+def load(
+    name: "str | Path", checkpoint: str = "latest", context_length: int = 0, quantize: "QuantizeName" = "none"
+) -> "Model":
     """A model on this machine's first device, with its tokenizer.
 
     name: the folder of a run, or of a published model; a .gguf file; or a name on the hub. checkpoint: of a run,
-    "latest", "best" (the lowest validation loss) or a step. context_length: in tokens; 0: the model's own. Raises
+    "latest", "best" (the lowest validation loss) or a step. context_length: in tokens; 0: the model's own.
+    quantize: "int8" rounds the matrices to 8 bits, for a quarter of the memory. Raises
     `gpt_jax.errors.UserError`, with a message of one line, for errors that the user can fix.
     """
     from gpt_jax.api import load_named
 
-    return load_named(name, checkpoint, context_length)
+    return load_named(name, checkpoint, context_length, quantize)
 
 
 def __getattr__(name: str) -> Any:

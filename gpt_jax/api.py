@@ -4,13 +4,13 @@ import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, get_args, overload
 
 import jax
 import numpy as np
 
 from gpt_jax import runtime
-from gpt_jax.config import ModelConfig
+from gpt_jax.config import ModelConfig, QuantizeName
 from gpt_jax.data.formats import Block
 from gpt_jax.errors import UserError
 from gpt_jax.evaluate.loss import Tally, evaluate_blocks
@@ -124,7 +124,11 @@ class Model:
 
 
 @own_numerics()
-def load_named(name: str | Path, checkpoint: str = "latest", context_length: int = 0) -> Model:
+def load_named(
+    name: str | Path, checkpoint: str = "latest", context_length: int = 0, quantize: QuantizeName = "none"
+) -> Model:
     """The model of a run, or a published one: a folder, a .gguf file, or a name on the hub. See `gpt_jax.load`."""
+    if quantize not in get_args(QuantizeName):
+        raise UserError(f"quantize = {quantize!r} must be one of {', '.join(get_args(QuantizeName))}")
     runtime.setup_once()
-    return Model(load_model(open_source(str(name), checkpoint), context_length))
+    return Model(load_model(open_source(str(name), checkpoint), context_length, quantize=quantize))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from gpt_jax.cli.parse import ModelArgs, Switch, parse
 from gpt_jax.cli.terminal import print_json, print_table
-from gpt_jax.config import ParallelConfig, check
+from gpt_jax.config import ParallelConfig, QuantizeName, check
 from gpt_jax.data.shards import Dataset, SplitName, open_dataset
 from gpt_jax.data.sources import Corpus, open_corpus
 from gpt_jax.errors import UserError
@@ -37,6 +37,7 @@ class EvalArgs(ModelArgs):
     # token after the first window is predicted from at least context_length - stride tokens, which takes longer.
     stride: int | None = None
     batch_size: int = 8  # Windows that a device scores at the same time; on a mesh, of each part of the batch.
+    quantize: QuantizeName = "none"  # int8: round the matrices to 8 bits, with a scale a row; docs/sample.md.
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     json: Switch = False  # Print one JSON object.
 
@@ -75,7 +76,7 @@ def evaluate(args: EvalArgs) -> None:
     runtime.setup(args.parallel.n_asked or 1)
     devices = runtime.choose_devices(args.parallel)
     placement = choose_placement(args.parallel, config_to_load(source, T), devices)
-    model, params, tokenizer = load_model(source, T, placement)
+    model, params, tokenizer = load_model(source, T, placement, args.quantize)
     if slower := fallback(model.config, runtime.hardware(devices[0]), placement.context):
         print(f"attention {model.config.attention}, {slower}", file=sys.stderr)
 

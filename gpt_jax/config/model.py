@@ -9,6 +9,9 @@ from gpt_jax.config.check import check, check_types
 AttentionName = Literal["auto", "cudnn", "splash", "block_causal", "xla"]
 DTypeName = Literal["auto", "float32", "bfloat16"]
 StoredDType = Literal["float32", "float16", "bfloat16"]
+QuantizeName = Literal["none", "int8"]
+"""What matrices are rounded to for sampling and evaluation; see run/quantized.py."""
+
 RematName = Literal["none", "full", "dots", "dots_no_batch"]
 PositionsName = Literal["learned", "rotary"]
 NormName = Literal["layer", "rms"]

@@ -16,18 +16,20 @@ def head_name(params: Params) -> str:
 
 
 def head_VD(params: Params) -> Any:
-    """The matrix that maps hidden states to logits."""
+    """The matrix that maps hidden states to logits, in float32 if it is int8."""
     name = head_name(params)
-    return for_use({name: params[name]}, params[name].dtype)[name]
+    head = for_use({name: params[name]}, params[name].dtype)[name]
+    scale_V = params.get(scale_of(name))
+    return head if scale_V is None else head * scale_V[:, None]
 
 
 def logits_NV(model: GPT, params: Params, hidden_ND: jax.Array) -> jax.Array:
     """The float32 logits of hidden states; those of the vocabulary's padding are -inf."""
-    head, scale_V = head_VD(params), params.get(scale_of(head_name(params)))
-    if scale_V is None:
-        product_NV = decoding_product(hidden_ND, head.astype(hidden_ND.dtype), jnp.float32)
+    name = head_name(params)
+    if scale_of(name) in params:
+        product_NV = int8_product(hidden_ND, params[name], params[scale_of(name)], jnp.float32)
     else:
-        product_NV = int8_product(hidden_ND, head, scale_V, jnp.float32)
+        product_NV = decoding_product(hidden_ND, head_VD(params).astype(hidden_ND.dtype), jnp.float32)
     return hide_padding(product_NV, model.config.vocab_size)
 
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import jax
 import numpy as np
 
-from gpt_jax.config import HOW_IT_RUNS, Config, LoraConfig, ModelConfig, check
+from gpt_jax.config import HOW_IT_RUNS, Config, LoraConfig, ModelConfig, QuantizeName, check
 from gpt_jax.data.shards import Meta
 from gpt_jax.errors import UserError
 from gpt_jax.interop import hub
@@ -30,7 +30,7 @@ from gpt_jax.model.backend import resolve_for
 from gpt_jax.model.forward import init_params
 from gpt_jax.model.gpt import GPT, Params
 from gpt_jax.model.lora import ADAPTERS, fold, join, split
-from gpt_jax.placement import Placement
+from gpt_jax.placement import MeshPlacement, Placement
 from gpt_jax.run.checkpoint import (
     Checkpoints,
     check_data,
@@ -40,6 +40,7 @@ from gpt_jax.run.checkpoint import (
 )
 from gpt_jax.run.checksums import fingerprint, leaf_shapes, named_checksums_of_parts, tree_fingerprint
 from gpt_jax.run.folder import RunFolder, newest_run
+from gpt_jax.run.quantized import kept_file, load_quantized, state_of_files
 from gpt_jax.runtime import local_devices
 from gpt_jax.system import user_path
 from gpt_jax.tokenizer.tokenizer import Tokenizer
@@ -81,6 +82,9 @@ class Source(Protocol):
     def ingredients(self) -> str | None:
         """A hash of what the parameters are computed from, where adapters are folded into them: products are rounded in
         other ways on other devices and meshes, so that their values cannot be compared. None: they can."""
+
+    def identity(self) -> str:
+        """What changes when the parameters do, found without reading them."""
 
     def load_params(self, config: ModelConfig, placement: Placement) -> Params:
         """The parameters for `config` without its adapters, float32, placed like those of a training state. `config`
@@ -131,6 +135,10 @@ class PublishedSource:
     def ingredients(self) -> str | None:
         """See Source."""
         return None
+
+    def identity(self) -> str:
+        """See Source. Names, sizes and times of the files."""
+        return json.dumps(state_of_files(Path(self.where)))
 
     def load_params(self, config: ModelConfig, placement: Placement) -> Params:
         """See Source."""
@@ -183,6 +191,13 @@ class RunSource:
         with Checkpoints(self.folder.checkpoints, read_only=True) as checkpoints:
             step = choose_step(checkpoints, self.checkpoint)
             check_data(checkpoints.folder / str(step), checkpoints.meta(step), data_facts(meta))
+
+    def identity(self) -> str:
+        """See Source. The checksums of the parameters, and of the model below adapters."""
+        with Checkpoints(self.folder.checkpoints, read_only=True) as checkpoints:
+            _, meta = self.chosen(checkpoints)
+        lora = self.saved.model.lora
+        return json.dumps([meta["checksums"]["params"], meta.get("base"), lora.rank, lora.alpha], sort_keys=True)
 
     def load_params(self, config: ModelConfig, placement: Placement) -> Params:
         """See Source."""
@@ -253,13 +268,7 @@ class RunSource:
 
     def ingredients(self) -> str | None:
         """See Source."""
-        lora = self.saved.model.lora
-        if not lora.rank:
-            return None
-        with Checkpoints(self.folder.checkpoints, read_only=True) as checkpoints:
-            _, meta = self.chosen(checkpoints)
-        facts = [meta["checksums"]["params"], meta.get("base"), lora.rank, lora.alpha]
-        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        return hashlib.sha256(self.identity().encode()).hexdigest() if self.saved.model.lora.rank else None
 
 
 def fingerprint_of(source: Source, params: Params) -> str:
@@ -330,16 +339,28 @@ class LoadedModel(NamedTuple):
     tokenizer: Tokenizer
 
 
-def load_model(source: Source, context_length: int = 0, placement: Placement | None = None) -> LoadedModel:
+def load_model(
+    source: Source,
+    context_length: int = 0,
+    placement: Placement | None = None,
+    quantize: QuantizeName = "none",
+) -> LoadedModel:
     """The model, its parameters, and its tokenizer.
 
     context_length: in tokens; 0: the model's own. placement: where the parameters are; None: on this machine's first
-    device. Raises UserError naming what is missing, damaged or not supported.
+    device. quantize: "int8" rounds the matrices, see run/quantized.py. Raises UserError naming what is missing, damaged
+    or not supported.
     """
     placement = placement or Placement(local_devices()[:1])
     config = resolve_for(config_to_load(source, context_length), placement.devices[0], placement.context)
     tokenizer = source.tokenizer()
-    return LoadedModel(GPT(config), source.load_params(config, placement), tokenizer)
+    if quantize == "none":
+        return LoadedModel(GPT(config), source.load_params(config, placement), tokenizer)
+    if isinstance(placement, MeshPlacement):
+        raise UserError("int8 parameters are not divided over a mesh: leave out --parallel.*, or --quantize int8")
+    config = dataclasses.replace(config, unroll=True)  # The layers are apart.
+    params = load_quantized(lambda: source.open_params(config), config, kept_file(source.identity(), config))
+    return LoadedModel(GPT(config), jax.device_put(params, placement.state_shardings(params)), tokenizer)
 
 
 def config_to_load(source: Source, context_length: int = 0) -> ModelConfig:
