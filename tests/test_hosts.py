@@ -77,10 +77,10 @@ def alone(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_moves_from_two_hosts_to_one_or_four(
     alone: Path, tiny_data: Path, tmp_path: Path, placement: list[str], n_hosts: int
 ) -> None:
-    """Its losses are those of one host throughout."""
+    """Its losses are those of one host throughout. Hosts with parts of the same parameters write samples together."""
     out = tmp_path / "run"
     args = [f"--data.dir={tiny_data}", f"--out-dir={out}"]
-    finish(start_hosts(2, *args, "--train.steps=4", *placement))
+    finish(start_hosts(2, *args, "--train.steps=4", "--train.sample-every=2", *placement))
     np.testing.assert_allclose(losses(out)[:3], losses(alone)[:3], rtol=1e-5)  # The fourth has an evaluation.
     args += ["--resume", "--train.steps=6", "--parallel.devices=1"]
     if n_hosts == 1:

@@ -314,7 +314,7 @@ def decode_n(
     _, (cache, rows), block = jax.lax.while_loop(goes_on, body, (jnp.int32(0), DecodeState(cache, rows), empty))
     if cache[0].k_XSK.shape != whole[0].k_XSK.shape:
         cache = jax.tree.map(lambda all, viewed: all.at[:, :view].set(viewed), whole, cache)
-    return DecodeState(cache, rows), block
+    return DecodeState(cache, rows), cast(Block, divide(block, WHOLE))  # Of which each host reads all.
 
 
 def draw_tokens(rows: Row, logits_SV: jax.Array, n_alternatives: int) -> tuple[Row, Block]:

@@ -20,7 +20,7 @@ from gpt_jax.sample.replicas import Replicas, engine_on
 from gpt_jax.sample.settings import Filters
 from gpt_jax.tokenizer.bytes import ByteTokenizer
 from tests import tiny
-from tests.commands import run_here
+from tests.commands import TINY, run_here
 from tests.export.test_streaming import save_run
 from tests.sample.engines import Answer, Answers
 
@@ -149,7 +149,7 @@ def test_the_command_samples_on_a_mesh(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("on\na mat\nrain\n")
     args = ["--run", tmp_path / "run", "--max-new-tokens", "5", "--temperature", "0"]
     answers = []
-    for parallel in (["--parallel.devices", "1"], ["--parallel.tensor", "2"], ["--parallel.devices", "3"]):
+    for parallel in (["--parallel.devices", "1"], ["--parallel.tensor", "2"], ["--parallel.devices", "2"]):
         out, _ = run_here("sample", *args, "--prompts", tmp_path / "prompts.txt", *parallel)
         lines = [json.loads(line) for line in out.splitlines()]
         answers.append({line["line"]: line["tokens"] for line in lines})
@@ -157,3 +157,16 @@ def test_the_command_samples_on_a_mesh(tmp_path: Path) -> None:
     assert answers[0] == answers[1] == answers[2]
     out, _ = run_here("sample", *args, "--prompt", "on", "--parallel.tensor", "2")
     assert out == f"on{ByteTokenizer().decode(answers[0][1])}\n"
+
+
+def test_a_training_samples_where_its_parameters_are(tiny_data: Path, tmp_path: Path) -> None:
+    """On a mesh, what one device samples; and the training goes on as on one device."""
+    args = ["train", *TINY, f"--data.dir={tiny_data}", "--train.steps=4", "--train.sample-every=2"]
+    args += ["--train.sample-prompt=on", "--train.sample-tokens=20", "--model.vocab-multiple=2"]
+    mesh = ["--parallel.data=2", "--parallel.fsdp=2", "--parallel.tensor=2"]
+    texts = []
+    for name, parallel in (("one", ["--parallel.devices=1"]), ("mesh", mesh)):
+        out, _ = run_here(*args, f"--out-dir={tmp_path / name}", *parallel)
+        texts.append(re.findall("--- sample\n(.*?)\n---", out, re.DOTALL))
+    assert len(texts[0]) == 2
+    assert texts[0] == texts[1]
