@@ -3,10 +3,13 @@
 import dataclasses
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 
 from gpt_jax.config import ModelConfig
+from gpt_jax.interop.save import parts_of
 from gpt_jax.model.gpt import GPT
+from gpt_jax.run.quantized import quantized, tree_of
 from gpt_jax.sample.engine import Engine, Request
 from gpt_jax.sample.replicas import Replicas
 from gpt_jax.sample.settings import Filters
@@ -18,7 +21,8 @@ MODELS: dict[str, ModelConfig] = {
     name: dataclasses.replace(config, context_length=CONTEXT, vocab_size=259)
     for name, config in tiny.ARCHITECTURES.items()
 }
-"""GPT-2's architecture, a Llama with grouped queries, one with sliding windows, and one with adapters."""
+MODELS["int8"] = MODELS["llama"]
+"""GPT-2's architecture, a Llama with grouped queries, in int8, too, one with sliding windows, and one with adapters."""
 
 Answer = tuple[list[int], list[float], list[float], list[list[tuple[int, float]]], str]
 """Tokens, log-probabilities under the model and as drawn, alternatives, and why it ended."""
@@ -28,7 +32,10 @@ def engine_of(name: str, n_slots: int = 3, prefix_chunks: int = 5) -> Engine:
     """An engine whose kept prefixes do not suffice for all requests."""
     config = MODELS[name]
     chunk_bytes = 2 * config.n_layer * config.kv_heads * 128 * config.head_dim * 4
-    engine = Engine(GPT(config), tiny.uneven_params(config), n_slots, prefix_bytes=prefix_chunks * chunk_bytes)
+    params = tiny.uneven_params(config)
+    if name == "int8":
+        params = jax.device_put(tree_of(dict(quantized(parts_of(params), config))))
+    engine = Engine(GPT(config), params, n_slots, prefix_bytes=prefix_chunks * chunk_bytes)
     engine.reserve(CONTEXT)
     return engine
 
