@@ -117,25 +117,25 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
 def test_a_job_that_was_killed_goes_on(model: Path, tmp_path: Path) -> None:
     """To the answers of one that was not, wherever it was killed, within the line of an answer, too."""
     prompts, whole, out = tmp_path / "prompts.txt", tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
-    prompts.write_text("\n".join(f"prompt {i}" for i in range(300)), encoding="utf-8")
-    job = ["sample", "--model", model, "--prompts", prompts, "--max-new-tokens", 20, "--slots", 4]
+    prompts.write_text("\n".join(f"prompt {i}" for i in range(100)), encoding="utf-8")
+    job = ["sample", "--model", model, "--prompts", prompts, "--max-new-tokens", 16, "--slots", 4]
     run(*job, "--out", whole)
     expected = lines_of(whole)
-    assert [answer["line"] for answer in expected] == list(range(1, 301))
+    assert [answer["line"] for answer in expected] == list(range(1, 101))
 
     process = start(*job, "--out", out)
-    while not out.exists() or out.read_bytes().count(b"\n") < 20:
+    while not out.exists() or out.read_bytes().count(b"\n") < 10:
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     content = out.read_bytes()
-    assert content.count(b"\n") < 300
+    assert content.count(b"\n") < 100
     out.write_bytes(content[:-7])
     run(*job, "--out", out)
     assert lines_of(out) == expected
     _, err = run(*job, "--out", out)
-    assert "has all 300 answers already" in err
+    assert "has all 100 answers already" in err
     assert lines_of(out) == expected
 
 
