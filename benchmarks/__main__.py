@@ -1,7 +1,8 @@
 """The same GPT in PyTorch and in JAX on this machine: python -m benchmarks [PART ...]
 
-The parts, each runnable alone: train, decode, on a GPU largest, learn, variants, scale and startup (all of them without
-a name, the most telling first), and report, which writes the documents' tables and the plots from what was measured.
+The parts, each runnable alone: train, decode, serve, on a GPU largest, learn, variants, scale and startup (all of them
+without a name, the most telling first), and report, which writes the documents' tables and the plots from what was
+measured.
 What has been measured already, with the same versions and flags, is not measured again, so an interrupted run
 continues. A row that cannot be measured is reported, and the others go on; the exit status is 1 then.
 """
@@ -14,12 +15,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import decode, learn, machine, report, results, scale, startup, train, worker
+from benchmarks import decode, learn, machine, report, results, scale, serve, startup, train, worker
 from gpt_jax.errors import UserError
 
 PARTS: dict[str, Callable[[results.Results, results.Row, Any], None]] = {
     "train": lambda measured, here, args: train.run(measured, here, args.rounds, args.preset),
     "decode": lambda measured, here, args: decode.run(measured, here, args.rounds, args.batch),
+    "serve": lambda measured, here, args: serve.run(measured, here, args.rounds, args.gguf, args.llama_cpp),
     "largest": lambda measured, here, args: train.run_largest(measured, here, args.rounds),
     "learn": lambda measured, here, args: learn.run(measured, here, args.rounds, path=args.text),
     "variants": lambda measured, here, args: train.run_variants(measured, here, args.rounds, args.preset),
@@ -36,6 +38,10 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--rounds", type=int, default=3, help="rounds of each contestant (default: 3)")
     parser.add_argument("--preset", nargs="+", default=[], help="of train and variants: these presets only")
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 64], help="of decode: sequences at a time")
+    gguf = "of serve: GGUF files of a model, each to be compared with llama.cpp"
+    parser.add_argument("--gguf", nargs="+", type=Path, default=[], metavar="FILE", help=gguf)
+    programs = "of serve: where llama-bench and llama-batched-bench are (default: PATH)"
+    parser.add_argument("--llama-cpp", type=Path, metavar="FOLDER", help=programs)
     parser.add_argument("--again", action="store_true", help="measure anew what has been measured already")
     limit = "begin nothing after this time, keep the whole rounds until then, end within two minutes (default: none)"
     parser.add_argument("--minutes", type=float, default=0, help=limit)

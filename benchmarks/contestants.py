@@ -14,6 +14,9 @@ from benchmarks.recipe import Recipe, read_text, whole_val, windows
 MODES = {"greedy": 0, "top_50": 50}
 """How an answer's tokens are chosen: the most probable ones, or drawn from so many."""
 
+Asked = Sequence[tuple[list[int], int]]
+"""Requests: the tokens of each prompt, and how many its answer has."""
+
 Arrays = dict[str, np.ndarray]
 """Parameters, or their gradients, by their path in gpt_jax's tree: "layers/mlp/up/kernel" (L, D, F)."""
 
@@ -99,11 +102,17 @@ class Decoding(Contestant):
     answer: Any  # (batch, prompt, new, top_k) -> new tokens (B, new) on the host; top_k: of so many, or 0: the best.
     greedy: Any  # (batch, prompt, new) -> the most probable tokens (B, new), and their log-probabilities in nats.
 
+    serve: Any  # (asked, slots) -> seconds until all is answered greedily, so many at a time; the answers' tokens.
+
     modes: Sequence[str] = tuple(MODES)
 
     def begin(self) -> None:
         """Gives back what only loading took, and lets the peak begin anew."""
         forget_peak()
+
+    def greedy_seconds(self, batch: int, prompt: int, new: int) -> float:
+        """Seconds of a greedy answer, from the prompts to the tokens on the host."""
+        return seconds_of(partial(self.answer, batch, prompt, new, MODES["greedy"]))
 
     def seconds(self, batch: int, prompt: int, new: int) -> dict[str, tuple[float, float]]:
         """By mode, the seconds of an answer of one token and of all, from the prompts to the tokens on the host."""

@@ -74,8 +74,14 @@ class Command(NamedTuple):
     peak_bytes: int  # The most memory that it held, libraries included.
 
 
-def run_command(*arguments: str, environment: Mapping[str, str] | None = None, until: str | None = None) -> Command:
-    """Runs `python ARGUMENTS` at the root of the repository, to its end or until it prints a line that begins so.
+def run_command(
+    *arguments: str,
+    program: str = sys.executable,
+    environment: Mapping[str, str] | None = None,
+    until: str | None = None,
+) -> Command:
+    """Runs a program, Python if none is named, at the root of the repository, to its end or until it prints a line that
+    begins so.
 
     environment: variables besides those of this process. Raises FailedError when the command fails or takes too long,
     and OutOfTimeError. The process has ended when this returns or raises.
@@ -83,7 +89,7 @@ def run_command(*arguments: str, environment: Mapping[str, str] | None = None, u
     begin, limit = time.monotonic(), limit_seconds()
     lines: list[tuple[float, str]] = []
     stopped = False
-    command, env = [sys.executable, *arguments], {**os.environ, **(environment or {})}
+    command, env = [program, *arguments], {**os.environ, **(environment or {})}
     with (
         tempfile.TemporaryFile("w+") as log,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, cwd=ROOT, env=env) as process,

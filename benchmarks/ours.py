@@ -5,8 +5,8 @@ What learning does not need is imported where it is used: the time of imports is
 
 import functools
 import time
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ import optax
 from flax import traverse_util
 
 from benchmarks import contestants
-from benchmarks.contestants import Arrays, prompts
+from benchmarks.contestants import Arrays, Asked, prompts
 from benchmarks.measure import memory_of_libraries, peak_memory
 from benchmarks.presets import Preset
 from gpt_jax import runtime
@@ -28,6 +28,9 @@ from gpt_jax.placement import choose_placement
 from gpt_jax.train.objectives.next_token import next_token
 from gpt_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from gpt_jax.train.step import TrainState, init_state, make_eval_step, make_train_step
+
+if TYPE_CHECKING:
+    from gpt_jax.sample.engine import Engine, Request
 
 
 class Training(contestants.Training):
@@ -147,7 +150,7 @@ class Decoding(contestants.Decoding):
         self.params = jax.block_until_ready(jax.device_put(laid_out, self.device))
 
     @functools.cache  # noqa: B019 (there is one for all the time of a process)
-    def engine(self, batch: int, places: int) -> Any:
+    def engine(self, batch: int, places: int) -> "Engine":
         """The engine of a case; its caches are there before the clock runs, as the others' programs are."""
         from gpt_jax.sample.engine import ALL_CHUNKS, Engine
 
@@ -164,13 +167,7 @@ class Decoding(contestants.Decoding):
         engine.forget()
         filters = Filters(temperature=1.0 if top_k else 0.0, top_k=top_k, top_p=1.0)
         requests = [Request(row.tolist(), new, filters, seed=(0, 0, 0)) for row in prompts(V, batch, prompt)]
-        rows: dict[int, tuple[list[int], list[float]]] = {engine.submit(request): ([], []) for request in requests}
-        while not engine.is_idle:
-            for progress in engine.turn():
-                tokens, logprobs = rows[progress.id]
-                tokens += progress.tokens
-                logprobs += progress.logprobs
-        tokens_BN, logprobs_BN = zip(*rows.values(), strict=True)
+        tokens_BN, logprobs_BN = zip(*answers_to(requests, engine), strict=True)
         return np.array(tokens_BN, np.int32), np.array(logprobs_BN, np.float32)
 
     def answer(self, batch: int, prompt: int, new: int, top_k: int) -> np.ndarray:
@@ -192,6 +189,84 @@ class Decoding(contestants.Decoding):
         held = bytes_of((self.params, engine.state.cache, engine.prompt_cache))
         kinds = {"libraries": self.libraries, "state": held, "temporaries": temporaries}
         return {"peak_bytes": peak, "memory": kinds}
+
+
+class Serving(Decoding):
+    """Answers a list of requests: continuously, so that a slot that becomes free takes the next one, or in batches that
+    wait for their longest."""
+
+    def __init__(self, model: ModelConfig, continuous: bool) -> None:
+        super().__init__(model)
+        self.continuous = continuous
+
+    def serve(self, asked: Asked, slots: int) -> tuple[float, list[list[int]]]:
+        from gpt_jax.sample.engine import Request
+        from gpt_jax.sample.settings import Filters
+
+        engine = self.engine(slots, max(len(prompt) + new for prompt, new in asked))
+        engine.forget()
+        requests = [Request(prompt, new, Filters(temperature=0.0)) for prompt, new in asked]
+        at_once = len(asked) if self.continuous else slots
+        begin = time.perf_counter()
+        answers = [
+            tokens
+            for at in range(0, len(requests), at_once)
+            for tokens, _ in answers_to(requests[at : at + at_once], engine)
+        ]
+        return time.perf_counter() - begin, answers
+
+
+class Chat(Decoding):
+    """Answers the last turn of a chat, whose history was read before, or is read with it."""
+
+    def __init__(self, model: ModelConfig, cached: bool) -> None:
+        super().__init__(model)
+        self.cached = cached
+
+    def first_token(self, history: int, turn: int, new: int) -> tuple[float, int]:
+        """Seconds from a turn of so many tokens to the first token of its answer, which may have `new`; that token."""
+        from gpt_jax.sample.engine import Request
+        from gpt_jax.sample.settings import Filters
+
+        [tokens] = prompts(self.model.config.vocab_size, 1, history + turn).tolist()
+        engine = self.engine(1, history + turn + new)
+        engine.forget()
+        if self.cached:  # As `gpt_jax sample --chat` does while the user writes.
+            engine.read(tokens[:history])
+        jax.block_until_ready(engine.prompt_cache)
+        begin = time.perf_counter()
+        id = engine.submit(Request(tokens, new, Filters(temperature=0.0)))
+        while not (found := engine.turn()):
+            pass
+        seconds = time.perf_counter() - begin
+        engine.cancel(id)
+        while not engine.is_idle:
+            engine.turn()
+        return seconds, found[0].tokens[0]
+
+
+class FromFile(Decoding):
+    """Answers prompts with a published model, such as one in a GGUF file."""
+
+    def __init__(self, path: str, **how: Any) -> None:
+        """how: the options of `load_model`."""
+        from gpt_jax.run.load import load_model, open_source
+        from gpt_jax.sample.decode import prepare_params
+
+        runtime.setup()
+        self.model, params, _ = load_model(open_source(path), **how)
+        self.params = prepare_params(params, self.model.config, donate=True)
+
+
+def answers_to(requests: Sequence["Request"], engine: "Engine") -> Iterable[tuple[list[int], list[float]]]:
+    """The tokens and log-probabilities of the answer to each, on an engine that has nothing else to do."""
+    rows: dict[int, tuple[list[int], list[float]]] = {engine.submit(request): ([], []) for request in requests}
+    while not engine.is_idle:
+        for progress in engine.turn():
+            tokens, logprobs = rows[progress.id]
+            tokens += progress.tokens
+            logprobs += progress.logprobs
+    return rows.values()
 
 
 def peak_bytes(device: jax.Device) -> int:

@@ -228,6 +228,16 @@ def decode(rows: Rows) -> list[str]:
     return [table("decoding", races, columns), notes(races, *remarks)]
 
 
+def serve(rows: Rows) -> list[str]:
+    """Many requests, a long chat, and llama.cpp: tokens a second, or the first token."""
+    columns = [
+        Column("tokens/s", figure("tokens_per_second"), best=max),
+        Column("ms to the first token", figure("first_token_ms"), best=min),
+    ]
+    races = of_part(rows, "serve")
+    return [table("serving", races, columns), notes(races)]
+
+
 def learn(rows: Rows) -> list[str]:
     """Seconds to the loss aimed at, everything included."""
     parts: list[str] = []
@@ -277,7 +287,9 @@ def machine(rows: Rows) -> list[str]:
     return [table_of([("", ""), *lines.items()])] if under else []
 
 
-PARTS = {make.__name__: make for make in (summary, ratios, train, variants, decode, learn, scale, startup, machine)}
+PARTS = {
+    make.__name__: make for make in (summary, ratios, train, variants, decode, serve, learn, scale, startup, machine)
+}
 """The tables of a machine's file of results."""
 
 

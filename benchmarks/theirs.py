@@ -1,6 +1,7 @@
 """PyTorch's contestants: our PyTorch GPT, eager or compiled, with or without a cache, and Hugging Face's GPT-2."""
 
 import math
+import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
@@ -11,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812 (as everybody calls it)
 
 from benchmarks import contestants
-from benchmarks.contestants import MODES, Arrays, prompts
+from benchmarks.contestants import MODES, Arrays, Asked, prompts
 from benchmarks.machine import torch_device
 from benchmarks.measure import memory_of_libraries, peak_memory
 from benchmarks.presets import Preset
@@ -185,6 +186,21 @@ class HuggingFaceDecoding(Decoding):
     def greedy(self, batch: int, prompt: int, new: int) -> tuple[np.ndarray, np.ndarray]:
         how = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True}
         return chosen(self.generate(batch, prompt, new, **how).logits)
+
+    def serve(self, asked: Asked, slots: int) -> tuple[float, list[list[int]]]:
+        begin = time.perf_counter()
+        answers = [tokens for at in range(0, len(asked), slots) for tokens in self.answers(asked[at : at + slots])]
+        return time.perf_counter() - begin, answers
+
+    def answers(self, asked: Asked) -> list[list[int]]:
+        """Those to one batch, which is padded on the left, and goes on until its longest answer is there."""
+        T, N = (max(lengths) for lengths in zip(*((len(prompt), new) for prompt, new in asked), strict=True))
+        x_BT = torch.tensor([[0] * (T - len(prompt)) + prompt for prompt, _ in asked], device=self.device)
+        mask_BT = torch.tensor([[0] * (T - len(prompt)) + [1] * len(prompt) for prompt, _ in asked], device=self.device)
+        how = {"attention_mask": mask_BT, "max_new_tokens": N, "pad_token_id": 0, "do_sample": False}
+        with torch.inference_mode():
+            rows = self.model.gpt2.generate(x_BT, **how)[:, T:].tolist()
+        return [tokens[:new] for tokens, (_, new) in zip(rows, asked, strict=True)]
 
 
 def chosen(logits: Iterable[torch.Tensor]) -> tuple[np.ndarray, np.ndarray]:
