@@ -27,7 +27,7 @@ from gpt_jax.model.presets import GPT2
 
 BATCHES, NOTHING_CACHED, LLAMA_CPP = "gpt_jax, in batches", "gpt_jax, nothing cached", "llama.cpp"
 
-FROM_FILE: Mapping[str, Row] = {OURS: {}}
+FROM_FILE: Mapping[str, Row] = {OURS: {}, f"{OURS}, int8": {"quantize": "int8"}}
 """Ours that load a GGUF file, and the options with which they do."""
 
 SLOTS = 8
@@ -171,7 +171,9 @@ def answer_chat(model: ModelConfig, chat: Chat, rounds: int) -> Row:
 def read_file(path: Path, case: Case, machine: Row, folder: Path | None, rounds: int) -> Row:
     """The row of a GGUF file and a case. llama.cpp is left out where its programs are not there."""
     gguf, programs = str(path.absolute()), llama_cpp.find_programs(folder)
-    notes = ["gpt_jax computes in float32, and chooses each token; llama.cpp reads random ones, its cache in float16"]
+    notes = [
+        "gpt_jax computes in float32 activations, and chooses each token; llama.cpp reads random ones, its cache in float16"
+    ]
     with Contest() as contest:
         for name, how in FROM_FILE.items():
             worker = contest.enter_context(Worker("benchmarks.ours:FromFile", path=gguf, **how))
