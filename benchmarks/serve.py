@@ -171,9 +171,7 @@ def answer_chat(model: ModelConfig, chat: Chat, rounds: int) -> Row:
 def read_file(path: Path, case: Case, machine: Row, folder: Path | None, rounds: int) -> Row:
     """The row of a GGUF file and a case. llama.cpp is left out where its programs are not there."""
     gguf, programs = str(path.absolute()), llama_cpp.find_programs(folder)
-    notes = [
-        "gpt_jax computes in float32 activations, and chooses each token; llama.cpp reads random ones, its cache in float16"
-    ]
+    notes = ["activations and cache are float32, llama.cpp's cache float16; llama.cpp reads random tokens, not its own"]
     with Contest() as contest:
         for name, how in FROM_FILE.items():
             worker = contest.enter_context(Worker("benchmarks.ours:FromFile", path=gguf, **how))
