@@ -261,8 +261,8 @@ DECODING_OPTIONS = {
     # On a GPU, the whole loop becomes graphs that the GPU runs by itself. By default, the host starts each step, and
     # looks whether there is to be another one, for which the GPU waits: a third of the time.
     "xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE",
-    # On a CPU, sums may be in any order, so that they fill vectors, and these may be as wide as registers are.
-    "xla_cpu_enable_fast_math": True,
+    # On a CPU, vectors may be as wide as registers are. Sums in any order (fast math) would be faster still, but would
+    # depend on how many places of the cache are read, and so a row on its neighbours.
     "xla_cpu_prefer_vector_width": 512,
 }
 """How XLA compiles `decode_n`; other platforms pass over what is not theirs."""
