@@ -5,6 +5,7 @@ Matrices, embeddings and the head are quantised symmetrically, with one scale an
 learned positions stay as they are.
 """
 
+import contextlib
 import hashlib
 import json
 import sys
@@ -33,7 +34,7 @@ MATRICES = ("kernel", "tokens_VD", "head_VD")
 
 
 def quantize(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """int8 in the shape of the matrix, and a float32 scale for each of its rows, so that scale * int8 is the matrix but
+    """int8 in the shape of the matrix, float32 (F, D), and a float32 scale (F,) for each of its rows, so that scale * int8 is the matrix but
     for half a scale. The largest number of a row is +-127, and a row of zeros has a scale of 1."""
     scale = np.max(np.abs(matrix), axis=1) / np.float32(127)
     scale = np.where(scale > 0, scale, np.float32(1)).astype(np.float32)
@@ -98,9 +99,10 @@ def read_kept(file: Path) -> dict[str, np.ndarray] | None:
     try:
         with np.load(file, allow_pickle=False) as stored:
             tensors = {name: stored[name] for name in stored.files}
-        file.touch()  # It was used now.
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
+    with contextlib.suppress(OSError):  # A cache may be for reading alone.
+        file.touch()  # It was used now.
     return tensors
 
 
