@@ -39,25 +39,6 @@ def logsumexp_and_target(
     return highest_N + jnp.log(sums_N), target_logits_N
 
 
-def nats_BT(hidden_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array, vocab_size: int, chunk: int) -> jax.Array:
-    """The nats of each target under the logits hidden @ head.T, float32 (B, T), differentiable.
-
-    At most `chunk` tokens have logits at one time: the chunks run one after the other, and the backward pass computes
-    their logits again. With 50,000 tokens in the vocabulary, the logits of a batch and their gradient would otherwise
-    be the largest arrays of the whole step.
-
-    On a mesh, each device does so with its tokens and its part of the vocabulary.
-    """
-    if not mesh_is_set():
-        return nats_in_chunks(hidden_BTD, head_VD, targets_BT, vocab_size, chunk)
-
-    def on_one_device(hidden_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array) -> jax.Array:
-        return nats_in_chunks(*shared(hidden_BTD, head_VD), targets_BT, vocab_size, chunk, "tensor")
-
-    in_specs = (TOKENS, PartitionSpec("tensor"), TOKENS)
-    return jax.shard_map(on_one_device, in_specs=in_specs, out_specs=TOKENS)(hidden_BTD, head_VD, targets_BT)
-
-
 def sum_of_nats(
     hidden_BTD: jax.Array,
     head_VD: jax.Array,
@@ -66,12 +47,15 @@ def sum_of_nats(
     vocab_size: int,
     chunk: int,
 ) -> jax.Array:
-    """The sum of `nats_BT` times weights_BT (float32), for losses that are such a sum: float32 (), differentiable by
-    hidden states and head.
+    """The sum of the targets' nats under the logits hidden @ head.T, times weights_BT (float32): float32 (),
+    differentiable by hidden states and head.
 
-    Where the loss of a chunk is computed, so are its gradients, from the same logits; the backward pass multiplies them
-    by the gradient of the sum (Hsu et al. 2024, Liger Kernel). So the head multiplies three times, where `nats_BT` with
-    more than one chunk multiplies four times.
+    At most `chunk` tokens have logits at one time: with 50,000 tokens in the vocabulary, the logits of a batch and
+    their gradient would otherwise be the largest arrays of the whole step. Where the loss of a chunk is computed, so
+    are its gradients, from the same logits; the backward pass multiplies them by the gradient of the sum (Hsu et al.
+    2024, Liger Kernel). If it computed the logits again, the head would multiply four times in place of three.
+
+    On a mesh, each device does so with its tokens and its part of the vocabulary.
     """
     if not mesh_is_set():
         return sum_in_chunks(hidden_BTD, head_VD, targets_BT, weights_BT, vocab_size, chunk, None)
@@ -106,7 +90,9 @@ def nats_in_chunks(
     chunk: int,
     vocabulary_axis: str | None = None,
 ) -> jax.Array:
-    """`nats_BT` of the tokens of one device. vocabulary_axis: the mapped axis that divides the head's rows, if any."""
+    """The nats of each target, float32 (B, T), of the tokens of one device. Differentiable, for losses of other forms:
+    the backward pass computes the logits of a chunk again. vocabulary_axis: the mapped axis that divides the head's
+    rows, if any."""
 
     def nats(hidden_ND: jax.Array, targets_N: jax.Array) -> jax.Array:
         logits_NV, first = logits_and_first(hidden_ND, head_VD, vocab_size, vocabulary_axis)

@@ -34,8 +34,8 @@ MATRICES = ("kernel", "tokens_VD", "head_VD")
 
 
 def quantize(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """int8 in the shape of the matrix, float32 (F, D), and a float32 scale (F,) for each of its rows, so that scale * int8 is the matrix but
-    for half a scale. The largest number of a row is +-127, and a row of zeros has a scale of 1."""
+    """A float32 matrix (F, D) as int8 (F, D), and a float32 scale for each row (F,), so that scale * int8 is the matrix
+    but for half a scale. The largest number of a row is +-127, and a row of zeros has a scale of 1."""
     scale = np.max(np.abs(matrix), axis=1) / np.float32(127)
     scale = np.where(scale > 0, scale, np.float32(1)).astype(np.float32)
     return np.rint(matrix / scale[:, None]).astype(np.int8), scale

@@ -11,7 +11,7 @@ from gpt_jax.model.cache import init_cache
 from gpt_jax.model.forward import forward, forward_cached, init_params
 from gpt_jax.model.gpt import GPT, Params
 from gpt_jax.model.head import head_VD, logits_NV
-from gpt_jax.model.loss import nats_BT
+from gpt_jax.model.loss import nats_in_chunks
 from gpt_jax.model.presets import GPT2, GPT2_LARGE, GPT2_MEDIUM, GPT2_XL
 from gpt_jax.model.stack import unstack
 from tests import tiny
@@ -205,7 +205,7 @@ def test_padding_of_the_vocabulary_is_never_predicted(rng: np.random.Generator) 
 
     def loss(params: Params) -> jax.Array:
         hidden = forward(padded_model, params, tokens)
-        return nats_BT(hidden, head_VD(params), tokens, 67, 16).sum()
+        return nats_in_chunks(hidden, head_VD(params), tokens, 67, 16).sum()
 
     grads = jax.jit(jax.grad(loss))(padded)
     assert np.all(np.asarray(grads["head_VD"][67:]) == 0)

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from gpt_jax.model.loss import nats_BT, sum_of_nats
+from gpt_jax.model.loss import nats_in_chunks, sum_of_nats
 
 
 def reference(hidden: np.ndarray, head: np.ndarray, targets: np.ndarray, mask: np.ndarray) -> float:
@@ -18,7 +18,7 @@ def reference(hidden: np.ndarray, head: np.ndarray, targets: np.ndarray, mask: n
 
 def by_nats(hidden: Any, head: Any, targets: jax.Array, weights: jax.Array, vocabulary: int, chunk: int) -> jax.Array:
     """`sum_of_nats`, by the nats of each token."""
-    return jnp.sum(nats_BT(hidden, head, targets, vocabulary, chunk) * weights)
+    return jnp.sum(nats_in_chunks(hidden, head, targets, vocabulary, chunk) * weights)
 
 
 both = pytest.mark.parametrize("total", [by_nats, sum_of_nats])

@@ -13,7 +13,7 @@ from gpt_jax.model.cache import init_cache
 from gpt_jax.model.forward import forward, forward_cached
 from gpt_jax.model.gpt import GPT, Params
 from gpt_jax.model.head import head_logits
-from gpt_jax.model.loss import nats_BT
+from gpt_jax.model.loss import nats_in_chunks
 from gpt_jax.model.stack import unstack
 from tests import tiny
 
@@ -128,7 +128,7 @@ def test_loss_and_gradients_equal_hugging_face(hugging_face: Any, params: Params
     def mean_loss(params: Params) -> jax.Array:
         inputs, targets = jnp.asarray(tokens[:, :-1]), jnp.asarray(tokens[:, 1:])
         hidden_BTD = forward(model, params, inputs)
-        return nats_BT(hidden_BTD, params["tokens_VD"], targets, CONFIG.vocab_size, 64).mean()
+        return nats_in_chunks(hidden_BTD, params["tokens_VD"], targets, CONFIG.vocab_size, 64).mean()
 
     loss, grads = jax.jit(jax.value_and_grad(mean_loss))(params)
     assert float(loss) == pytest.approx(float(expected.detach()), abs=1e-5)
