@@ -1,6 +1,7 @@
 """Runs the suite on eight simulated CPU devices, set up as a user's run is."""
 
 import atexit
+import gc
 import os
 import shutil
 import signal
@@ -66,6 +67,17 @@ def quick_compilation() -> None:
     """
     if "JAX_DISABLE_MOST_OPTIMIZATIONS" not in os.environ and jax.default_backend() == "cpu":
         jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_are_few() -> Iterator[None]:
+    """Forgets compiled programs where a process has many. Each takes several of the parts of memory that Linux counts,
+    of which a process has 65,530 at most; one that loads a program beyond that is ended by a segmentation fault."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and len(maps.read_bytes().splitlines()) > 20_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="module")
