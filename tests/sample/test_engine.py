@@ -192,6 +192,7 @@ def test_a_seed_decides_and_without_one_nobody_does() -> None:
 def test_no_setting_compiles_another_program(caplog: pytest.LogCaptureFixture) -> None:
     """Nor does any number of requests: after a few of them, none is compiled, by JAX's own log."""
     e = engine("llama")
+    Answers(e).all([Request([1] * n, 2) for n in (1, 10, 20, 50, 100, 200)])  # Chunks of all sizes.
     Answers(e).all(random_requests(1, 30))
     caplog.set_level(logging.WARNING)
     with jax.log_compiles():
