@@ -11,9 +11,6 @@ from jax.typing import DTypeLike
 
 from gpt_jax.model.sharding import context_parts
 
-FEW_INT8_ROWS = 8
-"""XLA:CPU multiplies up to so many rows by int8 faster one by one; more of them by the matrix as float32."""
-
 FEW_ROWS = 64
 """XLA:CPU multiplies up to so many rows faster with the operands exchanged; 512 rows take a seventh longer."""
 
@@ -71,8 +68,8 @@ def product_exchanged(x_ND: jax.Array, kernel_FD: jax.Array, dtype: DTypeLike) -
 def int8_product(x_ND: jax.Array, kernel_FD: jax.Array, scale_F: jax.Array, dtype: DTypeLike) -> jax.Array:
     """x @ (kernel * scale).T in `dtype` (N, F), where kernel is int8 and scale float32.
 
-    Accelerators convert the kernel while they multiply, in the dtype of x, and sum in float32. XLA:CPU does so only for
-    one row, where it reads a quarter of the bytes of float32.
+    Accelerators convert the kernel while they multiply, in the dtype of x, and sum in float32. CPUs multiply and sum
+    integers, see `int8_product_on_cpu`.
     """
     product_NF = jax.lax.platform_dependent(x_ND, kernel_FD, cpu=int8_product_on_cpu, default=int8_product_as_it_stands)
     return (product_NF * scale_F).astype(dtype)
@@ -84,11 +81,30 @@ def int8_product_as_it_stands(x_ND: jax.Array, kernel_FD: jax.Array) -> jax.Arra
 
 
 def int8_product_on_cpu(x_ND: jax.Array, kernel_FD: jax.Array) -> jax.Array:
-    """x @ kernel.T, float32, row by row if there are few."""
+    """x @ kernel.T, float32, with each row of x rounded to at most 15 bits, as many as sums of int32 have room for.
+
+    For a product with float32, XLA:CPU would convert the kernel in memory. Integers it multiplies as they are: matrices
+    of int8, for which x is divided in two, and one row of int16. Sums of integers are the same in any order, so that
+    the product of a row does not depend on how many others there are.
+    """
+    most = min(127 * 128, (2**31 - 1) // (127 * x_ND.shape[1]))
     x_ND = x_ND.astype(jnp.float32)
-    if len(x_ND) <= FEW_INT8_ROWS:
-        return jnp.stack([int8_product_of_row(x_D, kernel_FD) for x_D in x_ND])
-    return jnp.matmul(x_ND, as_float32(kernel_FD).T)
+    step_N1 = jnp.maximum(jnp.max(jnp.abs(x_ND), axis=1, keepdims=True), 1e-30) / most
+    product = int8_product_of_row if len(x_ND) == 1 else int8_product_of_rows
+    return product(jnp.round(x_ND / step_N1).astype(jnp.int32), kernel_FD).astype(jnp.float32) * step_N1
+
+
+def int8_product_of_rows(x_ND: jax.Array, kernel_FD: jax.Array) -> jax.Array:
+    """x @ kernel.T, int32, where x is int32 of up to 15 bits."""
+    high_ND = (x_ND + 64) >> 7
+    parts_MD = jnp.concatenate([high_ND, x_ND - (high_ND << 7)]).astype(jnp.int8)
+    high_NF, low_NF = jnp.split(jnp.einsum("MD,FD->MF", parts_MD, kernel_FD, preferred_element_type=jnp.int32), 2)
+    return 128 * high_NF + low_NF
+
+
+def int8_product_of_row(x_1D: jax.Array, kernel_FD: jax.Array) -> jax.Array:
+    """The same of one row."""
+    return int16_product(x_1D[0].astype(jnp.int16), kernel_FD)[None]
 
 
 def apart(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
@@ -105,18 +121,10 @@ def apart(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
 
 
 @apart
-def int8_product_of_row(x_D: jax.Array, kernel_FD: jax.Array) -> jax.Array:
-    """kernel @ x, float32 (F,). Later versions of XLA sum the first form number by number, unless sums may be in any
-    order, and the second one three times as fast, still not as fast as float32."""
-    if jax.__version_info__ < (0, 11):
-        return jnp.dot(x_D, kernel_FD.astype(jnp.float32).T)
-    return jnp.dot(kernel_FD.astype(jnp.float32), x_D)
-
-
-@apart
-def as_float32(x: jax.Array) -> jax.Array:
-    """The array in memory as float32."""
-    return x.astype(jnp.float32)
+def int16_product(x_D: jax.Array, kernel_FD: jax.Array) -> jax.Array:
+    """kernel @ x, int32 (F,), where x is int16 and kernel int8. Where the compiler sees both conversions, it takes the
+    processor's instruction for products of int16, which is faster than that for int32."""
+    return jnp.dot(x_D.astype(jnp.int32), kernel_FD.astype(jnp.int32).T)
 
 
 def scale_of(name: str) -> str:
