@@ -52,8 +52,8 @@ SMOLLM2 = ModelConfig(
 """The architecture of SmolLM2-135M, for the chat."""
 
 
-WARM_UP = 2
-"""Answers that are not timed: gpt_jax compiles a program anew for the arrays that the first one leaves."""
+WARM_UP = 1
+"""Answers that are not timed."""
 
 
 class Chat(NamedTuple):

@@ -51,6 +51,7 @@ SHORT_BLOCK = 8
 """The most tokens of a block while requests wait, since a slot that becomes free in its midst is idle to its end."""
 
 Result = TypeVar("Result")
+Arrays = TypeVar("Arrays")
 
 Seed = tuple[int, int, int]
 """A seed, and two numbers that tell sequences of the same seed apart; less than 2**32 each."""
@@ -164,9 +165,9 @@ class Engine:
         self.tasks: dict[int, Task] = {}  # By id.
         self.forget()
         with self._where_it_is():
-            self.prompt_cache = init_prompts(c, 1, self.places)
-            self.kept = init_prompts(c, self.n_kept, self.chunk) if self.n_kept else ()
-            self.state = init_state(c, n_slots, self.places)
+            self.prompt_cache = self._placed(init_prompts(c, 1, self.places))
+            self.kept = self._placed(init_prompts(c, self.n_kept, self.chunk)) if self.n_kept else ()
+            self.state = self._placed(init_state(c, n_slots, self.places))
         self.dropped = np.zeros(n_slots, bool)  # Slots that the device has to make idle.
         self.ends = np.zeros(n_slots, np.int64)  # The places that the sequence in a slot will need at most.
         self.filled = np.zeros(n_slots, np.int64)  # The places that it may need after the blocks that were started.
@@ -234,6 +235,10 @@ class Engine:
         except BaseException:
             self.reset()
             raise
+
+    def _placed(self, arrays: Arrays) -> Arrays:
+        """The arrays, bound to the engine's device as what programs return is. JAX would compile programs for both."""
+        return arrays if self.mesh is not None else jax.device_put(arrays, self.device)
 
     def _where_it_is(self) -> AbstractContextManager[object]:
         """Inside, programs run on the engine's devices."""

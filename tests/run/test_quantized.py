@@ -191,6 +191,7 @@ def test_a_cache_that_cannot_be_written_is_told(published: Path, capsys: pytest.
     assert err.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_runs_and_runs_of_adapters(tiny_data: Path, published: Path) -> None:
     """Adapters are folded into their matrices before these are rounded."""
     folder = published.parent

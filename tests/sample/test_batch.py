@@ -114,6 +114,7 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
     return sorted(map(json.loads, lines), key=lambda a: (a["line"], a["sample"]))
 
 
+@pytest.mark.slow
 def test_a_job_that_was_killed_goes_on(model: Path, tmp_path: Path) -> None:
     """To the answers of one that was not, wherever it was killed, within the line of an answer, too."""
     prompts, whole, out = tmp_path / "prompts.txt", tmp_path / "whole.jsonl", tmp_path / "out.jsonl"

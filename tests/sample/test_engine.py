@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from gpt_jax.errors import UserError
 from gpt_jax.model.forward import forward
+from gpt_jax.model.gpt import GPT
 from gpt_jax.model.head import logits_NV
 from gpt_jax.sample.engine import ALL_CHUNKS, Engine, Request
 from gpt_jax.sample.scheduler import QueueFullError
@@ -200,6 +201,25 @@ def test_no_setting_compiles_another_program(caplog: pytest.LogCaptureFixture) -
         assert not [r.getMessage() for r in caplog.records if "ompil" in r.getMessage()]
         jax.jit(lambda x: x + 1)(np.float32(0))
         assert [r.getMessage() for r in caplog.records if "ompil" in r.getMessage()]  # The log would tell.
+
+
+def test_a_second_request_compiles_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    """Arrays of a new engine are placed as those that its programs return. The context is no other engine's, so that
+    the first request has to compile."""
+    config = dataclasses.replace(MODELS["gpt2"], context_length=CONTEXT // 2)
+    e = Engine(GPT(config), jax.device_put(tiny.uneven_params(config), jax.devices()[0]), 2)  # As when it is loaded.
+    caplog.set_level(logging.WARNING)
+
+    def compiled(request: Request) -> list[str]:
+        caplog.clear()
+        with jax.log_compiles():
+            Answers(e).all([request])
+        return [r.getMessage().split()[1] for r in caplog.records if r.getMessage().startswith("Compiling")]
+
+    assert {"jit(insert)", "jit(decode_n)"} < set(compiled(Request([1, 2, 3], 20, GREEDY)))
+    assert not compiled(Request([3, 2, 1], 20, GREEDY))
+    e.reset()
+    assert not compiled(Request([3, 2, 1], 20, GREEDY))
 
 
 def test_what_is_raised_in_a_turn_leaves_an_engine_that_works(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -147,6 +147,7 @@ def test_a_model_that_exceeds_a_device_is_sampled_and_no_cache_is_gathered() -> 
         assert bool(sizes) == (name not in ("insert", "move"))
 
 
+@pytest.mark.slow
 def test_the_command_samples_on_a_mesh(tmp_path: Path) -> None:
     """A batch job, by flags that the command has as training has them; as on one device."""
     config = dataclasses.replace(tiny.ONE_LAYER, vocab_multiple=2)
@@ -164,6 +165,7 @@ def test_the_command_samples_on_a_mesh(tmp_path: Path) -> None:
     assert out == f"on{ByteTokenizer().decode(answers[0][1])}\n"
 
 
+@pytest.mark.slow
 def test_a_training_samples_where_its_parameters_are(tiny_data: Path, tmp_path: Path) -> None:
     """On a mesh, what one device samples; and the training goes on as on one device."""
     args = ["train", *TINY, f"--data.dir={tiny_data}", "--train.steps=4", "--train.sample-every=2"]
