@@ -134,6 +134,7 @@ def test_what_was_read_before_is_not_read_again() -> None:
     assert chunks_for([*first, 1, 2, 3]) == 1
     assert e.counts.reused_tokens == reused + 128
     assert chunks_for(second) == 2
+    assert chunks_for(second[:135]) == 1  # The rest of a prompt is padded by itself.
     assert chunks_for([*first, 1, 2]) == 1
     assert chunks_for(first[:129]) == 0  # All but the last token are the kept chunk.
 

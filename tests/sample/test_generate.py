@@ -117,7 +117,9 @@ def test_every_token_is_drawn_by_a_key_of_its_own(params: Params) -> None:
 
 
 def test_log_probabilities_are_those_before_the_filters(params: Params) -> None:
-    [result] = run(params, "Once", filters=HOT)
+    """And before penalties and biases."""
+    changed = dataclasses.replace(HOT, repetition_penalty=1.3, presence_penalty=0.5, logit_bias=((97, 3.0),))
+    [result] = run(params, "Once", filters=changed)
     tokens = np.array([[*b"Once", *result.tokens]], np.int32)
     padded = np.pad(tokens, ((0, 0), (0, CONFIG.context_length - tokens.shape[1])))
     logprobs = jax.nn.log_softmax(full_logits(params, padded)[:, : TOKENIZER.vocab_size])
