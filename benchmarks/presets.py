@@ -59,7 +59,8 @@ def presets(platform: str) -> dict[str, Preset]:
         gpt2 = replace(GPT2, dtype="bfloat16")
         medium = replace(GPT2_MEDIUM, dtype="bfloat16", unroll=True)
         chosen = [
-            Preset("gpt2", gpt2, 12, 30, hugging_face=True),
+            Preset("gpt2", gpt2, 12, 30, hugging_face=True),  # The batch of nanoGPT.
+            Preset("gpt2-32", gpt2, 32, 10),
             Preset("baby", small(6, 6, 384, 256, "bfloat16"), 64, 100),
             Preset("nano", small(4, 4, 128, 64, "bfloat16"), 12, 300),
             Preset("gpt2-medium", medium, 8, 15),

@@ -1,4 +1,12 @@
-"""The layers of a block: linear, norms, dropout."""
+"""The layers of a block: linear, activations, norms, dropout.
+
+Activations and norms have gradients of their own, which save their input and compute the rest again: to read it from
+memory would take longer. On a GPU, the activation of the forward pass then becomes a part of the product before it.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -10,11 +18,25 @@ from gpt_jax.model.weight import product
 
 INIT_STD = 0.02  # GPT-2's, for every matrix and embedding.
 
+
+def recomputed(function: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
+    """A function of one array whose gradient saves nothing but that array."""
+
+    def gradient(x: jax.Array, to_y: jax.Array) -> tuple[jax.Array]:
+        # The barrier keeps XLA from finding that the forward pass computed the same, and saving it after all.
+        (to_x,) = jax.vjp(function, jax.lax.optimization_barrier(x))[1](to_y)
+        return (to_x,)
+
+    saving_little = jax.custom_vjp(function)
+    saving_little.defvjp(lambda x: (function(x), x), gradient)
+    return saving_little
+
+
 ACTIVATIONS = {
-    "gelu_tanh": lambda x: nn.gelu(x, approximate=True),  # Hendrycks and Gimpel 2016, its tanh form.
-    "gelu": lambda x: nn.gelu(x, approximate=False),
-    "silu": nn.silu,
-    "relu": nn.relu,
+    "gelu_tanh": recomputed(lambda x: nn.gelu(x, approximate=True)),  # Hendrycks and Gimpel 2016, its tanh form.
+    "gelu": recomputed(lambda x: nn.gelu(x, approximate=False)),
+    "silu": recomputed(nn.silu),
+    "relu": recomputed(nn.relu),
 }
 
 
@@ -50,13 +72,8 @@ class LayerNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         scale_D = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-        x = x.astype(jnp.float32)
-        centred = x - jnp.mean(x, axis=-1, keepdims=True)
-        variance = jnp.mean(jnp.square(centred), axis=-1, keepdims=True)
-        y = centred * jax.lax.rsqrt(variance + self.eps) * scale_D
-        if self.use_bias:
-            y = y + self.param("bias", nn.initializers.zeros, (x.shape[-1],))
-        return y.astype(self.dtype)
+        bias_D = self.param("bias", nn.initializers.zeros, (x.shape[-1],)) if self.use_bias else None
+        return normalize(x, scale_D, bias_D, self.eps, True, self.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -68,9 +85,49 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         scale_D = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-        x = x.astype(jnp.float32)
-        mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
-        return (x * jax.lax.rsqrt(mean_square + self.eps) * scale_D).astype(self.dtype)
+        return normalize(x, scale_D, None, self.eps, False, self.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def normalize(
+    x: jax.Array, scale_D: jax.Array, bias_D: jax.Array | None, eps: float, centre: bool, dtype: DTypeLike
+) -> jax.Array:
+    """x / rms(x) * scale + bias over the last axis, without its mean first if `centre`, computed in float32."""
+    return _normalize_fwd(x, scale_D, bias_D, eps, centre, dtype)[0]
+
+
+def _normalize_fwd(
+    x: jax.Array, scale_D: jax.Array, bias_D: jax.Array | None, eps: float, centre: bool, dtype: DTypeLike
+) -> tuple[jax.Array, Any]:
+    centred, mean = x.astype(jnp.float32), None
+    if centre:
+        mean = jnp.mean(centred, axis=-1, keepdims=True)
+        centred = centred - mean
+    inverse_rms = jax.lax.rsqrt(jnp.mean(jnp.square(centred), axis=-1, keepdims=True) + eps)
+    y = centred * inverse_rms * scale_D
+    if bias_D is not None:
+        y = y + bias_D
+    return y.astype(dtype), (x, mean, inverse_rms, scale_D, bias_D)
+
+
+def _normalize_bwd(eps: float, centre: bool, dtype: DTypeLike, saved: Any, to_y: jax.Array) -> tuple[Any, ...]:
+    x, mean, inverse_rms, scale_D, bias_D = saved
+    # The barrier makes XLA read two numbers a row. It would compute them again, and for that write y to memory.
+    mean, inverse_rms = jax.lax.optimization_barrier((mean, inverse_rms))
+    to_y, y = to_y.astype(jnp.float32), x.astype(jnp.float32)  # y: before scale and bias.
+    if centre:
+        y = y - mean
+    y = y * inverse_rms
+    rows = tuple(range(x.ndim - 1))
+    to_normal = to_y * scale_D
+    to_x = to_normal - y * jnp.mean(to_normal * y, axis=-1, keepdims=True)
+    if centre:
+        to_x = to_x - jnp.mean(to_normal, axis=-1, keepdims=True)
+    to_bias_D = None if bias_D is None else jnp.sum(to_y, axis=rows)
+    return (to_x * inverse_rms).astype(x.dtype), jnp.sum(to_y * y, axis=rows), to_bias_D
+
+
+normalize.defvjp(_normalize_fwd, _normalize_bwd)
 
 
 def norm(config: ModelConfig, name: str) -> LayerNorm | RMSNorm:

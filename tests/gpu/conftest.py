@@ -38,7 +38,12 @@ def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> I
 
 
 @pytest.fixture
-def cudnn_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets programs that call cuDNN be traced and lowered, where there is no GPU to run them."""
-    if platform_name(jax.devices()[0]) != "gpu":
-        monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91200)
+def as_if_for_an_h100(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Lets programs that call cuDNN or kernels of ours be traced and lowered, where there is no GPU to run them."""
+    if platform_name(jax.devices()[0]) == "gpu":
+        yield
+        return
+    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91200)
+    h100 = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=h100)):
+        yield

@@ -112,7 +112,7 @@ def here() -> Hardware:
 
 @pytest.mark.parametrize("T", [1, 2, 63, 128])
 @pytest.mark.parametrize("K", [8, 40, 64, 128, 4, 12, 100, 136, 256, 264])
-def test_what_is_not_refused_jax_takes(cudnn_is_known: None, K: int, T: int) -> None:
+def test_what_is_not_refused_jax_takes(as_if_for_an_h100: None, K: int, T: int) -> None:
     """With segments and without; and what is refused, JAX refuses, too."""
     why = refusal("cudnn", dataclasses.replace(CONFIG, d_head=K, dtype="bfloat16"), here())
     q, segments = jax.ShapeDtypeStruct((2, T, 2, K), jnp.bfloat16), jax.ShapeDtypeStruct((2, T), jnp.int32)

@@ -115,7 +115,7 @@ def cudnn_calls(program: str) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize(("name", "packed"), STEPS_TO_TAKE)
-def test_a_step_asks_for_cudnn_and_multiplies_in_bfloat16(cudnn_is_known: None, name: str, packed: bool) -> None:
+def test_a_step_asks_for_cudnn_and_multiplies_in_bfloat16(as_if_for_an_h100: None, name: str, packed: bool) -> None:
     """As it is lowered for a GPU, which takes none: each layer calls cuDNN forward and backward, and all matrices that
     are multiplied are bfloat16."""
     step = make_step(MODELS[name], jax.devices("cpu")[0], packed)

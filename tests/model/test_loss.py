@@ -1,3 +1,4 @@
+import functools
 import re
 from typing import Any
 
@@ -5,8 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from gpt_jax.model.loss import nats_in_chunks, sum_of_nats
+from gpt_jax.config.model import DTypeName
+from gpt_jax.model import loss_kernel
+from gpt_jax.model.head import hide_padding
+from gpt_jax.model.loss import nats_and_gradient, nats_in_chunks, sum_of_nats
 
 
 def reference(hidden: np.ndarray, head: np.ndarray, targets: np.ndarray, mask: np.ndarray) -> float:
@@ -103,3 +109,42 @@ def test_a_frozen_head_has_no_gradient() -> None:
     """XLA drops what nobody reads, the product included."""
     assert flops(sum_of_nats, 4096, 0) < 0.75 * flops(sum_of_nats, 4096)
     assert flops(sum_of_nats, 1024, 0) < 0.75 * flops(sum_of_nats, 1024)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    n=st.integers(1, 5),
+    vocabulary=st.integers(1, 70),
+    padding=st.integers(0, 20),
+    block=st.sampled_from([8, 32]),
+    scale=st.sampled_from([1.0, 100.0]),
+    dtype=st.sampled_from(["float32", "bfloat16"]),
+    seed=st.integers(0, 99),
+)
+def test_the_kernel_for_gpus_computes_the_formula(
+    n: int, vocabulary: int, padding: int, block: int, scale: float, dtype: DTypeName, seed: int
+) -> None:
+    """With blocks that are longer and shorter than the vocabulary, padding, and logits whose exponentials overflow.
+    Without a GPU, the kernel is interpreted; tests/gpu has it compiled."""
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(scale=scale, size=(n, vocabulary + padding)).astype(np.float32)
+    targets, weights = rng.integers(0, vocabulary, n, np.int32), rng.random(n, np.float32)
+    tokens = hide_padding(jnp.asarray(logits), vocabulary), jnp.asarray(targets), jnp.asarray(weights)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loss_kernel, "BLOCK", block)
+        found = loss_kernel.nats_and_gradient_by_kernel(*tokens, dtype, interpret=True)
+    for ours, expected in zip(found, nats_and_gradient(*tokens, dtype), strict=True):
+        assert ours.dtype == expected.dtype
+        rtol = 1e-5 if ours.dtype == jnp.float32 else 2**-7
+        np.testing.assert_allclose(np.asarray(ours, np.float32), np.asarray(expected, np.float32), rtol, 1e-5)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_the_kernel_for_gpus_hides_no_logit_that_is_no_number(bad: float) -> None:
+    logits = jnp.zeros((2, 20)).at[0, 7].set(bad)
+    kernel = functools.partial(loss_kernel.nats_and_gradient_by_kernel, dtype=jnp.float32, interpret=True)
+    nats, gradient = kernel(logits, jnp.array([3, 3]), jnp.ones(2))
+    assert not np.isfinite(nats[0])
+    assert np.isnan(gradient[0, 7])
+    assert np.isfinite(nats[1])
+    assert np.all(np.isfinite(gradient[1]))

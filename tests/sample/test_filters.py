@@ -28,6 +28,7 @@ from gpt_jax.sample.filters import (
     keep_top_k,
     keep_top_p,
     largest,
+    least_by_bits,
     penalise_presence,
     penalise_repetition,
     row_filters,
@@ -58,6 +59,22 @@ top_k, top_p, min_p = map(with_all, (keep_top_k, keep_top_p, keep_min_p))
 def rows_of(*filters: Filters) -> RowFilters:
     """A row for each of the filters."""
     return jax.tree.map(lambda *xs: np.stack(xs), *map(row_filters, filters))
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    logits=arrays(np.float32, (3, 11), elements=st.floats(width=32, allow_nan=False)),
+    k=arrays(np.int32, 3, elements=st.integers(1, 12)),
+)
+def test_the_threshold_is_the_kth_largest_logit_however_many_bits_are_found_at_a_time(
+    logits: np.ndarray, k: np.ndarray
+) -> None:
+    """Of any float32, infinities and both zeros among them; one bit at a time is how CPUs find it, four are for
+    accelerators. With fewer than k logits, it is -inf."""
+    expected = [np.sort(row)[::-1][n - 1] if n <= len(row) else -np.inf for row, n in zip(logits, k, strict=True)]
+    few = lambda is_above: jnp.sum(is_above, axis=-1) < k[:, None]  # noqa: E731
+    for bits in (1, 4):
+        np.testing.assert_array_equal(least_by_bits(jnp.asarray(logits), few, bits), expected)
 
 
 @jax.jit
