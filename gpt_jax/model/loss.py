@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from gpt_jax.model.head import head_logits, head_product_gradients
-from gpt_jax.model.loss_kernel import LARGEST, nats_and_gradient_by_kernel
+from gpt_jax.model.loss_kernel import BLOCK, LARGEST, nats_and_gradient_by_kernel
 from gpt_jax.model.sharding import BATCH_AXES, TOKEN_AXES, mesh_is_set
 
 
@@ -50,8 +50,7 @@ def nats_and_gradient(
     axis_name: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The nats of each target (N,), and in `dtype` the gradient of their sum times `weights` by the logits (N, V); see
-    `nats_N`. On an NVIDIA GPU that has all the vocabulary, a kernel reads the logits once less and writes nothing
-    between."""
+    `nats_N`. On an NVIDIA GPU that has all of a large vocabulary, a kernel reads the logits fewer times."""
 
     def formula(logits_NV: jax.Array, targets_N: jax.Array, weights_N: jax.Array) -> tuple[jax.Array, jax.Array]:
         logsumexp_N, target_logits_N = logsumexp_and_target(logits_NV, targets_N, first, axis_name)
@@ -59,7 +58,7 @@ def nats_and_gradient(
         gradient_NV = (jnp.exp(logits_NV - logsumexp_N[:, None]) - is_target_NV) * weights_N[:, None]
         return logsumexp_N - target_logits_N, gradient_NV.astype(dtype)
 
-    if axis_name or logits_NV.size > LARGEST:
+    if axis_name or logits_NV.shape[1] < BLOCK or logits_NV.size > LARGEST:
         return formula(logits_NV, targets_N, weights_N)
     kernel = functools.partial(nats_and_gradient_by_kernel, dtype=dtype)
     return jax.lax.platform_dependent(logits_NV, targets_N, weights_N, cuda=kernel, default=formula)

@@ -1,7 +1,8 @@
 """The nats of tokens and their gradient by the logits in one kernel, written in Pallas for NVIDIA GPUs.
 
 XLA reads the logits three times: for the largest, for the sum of exponentials, and for the gradient. This kernel reads
-those of a token twice, the second time, for most of them, from the GPU's cache.
+those of a token twice, the second time, for most of them, from the GPU's cache: for 8192 tokens of GPT-2 on an H100,
+1.18 in place of 1.94 ms. JAX will drop this form of Pallas, by Triton, some day.
 """
 
 import functools
@@ -16,8 +17,9 @@ from jax.typing import DTypeLike
 LARGEST = 2**31 - 1
 """The most logits at one time: Triton counts them in int32."""
 
-BLOCK, WARPS = 8192, 16
-"""Logits in registers at one time, and the warps that hold them."""
+BLOCK, WARPS = 8192, 32
+"""Logits in registers at one time, and the warps that hold them: as many threads as a GPU has for two tokens, so that
+the logits that are being read fit its cache (with 16 warps: 1.50 ms)."""
 
 
 def nats_and_gradient_by_kernel(
