@@ -17,8 +17,9 @@ from gpt_jax.model.cache import LayerCache, update
 from gpt_jax.model.kernels import splash_block, splash_sizes
 from gpt_jax.model.sharding import BATCH_AXES, in_parts
 
-KEY_BLOCK = 128
-"""Places of the cache that `chunk_by_blocks` reads at one time; a cache that is longer has a multiple of it."""
+KEY_BLOCK, MANY_KEYS = 128, 512
+"""Places of the cache that `chunk_by_blocks` reads at one time, the more where all of them stand before the chunk; a
+cache that is longer has a multiple of the fewer."""
 
 LOWEST = np.finfo(np.float32).min
 
@@ -93,7 +94,7 @@ def chunk_by_blocks(
     B, T, H, K = q_BTHK.shape
     X, S, _ = cache.k_XSK.shape
     R = H * B // X
-    block = min(S, KEY_BLOCK)
+    few, many = min(S, KEY_BLOCK), min(S, MANY_KEYS)
     q_XNK = heads_of(q_BTHK, X)
     k_XTK, v_XTK = (x.swapaxes(1, 2).reshape(X, T, K).astype(q_XNK.dtype) for x in (k_BTGK, v_BTGK))
 
@@ -101,30 +102,46 @@ def chunk_by_blocks(
         carry: tuple[jax.Array, ...], k_XCK: jax.Array, v_XCK: jax.Array, mask_TC: jax.Array | np.ndarray
     ) -> tuple[jax.Array, ...]:
         most_XN, sum_XN, out_XNK = carry
-        mask_NC = jnp.tile(mask_TC, (R, 1))
         scores_XNC = jnp.einsum("XNK,XCK->XNC", q_XNK, k_XCK, preferred_element_type=jnp.float32)
-        now_XN = jnp.maximum(most_XN, jnp.max(scores_XNC, axis=-1, where=mask_NC, initial=LOWEST))
-        weights_XNC = jnp.where(mask_NC, jnp.exp(scores_XNC - now_XN[..., None]), 0)
+        scores_XNC = jnp.where(jnp.tile(mask_TC, (R, 1)), scores_XNC, -jnp.inf)
+        now_XN = jnp.maximum(most_XN, jnp.max(scores_XNC, axis=2))
+        weights_XNC = jnp.exp(scores_XNC - now_XN[:, :, None])
         before_XN = jnp.exp(most_XN - now_XN)
-        added_XNK = jnp.einsum(
-            "XNC,XCK->XNK", weights_XNC.astype(v_XCK.dtype), v_XCK, preferred_element_type=jnp.float32
-        )
-        return (
-            now_XN,
-            sum_XN * before_XN + jnp.sum(weights_XNC, axis=-1),
-            out_XNK * before_XN[..., None] + added_XNK,
-        )
+        sum_XN = sum_XN * before_XN + jnp.sum(weights_XNC, axis=2)
+        return now_XN, sum_XN, out_XNK * before_XN[..., None] + weighted("XNC,XCK->XNK", weights_XNC, v_XCK)
 
-    def attend_block(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-        k_XCK, v_XCK = (jax.lax.dynamic_slice_in_dim(x, i * block, block, axis=1) for x in cache)
-        places_C = i * block + jnp.arange(block)
+    def attend_all(carry: tuple[jax.Array, ...], k_XCK: jax.Array, v_XCK: jax.Array) -> tuple[jax.Array, ...]:
+        """The same without a mask. With the keys first, XLA:CPU computes maxima and sums of many queries at a time,
+        since their order is not its to change: 1.2 times as fast."""
+        most_XN, sum_XN, out_XNK = carry
+        scores_XCN = jnp.einsum("XCK,XNK->XCN", k_XCK, q_XNK, preferred_element_type=jnp.float32)
+        now_XN = jnp.maximum(most_XN, jnp.max(scores_XCN, axis=1))
+        weights_XCN = jnp.exp(scores_XCN - now_XN[:, None])
+        before_XN = jnp.exp(most_XN - now_XN)
+        sum_XN = sum_XN * before_XN + jnp.sum(weights_XCN, axis=1)
+        return now_XN, sum_XN, out_XNK * before_XN[..., None] + weighted("XCN,XCK->XNK", weights_XCN, v_XCK)
+
+    def weighted(form: str, weights: jax.Array, v_XCK: jax.Array) -> jax.Array:
+        return jnp.einsum(form, weights.astype(v_XCK.dtype), v_XCK, preferred_element_type=jnp.float32)
+
+    def block(i: jax.Array, size: int) -> LayerCache:
+        return LayerCache(*(jax.lax.dynamic_slice_in_dim(x_XSK, i * size, size, axis=1) for x_XSK in cache))
+
+    def attend_some(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        places_C = i * few + jnp.arange(few)
         distance_TC = start + jnp.arange(T)[:, None] - places_C
-        return attend(carry, k_XCK, v_XCK, visible(distance_TC, window) & (places_C < start))
+        return attend(carry, *block(i, few), visible(distance_TC, window) & (places_C < start))
 
+    # A token sees itself, so that from here on there is a largest score.
     nothing = jnp.full((X, R * T), LOWEST), jnp.zeros((X, R * T)), jnp.zeros((X, R * T, K))
     carry = attend(nothing, k_XTK, v_XTK, causal_mask(0, T, 0, T, window)[0])
-    first = jnp.maximum(start - window + 1, 0) // block if window else 0
-    _, sum_XN, out_XNK = jax.lax.fori_loop(first, (start + block - 1) // block, attend_block, carry)
+    first = jnp.maximum(start - window + 1, 0) // few if window else start // few
+    if not window:
+        n_many = start // many
+        carry = jax.lax.fori_loop(0, n_many, lambda i, carry: attend_all(carry, *block(i, many)), carry)
+        rest = n_many * (many // few), first
+        carry = jax.lax.fori_loop(*rest, lambda i, carry: attend_all(carry, *block(i, few)), carry)
+    _, sum_XN, out_XNK = jax.lax.fori_loop(first, (start + few - 1) // few, attend_some, carry)
     out_XRTK = (out_XNK / sum_XN[..., None]).astype(q_BTHK.dtype).reshape(B, X // B, R, T, K)
     return out_XRTK.transpose(0, 3, 1, 2, 4).reshape(B, T, H, K)
 

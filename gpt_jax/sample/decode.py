@@ -311,10 +311,24 @@ def decode_n(
         rows, step = in_parts(functools.partial(draw_tokens, n_alternatives=C), (ROWS, ROWS), ROWS)(rows, logits_SV)
         return i + 1, DecodeState(cache, rows), jax.tree.map(lambda all, one: all.at[i].set(one), block, step)
 
+    begin_S = rows.length
     _, (cache, rows), block = jax.lax.while_loop(goes_on, body, (jnp.int32(0), DecodeState(cache, rows), empty))
     if cache[0].k_XSK.shape != whole[0].k_XSK.shape:
-        cache = jax.tree.map(lambda all, viewed: all.at[:, :view].set(viewed), whole, cache)
+        keep = functools.partial(keep_new, heads=model.config.kv_heads // n_parts("tensor"))
+        cache = cast(kv.Cache, in_parts(keep, (SLOTS, SLOTS, ROWS), SLOTS)(whole, cache, begin_S))
     return DecodeState(cache, rows), cast(Block, divide(block, WHOLE))  # Of which each host reads all.
+
+
+def keep_new(whole: kv.Cache, viewed: kv.Cache, begin_S: jax.Array, heads: int) -> kv.Cache:
+    """The whole cache with the BLOCK places from begin_S on as they are in the part that was viewed. There the tokens
+    of a block are; what is beyond the view is of a slot that is idle."""
+    last = viewed[0].k_XSK.shape[1] - BLOCK
+
+    def copy(slot: jax.Array, target: kv.Cache) -> kv.Cache:
+        at = slot, jnp.minimum(begin_S[slot], last)
+        return copy_chunk(heads, target, at, viewed, at, BLOCK)
+
+    return jax.lax.fori_loop(0, len(begin_S), copy, whole)
 
 
 def draw_tokens(rows: Row, logits_SV: jax.Array, n_alternatives: int) -> tuple[Row, Block]:
