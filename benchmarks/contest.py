@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from benchmarks.worker import FailedError, OutOfTimeError, Worker, time_is_over
 
-OURS = "gpt_jax"
+OURS, INT8 = "gpt_jax", "gpt_jax, int8"
 PYTORCH = ("pytorch, eager", "pytorch, compiled")
 TRANSFORMERS = "transformers"
 """The names of the contestants, in all results."""

@@ -2,7 +2,8 @@
 
 A row for each batch with a short prompt, and for one sequence one with a long prompt, too. GPT-2 124M with random
 weights, the same for all, in float32 on CPU and in bfloat16 on accelerators; the vocabulary is padded to 50304 tokens.
-All compile and warm up, all must choose the same tokens, and then they take turns, while the others wait.
+All compile and warm up, all must choose the same tokens, and then they take turns, while the others wait. Ours takes
+part with int8 weights, too, which are other weights, and so choose other tokens.
 
 100% of the roofline is to read all the weights once a token, at the best bandwidth that was measured; with many
 sequences the products and caches need time of their own. Peak memory is counted from when the weights are there.
@@ -15,8 +16,9 @@ from typing import NamedTuple
 import numpy as np
 
 from benchmarks import parity
-from benchmarks.contest import OURS, TRANSFORMERS, Contest
+from benchmarks.contest import INT8, OURS, TRANSFORMERS, Contest
 from benchmarks.contestants import MODES
+from benchmarks.markdown import with_range
 from benchmarks.measure import ratios, spread
 from benchmarks.results import Results, Row
 from benchmarks.worker import Worker
@@ -79,6 +81,7 @@ def compare(model: ModelConfig, platform: str, case: Case, rounds: int) -> Row:
     notes += ["the cache of gpt_jax has a power of two of places for tokens, the others' as many as there are tokens"]
     with Contest() as contest:
         parameters = contest.add(OURS, "benchmarks.ours:Decoding", model=model).ask("initial")
+        contest.add(INT8, "benchmarks.ours:Decoding", model=model, quantize=True)
         if platform != "tpu":
             contest.add(TRANSFORMERS, "benchmarks.theirs:HuggingFaceDecoding", model=model)
             contest.add(CACHE, "benchmarks.theirs:Decoding", model=model)
@@ -91,6 +94,7 @@ def compare(model: ModelConfig, platform: str, case: Case, rounds: int) -> Row:
         contest.once("ready", parameters=parameters)
         contest.once("begin")  # Once more, when what came with that message is gone.
         answers = contest.once("greedy", batch=case.batch, prompt=case.prompt, new=PARITY_TOKENS)
+        answers.pop(INT8, None)
         differences = check_parity(model.dtype, answers)
         contest.once("seconds", **case._asdict())  # To warm up.
         memory = contest.once("memory", **case._asdict())
@@ -101,6 +105,7 @@ def compare(model: ModelConfig, platform: str, case: Case, rounds: int) -> Row:
             bandwidth = spread([probe.ask("bandwidth") for _ in range(rounds)])
     # A token needs all the weights but the positions; the token embeddings are the head.
     n_weights = model.n_params - model.context_length * model.d_model
+    notes += [f"{case.name.removeprefix('decode/')}: {line}" for line in of_int8(turns)]
     return {
         "preset": "gpt2",
         "dtype": model.dtype,
@@ -150,6 +155,15 @@ def figures(mode: str, turns: dict[str, list[Seconds]], case: Case) -> Row:
                 "first_token_ms": spread([1e3 * value for value in first]),
                 "tokens_per_second": spread([case.batch * case.new / value for value in whole]),
             }
-            if name != OURS:
+            if name not in (OURS, INT8):
                 row["times_as_fast"][name] = ratios(whole, [answer[mode][1] for answer in turns[OURS]])
     return row
+
+
+def of_int8(turns: dict[str, list[Seconds]]) -> list[str]:
+    """How many times as fast as transformers ours with int8 weights is, a line for each mode."""
+    if not {INT8, TRANSFORMERS} <= set(turns):
+        return []
+    seconds = {mode: [[answer[mode][1] for answer in turns[name]] for name in (TRANSFORMERS, INT8)] for mode in MODES}
+    found = {mode: ratios(*both) for mode, both in seconds.items()}
+    return [f"{mode}: {INT8} is {with_range(ratio)} times as fast as {TRANSFORMERS}" for mode, ratio in found.items()]

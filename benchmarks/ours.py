@@ -126,9 +126,10 @@ class Training(contestants.Training):
 class Decoding(contestants.Decoding):
     """Answers prompts as `gpt_jax.sample.generate` does, on an engine with a slot for each."""
 
-    def __init__(self, model: ModelConfig) -> None:
-        """model: the weights are held in its dtype."""
+    def __init__(self, model: ModelConfig, quantize: bool = False) -> None:
+        """model: the weights are held in its dtype, or if `quantize`, in int8."""
         runtime.setup()
+        self.quantize = quantize
         self.device = runtime.local_devices()[0]
         self.libraries = memory_of_libraries(self.device.platform == "cpu")
         self.model = GPT(resolve_for(model, self.device))
@@ -141,12 +142,17 @@ class Decoding(contestants.Decoding):
             return arrays_of(jax.jit(lambda: init_params(self.model, jax.random.key(0)))())
 
     def ready(self, parameters: Arrays) -> None:
+        from gpt_jax.interop.save import parts_of
+        from gpt_jax.run.quantized import quantized, tree_of
         from gpt_jax.sample.decode import prepare_params
 
         c = self.model.config
         with jax.default_device(self.host):
-            params = {path: jnp.asarray(x, c.dtype) for path, x in parameters.items()}
-            laid_out = prepare_params(traverse_util.unflatten_dict(params, sep="/"), c)
+            if self.quantize:
+                laid_out = tree_of(dict(quantized(parts_of(traverse_util.unflatten_dict(parameters, sep="/")), c)))
+            else:
+                params = {path: jnp.asarray(x, c.dtype) for path, x in parameters.items()}
+                laid_out = prepare_params(traverse_util.unflatten_dict(params, sep="/"), c)
         self.params = jax.block_until_ready(jax.device_put(laid_out, self.device))
 
     @functools.cache  # noqa: B019 (there is one for all the time of a process)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks import llama_cpp, parity
-from benchmarks.contest import OURS, TRANSFORMERS, Contest
+from benchmarks.contest import INT8, OURS, TRANSFORMERS, Contest
 from benchmarks.contestants import Asked
 from benchmarks.decode import PARITY_TOKENS, TOLERANCES
 from benchmarks.measure import ratios, spread
@@ -27,7 +27,7 @@ from gpt_jax.model.presets import GPT2
 
 BATCHES, NOTHING_CACHED, LLAMA_CPP = "gpt_jax, in batches", "gpt_jax, nothing cached", "llama.cpp"
 
-FROM_FILE: Mapping[str, Row] = {OURS: {}, f"{OURS}, int8": {"quantize": "int8"}}
+FROM_FILE: Mapping[str, Row] = {OURS: {}, INT8: {"quantize": "int8"}}
 """Ours that load a GGUF file, and the options with which they do."""
 
 SLOTS = 8

@@ -11,8 +11,9 @@ from jax.typing import DTypeLike
 
 from gpt_jax.model.sharding import context_parts
 
-FEW_ROWS = 64
-"""XLA:CPU multiplies up to so many rows faster with the operands exchanged; 512 rows take a seventh longer."""
+FEW_ROWS, FEW_RESULTS = 64, 2**20
+"""XLA:CPU multiplies up to so many rows, for up to so many results, faster with the operands exchanged. 512 rows take a
+seventh longer; and results that fit no cache, such as the logits of 64 rows, would take long to be exchanged back."""
 
 
 def product(x: jax.Array, weights: Mapping[str, jax.Array], dtype: DTypeLike) -> jax.Array:
@@ -44,7 +45,7 @@ def decoding_product(x_ND: jax.Array, kernel_FD: jax.Array, dtype: DTypeLike) ->
     that is x, and the kernel is read once, in place: 42 to 30 ms of CPU time for all the kernels of GPT-2 124M and 8
     rows. The platform that a program is compiled for decides between the two.
     """
-    if x_ND.shape[0] > FEW_ROWS:
+    if x_ND.shape[0] > FEW_ROWS or x_ND.shape[0] * kernel_FD.shape[0] > FEW_RESULTS:
         return product_as_it_stands(x_ND, kernel_FD, dtype)
     return jax.lax.platform_dependent(
         x_ND,

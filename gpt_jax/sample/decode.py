@@ -338,7 +338,7 @@ def draw_tokens(rows: Row, logits_SV: jax.Array, n_alternatives: int) -> tuple[R
     filters = rows.filters._replace(temperature_S=jnp.where(is_drawn_S, rows.filters.temperature_S, 0))
     adjusted_SV = adjust(filters, logits_SV, rows.in_prompt, rows.counts, is_drawn_S)
     is_greedy_S = filters.temperature_S == 0
-    best_S = jnp.argmax(adjusted_SV, axis=-1).astype(jnp.int32)
+    best_S = first_largest(adjusted_SV)
 
     def sample(adjusted_SV: jax.Array) -> tuple[jax.Array, jax.Array]:
         filtered_SV = apply(filters, adjusted_SV)
@@ -369,6 +369,14 @@ def draw_tokens(rows: Row, logits_SV: jax.Array, n_alternatives: int) -> tuple[R
         left=jnp.where(ends_S, 0, rows.left - one_S),
         counts=rows.counts.at[jnp.arange(S), tokens_S].add(one_S),
     ), step
+
+
+def first_largest(logits_SV: jax.Array) -> jax.Array:
+    """The first of the most probable tokens of each row, int32 (S,). XLA:CPU finds the largest logit, and then its
+    place, several times as fast as both at once."""
+    V = logits_SV.shape[1]
+    is_largest_SV = logits_SV == jnp.max(logits_SV, axis=-1, keepdims=True)
+    return jnp.min(jnp.where(is_largest_SV, jnp.arange(V), V), axis=-1) % V  # Where all are nan, the first token.
 
 
 def draw_key(seed_3: jax.Array, drawn: jax.Array) -> jax.Array:

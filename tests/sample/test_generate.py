@@ -13,7 +13,16 @@ from gpt_jax.model.cache import init_cache
 from gpt_jax.model.forward import forward
 from gpt_jax.model.gpt import GPT, Params
 from gpt_jax.model.head import logits_NV
-from gpt_jax.sample.decode import bucket, decode_n, init_state, insert, make_row, prefill_chunk, prepare_params
+from gpt_jax.sample.decode import (
+    bucket,
+    decode_n,
+    first_largest,
+    init_state,
+    insert,
+    make_row,
+    prefill_chunk,
+    prepare_params,
+)
 from gpt_jax.sample.generate import Result, Row, encode_prompt, generate, generate_tokens
 from gpt_jax.sample.settings import Filters, Settings
 from gpt_jax.tokenizer.bytes import ByteTokenizer
@@ -280,3 +289,9 @@ def test_prepared_matrices_are_in_the_compute_type() -> None:
         logprobs.append(block.logprobs_NS[0])
     # Embeddings are rounded before they are added up, and not after it: bfloat16 has eight bits.
     np.testing.assert_allclose(logprobs[0], logprobs[1], atol=2e-2)
+
+
+def test_of_tokens_that_are_as_probable_the_first_is_the_most_probable() -> None:
+    """As argmax has it; a row that is no number at all gives a token that every tokenizer has."""
+    logits = np.array([[1, 3, 3, 2], [-np.inf, -np.inf, 0, 0], [5, 1, 1, 5], [np.nan] * 4], np.float32)
+    np.testing.assert_array_equal(first_largest(jnp.asarray(logits)), [1, 2, 0, 0])
