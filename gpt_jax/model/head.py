@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from gpt_jax.model.gpt import GPT, Params
-from gpt_jax.model.sharding import for_use
+from gpt_jax.model.sharding import for_use, mesh_is_set
 from gpt_jax.model.weight import decoding_product, int8_product, scale_of
 
 
@@ -23,14 +23,18 @@ def head_VD(params: Params) -> Any:
     return head if scale_V is None else head * scale_V[:, None]
 
 
-def logits_NV(model: GPT, params: Params, hidden_ND: jax.Array) -> jax.Array:
-    """The float32 logits of hidden states; those of the vocabulary's padding are -inf."""
+def logits_NV(model: GPT, params: Params, hidden_ND: jax.Array, n_tokens: int | None = None) -> jax.Array:
+    """The float32 logits of hidden states; those of tokens from n_tokens on, or if it is None, of the vocabulary's
+    padding, are -inf."""
     name = head_name(params)
     if scale_of(name) in params:
         product_NV = int8_product(hidden_ND, params[name], params[scale_of(name)], jnp.float32)
     else:
         product_NV = decoding_product(hidden_ND, head_VD(params).astype(hidden_ND.dtype), jnp.float32)
-    return hide_padding(product_NV, model.config.vocab_size)
+    n_tokens = min(n_tokens or model.config.vocab_size, model.config.vocab_size)
+    if mesh_is_set() or n_tokens == product_NV.shape[1]:
+        return hide_padding(product_NV, n_tokens)
+    return product_NV.at[:, n_tokens:].set(-jnp.inf)  # In place: the product is written once.
 
 
 def head_logits(hidden_ND: jax.Array, head_VD: jax.Array, vocab_size: int, first: int | jax.Array = 0) -> jax.Array:

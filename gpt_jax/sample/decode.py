@@ -121,7 +121,8 @@ def layer_of(stacked: jax.Array, i: int, dtype: str, kernel: bool) -> jax.Array:
 
 def chunk_sizes(config: ModelConfig) -> tuple[int, ...]:
     """The lengths of chunks, shortest first. Prompts are read in chunks of the longest one; the rest of a prompt is
-    padded to the shortest that will do. The caches have a multiple of the longest one of places."""
+    padded to the shortest that will do. The caches have a multiple of the longest one of places; that of the slots has
+    half of it where all texts are short."""
     return (128, 256, 512) if config.attention in ("cudnn", "splash") else (16, 32, 64, 128)
 
 
@@ -198,8 +199,8 @@ def insert(
     model: GPT, state: DecodeState, slot: jax.Array, row: Row, cache: kv.Cache, at: jax.Array, n_chunks: jax.Array
 ) -> DecodeState:
     """Puts a sequence into a slot. cache: of prompts, of whose row `at` n_chunks of the longest size are copied, or all
-    that it has if that is less."""
-    places = min(chunk_sizes(model.config)[-1], cache[0].k_XSK.shape[1])
+    that it has, or the slot has room for, if that is less."""
+    places = min(chunk_sizes(model.config)[-1], cache[0].k_XSK.shape[1], state.cache[0].k_XSK.shape[1])
     heads, is_divided = model.config.kv_heads // n_parts("tensor"), mesh_is_set()
 
     def on_one_device(
@@ -281,7 +282,7 @@ def decode_n(
 
     params: from `prepare_params`. keep_S: bool, false for slots that are to become idle first. n_tokens: the size of
     the tokenizer's vocabulary; ids beyond it, the padding of a model's, are never drawn. view: the places of the cache
-    that are read, a multiple of the longest chunk, and enough for every sequence that is not idle.
+    that are read, half of the longest chunk or a multiple of it, and enough for every sequence that is not idle.
     """
     S, C = keep_S.shape[0], min(MOST_ALTERNATIVES, n_tokens)
     rows = state.rows._replace(left=jnp.where(keep_S, state.rows.left, 0))
@@ -306,8 +307,7 @@ def decode_n(
     def body(carry: tuple[jax.Array, DecodeState, Block]) -> tuple[jax.Array, DecodeState, Block]:
         i, (cache, rows), block = carry
         hidden_S1D, cache = forward_cached(model, params, rows.last[:, None], cache, rows.length)
-        logits_SV = logits_NV(model, params, hidden_S1D[:, 0])
-        logits_SV = jnp.where(jnp.arange(logits_SV.shape[1]) < n_tokens, logits_SV, -jnp.inf)
+        logits_SV = logits_NV(model, params, hidden_S1D[:, 0], n_tokens)
         rows, step = in_parts(functools.partial(draw_tokens, n_alternatives=C), (ROWS, ROWS), ROWS)(rows, logits_SV)
         return i + 1, DecodeState(cache, rows), jax.tree.map(lambda all, one: all.at[i].set(one), block, step)
 

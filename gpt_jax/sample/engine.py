@@ -150,7 +150,8 @@ class Engine:
         self.device = next(iter(jax.tree.leaves(self.params)[0].devices()))
         parts = 1 if self.mesh is None else math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
         self.n_slots, self.n_tokens = -(-n_slots // parts) * parts, n_tokens or c.vocab_size
-        self.chunk = self.places = chunk_sizes(c)[-1]
+        self.chunk = chunk_sizes(c)[-1]
+        self.places = self.chunk // 2
         chunk_bytes = 2 * c.n_layer * c.kv_heads * self.chunk * c.head_dim * jnp.dtype(c.dtype).itemsize
         self.n_kept = prefix_bytes // chunk_bytes  # Chunks.
         self.limits, self.chunks_a_turn = (most_waiting, most_waiting_tokens), chunks_a_turn
@@ -165,7 +166,7 @@ class Engine:
         self.tasks: dict[int, Task] = {}  # By id.
         self.forget()
         with self._where_it_is():
-            self.prompt_cache = self._placed(init_prompts(c, 1, self.places))
+            self.prompt_cache = self._placed(init_prompts(c, 1, max(self.places, self.chunk)))
             self.kept = self._placed(init_prompts(c, self.n_kept, self.chunk)) if self.n_kept else ()
             self.state = self._placed(init_state(c, n_slots, self.places))
         self.dropped = np.zeros(n_slots, bool)  # Slots that the device has to make idle.
@@ -265,7 +266,8 @@ class Engine:
             return jnp.pad(x_XSK, ((0, 0), (0, wanted - x_XSK.shape[1]), (0, 0)))
 
         with self._where_it_is():
-            self.prompt_cache = jax.tree.map(grow, self.prompt_cache)
+            if wanted > self.chunk:
+                self.prompt_cache = jax.tree.map(grow, self.prompt_cache)
             self.state = self.state._replace(cache=jax.tree.map(grow, self.state.cache))
         self.places = wanted
 
@@ -393,7 +395,7 @@ class Engine:
         n = 1 if self.is_new else SHORT_BLOCK if self.scheduler.n_waiting or self.scheduler.reading else BLOCK
         slots = [task.ticket.slot for task in writing]
         self.filled[slots] = np.minimum(self.filled[slots] + n, self.ends[slots])
-        view = self._rounded(int(self.filled[slots].max()))
+        view = max(self._rounded(int(self.filled[slots].max())), min(self.places, self.chunk))
         if n == 1 and 2 * view >= self.places:  # For one token, to read all places is faster than to take some out.
             view = self.places
         self.state, block = self._call(
@@ -404,8 +406,10 @@ class Engine:
         return block, writing
 
     def _rounded(self, places: int) -> int:
-        """The least number of places that is at least so many, of those for which there are programs: chunks times a
-        power of two, and what the whole context takes."""
+        """The least number of places that is at least so many, of those for which there are programs: half a chunk,
+        chunks times a power of two, and what the whole context takes."""
+        if places <= self.chunk // 2:
+            return self.chunk // 2
         most = -(-self.model.config.context_length // self.chunk)
         return bucket(-(-places // self.chunk), most, 1) * self.chunk
 

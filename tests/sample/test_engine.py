@@ -244,7 +244,7 @@ def test_what_is_raised_in_a_turn_leaves_an_engine_that_works(monkeypatch: pytes
 def test_caches_grow_with_what_is_asked_for() -> None:
     """To the same answers, whether there was room at the beginning or not."""
     e = Engine(engine("llama").model, engine("llama").params, 3)
-    assert e.places == 128
+    assert e.places == 64
     requests = sorted(REQUESTS, key=lambda request: request.places)[::4]
     assert Answers(e).all(requests) == Answers(engine("llama")).all(requests)
     assert e.places == CONTEXT
