@@ -1,7 +1,7 @@
 """The layers of a block: linear, activations, norms, dropout.
 
-Activations and norms have gradients of their own, which save their input and compute the rest again: to read it from
-memory would take longer. On a GPU, the activation of the forward pass then becomes a part of the product before it.
+Activations and norms have gradients of their own, which save their input, and of norms two numbers a row, and compute
+the rest again: to write it to memory and read it from there would take longer.
 """
 
 import functools
