@@ -120,7 +120,9 @@ def in_float32(params: Params, config: Any) -> Params:
 def test_a_model_computes_with_the_rounded_values(
     rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, name: str, is_cpu: bool
 ) -> None:
-    """On accelerators, of which a CPU can compute the product, and on a CPU, where activations are rounded, too."""
+    """To a part of what the rounding of weights changes: a five-hundredth on accelerators, of which a CPU can compute
+    the product, since sums of float32 in another order change Gemma's logits that much; and a fiftieth on a CPU, where
+    activations are rounded, too."""
     if not is_cpu:
         monkeypatch.setattr(weight, "int8_product_on_cpu", weight.int8_product_as_it_stands)
     config = dataclasses.replace(tiny.ARCHITECTURES[name], lora=gpt_jax.Config().model.lora, unroll=True)
@@ -135,10 +137,7 @@ def test_a_model_computes_with_the_rounded_values(
 
     expected, before = jax.jit(logits)(plain), jax.jit(logits)(params)
     for ours, theirs, exact in zip(jax.jit(logits)(rounded), expected, before, strict=True):
-        if is_cpu:  # It changes the logits a fiftieth of what the rounding of weights does, or less.
-            assert np.linalg.norm(ours - theirs) < 0.02 * np.linalg.norm(exact - theirs)
-        else:
-            np.testing.assert_allclose(ours, theirs, atol=2e-4 * np.abs(theirs).max())
+        assert np.linalg.norm(ours - theirs) < (0.02 if is_cpu else 0.002) * np.linalg.norm(exact - theirs)
     kernels = [x for path, x in jax.tree_util.tree_leaves_with_path(rounded) if "kernel" in str(path)]
     assert {x.dtype for x in kernels} == {np.dtype(np.int8)}
 
