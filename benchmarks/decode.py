@@ -105,7 +105,7 @@ def compare(model: ModelConfig, platform: str, case: Case, rounds: int) -> Row:
             bandwidth = spread([probe.ask("bandwidth") for _ in range(rounds)])
     # A token needs all the weights but the positions; the token embeddings are the head.
     n_weights = model.n_params - model.context_length * model.d_model
-    notes += [f"{case.name.removeprefix('decode/')}: {line}" for line in of_int8(turns)]
+    notes += of_int8(turns)
     return {
         "preset": "gpt2",
         "dtype": model.dtype,

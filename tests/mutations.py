@@ -120,6 +120,8 @@ def main() -> int:
     mutations = [
         m for m in read_list(LIST.read_text(encoding="utf-8")) if not args.names or any(n in m.name for n in args.names)
     ]
+    if not mutations:
+        parser.error(f"{LIST.name} has no name that holds {' or '.join(args.names)}")
     waiting: queue.Queue[Mutation] = queue.Queue()
     results: list[tuple[Mutation, str, float]] = []
 

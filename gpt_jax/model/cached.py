@@ -98,31 +98,32 @@ def chunk_by_blocks(
     q_XNK = heads_of(q_BTHK, X)
     k_XTK, v_XTK = (x.swapaxes(1, 2).reshape(X, T, K).astype(q_XNK.dtype) for x in (k_BTGK, v_BTGK))
 
+    def attend_all(carry: tuple[jax.Array, ...], k_XCK: jax.Array, v_XCK: jax.Array) -> tuple[jax.Array, ...]:
+        """With the keys first, XLA:CPU computes maxima and sums of many queries at a time, since their order is not its
+        to change: 1.2 times as fast. A mask, which it would exchange, costs more than that."""
+        return add(carry, jnp.einsum("XCK,XNK->XCN", k_XCK, q_XNK, preferred_element_type=jnp.float32), v_XCK, 1)
+
     def attend(
         carry: tuple[jax.Array, ...], k_XCK: jax.Array, v_XCK: jax.Array, mask_TC: jax.Array | np.ndarray
     ) -> tuple[jax.Array, ...]:
-        most_XN, sum_XN, out_XNK = carry
         scores_XNC = jnp.einsum("XNK,XCK->XNC", q_XNK, k_XCK, preferred_element_type=jnp.float32)
-        scores_XNC = jnp.where(jnp.tile(mask_TC, (R, 1)), scores_XNC, -jnp.inf)
-        now_XN = jnp.maximum(most_XN, jnp.max(scores_XNC, axis=2))
-        weights_XNC = jnp.exp(scores_XNC - now_XN[:, :, None])
-        before_XN = jnp.exp(most_XN - now_XN)
-        sum_XN = sum_XN * before_XN + jnp.sum(weights_XNC, axis=2)
-        return now_XN, sum_XN, out_XNK * before_XN[..., None] + weighted("XNC,XCK->XNK", weights_XNC, v_XCK)
+        return add(carry, jnp.where(jnp.tile(mask_TC, (R, 1)), scores_XNC, -jnp.inf), v_XCK, 2)
 
-    def attend_all(carry: tuple[jax.Array, ...], k_XCK: jax.Array, v_XCK: jax.Array) -> tuple[jax.Array, ...]:
-        """The same without a mask. With the keys first, XLA:CPU computes maxima and sums of many queries at a time,
-        since their order is not its to change: 1.2 times as fast."""
+    def add(carry: tuple[jax.Array, ...], scores: jax.Array, v_XCK: jax.Array, keys_axis: int) -> tuple[jax.Array, ...]:
+        """The maximum, the sum and the weighted values (X, N, K), with more keys, whose scores are (X, C, N) or
+        (X, N, C)."""
         most_XN, sum_XN, out_XNK = carry
-        scores_XCN = jnp.einsum("XCK,XNK->XCN", k_XCK, q_XNK, preferred_element_type=jnp.float32)
-        now_XN = jnp.maximum(most_XN, jnp.max(scores_XCN, axis=1))
-        weights_XCN = jnp.exp(scores_XCN - now_XN[:, None])
+        now_XN = jnp.maximum(most_XN, jnp.max(scores, axis=keys_axis))
+        weights = jnp.exp(scores - jnp.expand_dims(now_XN, keys_axis))
         before_XN = jnp.exp(most_XN - now_XN)
-        sum_XN = sum_XN * before_XN + jnp.sum(weights_XCN, axis=1)
-        return now_XN, sum_XN, out_XNK * before_XN[..., None] + weighted("XCN,XCK->XNK", weights_XCN, v_XCK)
-
-    def weighted(form: str, weights: jax.Array, v_XCK: jax.Array) -> jax.Array:
-        return jnp.einsum(form, weights.astype(v_XCK.dtype), v_XCK, preferred_element_type=jnp.float32)
+        added_XNK = jnp.einsum(
+            "XCN,XCK->XNK" if keys_axis == 1 else "XNC,XCK->XNK",
+            weights.astype(v_XCK.dtype),
+            v_XCK,
+            preferred_element_type=jnp.float32,
+        )
+        sum_XN = sum_XN * before_XN + jnp.sum(weights, axis=keys_axis)
+        return now_XN, sum_XN, out_XNK * before_XN[..., None] + added_XNK
 
     def block(i: jax.Array, size: int) -> LayerCache:
         return LayerCache(*(jax.lax.dynamic_slice_in_dim(x_XSK, i * size, size, axis=1) for x_XSK in cache))
