@@ -68,9 +68,15 @@ def random_params(config: ModelConfig) -> Params:
     return jax.tree.map(lambda x: x + jnp.asarray(0.1 * rng.normal(size=x.shape), jnp.float32), params)
 
 
-def uneven_params(config: ModelConfig) -> Params:
-    """Parameters far from their small initial values, so that some tokens are much likelier than others."""
-    return jax.tree.map(lambda x: 8 * x, initial_params(config))
+def uneven_params(config: ModelConfig, factor: float = 8) -> Params:
+    """Parameters far from their small initial values, so that some tokens are much likelier than others. Biases and the
+    halves of adapters that begin as 0 are first made as large as initial weights, so that they matter, too."""
+    rng = np.random.default_rng(1)
+
+    def uneven(x: jax.Array) -> jax.Array:
+        return factor * (x if x.any() else jnp.asarray(0.02 * rng.normal(size=x.shape), x.dtype))
+
+    return jax.tree.map(uneven, initial_params(config))
 
 
 def byte_data(folder: Path) -> Path:

@@ -1,6 +1,7 @@
 """A conversation in the terminal: history, streaming, and a few commands."""
 
 from collections.abc import Callable
+from contextlib import suppress
 
 from gpt_jax.cli.terminal import print_error
 from gpt_jax.errors import UserError
@@ -41,7 +42,8 @@ def chat(
     while True:
         try:
             if history:  # The device reads the last answer while the user writes, so that the next one begins sooner.
-                engine.read(beginning(tokenizer, system, history))
+                with suppress(UserError):  # The template may take no other turn, which is to be told of that turn.
+                    engine.read(beginning(tokenizer, system, history))
             text = ask().strip()
             interrupted = False
             if not text:

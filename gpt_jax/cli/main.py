@@ -90,7 +90,8 @@ def user_message(e: Exception) -> str | None:
     if hosts.lost(e):
         return "another host has gone, see what it said; start all of them again, with --auto-resume"
     if isinstance(e, RuntimeError) and "RESOURCE_EXHAUSTED" in str(e):
-        return "the device has too little memory; set a smaller data.microbatch_size, or model.remat to full"
+        train = "train with a smaller data.microbatch_size, or model.remat full"
+        return f"the device has too little memory; {train}; sample with fewer --slots, or a smaller --context-length"
     return None
 
 

@@ -116,7 +116,7 @@ def answer_prompts(args: SampleArgs) -> None:
         answered: Callable[[dict[str, Any]], None] = print_json
         if args.out:  # Before the model is loaded, which takes longer.
             int8 = () if args.quantize == "none" else (args.quantize,)
-            job = job_name(source.pinned, args.context_length, args.settings, args.num_samples, *int8)
+            job = job_name(source.identity(), args.context_length, args.settings, args.num_samples, *int8)
             answers = stack.enter_context(open_answers(Path(args.out), job, prompts))
             done, answered = answers.done, answers.add
             if len(done) == n_texts:

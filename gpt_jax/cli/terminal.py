@@ -16,10 +16,10 @@ def print_table(rows: dict[str, str], width: int = 0) -> None:
 
 
 def print_json(value: dict[str, Any]) -> None:
-    """Prints one line of JSON, in ASCII where the output is not UTF-8. Raises ValueError for numbers that are not
-    finite, which JSON does not have."""
+    """Prints one line of JSON at once, in ASCII where the output is not UTF-8. Raises ValueError for numbers that are
+    not finite, which JSON does not have."""
     is_utf8 = (sys.stdout.encoding or "utf-8").lower().replace("-", "") == "utf8"
-    print(json.dumps(value, ensure_ascii=not is_utf8, allow_nan=False))
+    print(json.dumps(value, ensure_ascii=not is_utf8, allow_nan=False), flush=True)
 
 
 def print_error(message: str) -> None:

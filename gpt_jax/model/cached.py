@@ -46,6 +46,7 @@ def cached_attention(
     def on_one_device(
         q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, cache: LayerCache, start_B: jax.Array
     ) -> tuple[jax.Array, LayerCache]:
+        k_BTGK, v_BTGK = with_finite_values(k_BTGK, v_BTGK)
         cache = update(cache, k_BTGK, v_BTGK, start_B)
         if q_BTHK.shape[1] == 1:
             return newest_attention(q_BTHK, cache, start_B, window), cache
@@ -59,6 +60,16 @@ def cached_attention(
     heads, cached = PartitionSpec(rows, None, "tensor"), PartitionSpec((*rows, "tensor"))
     attend = in_parts(on_one_device, (heads, heads, heads, cached, PartitionSpec(rows)), (heads, cached))
     return cast(tuple[jax.Array, LayerCache], attend(q_BTHK, k_BTGK, v_BTGK, cache, start_B))
+
+
+def with_finite_values(k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Keys and values of which those that are not finite make the keys NaN, in place of the values.
+
+    A place of the cache may hold what another sequence left there. Its score is masked, but its value counts zero
+    times, which is NaN for what is not finite. Its own sequence finds the NaN in its scores.
+    """
+    finite = jnp.isfinite(v)
+    return jnp.where(finite, k, jnp.nan), jnp.where(finite, v, 0)
 
 
 def newest_attention(q_B1HK: jax.Array, cache: LayerCache, position_B: jax.Array, window: int) -> jax.Array:

@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from gpt_jax.config import ModelConfig
-from gpt_jax.files import replacing
+from gpt_jax.errors import UserError
+from gpt_jax.files import locked, replacing
 from gpt_jax.interop.layout import ReadPart, is_stacked
 from gpt_jax.interop.load import part_shapes
 from gpt_jax.model.gpt import Params
@@ -107,15 +108,17 @@ def read_kept(file: Path) -> dict[str, np.ndarray] | None:
 
 
 def keep(file: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Writes the arrays, and removes files that were not used for long. A user is told when that cannot be done."""
+    """Writes the arrays, and removes files that were not used for long. A user is told when that cannot be done. While
+    another process does it, which may be for the same model, nothing is written."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.parent.chmod(0o700)
-        with replacing(file) as temporary, temporary.open("wb") as out:
-            np.savez(out, allow_pickle=False, **tensors)
-        by_use = sorted(file.parent.glob("*.npz"), key=lambda path: path.stat().st_mtime)
-        for old in by_use[:-MOST_KEPT]:
-            old.unlink(missing_ok=True)
+        with contextlib.suppress(UserError), locked(file.parent / ".lock", "another process writes"):
+            with replacing(file) as temporary, temporary.open("wb") as out:
+                np.savez(out, allow_pickle=False, **tensors)
+            by_use = sorted(file.parent.glob("*.npz"), key=lambda path: path.stat().st_mtime)
+            for old in by_use[:-MOST_KEPT]:
+                old.unlink(missing_ok=True)
     except OSError as e:
         print(f"the int8 parameters are not kept for the next start: {e.filename}: {e.strerror}", file=sys.stderr)
 

@@ -3,9 +3,9 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,17 @@ class Prompt:
     content: str | list[dict[str, Any]]  # A text to continue, or messages to answer.
     settings: Settings
     id: Any = None  # What the line calls itself.
+    own: Mapping[str, Any] = field(default_factory=dict)  # The settings that the line has, as they stand there.
 
     @property
     def named(self) -> dict[str, Any]:
-        """What tells an answer's prompt."""
+        """What tells an answer's prompt: fields of NAMED."""
         name = "prompt" if isinstance(self.content, str) else "messages"
-        return {"line": self.line, **({} if self.id is None else {"id": self.id}), name: self.content}
+        fields = {"line": self.line, "id": self.id, name: self.content, "settings": self.own or None}
+        return {name: value for name, value in fields.items() if value is not None}
+
+
+NAMED = ("line", "id", "prompt", "messages", "settings")
 
 
 def read_prompts(text: str, where: str, settings: Settings) -> list[Prompt]:
@@ -41,10 +46,14 @@ def read_prompts(text: str, where: str, settings: Settings) -> list[Prompt]:
     An object has a "prompt" or "messages", and may have an "id", and fields of Settings and Filters that differ from
     `settings`. Raises UserError naming the line for all else.
     """
+    text = text.removeprefix("\ufeff")  # The mark with which some editors begin UTF-8.
     lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     if not lines:
         raise UserError(f"{where} has no prompts: every line is empty")
     if not isinstance(parsed(lines[0][1]), dict):
+        if objects := [number for number, line in lines if isinstance(parsed(line), dict)]:
+            first, other = f"{where}, line {lines[0][0]}", f"line {objects[0]} is one"
+            raise UserError(f"{first}: this is no JSON object, and {other}; write all lines alike")
         return [Prompt(number, line.removesuffix("\r"), settings) for number, line in lines]
     return [prompt_of(parsed(line), number, f"{where}, line {number}", settings) for number, line in lines]
 
@@ -68,10 +77,11 @@ def prompt_of(value: Any, line: int, where: str, settings: Settings) -> Prompt:
         json.dumps(value, ensure_ascii=False).encode()
         json.dumps(value.get("id"), allow_nan=False)  # Answers have it, too.
         if "messages" in value:
-            return Prompt(line, checked(value["messages"], plain=str), changed(settings, rest), value.get("id"))
+            content = checked(value["messages"], plain=str)
+            return Prompt(line, content, changed(settings, rest), value.get("id"), rest)
         if not isinstance(value["prompt"], str):
             raise UserError(f"the prompt is {value['prompt']!r:.40}, which is no text")
-        return Prompt(line, value["prompt"], changed(settings, rest), value.get("id"))
+        return Prompt(line, value["prompt"], changed(settings, rest), value.get("id"), rest)
     except UserError as e:
         raise UserError(f"{where}: {e}") from e
     except UnicodeEncodeError as e:
@@ -157,10 +167,10 @@ class Answers:
             self.whole += len(line)
 
     def check(self, prompts: Iterable[Prompt]) -> None:
-        """Raises UserError when an answer that is there belongs to another prompt."""
+        """Raises UserError when an answer that is there belongs to another prompt, or other settings of a line."""
         asked = {prompt.line: prompt.named for prompt in prompts}
         for (line, _), answer in self.done.items():
-            if line not in asked or any(answer.get(name) != value for name, value in asked[line].items()):
+            if asked.get(line) != {name: answer[name] for name in NAMED if name in answer}:
                 raise UserError(f"{self.path} answers another prompt at line {line}; take another --out")
 
     def add(self, answer: dict[str, Any]) -> None:

@@ -48,9 +48,7 @@ def answer(
             say("\n")
             return history[:-1]
     say("\n")
-    history = [*history, message("assistant", "".join(pieces).strip())]
-    engine.read(beginning(tokenizer, system, history))  # While the user writes, so that the next answer begins sooner.
-    return history
+    return [*history, message("assistant", "".join(pieces).strip())]
 
 
 def beginning(tokenizer: Tokenizer, system: str | None, history: list[Message]) -> list[int]:

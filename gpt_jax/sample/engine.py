@@ -187,22 +187,24 @@ class Engine:
         QueueFullError when too many wait."""
         check_request(request, self.model, self.n_tokens)
         ticket = Ticket(self.next_id, request.places, request.client)
-        self.scheduler.add(ticket)
         prompt = list(request.tokens[request.start : -1])
-        self.tasks[ticket.id] = Task(request, ticket, prompt, request.max_new_tokens)
-        self.next_id += 1
-        self.counts.requests += 1
+        with self._or_reset():
+            self.scheduler.add(ticket)
+            self.tasks[ticket.id] = Task(request, ticket, prompt, request.max_new_tokens)
+            self.next_id += 1
+            self.counts.requests += 1
         return ticket.id
 
     def cancel(self, id: int) -> None:
         """Ends a request, of which nothing more will be heard. One that has ended may be cancelled, too."""
-        task = self.tasks.pop(id, None)
-        if task is None:
-            return
-        if task.ticket.state == "writing":
-            self.dropped[task.ticket.slot] = True
-        self.scheduler.end(task.ticket)
-        self.counts.cancelled += 1
+        with self._or_reset():
+            task = self.tasks.pop(id, None)
+            if task is None:
+                return
+            if task.ticket.state == "writing":
+                self.dropped[task.ticket.slot] = True
+            self.scheduler.end(task.ticket)
+            self.counts.cancelled += 1
 
     @property
     def is_idle(self) -> bool:
@@ -229,10 +231,12 @@ class Engine:
     @contextmanager
     def _or_reset(self) -> Iterator[None]:
         """Whatever is raised inside, such as KeyboardInterrupt, leaves the engine as `reset` does, since arrays that
-        were donated are gone."""
+        were donated are gone, or a request is known to a part of it only. A UserError comes before anything changes."""
         try:
             with self._where_it_is():
                 yield
+        except UserError:
+            raise
         except BaseException:
             self.reset()
             raise
@@ -454,6 +458,10 @@ def check_request(request: Request, model: GPT, n_tokens: int) -> None:
         )
     if len(request.stop_ids) > STOP_IDS:
         raise UserError(f"{len(request.stop_ids)} tokens are to end a text, and {STOP_IDS} may; leave some out")
+    if unknown := [token for token in request.stop_ids if not 0 <= token < 2**31]:
+        raise UserError(f"{unknown[0]} is to end a text, and is no token")
+    if unknown := [number for number in request.seed or () if not 0 <= number < 2**32]:
+        raise UserError(f"a seed of {unknown[0]} is not possible: it is at least 0, and less than 2**32")
     for token, _ in request.filters.logit_bias:
         if token >= n_tokens:
             raise UserError(f"logit_bias names token {token}, and the tokenizer has {n_tokens}, from 0 on")

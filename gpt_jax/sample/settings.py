@@ -57,13 +57,17 @@ def is_bias(value: Any) -> bool:
     pairs = all(
         isinstance(pair, tuple | list)
         and len(pair) == 2
-        and isinstance(pair[0], Integral)
+        and are_ids(pair[:1])
         and isinstance(pair[1], Real)
-        and 0 <= int(pair[0]) < 2**31
         and -100 <= float(pair[1]) <= 100
         for pair in value
     )
     return pairs and len({token for token, _ in value}) == len(value)
+
+
+def are_ids(values: Any) -> bool:
+    """True for a list of numbers that may be tokens' ids, which are int32."""
+    return isinstance(values, tuple | list) and all(isinstance(i, Integral) and 0 <= int(i) < 2**31 for i in values)
 
 
 @dataclass(frozen=True)
@@ -84,8 +88,8 @@ class Settings:
         strings = isinstance(self.stop, tuple | list) and all(isinstance(s, str) and s for s in self.stop)
         check(strings, "stop", self.stop, "a list of strings, each of one character or more")
         check(len(self.stop) <= MOST_STOPS, "stop", f"{len(self.stop)} strings", f"at most {MOST_STOPS}")
-        ids = isinstance(self.stop_ids, tuple | list) and all(isinstance(i, Integral) for i in self.stop_ids)
-        check(ids and len(self.stop_ids) <= MOST_STOP_IDS, "stop_ids", self.stop_ids, f"at most {MOST_STOP_IDS} ids")
+        ids = f"at most {MOST_STOP_IDS} ids of tokens"
+        check(are_ids(self.stop_ids) and len(self.stop_ids) <= MOST_STOP_IDS, "stop_ids", self.stop_ids, ids)
         few = f"between 0 and {MOST_ALTERNATIVES}"
         check(0 <= self.alternatives <= MOST_ALTERNATIVES, "alternatives", self.alternatives, few)
 

@@ -56,7 +56,7 @@ def some_windows() -> list[Window]:
 @pytest.fixture(scope="module", params=[GPT2, LLAMA], ids=["gpt2", "llama"])
 def expected(request: pytest.FixtureRequest) -> tuple[ModelConfig, Params, list[Window], list[Score]]:
     """A model, windows, and their scores on one device. Half of the windows end with the most probable token."""
-    params, windows = jax.tree.map(lambda x: 4 * x, tiny.initial_params(request.param)), some_windows()
+    params, windows = tiny.uneven_params(request.param, 4), some_windows()
     model = GPT(resolve(request.param, "cpu"))
     scorer = Scorer(model, params, Placement(jax.devices()[:1]), 4)
     for i in range(0, len(windows), 2):

@@ -1,5 +1,6 @@
 """Attention of a chunk over the cache, by each backend, against the formula over the whole sequence."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,8 @@ import pytest
 
 from gpt_jax.model import cached
 from gpt_jax.model.attention import masked_attention
-from gpt_jax.model.cache import LayerCache
+from gpt_jax.model.cache import LayerCache, init_cache
+from tests import tiny
 
 
 def cudnn_formula(*args: Any, implementation: str, **kwargs: Any) -> jax.Array:
@@ -57,3 +59,27 @@ def test_a_chunk_sees_itself_and_all_before_it(
     }
     ours = jax.jit(lambda cache, start: attend[backend](cache, start, window))(layer_cache, jnp.int32(start))
     np.testing.assert_allclose(ours, expected, atol=2e-6)
+
+
+def test_what_is_not_finite_is_seen_by_its_own_sequence_only() -> None:
+    """Values that are not finite, whose keys are, as of a sum that is too large: those who see them find NaN, and the
+    next sequence in the same places does not."""
+    config = dataclasses.replace(tiny.ONE_LAYER, attention="xla")
+    shape = 1, 4, config.kv_heads, config.head_dim
+    q_BTHK, ones_BTGK = jnp.ones((1, 4, config.n_head, config.head_dim)), jnp.ones(shape)
+    values_BTGK = ones_BTGK.at[:, 2].set(jnp.inf)
+
+    def attend(cache: LayerCache, T: int, v_BTGK: jax.Array, start: int) -> tuple[jax.Array, LayerCache]:
+        ours = q_BTHK[:, :T], ones_BTGK[:, :T], v_BTGK[:, :T]
+        out_BTHK, cache = cached.cached_attention(*ours, cache, jnp.array([start]), config)
+        return jnp.isnan(out_BTHK).any((0, 2, 3)), cache
+
+    [cache] = init_cache(dataclasses.replace(config, n_layer=1), 1, 16)
+    is_nan_T, cache = attend(cache, 4, values_BTGK, 0)
+    assert is_nan_T.tolist() == [False, False, True, True]
+    is_nan_T, cache = attend(cache, 1, ones_BTGK, 4)
+    assert is_nan_T.tolist() == [True]
+    is_nan_T, cache = attend(cache, 1, ones_BTGK, 0)  # The next sequence.
+    assert is_nan_T.tolist() == [False]
+    is_nan_T, cache = attend(cache, 1, ones_BTGK, 1)
+    assert is_nan_T.tolist() == [False]

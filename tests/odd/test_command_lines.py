@@ -347,11 +347,11 @@ def test_a_model_without_a_template_has_no_chat(capsys: pytest.CaptureFixture[st
     ("encoding", "text"), [("ascii", '"\\u8bed\\udcff"'), ("latin-1", '"\\u8bed\\udcff"'), ("UTF-8", '"语?"')]
 )
 def test_json_is_whole_in_any_encoding(encoding: str, text: str) -> None:
-    """Characters that the output lacks would become question marks; half of a surrogate pair is in no encoding."""
+    """Characters that the output lacks would become question marks; half of a surrogate pair is in no encoding. The
+    line is there at once, for a program that reads it from a pipe."""
     out = io.BytesIO()
-    with contextlib.redirect_stdout(io.TextIOWrapper(out, encoding=encoding, errors="replace")) as stream:
+    with contextlib.redirect_stdout(io.TextIOWrapper(out, encoding=encoding, errors="replace")):
         print_json({"text": "语\udcff"})
-        stream.flush()
         assert out.getvalue().decode() == f'{{"text": {text}}}\n'
 
 

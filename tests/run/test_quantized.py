@@ -16,6 +16,7 @@ from hypothesis.extra.numpy import array_shapes, arrays
 
 import gpt_jax
 from gpt_jax.errors import UserError
+from gpt_jax.files import locked
 from gpt_jax.interop.save import parts_of
 from gpt_jax.model import weight
 from gpt_jax.model.forward import forward
@@ -151,7 +152,7 @@ def published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def kept(published: Path) -> list[Path]:
-    return sorted((published.parent / "cache/gpt_jax/int8").glob("*"))
+    return sorted((published.parent / "cache/gpt_jax/int8").glob("[!.]*"))
 
 
 def leaves(published: Path, context_length: int = 0) -> list[np.ndarray]:
@@ -188,6 +189,18 @@ def test_a_cache_that_cannot_be_written_is_told(published: Path, capsys: pytest.
     err = capsys.readouterr().err
     assert err.startswith("the int8 parameters are not kept for the next start: ")
     assert err.count("\n") == 1
+
+
+def test_of_two_processes_one_keeps_them(published: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Which would write to the same temporary file."""
+    first, [file] = leaves(published), kept(published)
+    file.unlink()
+    with locked(file.parent / ".lock", ""):
+        jax.tree.map(np.testing.assert_array_equal, leaves(published), first)
+    assert kept(published) == []
+    leaves(published)
+    assert kept(published) == [file]
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.slow

@@ -101,7 +101,7 @@ def main() -> int:
     """Exit status 1 when something went wrong."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--requests", type=int, default=20_000)
-    parser.add_argument("--model", default="llama", help="gpt2, llama, gemma or adapted")
+    parser.add_argument("--model", default="llama", help="gpt2, llama, gemma, adapted or int8")
     parser.add_argument("--slots", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--checked", type=int, default=50, help="requests whose answers are compared with those alone")

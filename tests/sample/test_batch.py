@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -49,16 +51,19 @@ def test_prompts_are_lines_or_objects() -> None:
         '{"messages": [{"role": "user", "content": "Hi"}], "max_new_tokens": 3}',
     ]
     first, second = read_prompts("\n".join(lines), "f", SETTINGS)
-    assert first.named == {"line": 1, "id": 7, "prompt": "a"}
+    assert first.named == {"line": 1, "id": 7, "prompt": "a", "settings": {"temperature": 0.5, "stop": ["x"]}}
     assert first.settings == Settings(9, stop=["x"], filters=Filters(0.5))  # type: ignore[arg-type]
-    assert second.named == {"line": 3, "messages": [{"role": "user", "content": "Hi"}]}
+    messages = [{"role": "user", "content": "Hi"}]
+    assert second.named == {"line": 3, "messages": messages, "settings": {"max_new_tokens": 3}}
     assert second.settings.max_new_tokens == 3
+    assert read_prompts('\ufeff{"prompt": "a"}', "f", SETTINGS) == [Prompt(1, "a", SETTINGS)]
 
 
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
         ("\n \n", "f has no prompts: every line is empty"),
+        ('\n{"prompt": "a",}\n\n{"prompt": "b"}', "f, line 2: this is no JSON object, and line 4 is one"),
         ('{"prompt": "a"}\nb', "f, line 2: this is no JSON object, and the first line is one"),
         ('{"prompt": "a"}\n[1]', "f, line 2: this is no JSON object"),
         ('{"text": "a"}', 'f, line 1: a prompt has either "prompt", a text, or "messages"'),
@@ -74,6 +79,9 @@ def test_prompts_are_lines_or_objects() -> None:
         ('{"prompt": "a", "filters": {}}', "f, line 1: there is no setting filters"),
         ('{"prompt": "a", "temperature": -1}', "f, line 1: temperature = -1 is not possible"),
         ('{"prompt": "a", "top_p": NaN}', "f, line 1: top_p = nan is not possible"),
+        ('{"prompt": "a", "stop_ids": [4294967473]}', r"f, line 1: stop_ids = \[4294967473\] is not possible"),
+        (f'{{"prompt": "a", "stop_ids": {[1] * 65}}}', "f, line 1: stop_ids = .* at most 64 ids of tokens"),
+        (f'{{"prompt": "a", "stop": {json.dumps(["x"] * 65)}}}', "f, line 1: stop = '65 strings' is not possible"),
         ('{"prompt": "a", "seed": "1"}', "f, line 1: seed = '1' is not possible: it must be a whole number"),
     ],
 )
@@ -154,6 +162,26 @@ def test_answers_of_another_job_are_left_alone(model: Path, tmp_path: Path) -> N
     assert "line 1: this is no answer of such a job; take another --out" in refused_here(*job)
     assert out.read_text(encoding="utf-8") == "a text\n"
     assert "cannot be written: --out is a file, in a folder" in refused_here(*job, f"--out={tmp_path / 'no' / 'out'}")
+
+
+def test_answers_to_other_settings_of_a_line_and_of_other_weights_are_left_alone(model: Path, tmp_path: Path) -> None:
+    prompts, out, there = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl", tmp_path / "model"
+    shutil.copytree(model, there)
+    job = ["sample", "--model", there, "--prompts", prompts, "--out", out, "--max-new-tokens", 3]
+    lines = ['{"prompt": "a", "id": 7, "top_k": 2}', '{"prompt": "a", "top_k": 2}', '{"prompt": "a", "id": 7}']
+    prompts.write_text(lines[0], encoding="utf-8")
+    run_here(*job)
+    before = out.read_bytes()
+    for other in lines[1:]:
+        prompts.write_text(other, encoding="utf-8")
+        assert "answers another prompt at line 1; take another --out" in refused_here(*job)
+    prompts.write_text(lines[0], encoding="utf-8")
+    _, err = run_here(*job)
+    assert "has all 1 answers already" in err
+    weights = there / "model.safetensors"
+    os.utime(weights, ns=(0, weights.stat().st_mtime_ns + 1))
+    assert "answers of another model, or of other settings" in refused_here(*job)
+    assert out.read_bytes() == before
 
 
 def test_answers_that_cannot_be_written_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

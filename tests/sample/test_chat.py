@@ -253,6 +253,31 @@ def test_a_template_may_refuse_the_system_prompt(params: Params, capsys: pytest.
     assert capsys.readouterr().err == "error: the chat template refuses this conversation: no system\n"
 
 
+def test_a_template_may_refuse_a_second_turn(params: Params, capsys: pytest.CaptureFixture[str]) -> None:
+    """Which is told when it is asked for, and not of the answer before it."""
+    template = "{% if messages|length > 1 %}{{ raise_exception('one turn') }}{% endif %}user"
+    settings = {**read_settings(byte_level()), "chat_template": template}
+    tokenizer = HuggingFaceTokenizer((byte_level() / "tokenizer.json").read_bytes(), settings)
+    talk(params, "Hello", "/reset", "Hello", tokenizer=tokenizer)
+    talk(params, "Hello", "And now?", tokenizer=tokenizer, succeeds=False)
+    assert capsys.readouterr().err == "error: the chat template refuses this conversation: one turn\n"
+
+
+def test_an_answer_stays_when_reading_it_is_interrupted(
+    params: Params, prompts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, reads = Engine.read, iter([True, False, False])
+
+    def interrupted(self: Engine, tokens: list[int]) -> None:
+        if next(reads):
+            raise KeyboardInterrupt
+        read(self, tokens)
+
+    monkeypatch.setattr(Engine, "read", interrupted)
+    talk(params, "Hello", "And now?")
+    assert prompts[1].startswith(turn("user", "Hello") + "<|im_start|>assistant\n")
+
+
 def test_programs_give_messages_as_templates_take_them(params: Params) -> None:
     model = Model(LoadedModel(MODEL, params, TOKENIZER))
     texts = {"system": ["Be brief."], "user": ["Hello,", "cat"]}

@@ -16,7 +16,7 @@ from gpt_jax.model.forward import forward
 from gpt_jax.model.gpt import GPT
 from gpt_jax.model.head import logits_NV
 from gpt_jax.sample.engine import ALL_CHUNKS, Engine, Request
-from gpt_jax.sample.scheduler import QueueFullError
+from gpt_jax.sample.scheduler import QueueFullError, Scheduler, Ticket
 from gpt_jax.sample.settings import Filters
 from tests import tiny
 from tests.sample.engines import CONTEXT, MODELS, Answer, Answers, engine_of, random_requests
@@ -223,6 +223,31 @@ def test_a_second_request_compiles_nothing(caplog: pytest.LogCaptureFixture) -> 
     assert not compiled(Request([3, 2, 1], 20, GREEDY))
 
 
+def test_the_number_of_programs_does_not_depend_on_that_of_requests(caplog: pytest.LogCaptureFixture) -> None:
+    """An engine that reserved nothing compiles as its caches grow, and nothing between its 500th and its 1,000th
+    request of random lengths and settings, which come by themselves or many at the same time. No other engine of these
+    tests has one layer, so that it has to compile all of its programs."""
+    config = dataclasses.replace(MODELS["llama"], n_layer=1, context_length=CONTEXT // 2)
+    e = Engine(GPT(config), jax.device_put(tiny.uneven_params(config)), 3, prefix_bytes=2**18)
+    rng = np.random.default_rng(0)
+
+    def compiled(requests: list[Request]) -> set[str]:
+        caplog.clear()
+        with jax.log_compiles():
+            while requests:
+                n = int(rng.choice([1, 2, 5, 40]))
+                Answers(e).all(requests[:n])
+                requests = requests[n:]
+        return {r.getMessage() for r in caplog.records if r.getMessage().startswith("Compiling")}
+
+    caplog.set_level(logging.WARNING)
+    requests = random_requests(3, 1000, config.context_length)
+    programs = {message.split()[1] for message in compiled(requests[:500])}
+    assert {"jit(prefill_chunk)", "jit(prefill_short)", "jit(move_chunks)", "jit(insert)", "jit(decode_n)"} <= programs
+    assert not compiled(requests[500:])
+    assert e.counts.requests == 1000
+
+
 def test_what_is_raised_in_a_turn_leaves_an_engine_that_works(monkeypatch: pytest.MonkeyPatch) -> None:
     e = engine("gpt2")
     expected = Answers(e).all(REQUESTS[:2])
@@ -239,6 +264,43 @@ def test_what_is_raised_in_a_turn_leaves_an_engine_that_works(monkeypatch: pytes
     monkeypatch.undo()
     assert e.is_idle
     assert Answers(e).all(REQUESTS[:2]) == expected
+
+
+@pytest.mark.parametrize("where", ["add", "end"])
+def test_an_interrupt_while_a_request_comes_or_goes(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part of the engine knows of the request, and the other not."""
+    e = engine("gpt2")
+    expected = Answers(e).all(REQUESTS[:2])
+    real = getattr(Scheduler, where)
+
+    def interrupted(self: Scheduler, ticket: Ticket) -> None:
+        real(self, ticket)
+        raise KeyboardInterrupt
+
+    id = e.submit(REQUESTS[0])
+    monkeypatch.setattr(Scheduler, where, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        e.submit(REQUESTS[1]) if where == "add" else e.cancel(id)
+    monkeypatch.undo()
+    assert e.is_idle
+    e.cancel(id)
+    assert Answers(e).all(REQUESTS[:2]) == expected
+
+
+def test_what_is_not_finite_stays_with_its_sequence() -> None:
+    """Where one was, the next finds its keys and values behind a mask, in the slot and in the cache of prompts."""
+    config = dataclasses.replace(MODELS["gpt2"], tied_head=False)
+    params = tiny.uneven_params(config)
+    e = Engine(GPT(config), {**params, "tokens_VD": params["tokens_VD"].at[7].set(jnp.inf)}, 1)
+    broken = Request([*[1] * 150, *[7] * 5, 1], 5, GREEDY)
+    for length in (3, 130, 150):
+        sound = Request([1] * length, 5, GREEDY)
+        e.reset()
+        expected = Answers(e).all([sound])
+        assert np.isfinite(expected[0][1]).all()
+        [(_, logprobs, *_)] = Answers(e).all([broken])
+        assert np.isnan(logprobs).all()
+        assert Answers(e).all([sound]) == expected
 
 
 def test_caches_grow_with_what_is_asked_for() -> None:
@@ -269,6 +331,10 @@ def test_a_full_queue_refuses() -> None:
         ({"max_new_tokens": 0}, "max_new_tokens = 0 is not possible"),
         ({"tokens": [1] * 500}, "500 tokens and 20 new ones are more than the model's context_length, 512, has room"),
         ({"stop_ids": range(129)}, "129 tokens are to end a text, and 128 may"),
+        ({"stop_ids": {2**32 + 1}}, "4294967297 is to end a text, and is no token"),
+        ({"stop_ids": {-1}}, "-1 is to end a text, and is no token"),
+        ({"seed": (0, 2**32, 0)}, "a seed of 4294967296 is not possible"),
+        ({"seed": (-1, 0, 0)}, "a seed of -1 is not possible"),
         ({"filters": Filters(logit_bias=((259, 1.0),))}, "logit_bias names token 259, and the tokenizer has 259"),
     ],
 )

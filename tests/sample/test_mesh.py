@@ -52,7 +52,7 @@ def requests() -> list[Request]:
 
 def engine(config: ModelConfig, placement: Placement) -> Engine | Replicas:
     """An engine for 32 texts, four or more at the same time on each replica."""
-    params = jax.tree.map(lambda x: 3 * x, tiny.initial_params(config))
+    params = tiny.uneven_params(config, 3)
     params = jax.device_put(params, placement.state_shardings(params))
     e = engine_on(placement, GPT(config), params, 32, 4, prefix_bytes=2**20)
     e.reserve(256)

@@ -1,17 +1,22 @@
-"""A short soak, in a process of its own, whose programs are compiled as users' are; see soak.py."""
+"""A short soak of each model, in a process of its own, whose programs are compiled as users' are; see soak.py."""
 
+import re
 import subprocess
 import sys
 
 import pytest
 
 from tests.commands import ROOT, environment
+from tests.sample.engines import MODELS
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["llama", "gemma"])
+@pytest.mark.parametrize("name", MODELS)
 def test_a_short_soak(name: str) -> None:
-    command = [sys.executable, "-m", "tests.sample.soak", "--requests", "200", "--checked", "20", "--model", name]
+    """Hundreds of answers among random neighbours are those alone, to the last bit."""
+    command = [sys.executable, "-m", "tests.sample.soak", "--requests", "1000", "--checked", "200", "--model", name]
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "0 programs compiled" in done.stdout
+    assert "; 0 programs compiled" in done.stdout
+    [compared] = re.findall(r"(\d+) of them compared", done.stdout)
+    assert int(compared) > 300
