@@ -171,7 +171,8 @@ class Answers:
         asked = {prompt.line: prompt.named for prompt in prompts}
         for (line, _), answer in self.done.items():
             if asked.get(line) != {name: answer[name] for name in NAMED if name in answer}:
-                raise UserError(f"{self.path} answers another prompt at line {line}; take another --out")
+                found = f"answers another prompt, or one with other settings, at line {line}"
+                raise UserError(f"{self.path} {found}; take another --out")
 
     def add(self, answer: dict[str, Any]) -> None:
         """Writes an answer. Raises UserError when it cannot be written; those before it stay."""

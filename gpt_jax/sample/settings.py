@@ -88,7 +88,7 @@ class Settings:
         strings = isinstance(self.stop, tuple | list) and all(isinstance(s, str) and s for s in self.stop)
         check(strings, "stop", self.stop, "a list of strings, each of one character or more")
         check(len(self.stop) <= MOST_STOPS, "stop", f"{len(self.stop)} strings", f"at most {MOST_STOPS}")
-        ids = f"at most {MOST_STOP_IDS} ids of tokens"
+        ids = f"at most {MOST_STOP_IDS} ids of tokens, each from 0 to 2**31 - 1"
         check(are_ids(self.stop_ids) and len(self.stop_ids) <= MOST_STOP_IDS, "stop_ids", self.stop_ids, ids)
         few = f"between 0 and {MOST_ALTERNATIVES}"
         check(0 <= self.alternatives <= MOST_ALTERNATIVES, "alternatives", self.alternatives, few)

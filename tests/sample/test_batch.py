@@ -80,7 +80,7 @@ def test_prompts_are_lines_or_objects() -> None:
         ('{"prompt": "a", "temperature": -1}', "f, line 1: temperature = -1 is not possible"),
         ('{"prompt": "a", "top_p": NaN}', "f, line 1: top_p = nan is not possible"),
         ('{"prompt": "a", "stop_ids": [4294967473]}', r"f, line 1: stop_ids = \[4294967473\] is not possible"),
-        (f'{{"prompt": "a", "stop_ids": {[1] * 65}}}', "f, line 1: stop_ids = .* at most 64 ids of tokens"),
+        (f'{{"prompt": "a", "stop_ids": {[1] * 65}}}', "f, line 1: stop_ids = .* at most 64 ids of tokens, each"),
         (f'{{"prompt": "a", "stop": {json.dumps(["x"] * 65)}}}', "f, line 1: stop = '65 strings' is not possible"),
         ('{"prompt": "a", "seed": "1"}', "f, line 1: seed = '1' is not possible: it must be a whole number"),
     ],
@@ -156,7 +156,7 @@ def test_answers_of_another_job_are_left_alone(model: Path, tmp_path: Path) -> N
     before = out.read_bytes()
     assert "answers of another model, or of other settings; take another --out" in refused_here(*job, "--seed=1")
     prompts.write_text("a\nc\n", encoding="utf-8")
-    assert "answers another prompt at line 2; take another --out" in refused_here(*job)
+    assert "answers another prompt, or one with other settings, at line 2; take another --out" in refused_here(*job)
     assert out.read_bytes() == before
     out.write_text("a text\n", encoding="utf-8")
     assert "line 1: this is no answer of such a job; take another --out" in refused_here(*job)
@@ -174,7 +174,7 @@ def test_answers_to_other_settings_of_a_line_and_of_other_weights_are_left_alone
     before = out.read_bytes()
     for other in lines[1:]:
         prompts.write_text(other, encoding="utf-8")
-        assert "answers another prompt at line 1; take another --out" in refused_here(*job)
+        assert "answers another prompt, or one with other settings, at line 1; take another --out" in refused_here(*job)
     prompts.write_text(lines[0], encoding="utf-8")
     _, err = run_here(*job)
     assert "has all 1 answers already" in err
