@@ -62,14 +62,14 @@ def cached_attention(
     return cast(tuple[jax.Array, LayerCache], attend(q_BTHK, k_BTGK, v_BTGK, cache, start_B))
 
 
-def with_finite_values(k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Keys and values of which those that are not finite make the keys NaN, in place of the values.
+def with_finite_values(k_BTGK: jax.Array, v_BTGK: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The keys, NaN where a value is not finite, and the values, 0 there: (B, T, G, K) both.
 
     A place of the cache may hold what another sequence left there. Its score is masked, but its value counts zero
     times, which is NaN for what is not finite. Its own sequence finds the NaN in its scores.
     """
-    finite = jnp.isfinite(v)
-    return jnp.where(finite, k, jnp.nan), jnp.where(finite, v, 0)
+    finite_BTGK = jnp.isfinite(v_BTGK)
+    return jnp.where(finite_BTGK, k_BTGK, jnp.nan), jnp.where(finite_BTGK, v_BTGK, 0)
 
 
 def newest_attention(q_B1HK: jax.Array, cache: LayerCache, position_B: jax.Array, window: int) -> jax.Array:

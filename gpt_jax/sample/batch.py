@@ -38,6 +38,7 @@ class Prompt:
 
 
 NAMED = ("line", "id", "prompt", "messages", "settings")
+"""Fields of an answer that tell its prompt. Those of which a prompt has none are left out."""
 
 
 def read_prompts(text: str, where: str, settings: Settings) -> list[Prompt]:

@@ -275,7 +275,7 @@ def test_an_answer_stays_when_reading_it_is_interrupted(
 
     monkeypatch.setattr(Engine, "read", interrupted)
     talk(params, "Hello", "And now?")
-    assert prompts[1].startswith(turn("user", "Hello") + "<|im_start|>assistant\n")
+    assert prompts[1].startswith(turn("user", "Hello") + BEGIN)
 
 
 def test_programs_give_messages_as_templates_take_them(params: Params) -> None:
