@@ -23,7 +23,7 @@ from gpt_jax.cli.terminal import print_error
 from gpt_jax.errors import UserError
 from gpt_jax.system import open_closed_streams, restart_with_huge_pages
 
-EXTRAS = {"tokenizers": "interop", "jinja2": "interop", "gguf": "interop", "google": "interop", "lm_eval": "lm-eval"}
+EXTRAS = {"tokenizers": "interop", "gguf": "interop", "google": "interop", "lm_eval": "lm-eval"}
 """Optional packages, and the extra that installs each. `google` is protobuf."""
 
 USAGE = """usage: gpt-jax COMMAND [OPTIONS]

@@ -2,8 +2,9 @@
 
 A data folder holds, for each of the splits `train` and `val`, shards `train-00000-of-00002.bin`... (token ids, uint16
 if the vocabulary allows it, else uint32, little endian, no header) and `train-documents.bin` (the first token of each
-document in the split, uint64, little endian), and besides `meta.json` and the tokenizer's file. Every document is
-followed by one <|endoftext|>.
+document in the split, uint64, little endian), and besides `meta.json` and the tokenizer's file. Every text is followed
+by one <|endoftext|>. Conversations are as their template writes them, and each shard has a mask beside it,
+`train-00000-of-00002.learnt.bin`: a byte a token, 1 where the token is to be learnt.
 """
 
 import bisect
@@ -25,7 +26,7 @@ from gpt_jax.system import command_line
 from gpt_jax.tokenizer.load import load_tokenizer
 from gpt_jax.tokenizer.tokenizer import Tokenizer
 
-FORMAT_VERSION = 1
+FORMAT_VERSIONS = {"plain": 1, "masked": 2}  # Versions before masks must not take the one for the other.
 SHARD_TOKENS = 100_000_000
 META_FILE = "meta.json"
 
@@ -46,11 +47,13 @@ class Split:
     """The entry of `meta.json` for the training or the validation text."""
 
     tokens: int  # Including those that end documents.
-    documents: int
-    bytes: int  # Of the text, in UTF-8.
+    documents: int  # Texts, or examples made of conversations.
+    bytes: int  # Of the text, in UTF-8; with a mask, of the text that is to be learnt.
     shards: tuple[Shard, ...]
     documents_file: str
-    fingerprint: str = ""  # SHA-256 of the shards, one after the other; empty in folders that older versions made.
+    # SHA-256 of the shards, one after the other, and then of the masks; empty in folders that older versions made.
+    fingerprint: str = ""
+    learnt: int | None = None  # Tokens that are to be learnt, by the masks; None: there are no masks, and all are.
 
 
 @dataclass(frozen=True)
@@ -81,63 +84,88 @@ def token_dtype(vocab_size: int) -> np.dtype:
 class SplitWriter:
     """Writes the shards and the document starts of one split into an existing folder."""
 
-    def __init__(self, folder: Path, name: SplitName, vocab_size: int, end_of_text: int) -> None:
+    def __init__(self, folder: Path, name: SplitName, vocab_size: int, masked: bool = False) -> None:
         self._folder = folder
         self._name = name
-        self._dtype = token_dtype(vocab_size)
-        self._end_of_text = end_of_text
         self._documents_file = f"{name}-documents.bin"
         self._starts = (folder / self._documents_file).open("wb")
-        self._shard: BinaryIO | None = None  # The last one, open; all others are full and closed.
-        self._filled: list[int] = []  # Tokens in each shard.
-        self._sha256 = hashlib.sha256()
-        self._tokens = self._documents = self._document_start = 0
+        self._files = [_ShardFiles(folder, name, ".bin", token_dtype(vocab_size))]
+        self._files += [_ShardFiles(folder, name, ".learnt.bin", np.dtype(np.uint8))] if masked else []
+        self._tokens = self._documents = self._document_start = self._learnt = 0
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._starts.close()
-        if self._shard:
-            self._shard.close()
+        for files in self._files:
+            files.close()
 
-    def write(self, tokens: np.ndarray) -> None:
-        """Appends token ids, and records where a document ends, which is after each `end_of_text`."""
-        ends = np.flatnonzero(tokens == self._end_of_text) + 1 + self._tokens
+    def write(self, tokens: np.ndarray, ends: np.ndarray, learnt: np.ndarray | None = None) -> None:
+        """Appends token ids, int (N,); the places after the last tokens of documents that end among them, ascending;
+        and, with a mask, whether each token is to be learnt, bool (N,)."""
         if len(ends):
+            ends = ends + self._tokens
             self._starts.write(np.concatenate(([self._document_start], ends[:-1])).astype("<u8").tobytes())
             self._document_start = int(ends[-1])
             self._documents += len(ends)
         self._tokens += len(tokens)
-        while len(tokens):
-            if self._shard is None or self._filled[-1] == SHARD_TOKENS:
-                if self._shard:
-                    self._shard.close()
-                self._shard = self._unfinished(len(self._filled)).open("wb")
-                self._filled.append(0)
-            part, tokens = np.split(tokens, [SHARD_TOKENS - self._filled[-1]])
-            content = part.astype(self._dtype).tobytes()
-            self._shard.write(content)
-            self._sha256.update(content)
-            self._filled[-1] += len(part)
+        for files, values in zip(self._files, (tokens, learnt), strict=False):
+            files.write(values)
+        self._learnt += 0 if learnt is None else int(learnt.sum())
 
     def finish(self, n_bytes: int) -> Split:
-        """Closes the files, and gives the shards their final names. n_bytes: size of the text in UTF-8."""
+        """Closes the files, and gives the shards their final names. n_bytes: see Split.bytes."""
         self.__exit__()
+        shards, *_ = [files.finish() for files in self._files]
+        sha256 = self._files[0].sha256
+        if len(self._files) == 1:
+            return Split(self._tokens, self._documents, n_bytes, shards, self._documents_file, sha256.hexdigest())
+        sha256.update(self._files[1].sha256.digest())
+        learnt = self._learnt
+        return Split(self._tokens, self._documents, n_bytes, shards, self._documents_file, sha256.hexdigest(), learnt)
+
+
+class _ShardFiles:
+    """Files of SHARD_TOKENS values each, one after the other."""
+
+    def __init__(self, folder: Path, name: SplitName, suffix: str, dtype: np.dtype) -> None:
+        self._folder, self._name, self._suffix, self._dtype = folder, name, suffix, dtype
+        self._file: BinaryIO | None = None  # The last one, open; all others are full and closed.
+        self._filled: list[int] = []  # Values in each file.
+        self.sha256 = hashlib.sha256()
+
+    def write(self, values: np.ndarray) -> None:
+        while len(values):
+            if self._file is None or self._filled[-1] == SHARD_TOKENS:
+                self.close()
+                self._file = self._unfinished(len(self._filled)).open("wb")
+                self._filled.append(0)
+            part, values = np.split(values, [SHARD_TOKENS - self._filled[-1]])
+            content = part.astype(self._dtype).tobytes()
+            self._file.write(content)
+            self.sha256.update(content)
+            self._filled[-1] += len(part)
+
+    def close(self) -> None:
+        if self._file:
+            self._file.close()
+
+    def finish(self) -> tuple[Shard, ...]:
+        """Gives the files their final names, which have their number, and returns them."""
         shards = []
         for i, filled in enumerate(self._filled):
-            shard = Shard(f"{self._name}-{i:05d}-of-{len(self._filled):05d}.bin", filled)
+            shard = Shard(f"{self._name}-{i:05d}-of-{len(self._filled):05d}{self._suffix}", filled)
             self._unfinished(i).rename(self._folder / shard.name)
             shards.append(shard)
-        fingerprint = self._sha256.hexdigest()
-        return Split(self._tokens, self._documents, n_bytes, tuple(shards), self._documents_file, fingerprint)
+        return tuple(shards)
 
     def _unfinished(self, i: int) -> Path:
-        return self._folder / f"{self._name}-{i:05d}.bin"
+        return self._folder / f"{self._name}-{i:05d}{self._suffix}"
 
 
 class TokenFiles:
-    """The token ids of one split, read from its shards as if they were one array."""
+    """The token ids of one split, read from its shards as if they were one array, and what of them is to be learnt."""
 
     def __init__(self, folder: Path, split: Split, dtype: str) -> None:
         """Raises UserError when a file is missing or has another size than `split` says."""
@@ -145,6 +173,11 @@ class TokenFiles:
         self._len = split.tokens
         token_type = np.dtype(dtype).newbyteorder("<")
         self._shards = [_map_file(folder / shard.name, token_type, shard.tokens) for shard in split.shards]
+        self.n_learnt = split.learnt
+        self._masks = [
+            _map_file(folder / mask_name(shard.name), np.dtype(np.uint8), shard.tokens)
+            for shard in (split.shards if split.learnt is not None else ())
+        ]
         self._starts = list(itertools.accumulate((shard.tokens for shard in split.shards), initial=0))
         self.document_starts = _map_file(folder / split.documents_file, np.dtype("<u8"), split.documents)
 
@@ -152,16 +185,33 @@ class TokenFiles:
         """Number of tokens."""
         return self._len
 
+    @property
+    def masked(self) -> bool:
+        """True if only some of the tokens are to be learnt."""
+        return self.n_learnt is not None
+
     def read(self, start: int, count: int) -> np.ndarray:
         """Tokens `start` to `start + count - 1`, int32 (count,). Raises IndexError outside of the split."""
+        return self._read(self._shards, start, count).astype(np.int32)
+
+    def read_learnt(self, start: int, count: int) -> np.ndarray:
+        """For each of these tokens, whether it is to be learnt, bool (count,). Only with a mask."""
+        return self._read(self._masks, start, count).astype(bool)
+
+    def _read(self, files: list[np.ndarray], start: int, count: int) -> np.ndarray:
         if not 0 <= start <= start + count <= self._len:
             raise IndexError(f"tokens {start} to {start + count} of {self._len}")
-        i = bisect.bisect_right(self._starts, start, hi=len(self._shards)) - 1
+        i = bisect.bisect_right(self._starts, start, hi=len(files)) - 1
         offset = start - self._starts[i]
-        part = self._shards[i][offset : offset + count].astype(np.int32)
+        part = files[i][offset : offset + count]
         if len(part) == count:
             return part
-        return np.concatenate((part, self.read(start + len(part), count - len(part))))
+        return np.concatenate((part, self._read(files, start + len(part), count - len(part))))
+
+
+def mask_name(shard: str) -> str:
+    """The name of the mask beside a shard."""
+    return shard.removesuffix(".bin") + ".learnt.bin"
 
 
 def _map_file(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
@@ -197,8 +247,9 @@ def load_meta(folder: Path) -> Meta:
     path = folder / META_FILE
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        if values["format_version"] != FORMAT_VERSION:
-            raise UserError(f"{path} is of format {values['format_version']}, not {FORMAT_VERSION}; prepare it again")
+        if (version := values["format_version"]) not in FORMAT_VERSIONS.values():
+            known = " or ".join(map(str, FORMAT_VERSIONS.values()))
+            raise UserError(f"{path} is of format {version}, not {known}; prepare it again")
         for split in SPLITS:
             shards = tuple(Shard(**shard) for shard in values[split].pop("shards"))
             values[split] = Split(**values[split], shards=shards)

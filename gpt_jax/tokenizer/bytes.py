@@ -13,13 +13,13 @@ from gpt_jax.tokenizer.tokenizer import (
     JSON_FILE,
     SPECIAL_TOKENS,
     ByteDecoder,
-    WithoutChat,
+    Lossless,
     save_bytes,
     utf8,
 )
 
 
-class ByteTokenizer(WithoutChat):
+class ByteTokenizer(Lossless):
     """The bytes of UTF-8 as ids 0 to 255, then the special tokens."""
 
     def __init__(self) -> None:
@@ -53,6 +53,7 @@ class ByteTokenizer(WithoutChat):
 
     def save(self, folder: Path) -> Path:
         """See Tokenizer."""
+        self.save_template(folder)
         return save_bytes(folder / JSON_FILE, self._definition)
 
     @classmethod

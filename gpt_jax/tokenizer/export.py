@@ -48,10 +48,12 @@ def as_hugging_face(tokenizer: Tokenizer) -> HuggingFaceTokenizer:
     if isinstance(tokenizer, HuggingFaceTokenizer):
         return tokenizer
     if isinstance(tokenizer, ByteTokenizer):
-        return _of_bytes(tokenizer)
-    if isinstance(tokenizer, SentencePieceTokenizer):
-        return _of_sentencepiece(tokenizer)
-    raise TypeError(f"a {type(tokenizer).__name__}")
+        exported = _of_bytes(tokenizer)
+    elif isinstance(tokenizer, SentencePieceTokenizer):
+        exported = _of_sentencepiece(tokenizer)
+    else:
+        raise TypeError(f"a {type(tokenizer).__name__}")
+    return exported if tokenizer.chat_template is None else exported.with_chat_template(tokenizer.chat_template)
 
 
 def _of_bytes(tokenizer: ByteTokenizer) -> HuggingFaceTokenizer:

@@ -1,5 +1,6 @@
 """Tokenizers published as a `tokenizer.json`, run by the library `tokenizers`, which defines the format."""
 
+import copy
 import functools
 import hashlib
 import json
@@ -13,13 +14,12 @@ import numpy as np
 
 from gpt_jax.errors import UserError
 from gpt_jax.files import save_json
-from gpt_jax.tokenizer import chat_template
+from gpt_jax.tokenizer.chat_template import Chat, control
 from gpt_jax.tokenizer.splitting import may_be_cut
-from gpt_jax.tokenizer.tokenizer import END_OF_TEXT, JSON_FILE, NO_CHAT, last_cut, save_bytes, utf8
+from gpt_jax.tokenizer.tokenizer import END_OF_TEXT, JSON_FILE, NO_CHAT, TEMPLATE_FILE, last_cut, save_bytes, utf8
 
 CONFIG_FILE = "tokenizer_config.json"
 TOKENS_FILE = "special_tokens_map.json"
-TEMPLATE_FILE = "chat_template.jinja"
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")  # Of added tokens.
 # The purposes of special tokens, as tokenizer_config.json and chat templates name them.
 PARTS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -34,9 +34,6 @@ CLASSES = {
 END_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|end|>", "<end_of_turn>", "<|eot|>")
 
 logger = logging.getLogger(__name__)
-
-# Breaks the names of special tokens in a message, so that a user who types one does not end a turn.
-ZERO_WIDTH_SPACE = "\u200b"
 
 # More ids without a token than this, and than there are tokens, are an error in the file, not a reserve.
 MOST_GAPS = 1 << 16
@@ -124,12 +121,23 @@ class HuggingFaceTokenizer:
         """See Tokenizer."""
         return last_cut(text) if self._may_be_cut else 0
 
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """See Tokenizer. Names of special tokens in a message are broken by a zero-width space."""
+    @functools.cached_property
+    def chat(self) -> Chat:
+        """See Tokenizer."""
         if self.chat_template is None:
             raise UserError(NO_CHAT)
-        plain = chat_template.checked(messages, self._without_names)
-        return self._encode(chat_template.render(self.chat_template, plain, self.parts), self._chat_tokenizer)
+        return Chat(self.chat_template, self.parts, self.special_tokens, self._encode_parts)
+
+    def with_chat_template(self, template: str) -> "HuggingFaceTokenizer":
+        """See Tokenizer."""
+        other = copy.copy(self)
+        other.__dict__.pop("chat", None)
+        other.chat_template = template
+        return other
+
+    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """See Tokenizer."""
+        return self.chat.prompt(messages)
 
     def id_of(self, token: str) -> int | None:
         """The id of a token by its name in the vocabulary."""
@@ -156,7 +164,9 @@ class HuggingFaceTokenizer:
 
     def rules(self) -> dict[str, Any]:
         """The content of `tokenizer.json`, every default spelled out."""
-        rules: dict[str, Any] = json.loads(self._chat_tokenizer.to_str())
+        tokenizer = _parsed(self._definition)
+        _mark_special(tokenizer, self._marked)
+        rules: dict[str, Any] = json.loads(tokenizer.to_str())
         return rules
 
     def config(self) -> dict[str, Any]:
@@ -182,29 +192,46 @@ class HuggingFaceTokenizer:
         ids: list[int] = encoding.ids
         return ids
 
-    @functools.cached_property
-    def _chat_tokenizer(self) -> Any:
-        """The library's tokenizer to which names of special tokens are these tokens. It is an object of its own, since
-        threads may encode texts with the other one at the same time."""
-        tokenizer = _parsed(self._definition)
-        _mark_special(tokenizer, self._marked)
-        return tokenizer
+    def _encode_parts(self, parts: Sequence[str]) -> list[list[int]]:
+        """See Chat.encode."""
+        plain = [self.chat.plain(part) for part in parts]
+        tokenizer, ids_of = self._chat_tokenizer
+        encoded = [self._encode(plain[0], tokenizer)] if plain else []
+        encoded += [self._encode_after(part, tokenizer) for part in plain[1:]]
+        return [[ids_of.get(i, i) for i in ids] for ids in encoded]
 
-    def _without_names(self, text: str) -> str:
-        """A text of a message in which no name of a special token is left. Raises UserError when one cannot be broken:
-        of one character, or one that the tokenizer's normalization puts together again."""
-        broken: set[str] = set()
-        while control := {*self.special_tokens.values()} & {*self._encode(text, self._chat_tokenizer)}:
-            plain = {*self.encode(text)}  # Any text may yield the unknown token.
-            found = {i: self._tokenizer.id_to_token(i) for i in control}
-            names = [name for i, name in found.items() if name in text or i not in plain]
-            if not names:
-                break
-            if {*names} & broken:
-                raise UserError(f"a message contains the special token {names[0]!r}, which only the template may write")
-            text = re.sub(f"(?s)(?={'|'.join(map(re.escape, names))}).", lambda m: m[0] + ZERO_WIDTH_SPACE, text)
-            broken |= {*names}
-        return text
+    def _encode_after(self, text: str, tokenizer: Any) -> list[int]:
+        """The ids of a text that follows another one, without what the rules put before every text, such as a space.
+
+        They are those after a few signs, of the first that stand apart from the text; the text as it is, if none do."""
+        if self._begins_alike or not text:
+            return self._encode(text, tokenizer)
+        for before in ("\n", "a\n", "a"):
+            first, both = (self._encode(t, tokenizer) for t in (before, before + text))
+            if both[: len(first)] == first:
+                return both[len(first) :]
+        return self._encode(text, tokenizer)
+
+    @functools.cached_property
+    def _begins_alike(self) -> bool:
+        """True if a text is encoded in the same way at the start and after another one."""
+        return all(self.decode([*self.encode("b"), *self.encode(text)]) == f"b{text}" for text in ("a", " a", "\n"))
+
+    @functools.cached_property
+    def _chat_tokenizer(self) -> tuple[Any, dict[int, int]]:
+        """The library's tokenizer, to which CONTROL i END is special token i, and names of special tokens are text; and
+        the ids of its added tokens, which it numbers anew, as they should be.
+
+        It is an object of its own, since threads may encode texts with the other one at the same time."""
+        rules = self.rules()
+        codes = {name: control(i) for i, name in enumerate(self.special_tokens)}
+        original = {codes.get(token["content"], token["content"]): token["content"] for token in rules["added_tokens"]}
+        for token in rules["added_tokens"]:
+            token["content"] = codes.get(token["content"], token["content"])
+        tokenizer = _parsed(json.dumps(rules).encode())
+        _hide_pieces(tokenizer, {*self.special_tokens})
+        ids_of = {i: self.id_of(original[token.content]) for i, token in tokenizer.get_added_tokens_decoder().items()}
+        return tokenizer, {i: actual for i, actual in ids_of.items() if actual is not None}
 
     @functools.cached_property
     def _may_be_cut(self) -> bool:

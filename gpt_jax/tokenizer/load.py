@@ -8,7 +8,14 @@ from gpt_jax.tokenizer.bytes import ByteTokenizer
 from gpt_jax.tokenizer.hugging_face import from_tokenizer_json
 from gpt_jax.tokenizer.published import from_sentencepiece, from_vocabulary
 from gpt_jax.tokenizer.sentencepiece import ForeignModelError, SentencePieceTokenizer
-from gpt_jax.tokenizer.tokenizer import BYTE_LEVEL_FILE, JSON_FILE, SENTENCEPIECE_FILE, WORDPIECE_FILE, Tokenizer
+from gpt_jax.tokenizer.tokenizer import (
+    BYTE_LEVEL_FILE,
+    JSON_FILE,
+    SENTENCEPIECE_FILE,
+    TEMPLATE_FILE,
+    WORDPIECE_FILE,
+    Tokenizer,
+)
 
 # Files that identify a tokenizer. The first of them that a folder has counts.
 FILES = (JSON_FILE, SENTENCEPIECE_FILE, BYTE_LEVEL_FILE, WORDPIECE_FILE)
@@ -26,7 +33,10 @@ def load_tokenizer(path: Path) -> Tokenizer:
             raise UserError(f"there is no tokenizer in {path}: none of {', '.join(FILES)}")
         path = found[0]
     try:
-        return _load(path, path.read_bytes())
+        tokenizer = _load(path, path.read_bytes())
+        if isinstance(tokenizer, ByteTokenizer | SentencePieceTokenizer) and (path.parent / TEMPLATE_FILE).is_file():
+            return tokenizer.with_chat_template((path.parent / TEMPLATE_FILE).read_text(encoding="utf-8"))
+        return tokenizer
     except FileNotFoundError as e:
         missing = f", which belongs to {path.name}" if e.filename != str(path) else ""
         raise UserError(f"there is no tokenizer {e.filename}{missing}") from None

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import sentencepiece
 
-from gpt_jax.tokenizer.tokenizer import END_OF_TEXT, SENTENCEPIECE_FILE, ByteDecoder, WithoutChat, save_bytes, utf8
+from gpt_jax.tokenizer.tokenizer import END_OF_TEXT, SENTENCEPIECE_FILE, ByteDecoder, Lossless, save_bytes, utf8
 
 # The units that are tokenised independently: spaces, then characters up to the next space or newline, then newlines. No
 # token of the models trained here crosses from one unit to the next, so the result is that of the whole text.
@@ -22,7 +22,7 @@ class ForeignModelError(ValueError):
     """A valid SentencePiece model, but not of the kind that `train_sentencepiece` makes."""
 
 
-class SentencePieceTokenizer(WithoutChat):
+class SentencePieceTokenizer(Lossless):
     """A lossless SentencePiece model, such as `train_sentencepiece` makes.
 
     A model without byte fallback (model type char) lacks characters: unknown ones are encoded as the id of <unk>, with
@@ -103,6 +103,7 @@ class SentencePieceTokenizer(WithoutChat):
 
     def save(self, folder: Path) -> Path:
         """See Tokenizer."""
+        self.save_template(folder)
         return save_bytes(folder / SENTENCEPIECE_FILE, self.model)
 
 

@@ -1,23 +1,28 @@
 """Text to token ids and back: the interface of every tokenizer, and code that several of them share."""
 
 import codecs
+import copy
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 
 from gpt_jax.errors import UserError
 from gpt_jax.files import replacing
+from gpt_jax.tokenizer.chat_template import CONTROL_TOKEN, Chat
 
 END_OF_TEXT = "<|endoftext|>"
 # The end of a document, and the roles of a chat. Text never yields their ids, even if it contains their names.
 SPECIAL_TOKENS = (END_OF_TEXT, "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
+END_OF_TURN = SPECIAL_TOKENS[-1]
 JSON_FILE = "tokenizer.json"
 SENTENCEPIECE_FILE = "tokenizer.model"
 BYTE_LEVEL_FILE = "vocab.json"  # GPT-2's, with merges.txt beside it.
 WORDPIECE_FILE = "vocab.txt"  # BERT's.
+TEMPLATE_FILE = "chat_template.jinja"
 NO_CHAT = "the tokenizer has no chat template, which says how to write a conversation; take a model made for chat"
 
 
@@ -68,12 +73,20 @@ class Tokenizer(Protocol):
         It is as large as possible, and less than the length of `text` unless any place will do.
         """
 
+    @property
+    def chat(self) -> Chat:
+        """How conversations are written, by `chat_template`. Raises UserError when there is none."""
+
+    def with_chat_template(self, template: str) -> Self:
+        """The same tokenizer with another chat template."""
+
     def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Token ids of a conversation, up to the start of the next answer. Threads may call it at the same time.
 
         Each message has a "role" (system, user, assistant, developer or tool) and a "content", a text or OpenAI's list
-        of text parts, and what else the template reads. Names of special tokens in it are plain text. Raises UserError
-        when there is no chat template, when the template refuses the conversation, and for other roles and contents.
+        of text parts, and what else the template reads. Names of special tokens in it are plain text. Answers are
+        encoded apart from what is before them, as they were when the model wrote them. Raises UserError when there is
+        no chat template, when the template refuses the conversation, and for other roles and contents.
         """
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -168,18 +181,56 @@ def save_bytes(path: Path, content: bytes) -> Path:
     return path
 
 
-class WithoutChat:
-    """Base of the tokenizers made here: no token starts a document, and there is no chat template."""
+class Lossless:
+    """Base of the tokenizers made here: no token starts a document, a part of a text is encoded as if it were all of
+    it, and a conversation is written by a template that was given, and is saved in a file of its own."""
 
     end_of_text: int
+    special_tokens: Mapping[str, int]
     begin_of_text: int | None = None
     chat_template: str | None = None
+
+    def encode(self, text: str) -> list[int]:
+        """See Tokenizer."""
+        raise NotImplementedError
 
     @property
     def stop_ids(self) -> frozenset[int]:
         """See Tokenizer."""
-        return frozenset({self.end_of_text})
+        ends_turn = None if self.chat_template is None else self.special_tokens.get(END_OF_TURN)
+        return frozenset({self.end_of_text} if ends_turn is None else {self.end_of_text, ends_turn})
+
+    @functools.cached_property
+    def chat(self) -> Chat:
+        """See Tokenizer."""
+        if self.chat_template is None:
+            raise UserError(NO_CHAT)
+        return Chat(self.chat_template, {"eos_token": END_OF_TEXT}, self.special_tokens, self._encode_parts)
+
+    def with_chat_template(self, template: str | None) -> Self:
+        """See Tokenizer."""
+        other = copy.copy(self)
+        other.__dict__.pop("chat", None)
+        other.chat_template = template
+        return other
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """Raises UserError."""
-        raise UserError(NO_CHAT)
+        """See Tokenizer."""
+        return self.chat.prompt(messages)
+
+    def save_template(self, folder: Path) -> None:
+        """Writes the chat template, if there is one, into a file of its own."""
+        if self.chat_template is not None:
+            save_bytes(folder / TEMPLATE_FILE, self.chat_template.encode())
+
+    def _encode_parts(self, parts: Sequence[str]) -> list[list[int]]:
+        """See Chat.encode."""
+        ids = list(self.special_tokens.values())
+        return [
+            [
+                token
+                for i, piece in enumerate(CONTROL_TOKEN.split(part))  # Every second piece is an index.
+                for token in ([ids[int(piece)]] if i % 2 else self.encode(self.chat.plain(piece)))
+            ]
+            for part in parts
+        ]

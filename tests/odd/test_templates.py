@@ -163,7 +163,7 @@ def test_a_template_that_cannot_be_used_is_told(
         (ALL, [{"role": "tool", "content": "5"}], "tool: 5"),
         (ALL, [{"role": "developer", "content": "Be brief."}], "developer: Be brief."),
         (ALL, [{"role": "user", "content": ""}], "user: "),
-        ("{{ messages[0].name }}", [{"role": "user", "content": "", "name": "A<|im_end|>"}], "A<\u200b|im_end|>"),
+        ("{{ messages[0].name }}", [{"role": "user", "content": "", "name": "A<|im_end|>"}], "A<|im_end|>"),
         ("{{ messages[0].n + 1 }}", [{"role": "user", "content": "", "n": 1}], "2"),
     ],
     ids=str,

@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import pytest
 
 pytest.importorskip("tokenizers")
-pytest.importorskip("jinja2")
 
 from gpt_jax.api import Model
 from gpt_jax.cli.chat import HELP, chat
