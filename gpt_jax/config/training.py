@@ -9,6 +9,7 @@ from gpt_jax.errors import UserError
 
 ScheduleName = Literal["cosine", "linear", "wsd", "constant"]
 TokenizerType = Literal["bpe", "unigram", "char"]
+PackingName = Literal["auto", "stream", "documents"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,12 @@ class DataConfig(TextConfig):
 
     dir: str = ""  # Folder made by `prepare`.
     source: tuple[str, ...] = ()  # Text to prepare a missing `dir` from: files, folders, corpora.
+    # Several folders in place of `dir`, each with its weight, by tokens to learn: data/web=0.7 data/chat=0.3.
+    mixture: tuple[str, ...] = ()
+    curriculum: tuple[str, ...] = ()  # Other weights of the mixture's folders from a step on: 5000:0.5,0.5.
+    # How documents fill the windows: stream (one after the other, cut anywhere), documents (side by side, none sees
+    # another); auto: documents for conversations, else stream.
+    packing: PackingName = "auto"
     batch_size: int = 32  # Sequences in one optimizer step, over all devices and microbatches.
     microbatch_size: int = 0  # Sequences that a device handles at one time; 0: its whole share of the batch.
 
@@ -43,6 +50,39 @@ class DataConfig(TextConfig):
         self.check_values("data.")
         check(self.batch_size >= 1, "data.batch_size", self.batch_size, "1 or more")
         check(self.microbatch_size >= 0, "data.microbatch_size", self.microbatch_size, "0 (the whole share) or more")
+        check(self.packing in get_args(PackingName), "data.packing", self.packing, " or ".join(get_args(PackingName)))
+        no_stages = not self.curriculum or len(self.mixture) > 1
+        check(no_stages, "data.curriculum", self.curriculum, "empty without a data.mixture of several folders")
+        self.stages()
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """The data folders: those of the mixture or, without one, `dir`."""
+        return tuple(entry.rpartition("=")[0] for entry in self.mixture) or (self.dir,)
+
+    def stages(self) -> list[tuple[int, tuple[float, ...]]]:
+        """The weights of all folders from each step on at which they change, the first of which is 0.
+
+        Raises UserError naming the entry that cannot be read. What the weights may be is decided by the mixture.
+        """
+
+        def weights(entry: str, values: list[str], name: str, allowed: str) -> tuple[float, ...]:
+            try:
+                return tuple(map(float, values))
+            except ValueError:
+                raise UserError(f"{name} = {entry!r} must be {allowed}") from None
+
+        stages = [(0, tuple(
+            weight for entry in self.mixture
+            for weight in weights(entry, [entry.rpartition("=")[2]], "data.mixture", "FOLDER=WEIGHT, as in data/web=0.7")
+        ) or (1.0,))]  # fmt: skip
+        for entry in self.curriculum:
+            start, _, values = entry.partition(":")
+            allowed = "STEP:WEIGHT,WEIGHT..., as in 5000:0.5,0.5"
+            [step] = weights(entry, [start], "data.curriculum", allowed)
+            check(step >= 0 and step == int(step), "data.curriculum", entry, allowed)
+            stages.append((int(step), weights(entry, values.split(","), "data.curriculum", allowed)))
+        return stages
 
 
 @dataclass(frozen=True)

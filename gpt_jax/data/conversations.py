@@ -1,11 +1,18 @@
 """Conversations to tokens, of which exactly those are to be learnt that the model has to write itself."""
 
+import dataclasses
+import json
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from itertools import accumulate
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from gpt_jax.data.shards import token_dtype
 from gpt_jax.errors import UserError
 from gpt_jax.tokenizer.chat_template import CONTROL_TOKEN, LEARN, LEARNT, Chat, borders, control, split
 from gpt_jax.tokenizer.tokenizer import Tokenizer
@@ -46,7 +53,10 @@ class _Answer:
 
 
 def examples(
-    tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], tools: Sequence[Any] | None = None
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Any] | None = None,
+    chat: Chat | None = None,
 ) -> list[Example]:
     """The examples of a conversation: one or, where the template rewrites what was before (as Qwen3 drops thoughts),
     one for each answer, as the model would see it when it is asked.
@@ -54,10 +64,10 @@ def examples(
     An answer is what the template puts after the text that asks for it (the rendering with add_generation_prompt), up
     to the first token that ends a turn, and holds the message's content as it is. So the prompt that sampling makes of
     the messages before it is a prefix of the example, token by token. An answer with `"train": false` is not learnt.
-    Messages after the last answer are left out. Raises RefusedError when an answer is none of this, or nothing is to
+    Messages after the last answer are left out. chat: None for that of the tokenizer. Raises RefusedError when an answer is none of this, or nothing is to
     learn.
     """
-    chat = tokenizer.chat
+    chat = chat or tokenizer.chat
     try:
         hidden, tools = chat.checked(messages), chat.hidden(tools)
     except UserError as e:
@@ -144,3 +154,56 @@ def _encoded(tokenizer: Tokenizer, chat: Chat, requests: Mapping[int, str], answ
         learnt[start:end] = [True] * (end - start)
         found.append((start, end))
     return Example(tokens, learnt, found)
+
+
+TEMPLATE_DATE = datetime(2024, 7, 26)
+"""What templates that write the date write into prepared conversations, so that the same ones give the same tokens on
+any day. It is the day that Llama 3's name where they cannot tell it."""
+
+
+class Encoded(NamedTuple):
+    """What became of some conversations."""
+
+    tokens: np.ndarray  # As they are stored, of all examples.
+    learnt: np.ndarray  # bool, for each token.
+    ends: np.ndarray  # int64, the place after the last token of each example.
+    counts: Counter[str]  # Of conversations, examples, answers that are learnt, and bytes of their text.
+    refused: list[tuple[int, str, str]]  # Which conversations were, the reason for counting, and the error.
+
+
+def encode_conversations(tokenizer: Tokenizer, lines: bytes) -> bytes:
+    """The `Encoded` of conversations, which `unpacked` reads.
+
+    lines: an object with `messages` and `tools` each.
+    """
+    chat = dataclasses.replace(tokenizer.chat, now=lambda: TEMPLATE_DATE)
+    made, counts, refused = list[Example](), Counter[str](), list[tuple[int, str, str]]()
+    for i, line in enumerate(lines.splitlines()):
+        conversation = json.loads(line)
+        try:
+            found = examples(tokenizer, conversation["messages"], conversation["tools"], chat)
+        except RefusedError as e:
+            refused.append((i, e.reason, str(e)))
+            continue
+        made += found
+        answers = [example.tokens[start : end - 1] for example in found for start, end in example.answers]
+        counts["conversations"] += 1
+        counts["examples"] += len(found)
+        counts["answers"] += len(answers)
+        counts["bytes"] += sum(len(tokenizer.decode(answer).encode()) for answer in answers)
+    lengths = [len(example.tokens) for example in made]
+    header = json.dumps({"lengths": lengths, "counts": counts, "refused": refused}).encode()
+    tokens = np.array([t for example in made for t in example.tokens], token_dtype(tokenizer.vocab_size))
+    learnt = np.array([x for example in made for x in example.learnt], bool)
+    return header + b"\n" + tokens.tobytes() + learnt.tobytes()
+
+
+def unpacked(content: bytes, vocab_size: int) -> Encoded:
+    """What `encode_conversations` packed."""
+    header, _, arrays = content.partition(b"\n")
+    fields, dtype = json.loads(header), token_dtype(vocab_size)
+    ends = np.cumsum(fields["lengths"], dtype=np.int64)
+    n = int(ends[-1]) if len(ends) else 0
+    tokens = np.frombuffer(arrays, dtype, n)
+    learnt = np.frombuffer(arrays, bool, n, offset=n * dtype.itemsize)
+    return Encoded(tokens, learnt, ends, Counter(fields["counts"]), [tuple(r) for r in fields["refused"]])

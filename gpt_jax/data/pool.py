@@ -22,14 +22,14 @@ T = TypeVar("T")
 
 
 class WorkerPool:
-    """Processes that tokenise with the tokenizer in a file. Use it in a `with` block, which ends them."""
+    """Processes that do one of `worker.JOBS` with a tokenizer. Use it in a `with` block, which ends them."""
 
-    def __init__(self, tokenizer_file: Path, n_workers: int) -> None:
+    def __init__(self, tokenizer_file: Path, n_workers: int, job: str = "text") -> None:
         package = str(Path(worker.__file__).parents[2])
         search_path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
         self._workers = [
             subprocess.Popen(
-                [sys.executable, "-m", worker.__name__, str(tokenizer_file)],
+                [sys.executable, "-m", worker.__name__, job, str(tokenizer_file)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 env={**os.environ, "PYTHONPATH": search_path},
@@ -53,7 +53,7 @@ class WorkerPool:
             process.communicate()
 
     def encode(self, texts: Iterable[tuple[T, bytes]]) -> Iterator[tuple[T, bytes]]:
-        """Yields (label, token ids) for each (label, text), in the same order. See `worker` for the formats.
+        """Yields (label, result) for each (label, task), in the same order. See `worker` for the formats.
 
         Raises UserError when a worker dies.
         """

@@ -186,8 +186,8 @@ class TokenFiles:
         return self._len
 
     @property
-    def masked(self) -> bool:
-        """True if only some of the tokens are to be learnt."""
+    def learnt(self) -> bool:
+        """True if there is a mask: only some of the tokens are to be learnt."""
         return self.n_learnt is not None
 
     def read(self, start: int, count: int) -> np.ndarray:
@@ -231,10 +231,15 @@ def _map_file(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
 class Dataset:
     """A data folder, open for reading."""
 
+    folder: Path
     meta: Meta
     tokenizer: Tokenizer
     train: TokenFiles
     val: TokenFiles
+
+    def split(self, name: SplitName) -> TokenFiles:
+        """One of both splits."""
+        return self.train if name == "train" else self.val
 
 
 def save_meta(folder: Path, meta: Meta) -> None:
@@ -291,4 +296,4 @@ def open_dataset(folder: Path) -> Dataset:
     if tokenizer.fingerprint != meta.tokenizer_fingerprint:
         raise UserError(f"{folder / meta.tokenizer_file} is not what the tokens were made with; prepare the data again")
     train, val = (TokenFiles(folder, split, meta.dtype) for split in (meta.train, meta.val))
-    return Dataset(meta, tokenizer, train, val)
+    return Dataset(folder, meta, tokenizer, train, val)

@@ -1,16 +1,19 @@
-"""A process that tokenises text from stdin, and writes token ids to stdout.
+"""A process that tokenises what it reads from stdin, and writes token ids to stdout.
 
 Each message is its length (8 bytes, little endian) followed by its bytes. In texts, which are UTF-8, a byte 0xFE starts
-a document and a byte 0xFF ends it, since UTF-8 contains neither. Token ids have the dtype in which they are stored.
+a document and a byte 0xFF ends it, since UTF-8 contains neither. Conversations are JSON Lines. Token ids have the dtype
+in which they are stored.
 """
 
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
+from gpt_jax.data.conversations import encode_conversations
 from gpt_jax.data.shards import token_dtype
 from gpt_jax.tokenizer.load import load_tokenizer
 from gpt_jax.tokenizer.tokenizer import Tokenizer, encode_on
@@ -54,13 +57,19 @@ def encode_documents(tokenizer: Tokenizer, text: bytes) -> np.ndarray:
     return np.concatenate(ids).astype(token_dtype(tokenizer.vocab_size))
 
 
+def _texts(tokenizer: Tokenizer, text: bytes) -> bytes:
+    return encode_documents(tokenizer, text).tobytes()
+
+
+JOBS: dict[str, Callable[[Tokenizer, bytes], bytes]] = {"text": _texts, "chat": encode_conversations}
+
+
 def main() -> None:
     """Answers until stdin is closed, which also happens when the parent dies."""
-    tokenizer = load_tokenizer(Path(sys.argv[1]))
+    job, tokenizer = JOBS[sys.argv[1]], load_tokenizer(Path(sys.argv[2]))
     try:
         while True:
-            text = receive(sys.stdin.buffer)
-            send(sys.stdout.buffer, encode_documents(tokenizer, text).tobytes())
+            send(sys.stdout.buffer, job(tokenizer, receive(sys.stdin.buffer)))
     except (EOFError, BrokenPipeError):
         sys.stdout = None  # Nothing is left to flush it to.
 
