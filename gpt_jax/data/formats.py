@@ -5,43 +5,40 @@ error and never replaced, so that no wrongly converted corpus trains a model unn
 of a file decides how it is unpacked and read, and its name only where the content leaves it open.
 """
 
-import bz2
 import codecs
 import csv
-import gzip
 import io
 import json
-import lzma
 import re
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import zstandard
-
+from gpt_jax.data.records import (
+    OnBroken,
+    Record,
+    fail,
+    import_parquet,
+    json_lines,
+    json_values,
+    no_object,
+    parquet_columns,
+    parquet_rows,
+)
+from gpt_jax.data.unpack import PACKED, damage_named, packing, unpacked
 from gpt_jax.errors import UserError
 from gpt_jax.system import command_line
 
 BLOCK_BYTES = 1 << 20  # Largest block.
 MAX_LINE_BYTES = 64 << 20  # Longest line of JSON Lines, or record of JSON, which must be parsed as a whole.
-MAX_WINDOW = 1 << 31  # Bytes that unpacking Zstandard may look back, as with zstd --long=31.
 BINARY_CHECK_BYTES = 8192  # A NUL among the first bytes makes a file binary, as for git and grep.
 MAX_NAMES = 20  # Most fields that an error lists.
 
-PACKED = {
-    ".gz": re.compile(rb"\x1f\x8b\x08"),
-    ".zst": re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"),  # The second is a frame to be skipped.
-    ".bz2": re.compile(rb"BZh[1-9](1AY&SY|\x17rE8P\x90)"),
-    ".xz": re.compile(rb"\xfd7zXZ\0"),
-}
-"""The beginning of packed files, by the suffix that they should have."""
-
 RECORD_SUFFIXES = (".jsonl", ".ndjson")
 JSON_START = re.compile(rb'(?:\xef\xbb\xbf)?\s*(\{\s*"|\[\s*["{])')
-SPACE = re.compile(r"[ \t\r\n]*")
 
+RECORDS = ("lines", "values", "parquet")  # The kinds that hold records.
 Kind = Literal["text", "lines", "values", "unlike", "parquet", "binary", "empty", "unreadable"]
 """What a file holds: a text, JSON Lines, records in a JSON array or one after the other, what is like JSON or a table
 but not records with the field of the text (and is read as a text), Parquet, something else, nothing; or it cannot be
@@ -63,23 +60,62 @@ def read_blocks(path: Path, text_field: str) -> Iterator[Block]:
     meta.text. Any other file is one document. Records whose text is empty or null are no documents. Raises UserError
     naming the file, and the byte, line or row, that cannot be read.
     """
-    try:
-        with _damage_named(path), path.open("rb") as raw:
-            kind = _kind(path, raw, text_field)
-            file = _unpacked(path, raw)
-            if kind == "parquet":
-                yield from _read_parquet(path, text_field)
-            elif kind == "lines":
-                yield from _read_json_lines(path, file, raw.tell, text_field)
-            elif kind == "values":
-                for number, value in enumerate(_json_values(path, file), 1):
-                    yield from _record(value, f"{path}, record {number}", text_field, raw.tell())
-            elif kind == "empty":
-                raise UserError(f"{path} is empty")
-            elif kind == "binary":
-                raise UserError(f"{path} is a binary file, not text{_advice(path, file.read(BINARY_CHECK_BYTES))}")
+    with _opened(path) as raw:
+        kind = _kind(path, raw, text_field)
+        if kind in RECORDS:
+            if kind == "parquet" and _field(columns := parquet_columns(path), text_field) is MISSING:
+                raise UserError(f"{path} has no column {text_field!r}; {_choose_field(columns)}")
+            for record in _records(path, raw, kind, [text_field], fail):
+                yield from record_blocks(record, text_field)
+        elif kind == "empty":
+            raise UserError(f"{path} is empty")
+        elif kind == "binary":
+            head = unpacked(path, raw).read(BINARY_CHECK_BYTES)
+            raise UserError(f"{path} is a binary file, not text{_advice(path, head)}")
+        else:
+            yield from _read_text(path, unpacked(path, raw), raw.tell)
+
+
+def read_records(path: Path, columns: Sequence[str] | None = None, on_broken: OnBroken = fail) -> Iterator[Record]:
+    """The records of a file: of JSON Lines, a JSON array, JSON objects one after the other, or Parquet, also packed.
+
+    columns: those that are read from Parquet, as far as they are there; None: all. on_broken: see `records`; it is told
+    of lines of JSON Lines that are no JSON, and of values that are no objects. Raises UserError naming the file, and
+    the line or row, that cannot be read, and for a file of another kind.
+    """
+    with _opened(path) as raw:
+        kind = _kind(path, raw, None)
+        if kind == "empty":
+            raise UserError(f"{path} is empty")
+        if kind not in RECORDS:
+            raise UserError(f"{path} holds no records; JSON Lines, a JSON array of objects, and Parquet do")
+        yield from _records(path, raw, kind, columns, on_broken)
+
+
+def _records(
+    path: Path, raw: io.BufferedReader, kind: Kind, columns: Sequence[str] | None, on_broken: OnBroken
+) -> Iterator[Record]:
+    """See read_records."""
+    wanted = f" with a field {columns[0]!r}" if columns else ""
+    if kind == "parquet":
+        yield from parquet_rows(path, columns)
+    elif kind == "lines":
+        yield from json_lines(path, unpacked(path, raw), raw.tell, MAX_LINE_BYTES, on_broken, wanted)
+    else:
+        for number, value in enumerate(json_values(path, unpacked(path, raw), MAX_LINE_BYTES), 1):
+            where = f"{path}, record {number}"
+            if isinstance(value, dict):
+                yield Record(value, where, raw.tell())
             else:
-                yield from _read_text(path, file, raw.tell)
+                on_broken(no_object(where, wanted))
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[io.BufferedReader]:
+    """The file, open; what goes wrong while it is read becomes a UserError."""
+    try:
+        with damage_named(path), path.open("rb") as raw:
+            yield raw
     except OSError as e:
         raise UserError(f"{path} cannot be read ({e.strerror or e})") from e
 
@@ -96,37 +132,27 @@ def kind_of(path: Path, text_field: str) -> Kind:
     installed.
     """
     try:
-        with _damage_named(path), path.open("rb") as raw:
+        with damage_named(path), path.open("rb") as raw:
             return _kind(path, raw, text_field)
     except OSError:
         return "unreadable"
 
 
-@contextmanager
-def _damage_named(path: Path) -> Iterator[None]:
-    """Makes a UserError of what reading a damaged file raises."""
-    try:
-        yield
-    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, zstandard.ZstdError) as e:
-        advice = "unpack it first, with its dictionary: zstd -d -D" if "ictionary" in str(e) else "get it again"
-        raise UserError(f"{path} is damaged or cut short ({e}); {advice}") from e
-
-
-def _kind(path: Path, raw: io.BufferedReader, text_field: str) -> Kind:
-    """See kind_of. `raw` is left at its beginning."""
-    file = _unpacked(path, raw)
+def _kind(path: Path, raw: io.BufferedReader, text_field: str | None) -> Kind:
+    """See kind_of. `raw` is left at its beginning. text_field None: any object is a record."""
+    file = unpacked(path, raw)
     head = file.read(BINARY_CHECK_BYTES)
     raw.seek(0)
     name = Path(path.name.lower())
     suffix = Path(name.stem).suffix if name.suffix in PACKED else name.suffix
     if file is raw and (suffix == ".parquet" or head.startswith(b"PAR1")):
-        _import_parquet(path)
+        import_parquet(path)
         return "parquet"
     if head in (b"", codecs.BOM_UTF8):
         return "empty"
-    if b"\0" in head or head.startswith(b"%PDF-") or _packing(head):
+    if b"\0" in head or head.startswith(b"%PDF-") or packing(head):
         return "binary"
-    if not text_field:
+    if text_field == "":
         return "text"
     kind: Kind = "text"
     if JSON_START.match(head):
@@ -142,9 +168,13 @@ def _kind(path: Path, raw: io.BufferedReader, text_field: str) -> Kind:
     return "lines" if suffix in RECORD_SUFFIXES and kind != "values" else kind
 
 
-def _json_kind(path: Path, raw: io.BufferedReader, text_field: str, named_so: bool) -> Kind:
+def _json_kind(path: Path, raw: io.BufferedReader, text_field: str | None, named_so: bool) -> Kind:
     """The kind of a file that begins like JSON. `raw` is left at its beginning. named_so: its name says JSON Lines."""
-    file, lines = _unpacked(path, raw), list[bytes]()
+
+    def is_record(value: object) -> bool:
+        return isinstance(value, dict) and (text_field is None or _field(value, text_field) is not MISSING)
+
+    file, lines = unpacked(path, raw), list[bytes]()
     while len(lines) < 2 and (line := file.readline(MAX_LINE_BYTES)):
         line = line.removeprefix(codecs.BOM_UTF8).strip()
         lines += [line] if line else []
@@ -154,15 +184,17 @@ def _json_kind(path: Path, raw: io.BufferedReader, text_field: str, named_so: bo
     if named_so and not is_list:
         return "lines"
     if any(isinstance(row, dict) for row in rows) and all(line.startswith(b"{") for line in lines):
-        return "lines" if len(lines) == 2 or _field(rows[0], text_field) is not MISSING else "unlike"
-    values, first, second = _json_values(path, _unpacked(path, raw)), None, None
+        return "lines" if len(lines) == 2 or is_record(rows[0]) else "unlike"
+    if text_field is None:
+        return "values"
+    values, first, second = json_values(path, unpacked(path, raw), MAX_LINE_BYTES), None, None
     with suppress(UserError):
         first = next(values, None)
         second = next(values, None)
     raw.seek(0)
     if is_list:
         return "values" if isinstance(first, dict) else "unlike"
-    return "values" if _field(first, text_field) is not MISSING and not isinstance(second, str) else "unlike"
+    return "values" if is_record(first) and not isinstance(second, str) else "unlike"
 
 
 def _parsed(line: bytes) -> object:
@@ -222,7 +254,7 @@ def _advice(path: Path, head: bytes) -> str:
     if head.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff", b"\xff\xfe", b"\xfe\xff")):
         bits = 32 if head.startswith((b"\xff\xfe\0\0", b"\0\0")) else 16
         return f"; it looks like UTF-{bits}: iconv -f utf-{bits} -t utf-8 {path.name} > converted.txt"
-    if _packing(head):
+    if packing(head):
         return "; it is packed twice: unpack it once"
     if head.startswith(b"PK\x03\x04") or head[257:262] == b"ustar":
         return "; it is an archive: unpack it, and name the folder"
@@ -231,126 +263,25 @@ def _advice(path: Path, head: bytes) -> str:
     return "; it is a PDF: pdftotext extracts the text" if head.startswith(b"%PDF-") else ""
 
 
-def _read_json_lines(path: Path, file: io.BufferedIOBase, tell: Callable[[], int], text_field: str) -> Iterator[Block]:
-    number = 0
-    while line := file.readline(MAX_LINE_BYTES):
-        number += 1
-        where = f"{path}, line {number}"
-        if len(line) == MAX_LINE_BYTES:
-            raise UserError(f"{where} is longer than {MAX_LINE_BYTES >> 20} MiB")
-        line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line.decode())
-        except UnicodeDecodeError as e:
-            raise UserError(f"{where} is not UTF-8 text: byte {e.start} of the line is 0x{line[e.start]:02x}") from None
-        except (ValueError, RecursionError) as e:
-            raise UserError(f"{where} is not JSON ({e})") from None
-        yield from _record(row, where, text_field, tell())
-
-
-def _json_values(path: Path, file: io.BufferedIOBase) -> Iterator[object]:
-    """The elements of a JSON array, or the JSON objects that follow each other in a file, parsed one by one. A text
-    that follows an object is given as its first character, and ends the values."""
-    decoder, decode = json.JSONDecoder(), codecs.getincrementaldecoder("utf-8-sig")().decode
-    text, position, number, expected = "", 0, 1, "any"
-
-    def read_on() -> bool:
-        """Reads as much as is waiting, so that a long value is not parsed many times. False at the end of the file."""
-        nonlocal text, position
-        chunk = file.read(max(BLOCK_BYTES, len(text) - position))
-        try:
-            text, position = text[position:] + decode(chunk, not chunk), 0
-        except UnicodeDecodeError as e:
-            raise UserError(f"{path}, record {number} or after is not UTF-8 text ({e.reason})") from None
-        return bool(chunk)
-
-    while True:
-        position = SPACE.match(text, position).end()  # type: ignore[union-attr]
-        if position == len(text):
-            if read_on():
-                continue
-            break
-        character = text[position]
-        if expected == "any" and character == "[":
-            expected, position = "first", position + 1
-        elif expected in ("first", "comma") and character == "]":
-            expected, position = "end", position + 1
-        elif expected == "comma" and character == ",":
-            expected, position = "element", position + 1
-        elif expected == "value" and character not in "{,]}":
-            yield character
-            return
-        elif expected in ("comma", "end"):
-            raise UserError(f"{path}, record {number} is not JSON: {character!r} follows the one before")
-        else:
-            try:
-                value, position = decoder.raw_decode(text, position)
-            except (ValueError, RecursionError) as e:
-                if isinstance(e, ValueError) and len(text) - position < MAX_LINE_BYTES and read_on():
-                    continue
-                raise UserError(f"{path}, record {number} is not JSON ({getattr(e, 'msg', e)})") from None
-            yield value
-            number += 1
-            expected = "comma" if expected in ("first", "element") else "value"
-    if expected in ("first", "element", "comma"):
-        raise UserError(f"{path} is cut short: its list of records does not end; get it again")
-
-
-def _import_parquet(path: Path) -> Any:
-    try:
-        import pyarrow.parquet
-    except ImportError:
-        raise UserError(f"{path}: reading Parquet needs pyarrow: pip install 'gpt-jax[parquet]'") from None
-    return pyarrow
-
-
-def _read_parquet(path: Path, text_field: str) -> Iterator[Block]:
-    pa = _import_parquet(path)
-    size, number = path.stat().st_size, 0
-    try:
-        # Pages are read as their rows are needed, not whole row groups, which can be larger than the memory.
-        with pa.parquet.ParquetFile(path, buffer_size=BLOCK_BYTES, pre_buffer=False) as file:
-            columns = {column.name: _children(column.type) for column in file.schema_arrow}
-            if _field(columns, text_field) is MISSING:
-                raise UserError(f"{path} has no column {text_field!r}; {_choose_field(columns)}")
-            name = text_field if text_field in columns else text_field.partition(".")[0]
-            for batch in file.iter_batches(batch_size=64, columns=[text_field], use_threads=False):
-                for value in batch.column(batch.schema.names.index(name)):
-                    number += 1
-                    position = size * number // file.metadata.num_rows
-                    yield from _record({name: value.as_py()}, f"{path}, row {number}", text_field, position)
-    except pa.ArrowException as e:
-        raise UserError(f"{path} cannot be read as Parquet ({str(e).splitlines()[0]})") from e
-
-
-def _children(column_type: Any) -> dict[str, Any]:
-    """The nested fields of a column of Parquet, by their names; empty for a plain one."""
-    is_struct = str(column_type).startswith("struct<")
-    return {field.name: _children(field.type) for field in column_type} if is_struct else {}
-
-
 MISSING = object()
 
 
-def _field(record: object, name: str) -> Any:
+def _field(record: dict[str, Any], name: str) -> Any:
     """The value of a record's field, which may be nested, as in meta.text; None if what it is nested in is null;
     MISSING if there is no such field."""
-    value = record if isinstance(record, dict) else MISSING
-    for part in [name] if isinstance(record, dict) and name in record else name.split("."):
+    value: Any = record
+    for part in [name] if name in record else name.split("."):
         if value is not None:
             value = value.get(part, MISSING) if isinstance(value, dict) else MISSING
     return value
 
 
-def _record(record: object, where: str, text_field: str, position: int) -> Iterator[Block]:
-    """The blocks of a record's text."""
-    if not isinstance(record, dict):
-        raise UserError(f"{where} is not a JSON object with a field {text_field!r}")
-    text = _field(record, text_field)
+def record_blocks(record: Record, text_field: str) -> Iterator[Block]:
+    """The blocks of a record's text. Raises UserError when it has none in `text_field`; see read_blocks."""
+    value, where, position = record
+    text = _field(value, text_field)
     if text is MISSING:
-        raise UserError(f"{where} has no field {text_field!r}; {_choose_field(record)}; '' reads files as they are")
+        raise UserError(f"{where} has no field {text_field!r}; {_choose_field(value)}; '' reads files as they are")
     if text is None:
         return
     try:
@@ -371,51 +302,3 @@ def _choose_field(record: dict[str, Any]) -> str:
     # `train` reads text, too, and has no such flag.
     command = command_line("prepare", "SOURCE", "--out", "DIR", "--text-field", "FIELD")
     return f"choose one of its fields with: {command}; they are: {listed or '(there are none)'}"
-
-
-def _packing(head: bytes) -> str | None:
-    """The suffix that a file that begins like this should have; None when it is not packed."""
-    return next((suffix for suffix, magic in PACKED.items() if magic.match(head)), None)
-
-
-def _unpacked(path: Path, raw: io.BufferedReader) -> io.BufferedIOBase:
-    """The content of a packed file, whatever its name, or the file itself. `raw` is at its beginning."""
-    packing = _packing(raw.read(16)) or path.suffix.lower()
-    raw.seek(0)
-    if packing == ".gz":
-        return gzip.GzipFile(fileobj=raw)
-    if packing == ".zst":
-        return io.BufferedReader(_ZstdFile(raw), BLOCK_BYTES)
-    if packing == ".bz2":
-        return bz2.BZ2File(raw)
-    return lzma.LZMAFile(raw) if packing == ".xz" else raw
-
-
-class _ZstdFile(io.RawIOBase):
-    """Unpacks Zstandard frames one by one. The library's own reader accepts a truncated file as a whole one."""
-
-    def __init__(self, raw: io.BufferedIOBase) -> None:
-        self._raw = raw
-        self._frame: Any = None
-        self._packed = self._text = b""
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        while not self._text:
-            # 4 KiB at a time, since input is unpacked at once, to up to 30,000 times its size.
-            self._packed = self._packed or self._raw.read(4096)
-            if not self._packed:
-                if self._frame is not None:
-                    raise EOFError("the last frame does not end")
-                return 0
-            if self._frame is None:
-                self._frame = zstandard.ZstdDecompressor(max_window_size=MAX_WINDOW).decompressobj()
-            self._text = self._frame.decompress(self._packed)
-            self._packed = b""
-            if self._frame.eof:
-                self._packed, self._frame = self._frame.unused_data, None
-        n = min(len(buffer), len(self._text))
-        buffer[:n], self._text = self._text[:n], self._text[n:]
-        return n
