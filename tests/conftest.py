@@ -31,6 +31,7 @@ import jax
 from gpt_jax import runtime
 from tests.commands import OLDER_GENERATOR, run_here
 from tests.llama_cpp import llama_cpp_vocabularies  # noqa: F401
+from tests.llamafactory import llamafactory_data  # noqa: F401
 from tests.smollm2 import smollm2_gguf  # noqa: F401
 
 # The first example of a test compiles, so the time of one says nothing; in CI, the same examples every time.
