@@ -1,4 +1,4 @@
-"""The corpus of documents that a user names by files, folders, globs and built-in corpora."""
+"""The corpus of documents that a user names by files, folders, globs, datasets and built-in corpora."""
 
 import difflib
 import glob
@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gpt_jax.data.corpora import python_docs, shakespeare
-from gpt_jax.data.formats import Block, Kind, cut_document, kind_of, read_blocks
+from gpt_jax.data.formats import Block, Kind, cut_document, kind_of, read_blocks, record_blocks
+from gpt_jax.data.hugging_face import is_dataset, load_dataset
 from gpt_jax.data.shards import META_FILE
 from gpt_jax.errors import UserError
 from gpt_jax.files import sibling_like
@@ -25,9 +26,9 @@ def _python_docs_blocks() -> Iterator[Block]:
 
 @dataclass(frozen=True)
 class Source:
-    """One file, or a built-in corpus that is generated while it is read."""
+    """One file, a dataset, or a built-in corpus that is generated while it is read."""
 
-    n_bytes: int  # Of the file, before unpacking.
+    n_bytes: int  # Of the file, before unpacking, or of the dataset in memory.
     read: Callable[[], Iterator[Block]]
 
 
@@ -57,11 +58,12 @@ class Corpus:
 
 
 def open_corpus(names: Iterable[str], text_field: str = "text") -> Corpus:
-    """The corpus of the files, folders, globs and built-in corpora in `names`, in their order.
+    """The corpus of the files, folders, globs, datasets and built-in corpora in `names`, in their order.
 
     A folder stands for all files below it in sorted order, without hidden ones; links are followed. What is no text
     below it is passed over with a note on stderr, but naming such a file itself is an error. A file that is named twice
-    is read once. A path takes precedence over a built-in corpus of the same name.
+    is read once. A path takes precedence over a built-in corpus of the same name. Datasets are spelled as in
+    `hugging_face.SPELLING`.
     Raises UserError for a name that is none of these, and for a folder or glob without text.
     """
     sources: dict[str, Source] = {}
@@ -71,6 +73,9 @@ def open_corpus(names: Iterable[str], text_field: str = "text") -> Corpus:
             if name == "python-docs" and not Path(name).exists():
                 n_bytes = sum(len(document.encode()) for document in python_docs())
                 sources[name] = Source(n_bytes, _python_docs_blocks)
+                continue
+            if is_dataset(name):
+                sources[name] = _dataset_source(name, text_field)
                 continue
             paths = [shakespeare()] if name == "shakespeare" and not Path(name).exists() else _files(name, notes)
             found = 0
@@ -112,6 +117,16 @@ NOTES = (*dict.fromkeys(PASSED_OVER.values()), DATA_FOLDER, DANGLING, SPECIAL, F
 
 def _file_source(path: Path, text_field: str) -> Source:
     return Source(path.stat().st_size, lambda: read_blocks(path, text_field))
+
+
+def _dataset_source(name: str, text_field: str) -> Source:
+    dataset = load_dataset(name)
+
+    def read() -> Iterator[Block]:
+        for record in dataset.records([text_field]):
+            yield from record_blocks(record, text_field)
+
+    return Source(dataset.n_bytes, read)
 
 
 def _files(name: str, notes: dict[str, list[Path]]) -> list[Path]:
