@@ -200,6 +200,6 @@ def parquet_rows(path: Path, columns: Sequence[str] | None) -> Iterator[Record]:
     with _open_parquet(path) as file:
         for batch in file.iter_batches(batch_size=64, columns=columns, use_threads=False):
             names = batch.schema.names  # Of columns with one name the first counts, as for pandas and datasets.
-            for value in batch.select([names.index(name) for name in dict.fromkeys(names)]).to_pylist():
+            for value in batch.select([names.index(name) for name in names]).to_pylist():
                 number += 1
                 yield Record(value, f"{path}, row {number}", size * number // file.metadata.num_rows)

@@ -66,6 +66,13 @@ def test_splits_are_chosen(folder: Path, name: str) -> None:
     assert [record.value for record in load_dataset(f"hf:{folder}/{name},split=test").records()] == ROWS[:2]
 
 
+def test_one_saved_split_keeps_its_name(tmp_path: Path) -> None:
+    datasets.Dataset.from_list(ROWS, split="test").save_to_disk(tmp_path / "one")
+    assert len(list(load_dataset(f"hf:{tmp_path}/one,split=test").records())) == 150
+    with pytest.raises(UserError, match="without the split 'train'; there are test"):
+        load_dataset(f"hf:{tmp_path}/one")
+
+
 def test_a_part_of_a_split(folder: Path) -> None:
     assert len(list(load_dataset(f"hf:{folder}/files,split=train[:10%],config=default").records())) == 15
 

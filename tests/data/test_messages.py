@@ -283,6 +283,7 @@ def test_what_is_wrong_with_a_conversation_is_named(messages: Any, reason: str, 
         ("preference", {"prompt": "a", "chosen": [user("a"), assistant("b")], "rejected": "c"}, "different prompts"),
         ("problem", {"answer": "a"}, "no messages"),
         ("problem", {"prompt": [user("a"), assistant("b")]}, "no question"),
+        ("problem", {"prompt": [user("a"), user("b")]}, "roles out of order"),
     ],
 )
 def test_what_is_wrong_with_a_record_is_named(kind: str, record: dict[str, Any], reason: str) -> None:
