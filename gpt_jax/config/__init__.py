@@ -5,6 +5,7 @@ and the devices. Nothing here imports JAX, because the runtime is set up from th
 """
 
 from gpt_jax.config.check import check, check_types
+from gpt_jax.config.clean import CleanConfig, DedupName, NormalizeName
 from gpt_jax.config.config import Config, with_vocabulary
 from gpt_jax.config.files import config_from_dict, config_to_dict, load_config, load_saved_config
 from gpt_jax.config.model import (
@@ -38,12 +39,15 @@ __all__ = [
     "LORA_TARGETS",
     "ActivationName",
     "AttentionName",
+    "CleanConfig",
     "Config",
     "DTypeName",
     "DataConfig",
+    "DedupName",
     "LoraConfig",
     "ModelConfig",
     "NormName",
+    "NormalizeName",
     "OptimizerConfig",
     "ParallelConfig",
     "PositionsName",
