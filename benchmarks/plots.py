@@ -10,7 +10,7 @@ from benchmarks.markdown import as_spread
 from benchmarks.results import Row
 from benchmarks.tables import of_axis
 from gpt_jax.errors import UserError
-from gpt_jax.files import replacing
+from gpt_jax.storage.files import replacing
 
 STYLES: Mapping[str, Row] = {
     "gpt_jax": {"color": "#0072B2", "marker": "o", "label": "gpt_jax"},

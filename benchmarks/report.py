@@ -15,7 +15,7 @@ from benchmarks.results import Row
 from benchmarks.tables import PARTS
 from benchmarks.worker import ROOT
 from gpt_jax.errors import UserError
-from gpt_jax.files import replacing
+from gpt_jax.storage.files import replacing
 
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "speed.md")
 NOT_MEASURED = "not measured yet"

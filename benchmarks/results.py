@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks.worker import FailedError, OutOfTimeError, time_is_over
 from gpt_jax.errors import UserError
-from gpt_jax.files import save_json
+from gpt_jax.storage.files import save_json
 
 FOLDER = Path(__file__).parent / "results"
 Row = dict[str, Any]

@@ -26,11 +26,11 @@ from gpt_jax.config import (
 )
 from gpt_jax.config import files as config_files
 from gpt_jax.errors import UserError
-from gpt_jax.files import save_json
 from gpt_jax.model.backend import resolve
 from gpt_jax.model.forward import init_params
 from gpt_jax.model.gpt import GPT
 from gpt_jax.model.lora import split
+from gpt_jax.storage.files import save_json
 from gpt_jax.train.optimizer import learning_rate_schedule
 from gpt_jax.train.setup import check_warmup, set_up
 from tests.commands import ROOT

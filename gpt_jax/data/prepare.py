@@ -32,7 +32,7 @@ from gpt_jax.data.split import ByDocument, ByPosition, choose_split
 from gpt_jax.data.train_tokenizer import TextSample, train_sentencepiece
 from gpt_jax.data.worker import END_OF_DOCUMENT, START_OF_DOCUMENT
 from gpt_jax.errors import UserError
-from gpt_jax.files import check_replaceable, whole_folder
+from gpt_jax.storage.files import check_replaceable, whole_folder
 from gpt_jax.system import available_cores
 from gpt_jax.tokenizer.bytes import ByteTokenizer
 from gpt_jax.tokenizer.load import load_tokenizer

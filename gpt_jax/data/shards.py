@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, Literal, Self
 import numpy as np
 
 from gpt_jax.errors import UserError
-from gpt_jax.files import save_json
+from gpt_jax.storage.files import save_json
 from gpt_jax.system import command_line
 from gpt_jax.tokenizer.load import load_tokenizer
 from gpt_jax.tokenizer.tokenizer import Tokenizer

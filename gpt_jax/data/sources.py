@@ -13,7 +13,7 @@ from gpt_jax.data.formats import Block, Kind, cut_document, kind_of, read_blocks
 from gpt_jax.data.hugging_face import is_dataset, load_dataset
 from gpt_jax.data.shards import META_FILE
 from gpt_jax.errors import UserError
-from gpt_jax.files import sibling_like
+from gpt_jax.storage.files import sibling_like
 
 
 def _python_docs_blocks() -> Iterator[Block]:

@@ -5,12 +5,12 @@ from pathlib import Path
 from gpt_jax.config import StoredDType
 from gpt_jax.errors import UserError
 from gpt_jax.export.model_card import model_card
-from gpt_jax.files import check_replaceable, replacing, save_json, whole_folder
 from gpt_jax.interop.families.family import Family
 from gpt_jax.interop.save import generation_settings, in_a_family, model_settings, write_model
 from gpt_jax.run.checkpoint import Checkpoints, choose_step
 from gpt_jax.run.folder import RunFolder
 from gpt_jax.run.load import config_to_load, open_run
+from gpt_jax.storage.files import check_replaceable, replacing, save_json, whole_folder
 from gpt_jax.tokenizer.export import as_hugging_face, export_tokenizer
 from gpt_jax.tokenizer.published import encodes_as_qwen2
 

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from gpt_jax.errors import UserError
-from gpt_jax.files import sibling_like
+from gpt_jax.storage.files import sibling_like
 from gpt_jax.system import user_path
 
 # Weights in one format, configuration, tokenizer and chat template; no subfolders, which are for other programs.

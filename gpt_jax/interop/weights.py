@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 
 from gpt_jax.errors import UserError
-from gpt_jax.files import replacing, save_json
+from gpt_jax.storage.files import replacing, save_json
 
 SAFETENSORS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

@@ -23,8 +23,8 @@ from typing import Any
 from gpt_jax import hosts
 from gpt_jax.config import Config, config_to_dict, load_saved_config
 from gpt_jax.errors import UserError
-from gpt_jax.files import check_writable, is_utf8, locked, save_json
 from gpt_jax.run.records import read_records
+from gpt_jax.storage.files import check_writable, is_utf8, locked, save_json
 from gpt_jax.system import command_line
 from gpt_jax.tokenizer.load import load_tokenizer
 from gpt_jax.tokenizer.tokenizer import Tokenizer

@@ -18,11 +18,11 @@ import numpy as np
 
 from gpt_jax.config import ModelConfig
 from gpt_jax.errors import UserError
-from gpt_jax.files import locked, replacing
 from gpt_jax.interop.layout import ReadPart, is_stacked
 from gpt_jax.interop.load import part_shapes
 from gpt_jax.model.gpt import Params
 from gpt_jax.model.weight import scale_of
+from gpt_jax.storage.files import locked, replacing
 from gpt_jax.system import cache_folder
 
 VERSION = 1

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt_jax.errors import UserError
-from gpt_jax.files import replacing
+from gpt_jax.storage.files import replacing
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from gpt_jax.errors import UserError
-from gpt_jax.files import locked
 from gpt_jax.sample.engine import Engine, check_request
 from gpt_jax.sample.generate import Row, check_known, encode_prompt, write
 from gpt_jax.sample.replicas import Replicas
 from gpt_jax.sample.settings import Settings, changed
+from gpt_jax.storage.files import locked
 from gpt_jax.tokenizer.chat_template import checked
 from gpt_jax.tokenizer.tokenizer import Tokenizer
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from gpt_jax.files import save_json
+from gpt_jax.storage.files import save_json
 from gpt_jax.tokenizer.bytes import ByteTokenizer
 from gpt_jax.tokenizer.hugging_face import CONFIG_FILE, PARTS, TOKENS_FILE, HuggingFaceTokenizer
 from gpt_jax.tokenizer.published import (

@@ -11,7 +11,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 
 from gpt_jax.errors import UserError
-from gpt_jax.files import replacing
+from gpt_jax.storage.files import replacing
 from gpt_jax.tokenizer.chat_template import CONTROL_TOKEN, Chat
 
 END_OF_TEXT = "<|endoftext|>"

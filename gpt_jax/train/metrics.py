@@ -13,10 +13,10 @@ from tqdm import tqdm
 
 from gpt_jax.config import Config
 from gpt_jax.errors import UserError
-from gpt_jax.files import replacing
 from gpt_jax.model.flops import flops_per_token
 from gpt_jax.run.folder import RunFolder
 from gpt_jax.run.records import RecordWriter
+from gpt_jax.storage.files import replacing
 from gpt_jax.train.step import StepMetrics
 from gpt_jax.train.trackers import open_trackers
 

@@ -18,12 +18,12 @@ from benchmarks.measure import peak_memory, seconds_of
 from benchmarks.results import FOLDER
 from benchmarks.worker import Worker
 from gpt_jax.config import ModelConfig
-from gpt_jax.files import save_json
 from gpt_jax.interop.families import FAMILIES
 from gpt_jax.interop.load import tensor_shapes
 from gpt_jax.interop.weights import write_safetensors
 from gpt_jax.placement import Placement
 from gpt_jax.run.load import adopt, open_source
+from gpt_jax.storage.files import save_json
 from tests.benchmarks.restoring import AS_STARTED
 
 

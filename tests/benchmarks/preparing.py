@@ -18,7 +18,7 @@ from pathlib import Path
 from benchmarks.machine import cpu_name
 from benchmarks.measure import memory_of, seconds_of
 from benchmarks.results import FOLDER, Row
-from gpt_jax.files import save_json
+from gpt_jax.storage.files import save_json
 from gpt_jax.system import available_cores
 
 

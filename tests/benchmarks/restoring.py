@@ -21,12 +21,12 @@ from benchmarks.results import FOLDER, Row
 from benchmarks.worker import Worker
 from gpt_jax import runtime
 from gpt_jax.config import OptimizerConfig, ParallelConfig
-from gpt_jax.files import save_json
 from gpt_jax.model.backend import resolve
 from gpt_jax.model.gpt import GPT
 from gpt_jax.model.presets import GPT2
 from gpt_jax.placement import choose_placement
 from gpt_jax.run.checkpoint import Checkpoints
+from gpt_jax.storage.files import save_json
 from gpt_jax.train.optimizer import make_optimizer
 from gpt_jax.train.step import TrainState, init_state
 

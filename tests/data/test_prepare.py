@@ -23,7 +23,7 @@ from gpt_jax.data.prepare import PrepareArgs
 from gpt_jax.data.shards import Dataset, Meta, open_dataset
 from gpt_jax.data.train_tokenizer import train_sentencepiece
 from gpt_jax.errors import UserError
-from gpt_jax.files import locked
+from gpt_jax.storage.files import locked
 
 
 def prepare(source: Path, out: Path, n_workers: int = 0, **settings: Any) -> Meta:

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 
 from gpt_jax.config import ModelConfig
-from gpt_jax.files import save_json
 from gpt_jax.interop.families import family_for
 from gpt_jax.interop.load import tensor_shapes
 from gpt_jax.interop.save import generation_settings, model_settings, parts_of, write_model
 from gpt_jax.interop.weights import write_safetensors
 from gpt_jax.model.gpt import Params
+from gpt_jax.storage.files import save_json
 from gpt_jax.tokenizer.bytes import ByteTokenizer
 from gpt_jax.tokenizer.export import export_tokenizer
 from tests import tiny

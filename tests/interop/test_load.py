@@ -13,7 +13,6 @@ from gpt_jax.api import Model
 from gpt_jax.cli.parse import given_fields
 from gpt_jax.config import Config, DataConfig, LoraConfig, ModelConfig, RopeConfig, RopeScalingName
 from gpt_jax.errors import UserError
-from gpt_jax.files import save_json
 from gpt_jax.interop.families import family_for
 from gpt_jax.interop.load import aligned, check_tokenizer, load_params, open_named, their_config
 from gpt_jax.model.forward import forward
@@ -24,6 +23,7 @@ from gpt_jax.placement import Placement
 from gpt_jax.run.load import LoadedModel, adopt, load_model, open_source
 from gpt_jax.sample.generate import generate, generate_tokens
 from gpt_jax.sample.settings import Filters, Settings
+from gpt_jax.storage.files import save_json
 from gpt_jax.tokenizer.bytes import ByteTokenizer
 from gpt_jax.tokenizer.load import load_tokenizer
 from gpt_jax.train.setup import set_up, start_from

@@ -21,7 +21,7 @@ import pytest
 
 from gpt_jax.cli.train import train_arguments
 from gpt_jax.config import Config, config_to_dict
-from gpt_jax.files import save_json
+from gpt_jax.storage.files import save_json
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"

@@ -16,7 +16,6 @@ from hypothesis.extra.numpy import array_shapes, arrays
 
 import gpt_jax
 from gpt_jax.errors import UserError
-from gpt_jax.files import locked
 from gpt_jax.interop.save import parts_of
 from gpt_jax.model import weight
 from gpt_jax.model.forward import forward
@@ -27,6 +26,7 @@ from gpt_jax.run import quantized as module
 from gpt_jax.run.load import load_model, open_source
 from gpt_jax.run.quantized import MOST_KEPT, quantize, quantized, tree_of
 from gpt_jax.sample.decode import DECODING_OPTIONS
+from gpt_jax.storage.files import locked
 from tests import tiny
 from tests.commands import refused_here, run_here
 from tests.interop.models import publish

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from gpt_jax.errors import UserError
-from gpt_jax.files import check_replaceable, locked, replacing, save_json, whole_folder
+from gpt_jax.storage.files import check_replaceable, locked, replacing, save_json, whole_folder
 
 
 def test_a_file_takes_its_place_at_the_end_and_is_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,7 +140,7 @@ def test_two_at_once_are_refused(out: Path) -> None:
 
 def test_a_lock_holds_for_one_process_until_that_ends(tmp_path: Path) -> None:
     file = tmp_path / "run" / ".lock"
-    code = "import pathlib, sys; from gpt_jax.files import locked\n"
+    code = "import pathlib, sys; from gpt_jax.storage.files import locked\n"
     code += "with locked(pathlib.Path(sys.argv[1]), ''): print('mine', flush=True); sys.stdin.read()"
     with subprocess.Popen([sys.executable, "-c", code, file], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
