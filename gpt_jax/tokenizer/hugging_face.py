@@ -16,7 +16,6 @@ from gpt_jax.errors import UserError
 from gpt_jax.storage.files import save_json
 from gpt_jax.tokenizer.chat_template import Chat, control
 from gpt_jax.tokenizer.splitting import may_be_cut
-from gpt_jax.tokenizer.splitting import may_be_cut
 from gpt_jax.tokenizer.tokenizer import END_OF_TEXT, JSON_FILE, NO_CHAT, TEMPLATE_FILE, last_cut, save_bytes, utf8
 
 CONFIG_FILE = "tokenizer_config.json"

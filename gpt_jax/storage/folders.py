@@ -1,0 +1,80 @@
+"""Remote folders that are there whole or not at all: a marker, the last of their files, says that they are whole."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from gpt_jax.errors import UserError
+from gpt_jax.storage.remote import RemotePath
+
+UNFINISHED = ".unfinished"
+"""The file that says that a folder without a marker is one of ours, which may be replaced."""
+
+
+def check_remote_replaceable(folder: RemotePath, marker: str, force: bool) -> None:
+    """Raises UserError unless `folder` may be written: there is nothing in it, or it is ours and `force` is set.
+
+    A folder is ours if it holds a file `marker`, or was left unfinished. A small file is written there and removed, to
+    notice now, and not after hours, that this is not allowed.
+    """
+    try:
+        names = {entry.name for entry in folder.iterdir()}
+    except FileNotFoundError:
+        names = set()
+    if names and names.isdisjoint((marker, UNFINISHED)):
+        raise UserError(f"{folder} exists and was not written by this command; choose another --out")
+    if marker in names and not force:
+        raise UserError(f"{folder} exists; --force replaces it when the new one is complete")
+    _write_unfinished(folder)
+    if not names:
+        (folder / UNFINISHED).unlink()
+
+
+@contextmanager
+def whole_remote_folder(folder: RemotePath, marker: str) -> Iterator[Path]:
+    """A new local folder for files, which replaces the remote `folder` when the block ends.
+
+    Nothing locks a remote folder. Raises UserError when files of it are seen to change while they are written.
+    """
+    with tempfile.TemporaryDirectory(prefix="gpt_jax-") as local:
+        yield Path(local)
+        upload(Path(local), folder, marker)
+
+
+def upload(local: Path, folder: RemotePath, marker: str) -> None:
+    """Replaces the files of a remote folder by those of a local one, which has no folders in it.
+
+    The marker is removed first and written last, so a reader sees no folder, or a whole one. Raises UserError.
+    """
+    _write_unfinished(folder)
+    remove(folder, marker)
+    written: dict[RemotePath, str] = {}
+    try:
+        for file in sorted(local.iterdir(), key=lambda file: file.name == marker):
+            path = folder / file.name
+            if file.name == marker and any(other.version() != version for other, version in written.items()):
+                raise UserError(f"another process is writing {folder}; wait for it, and start again")
+            path.upload(file)
+            if path.stat().st_size != file.stat().st_size:
+                raise UserError(f"{path} has not the size that was written; another process may be writing {folder}")
+            written[path] = path.version()
+    except FileNotFoundError as e:  # Removed by another process, or there is no bucket.
+        raise UserError(f"{folder} could not be written ({e.strerror}: {e.filename}); it is not whole now") from e
+    (folder / UNFINISHED).unlink()
+
+
+def remove(folder: RemotePath, marker: str) -> None:
+    """Removes the files of a remote folder, its marker first, and keeps UNFINISHED."""
+    (folder / marker).unlink()
+    for path in folder.files():
+        if path.name != UNFINISHED:
+            path.unlink()
+
+
+def _write_unfinished(folder: RemotePath) -> None:
+    with tempfile.NamedTemporaryFile() as empty:
+        try:
+            (folder / UNFINISHED).upload(Path(empty.name))
+        except FileNotFoundError as e:
+            raise UserError(f"{folder} could not be written: there is no such bucket or repository") from e

@@ -1,0 +1,390 @@
+"""Remote files are read as local ones are; failures that pass change nothing, and others end in one line."""
+
+import errno
+import io
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gpt_jax.errors import UserError
+from gpt_jax.storage import remote
+from gpt_jax.storage.folders import UNFINISHED, check_remote_replaceable, upload, whole_remote_folder
+from gpt_jax.storage.ranged import BlockCache, RemoteArray
+from gpt_jax.storage.remote import RemotePath, is_remote, location, sibling_like
+from tests.storage.s3 import s3_server
+
+CONTENT = bytes(range(256)) * 40
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[str]:
+    with s3_server() as bucket:
+        yield bucket
+
+
+@pytest.fixture(params=["memory", "s3"])
+def root(request: pytest.FixtureRequest) -> RemotePath:
+    """An empty folder of each of two backends."""
+    if request.param == "memory":
+        fsspec.filesystem("memory").store.clear()
+        return RemotePath("memory://root")
+    return RemotePath(f"{request.getfixturevalue('s3')}/{request.node.originalname}")
+
+
+@pytest.fixture
+def memory() -> RemotePath:
+    fsspec.filesystem("memory").store.clear()
+    return RemotePath("memory://root")
+
+
+def write(path: RemotePath, content: bytes = CONTENT) -> RemotePath:
+    """The path, with this content."""
+    path.request("written", lambda fs, name: fs.pipe_file(name, content))
+    return path
+
+
+class Failing:
+    """A file system whose calls fail where `fails` says so of their number."""
+
+    def __init__(self, fs: Any, fails: Callable[[int], BaseException | None]) -> None:
+        self.fs, self.fails, self.calls = fs, fails, 0
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            self.calls += 1
+            if error := self.fails(self.calls):
+                raise error
+            return getattr(self.fs, name)(*args, **kwargs)
+
+        return call
+
+
+@pytest.fixture
+def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int], BaseException | None]], tuple[Failing, list]]:
+    """Makes all calls of backends fail as a function says, and collects the waits instead of waiting."""
+
+    def fail(fails: Callable[[int], BaseException | None]) -> tuple[Failing, list[float]]:
+        waits: list[float] = []
+        backend, wrapper = RemotePath._backend, Failing(None, fails)
+
+        def wrapped(self: RemotePath) -> tuple[Any, str]:
+            wrapper.fs, name = backend(self)
+            return wrapper, name
+
+        monkeypatch.setattr(RemotePath, "_backend", wrapped)
+        monkeypatch.setattr(remote.time, "sleep", waits.append)
+        return wrapper, waits
+
+    return fail
+
+
+def test_an_address_is_told_from_a_name() -> None:
+    assert [
+        name for name in ("s3://b/x", "a", "/a:b", "file:///a", "C:\\a", "hf://datasets/a/b") if is_remote(name)
+    ] == [
+        "s3://b/x",
+        "hf://datasets/a/b",
+    ]
+    assert location("file:///a/b") == Path("/a/b")
+    assert location("s3://b/x/") == RemotePath("s3://b/x")
+    with pytest.raises(UserError, match="no whole address"):
+        location("s3://")
+
+
+def test_parts_of_a_path() -> None:
+    path = RemotePath("s3://bucket/folder") / "a.jsonl.gz"
+    assert (str(path), path.name, path.stem, path.suffix) == (
+        "s3://bucket/folder/a.jsonl.gz",
+        "a.jsonl.gz",
+        "a.jsonl",
+        ".gz",
+    )
+    assert path.parent.parent == path.parent.parent.parent == RemotePath("s3://bucket")
+
+
+def test_a_file_is_read_as_a_local_one(root: RemotePath, tmp_path: Path) -> None:
+    path, local = write(root / "a.bin"), tmp_path / "a.bin"
+    local.write_bytes(CONTENT)
+    assert path.read_bytes() == CONTENT
+    assert path.stat().st_size == len(CONTENT)
+    assert (path.is_file(), path.is_dir(), root.is_dir(), (root / "b").exists()) == (True, False, True, False)
+    with path.open("rb") as a, local.open("rb") as b:
+        for n in (10, 300, 1, 0):
+            assert (a.read(n), a.tell()) == (b.read(n), b.tell())
+        assert a.readline() == b.readline()
+        assert a.seek(-7, io.SEEK_END) == b.seek(-7, io.SEEK_END)
+        assert a.read() == b.read()
+
+
+def test_an_empty_file(root: RemotePath) -> None:
+    path = write(root / "empty", b"")
+    with path.open("rb") as file:
+        assert file.read() == path.read_bytes() == b""
+
+
+def test_what_is_not_there_is_named(root: RemotePath) -> None:
+    write(root / "there")
+    with pytest.raises(FileNotFoundError) as e:
+        (root / "absent").read_bytes()
+    assert e.value.filename == f"{root}/absent"
+    assert sibling_like(root / "ther") == root / "there"
+    assert sibling_like(root / "x") is None
+    assert sibling_like(root / "no" / "folder") is None
+
+
+def test_a_missing_bucket(s3: str) -> None:
+    with pytest.raises(FileNotFoundError, match="no such bucket"):
+        RemotePath("s3://other/a").read_bytes()
+    with pytest.raises(UserError, match="no such bucket"):
+        check_remote_replaceable(RemotePath("s3://other/a"), "meta.json", False)
+
+
+def test_listing(root: RemotePath) -> None:
+    for name in ("b.txt", "a.txt", "sub/c.txt", "sub/d.md"):
+        write(root / name)
+    assert [p.name for p in root.iterdir()] == ["a.txt", "b.txt", "sub"]
+    assert root.files() == [root / name for name in ("a.txt", "b.txt", "sub/c.txt", "sub/d.md")]
+    assert (root / "**/*.txt").glob() == [root / name for name in ("a.txt", "b.txt", "sub/c.txt")]
+    assert (root / "*.md").glob() == []
+
+
+def test_every_fifth_request_may_fail(memory: RemotePath, failing: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(memory / "a")
+    _, waits = failing(lambda n: OSError(errno.EBUSY, "slow down") if n % 5 == 0 else None)
+    array = RemoteArray(path, np.dtype("u1"), len(CONTENT), BlockCache(Path("/tmp"), 1024, 128))
+    assert array[0:5000].tobytes() == CONTENT[:5000]
+    assert len(waits) > 5
+    assert (
+        capsys.readouterr().err.splitlines()[0]
+        == "memory://root/a could not be read ([Errno 16] slow down); trying again"
+    )
+
+
+def test_a_file_that_comes_short_is_read_again(memory: RemotePath, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, cut = write(memory / "a"), iter([1, 0])
+    whole = fsspec.get_filesystem_class("memory").cat_file
+    monkeypatch.setattr(remote.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(
+        fsspec.get_filesystem_class("memory"),
+        "cat_file",
+        lambda self, name, start, end: whole(self, name, start, end)[: end - start - next(cut)],
+    )
+    assert path.read_range(3, 9) == CONTENT[3:9]
+
+
+def test_a_failure_that_lasts_ends_in_one_line(memory: RemotePath, failing: Any) -> None:
+    calls, waits = failing(lambda n: TimeoutError("no answer"))
+    with pytest.raises(UserError) as e:
+        (memory / "a").read_bytes()
+    assert str(e.value) == "memory://root/a could not be read in 7 attempts (no answer); try again later"
+    assert calls.calls == 7
+    assert len(waits) == 6
+    assert all(0.25 * 2**i <= wait <= 0.5 * 2**i for i, wait in enumerate(waits))
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (PermissionError("Forbidden"), "memory://root/a could not be read: access was denied (Forbidden)"),
+        (OSError(errno.EINVAL, "no range"), "memory://root/a could not be read ([Errno 22] no range)"),
+    ],
+)
+def test_what_cannot_pass_is_not_tried_again(memory: RemotePath, failing: Any, error: OSError, line: str) -> None:
+    calls, waits = failing(lambda n: error)
+    with pytest.raises(UserError) as e:
+        (memory / "a").read_bytes()
+    assert (str(e.value), calls.calls, waits) == (line, 1, [])
+
+
+def test_a_bug_is_no_error_of_the_user(memory: RemotePath, failing: Any) -> None:
+    failing(lambda n: TypeError("a bug"))
+    with pytest.raises(TypeError, match="a bug"):
+        (memory / "a").read_bytes()
+
+
+def test_a_scheme_that_is_unknown() -> None:
+    with pytest.raises(UserError) as e:
+        RemotePath("s4://b/a").read_bytes()
+    assert str(e.value) == "s4://b/a could not be read: s4:// is unknown; did you mean s3://?"
+
+
+def test_a_package_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "gcsfs", None)
+    with pytest.raises(UserError, match=r"a package for gs:// is missing \(.*gcsfs.*\); pip install 'gpt-jax\[gcs\]'"):
+        RemotePath("gs://b/a").read_bytes()
+
+
+def test_credentials_that_are_missing(s3: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+    with pytest.raises(UserError, match=r"denied \(Unable to locate credentials\); set AWS_ACCESS_KEY_ID and"):
+        RemotePath(f"{s3}/a").read_bytes()
+    fsspec.get_filesystem_class("s3").clear_instance_cache()
+
+
+def test_a_server_that_is_busy_every_fifth_time(tmp_path: Path) -> None:
+    """The backend tries some requests again by itself; all of them come through."""
+    (tmp_path / "a").write_bytes(CONTENT)
+    (tmp_path / "meta.json").write_text("{}")
+    with s3_server(lambda n: n > 5 and n % 5 == 0) as bucket:
+        folder = RemotePath(f"{bucket}/x")
+        upload(tmp_path, folder, "meta.json")
+        array = RemoteArray(folder / "a", np.dtype("u1"), len(CONTENT), BlockCache(tmp_path, 1 << 20, 1 << 10))
+        assert array[:].tobytes() == CONTENT
+
+
+@given(
+    block=st.integers(1, 300),
+    blocks=st.integers(1, 20),
+    slices=st.lists(st.tuples(st.integers(0, 3000), st.integers(0, 900)), min_size=1, max_size=20),
+)
+def test_slices_equal_the_bytes_in_a_bounded_cache(block: int, blocks: int, slices: list[tuple[int, int]]) -> None:
+    path = write(RemotePath("memory://sliced/a"))
+    items = np.frombuffer(CONTENT, "<u2")
+    cache = BlockCache(Path("/tmp"), block * blocks, block)
+    array = RemoteArray(path, np.dtype("<u2"), len(items), cache)
+    for start, count in slices:
+        assert np.array_equal(array[start : start + count], items[start : start + count])
+        assert cache.held_bytes() <= block * blocks
+
+
+def test_threads_share_a_cache(memory: RemotePath, tmp_path: Path) -> None:
+    paths = [write(memory / name, bytes(np.random.default_rng(i).bytes(20_000))) for i, name in enumerate("abc")]
+    contents = [path.read_bytes() for path in paths]
+    cache = BlockCache(tmp_path, 10 * 512, 512)
+    arrays = [RemoteArray(path, np.dtype("u1"), 20_000, cache) for path in paths]
+
+    def read(seed: int) -> None:
+        rng = np.random.default_rng(seed)
+        for _ in range(300):
+            i, start = int(rng.integers(3)), int(rng.integers(20_000))
+            assert arrays[i][start : start + 700].tobytes() == contents[i][start : start + 700]
+            assert cache.held_bytes() <= 10 * 512
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(read, range(8)))
+
+
+def test_a_block_is_fetched_once_while_it_is_kept(memory: RemotePath, failing: Any, tmp_path: Path) -> None:
+    path = write(memory / "a")
+    array = RemoteArray(path, np.dtype("u1"), len(CONTENT), BlockCache(tmp_path, 2 * 1024, 1024))
+    calls, _ = failing(lambda n: None)
+    for start, fetched in ((0, 1), (5, 1), (1024, 2), (0, 2), (2048, 3), (0, 3), (1024, 4)):
+        array[start : start + 10]
+        assert calls.calls == 2 * fetched  # One for the bytes, one for the version.
+
+
+def test_a_fetch_blocks_no_other_reader(tmp_path: Path) -> None:
+    cache, started, ends = BlockCache(tmp_path, 1024, 16), threading.Event(), threading.Event()
+
+    def slow() -> bytes:
+        started.set()
+        assert ends.wait(10)
+        return b"slow"
+
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(cache.read, "a", slice(0, 4), slow)
+        assert started.wait(10)
+        assert cache.read("b", slice(0, 4), lambda: b"fast") == b"fast"
+        ends.set()
+        assert waiting.result() == b"slow"
+
+
+def test_a_file_that_is_replaced_while_it_is_read(root: RemotePath, tmp_path: Path) -> None:
+    path = write(root / "a")
+    array = RemoteArray(path, np.dtype("u1"), len(CONTENT), BlockCache(tmp_path, 4096, 1024))
+    assert array[0:10].tobytes() == CONTENT[:10]
+    write(path, CONTENT[::-1])
+    assert array[10:20].tobytes() == CONTENT[10:20]  # Of the block that is here.
+    with pytest.raises(UserError, match="was replaced while it was read; start again"):
+        array[2000:2010]
+
+
+def test_a_disk_that_is_full(memory: RemotePath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(memory / "a")
+    array = RemoteArray(path, np.dtype("u1"), len(CONTENT), BlockCache(tmp_path, 4096, 1024))
+    with monkeypatch.context() as patch:
+        patch.setattr("os.pwrite", lambda file, content, offset: 10)
+        with pytest.raises(UserError, match=r"cannot keep .* \(No space left on device\); make room, or set XDG"):
+            array[0:10]
+    assert array[:].tobytes() == CONTENT
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> Path:
+    """A finished folder."""
+    folder = tmp_path / "local"
+    folder.mkdir()
+    for name in ("a.bin", "meta.json", "z.bin"):
+        (folder / name).write_text(name)
+    return folder
+
+
+def test_a_folder_is_whole_when_it_has_its_marker(
+    root: RemotePath, local: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    for method in ("upload", "unlink"):
+        real = getattr(RemotePath, method)
+
+        def recorded(self: RemotePath, *args: Any, method: str = method, real: Any = real) -> None:
+            done.append(f"{method} {self.name}")
+            real(self, *args)
+
+        monkeypatch.setattr(RemotePath, method, recorded)
+    folder = root / "data"
+    write(folder / "old.bin")
+    write(folder / "meta.json")
+    upload(local, folder, "meta.json")
+    assert done == [
+        *(f"upload {UNFINISHED}", "unlink meta.json", "unlink old.bin"),
+        *("upload a.bin", "upload z.bin", "upload meta.json", f"unlink {UNFINISHED}"),
+    ]
+    assert {path.name: path.read_text() for path in folder.files()} == {p.name: p.read_text() for p in local.iterdir()}
+
+
+def test_what_is_not_ours_is_not_replaced(root: RemotePath, local: Path) -> None:
+    check_remote_replaceable(root / "new", "meta.json", force=False)
+    assert not (root / "new" / UNFINISHED).exists()
+    write(root / "foreign" / "a")
+    with pytest.raises(UserError, match="exists and was not written by this command"):
+        check_remote_replaceable(root / "foreign", "meta.json", force=True)
+    upload(local, root / "ours", "meta.json")
+    with pytest.raises(UserError, match="exists; --force replaces it"):
+        check_remote_replaceable(root / "ours", "meta.json", force=False)
+    check_remote_replaceable(root / "ours", "meta.json", force=True)
+    (root / "ours" / "meta.json").unlink()
+    check_remote_replaceable(root / "ours", "meta.json", force=False)  # Left unfinished.
+
+
+def test_a_block_that_fails_changes_nothing(root: RemotePath, local: Path) -> None:
+    upload(local, root / "data", "meta.json")
+    with pytest.raises(FileNotFoundError), whole_remote_folder(root / "data", "meta.json") as folder:
+        (folder / "no" / "b.bin").write_text("b")
+    assert [path.name for path in (root / "data").files()] == ["a.bin", "meta.json", "z.bin"]
+
+
+def test_two_writers_are_noticed(memory: RemotePath, local: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = RemotePath.upload
+
+    def disturbed(self: RemotePath, file: Path) -> None:
+        real(self, file)
+        if self.name == "z.bin":
+            write(self.parent / "a.bin", b"other")
+
+    monkeypatch.setattr(RemotePath, "upload", disturbed)
+    with pytest.raises(UserError, match="another process is writing memory://root/data"):
+        upload(local, memory / "data", "meta.json")
+    assert not (memory / "data" / "meta.json").exists()
