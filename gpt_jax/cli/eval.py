@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gpt_jax.cli.parse import ModelArgs, Switch, parse
@@ -12,6 +11,7 @@ from gpt_jax.config import ParallelConfig, QuantizeName, check
 from gpt_jax.data.shards import Dataset, SplitName, open_dataset
 from gpt_jax.data.sources import Corpus, open_corpus
 from gpt_jax.errors import UserError
+from gpt_jax.storage.remote import location
 from gpt_jax.tokenizer.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def open_text(args: EvalArgs, source: "Source") -> tuple[str, Corpus | Dataset]:
     from gpt_jax.run.load import RunSource
 
     folder = source.saved.data.dir if isinstance(source, RunSource) and not args.data else args.data
-    return f"{folder}, {args.split}", open_dataset(Path(folder))
+    return f"{folder}, {args.split}", open_dataset(location(folder))
 
 
 def check_tokenizer(text_name: str, data: Dataset, tokenizer: Tokenizer) -> None:

@@ -13,6 +13,7 @@ from gpt_jax.cli.parse import default_config_path, given_fields, parse
 from gpt_jax.cli.terminal import print_table
 from gpt_jax.config import Config, check, load_config, with_vocabulary
 from gpt_jax.data.shards import open_dataset
+from gpt_jax.storage.remote import location
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,14 +34,14 @@ def command(argv: Sequence[str]) -> int:
     words = list(argv)
     path = Path(words.pop(0)) if words and not words[0].startswith("-") else default_config_path()
     args = parse(PlanArgs, words, "plan", PlanArgs(config=load_config(path)))
-    config = args.config
+    config, data_folder = args.config, location(args.config.data.dir)
     if config.init_from:
         from gpt_jax.train.setup import start_from
 
         config, tokenizer = start_from(config, given_fields(argv))
         config = with_vocabulary(config, tokenizer.vocab_size)
-    elif not config.model.vocab_size and Path(config.data.dir, "meta.json").exists():
-        config = with_vocabulary(config, open_dataset(Path(config.data.dir)).tokenizer.vocab_size)
+    elif not config.model.vocab_size and (data_folder / "meta.json").exists():
+        config = with_vocabulary(config, open_dataset(data_folder).tokenizer.vocab_size)
     elif not config.model.vocab_size:  # The data are not prepared yet: the size to ask for.
         config = with_vocabulary(config, config.data.vocab_size)
 

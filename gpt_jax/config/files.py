@@ -11,6 +11,7 @@ from typing import Any
 
 from gpt_jax.config.config import Config
 from gpt_jax.errors import UserError
+from gpt_jax.storage.remote import is_remote
 
 
 def load_config(path: Path) -> Config:
@@ -125,8 +126,10 @@ def _find_data(config: Config, run: Path) -> str:
     Older versions saved paths as they were given. A relative one means a folder beside the run before one of the same
     name below the working folder, which may be another.
     """
+    if not config.data.dir or is_remote(config.data.dir):
+        return config.data.dir
     saved, out = Path(config.data.dir), Path(config.out_dir)
-    if not config.data.dir or (saved.is_absolute() and saved.exists()) or saved.anchor != out.anchor:
+    if (saved.is_absolute() and saved.exists()) or saved.anchor != out.anchor:
         return config.data.dir
     beside = Path(os.path.normpath(run.absolute() / os.path.relpath(saved, out)))
     return str(beside) if beside.exists() else config.data.dir

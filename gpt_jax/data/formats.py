@@ -28,6 +28,7 @@ from gpt_jax.data.records import (
 )
 from gpt_jax.data.unpack import PACKED, damage_named, packing, unpacked
 from gpt_jax.errors import UserError
+from gpt_jax.storage.remote import AnyPath
 from gpt_jax.system import command_line
 
 BLOCK_BYTES = 1 << 20  # Largest block.
@@ -53,7 +54,7 @@ class Block(NamedTuple):
     position: int  # Bytes of the source file read so far, before unpacking.
 
 
-def read_blocks(path: Path, text_field: str) -> Iterator[Block]:
+def read_blocks(path: AnyPath, text_field: str) -> Iterator[Block]:
     """The documents of a file, one after the other, in blocks of at most BLOCK_BYTES.
 
     Records (see `kind_of`) are a document each, the text in their field `text_field`, which may be nested, as in
@@ -76,7 +77,7 @@ def read_blocks(path: Path, text_field: str) -> Iterator[Block]:
             yield from _read_text(path, unpacked(path, raw), raw.tell)
 
 
-def read_records(path: Path, columns: Sequence[str] | None = None, on_broken: OnBroken = fail) -> Iterator[Record]:
+def read_records(path: AnyPath, columns: Sequence[str] | None = None, on_broken: OnBroken = fail) -> Iterator[Record]:
     """The records of a file: of JSON Lines, a JSON array, JSON objects one after the other, or Parquet, also packed.
 
     columns: those that are read from Parquet, as far as they are there; None: all. on_broken: see `records`; it is told
@@ -93,7 +94,7 @@ def read_records(path: Path, columns: Sequence[str] | None = None, on_broken: On
 
 
 def _records(
-    path: Path, raw: io.BufferedReader, kind: Kind, columns: Sequence[str] | None, on_broken: OnBroken
+    path: AnyPath, raw: io.BufferedReader, kind: Kind, columns: Sequence[str] | None, on_broken: OnBroken
 ) -> Iterator[Record]:
     """See read_records."""
     wanted = f" with a field {columns[0]!r}" if columns else ""
@@ -111,7 +112,7 @@ def _records(
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[io.BufferedReader]:
+def _opened(path: AnyPath) -> Iterator[io.BufferedReader]:
     """The file, open; what goes wrong while it is read becomes a UserError."""
     try:
         with damage_named(path), path.open("rb") as raw:
@@ -120,7 +121,7 @@ def _opened(path: Path) -> Iterator[io.BufferedReader]:
         raise UserError(f"{path} cannot be read ({e.strerror or e})") from e
 
 
-def kind_of(path: Path, text_field: str) -> Kind:
+def kind_of(path: AnyPath, text_field: str) -> Kind:
     """What a file holds, judged by its beginning, after unpacking.
 
     `.jsonl` and `.ndjson` hold records. Any other file does if it begins with two lines of JSON objects, with a list of
@@ -138,7 +139,7 @@ def kind_of(path: Path, text_field: str) -> Kind:
         return "unreadable"
 
 
-def _kind(path: Path, raw: io.BufferedReader, text_field: str | None) -> Kind:
+def _kind(path: AnyPath, raw: io.BufferedReader, text_field: str | None) -> Kind:
     """See kind_of. `raw` is left at its beginning. text_field None: any object is a record."""
     file = unpacked(path, raw)
     head = file.read(BINARY_CHECK_BYTES)
@@ -168,7 +169,7 @@ def _kind(path: Path, raw: io.BufferedReader, text_field: str | None) -> Kind:
     return "lines" if suffix in RECORD_SUFFIXES and kind != "values" else kind
 
 
-def _json_kind(path: Path, raw: io.BufferedReader, text_field: str | None, named_so: bool) -> Kind:
+def _json_kind(path: AnyPath, raw: io.BufferedReader, text_field: str | None, named_so: bool) -> Kind:
     """The kind of a file that begins like JSON. `raw` is left at its beginning. named_so: its name says JSON Lines."""
 
     def is_record(value: object) -> bool:
@@ -229,7 +230,7 @@ def cut_document(text: bytes, position: int) -> Iterator[Block]:
         start = end
 
 
-def _read_text(path: Path, file: io.BufferedIOBase, tell: Callable[[], int]) -> Iterator[Block]:
+def _read_text(path: AnyPath, file: io.BufferedIOBase, tell: Callable[[], int]) -> Iterator[Block]:
     offset = 0  # Of `rest` in the unpacked file.
     rest = file.read(BLOCK_BYTES + 1)
     if rest.startswith(codecs.BOM_UTF8):
@@ -249,7 +250,7 @@ def _read_text(path: Path, file: io.BufferedIOBase, tell: Callable[[], int]) -> 
         yield Block(text, not rest, tell())
 
 
-def _advice(path: Path, head: bytes) -> str:
+def _advice(path: AnyPath, head: bytes) -> str:
     """What to do with a binary file, where that is known."""
     if head.startswith((b"\xff\xfe\0\0", b"\0\0\xfe\xff", b"\xff\xfe", b"\xfe\xff")):
         bits = 32 if head.startswith((b"\xff\xfe\0\0", b"\0\0")) else 16

@@ -33,6 +33,8 @@ from gpt_jax.data.train_tokenizer import TextSample, train_sentencepiece
 from gpt_jax.data.worker import END_OF_DOCUMENT, START_OF_DOCUMENT
 from gpt_jax.errors import UserError
 from gpt_jax.storage.files import check_replaceable, whole_folder
+from gpt_jax.storage.folders import check_remote_replaceable, whole_remote_folder
+from gpt_jax.storage.remote import AnyPath, RemotePath, location
 from gpt_jax.system import available_cores
 from gpt_jax.tokenizer.bytes import ByteTokenizer
 from gpt_jax.tokenizer.load import load_tokenizer
@@ -43,12 +45,25 @@ SAMPLE_BYTES = 8 << 20  # Most text that a tokenizer is trained on, which takes 
 TASK_BYTES = 1 << 20  # Text that a worker tokenises at one time.
 
 
+PathFlag = Annotated[
+    AnyPath,
+    tyro.constructors.PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=lambda words: location(words[0]),
+        is_instance=lambda value: isinstance(value, AnyPath),
+        str_from_instance=lambda path: [str(path)],
+    ),
+]
+"""The type of a flag that names a local or remote path."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class PrepareArgs(TextConfig):
     """Turn text into token files."""
 
     source: tyro.conf.Positional[tuple[str, ...]]  # Files, folders, globs, or the corpora python-docs and shakespeare.
-    out: Path  # Folder to make.
+    out: PathFlag  # Folder to make, here or at an address such as s3://bucket/folder.
     # Field or column of JSON and Parquet with the text, nested as in meta.text; empty: files are read as they are.
     text_field: str = "text"
     # Replace --out, if it is a data folder, once the new one is complete.
@@ -59,7 +74,7 @@ class PrepareArgs(TextConfig):
         self.check_values()
 
 
-def print_summary(folder: Path, meta: Meta) -> None:
+def print_summary(folder: AnyPath, meta: Meta) -> None:
     """Prints a summary of a data folder in four lines."""
     print(folder)
     for name, split in (("training", meta.train), ("validation", meta.val)):
@@ -77,10 +92,15 @@ def prepare(args: PrepareArgs, n_workers: int = 0, tokenizer: Tokenizer | None =
     """
     with _exit_on_sigterm():
         try:
-            check_replaceable(args.out, META_FILE, args.force)
+            if isinstance(args.out, RemotePath):
+                check_remote_replaceable(args.out, META_FILE, args.force)
+                whole = whole_remote_folder(args.out, META_FILE)
+            else:
+                check_replaceable(args.out, META_FILE, args.force)
+                whole = whole_folder(args.out)
             tokenizer = tokenizer or _existing_tokenizer(args)
             corpus = open_corpus(args.source, args.text_field)
-            with whole_folder(args.out) as folder:  # Made and locked before the text is read, which may take hours.
+            with whole as folder:  # Made and locked before the text is read, which may take hours.
                 survey = _survey(corpus, args.val_fraction)
                 tokenizer = tokenizer or _make_tokenizer(args, survey.sample)
                 settings = {

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gpt_jax.errors import UserError
+from gpt_jax.storage.remote import AnyPath
 
 CHUNK_BYTES = 1 << 20  # Read at one time.
 MAX_EXAMPLES = 3  # Most errors of one reason that are told in full.
@@ -73,7 +74,7 @@ def no_object(where: str, wanted: str) -> RecordError:
 
 
 def json_lines(
-    path: Path, file: io.BufferedIOBase, tell: Callable[[], int], max_line_bytes: int, on_broken: OnBroken, wanted: str
+    path: AnyPath, file: io.BufferedIOBase, tell: Callable[[], int], max_line_bytes: int, on_broken: OnBroken, wanted: str
 ) -> Iterator[Record]:
     """The objects of JSON Lines.
 
@@ -106,7 +107,7 @@ def json_lines(
                 on_broken(no_object(where, wanted))
 
 
-def json_values(path: Path, file: io.BufferedIOBase, max_record_bytes: int) -> Iterator[Any]:
+def json_values(path: AnyPath, file: io.BufferedIOBase, max_record_bytes: int) -> Iterator[Any]:
     """The elements of a JSON array, or the JSON objects that follow each other in a file, parsed one by one. A text
     that follows an object is given as its first character, and cannot be read on.
 
@@ -157,7 +158,7 @@ def json_values(path: Path, file: io.BufferedIOBase, max_record_bytes: int) -> I
         raise UserError(f"{path} is cut short: its list of records does not end; get it again")
 
 
-def import_parquet(path: Path) -> Any:
+def import_parquet(path: AnyPath) -> Any:
     """pyarrow with its module `parquet`. Raises UserError when it is not installed."""
     try:
         import pyarrow.parquet
@@ -167,17 +168,18 @@ def import_parquet(path: Path) -> Any:
 
 
 @contextmanager
-def _open_parquet(path: Path) -> Iterator[Any]:
+def _open_parquet(path: AnyPath) -> Iterator[Any]:
     pa = import_parquet(path)
     try:
         # Pages are read as their rows are needed, not whole row groups, which can be larger than the memory.
-        with pa.parquet.ParquetFile(path, buffer_size=CHUNK_BYTES, pre_buffer=False) as file:
+        source = path if isinstance(path, Path) else path.open()
+        with pa.parquet.ParquetFile(source, buffer_size=CHUNK_BYTES, pre_buffer=False) as file:
             yield file
     except pa.ArrowException as e:
         raise UserError(f"{path} cannot be read as Parquet ({str(e).splitlines()[0]})") from e
 
 
-def parquet_columns(path: Path) -> dict[str, Any]:
+def parquet_columns(path: AnyPath) -> dict[str, Any]:
     """The columns of a Parquet file by their names, each with its nested fields likewise; empty for a plain one.
 
     Raises UserError when the file is damaged.
@@ -191,7 +193,7 @@ def parquet_columns(path: Path) -> dict[str, Any]:
         return {column.name: children(column.type) for column in file.schema_arrow}
 
 
-def parquet_rows(path: Path, columns: Sequence[str] | None) -> Iterator[Record]:
+def parquet_rows(path: AnyPath, columns: Sequence[str] | None) -> Iterator[Record]:
     """The rows of a Parquet file, with those of `columns` that it has; None: with all. Nested ones are named a.b.
 
     Raises UserError when the file is damaged.

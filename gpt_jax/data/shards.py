@@ -22,6 +22,9 @@ import numpy as np
 
 from gpt_jax.errors import UserError
 from gpt_jax.storage.files import save_json
+from gpt_jax.storage.folders import local_copy
+from gpt_jax.storage.ranged import RemoteArray
+from gpt_jax.storage.remote import AnyPath, RemotePath, sibling_like
 from gpt_jax.system import command_line
 from gpt_jax.tokenizer.load import load_tokenizer
 from gpt_jax.tokenizer.tokenizer import Tokenizer
@@ -167,7 +170,7 @@ class _ShardFiles:
 class TokenFiles:
     """The token ids of one split, read from its shards as if they were one array, and what of them is to be learnt."""
 
-    def __init__(self, folder: Path, split: Split, dtype: str) -> None:
+    def __init__(self, folder: AnyPath, split: Split, dtype: str) -> None:
         """Raises UserError when a file is missing or has another size than `split` says."""
         self.n_bytes = split.bytes
         self._len = split.tokens
@@ -179,7 +182,7 @@ class TokenFiles:
             for shard in (split.shards if split.learnt is not None else ())
         ]
         self._starts = list(itertools.accumulate((shard.tokens for shard in split.shards), initial=0))
-        self.document_starts = _map_file(folder / split.documents_file, np.dtype("<u8"), split.documents)
+        self.document_starts = _map_file(folder / split.documents_file, np.dtype("<u8"), split.documents)[:]
 
     def __len__(self) -> int:
         """Number of tokens."""
@@ -214,8 +217,9 @@ def mask_name(shard: str) -> str:
     return shard.removesuffix(".bin") + ".learnt.bin"
 
 
-def _map_file(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
-    """A file as a memory-mapped array (count,). Raises UserError when its size is wrong."""
+def _map_file(path: AnyPath, dtype: np.dtype, count: int) -> "np.ndarray | RemoteArray":
+    """A file as an array (count,) of which slices are read: memory-mapped, or by ranges from afar. Raises UserError
+    when its size is wrong."""
     expected = count * dtype.itemsize
     try:
         size = path.stat().st_size
@@ -223,6 +227,8 @@ def _map_file(path: Path, dtype: np.dtype, count: int) -> np.ndarray:
         raise UserError(f"{path} cannot be read ({e.strerror}); prepare the data again") from e
     if size != expected:
         raise UserError(f"{path} has {size} bytes instead of {expected}; prepare the data again")
+    if isinstance(path, RemotePath):
+        return RemoteArray(path, dtype, count)
     # A plain view: slicing a np.memmap itself takes several times as long.
     return np.memmap(path, dtype, mode="r").view(np.ndarray)
 
@@ -247,7 +253,7 @@ def save_meta(folder: Path, meta: Meta) -> None:
     save_json(folder / META_FILE, dataclasses.asdict(meta))
 
 
-def load_meta(folder: Path) -> Meta:
+def load_meta(folder: AnyPath) -> Meta:
     """Reads `meta.json`. Raises UserError when it is missing, damaged or of another version."""
     path = folder / META_FILE
     try:
@@ -272,8 +278,11 @@ def load_meta(folder: Path) -> Meta:
         raise UserError(f"{path} is damaged ({e}); prepare the data again") from e
 
 
-def missing(folder: Path, advice: str) -> UserError:
+def missing(folder: AnyPath, advice: str) -> UserError:
     """Says that there is no such data folder, what to do, and which folder the user may have meant."""
+    if isinstance(folder, RemotePath):
+        suggestion = f"; did you mean {sibling}?" if (sibling := sibling_like(folder)) else ""
+        return UserError(f"there is no data folder {folder}{advice}{suggestion}")
     absolute = folder.absolute()
     there = next(parent for parent in absolute.parents if parent.is_dir())
     wanted = absolute.relative_to(there)
@@ -285,15 +294,18 @@ def missing(folder: Path, advice: str) -> UserError:
     return UserError(f"there is no data folder {folder}{advice}{suggestion}")
 
 
-def open_dataset(folder: Path) -> Dataset:
+def open_dataset(folder: AnyPath) -> Dataset:
     """Opens the data folder that `prepare` made.
 
-    Raises UserError when it is no data folder, when a file is missing or of the wrong size, and when the tokenizer is
-    not the one that made the tokens.
+    Raises UserError when it is no data folder, when a file is missing or of the wrong size, when the tokenizer is not
+    the one that made the tokens, and when the folder is replaced meanwhile.
     """
     meta = load_meta(folder)
-    tokenizer = load_tokenizer(folder / meta.tokenizer_file)
+    with local_copy(folder, without=".bin") as local:
+        tokenizer = load_tokenizer(local / meta.tokenizer_file)
     if tokenizer.fingerprint != meta.tokenizer_fingerprint:
         raise UserError(f"{folder / meta.tokenizer_file} is not what the tokens were made with; prepare the data again")
     train, val = (TokenFiles(folder, split, meta.dtype) for split in (meta.train, meta.val))
+    if load_meta(folder) != meta:
+        raise UserError(f"{folder} was replaced while it was opened; start again")
     return Dataset(folder, meta, tokenizer, train, val)

@@ -13,7 +13,9 @@ from gpt_jax.data.formats import Block, Kind, cut_document, kind_of, read_blocks
 from gpt_jax.data.hugging_face import is_dataset, load_dataset
 from gpt_jax.data.shards import META_FILE
 from gpt_jax.errors import UserError
+from gpt_jax.storage import remote
 from gpt_jax.storage.files import sibling_like
+from gpt_jax.storage.remote import AnyPath, RemotePath, location
 
 
 def _python_docs_blocks() -> Iterator[Block]:
@@ -22,6 +24,10 @@ def _python_docs_blocks() -> Iterator[Block]:
         text = document.encode()
         position += len(text)
         yield from cut_document(text, position)
+
+
+Notes = dict[str, list[AnyPath]]
+"""What was passed over, by the text that says so."""
 
 
 @dataclass(frozen=True)
@@ -60,15 +66,15 @@ class Corpus:
 def open_corpus(names: Iterable[str], text_field: str = "text") -> Corpus:
     """The corpus of the files, folders, globs, datasets and built-in corpora in `names`, in their order.
 
-    A folder stands for all files below it in sorted order, without hidden ones; links are followed. What is no text
-    below it is passed over with a note on stderr, but naming such a file itself is an error. A file that is named twice
-    is read once. A path takes precedence over a built-in corpus of the same name. Datasets are spelled as in
-    `hugging_face.SPELLING`.
+    All but the corpora and datasets may be remote, as in s3://bucket/folder/*.txt. A folder stands for all files below
+    it in sorted order, without hidden ones; links are followed. What is no text below it is passed over with a note on
+    stderr, but naming such a file itself is an error. A file that is named twice is read once. A path takes precedence
+    over a built-in corpus of the same name. Datasets are spelled as in `hugging_face.SPELLING`.
     Raises UserError for a name that is none of these, and for a folder or glob without text.
     """
     sources: dict[str, Source] = {}
     for name in names:
-        notes: dict[str, list[Path]] = {}
+        notes: Notes = {}
         try:
             if name == "python-docs" and not Path(name).exists():
                 n_bytes = sum(len(document.encode()) for document in python_docs())
@@ -77,21 +83,23 @@ def open_corpus(names: Iterable[str], text_field: str = "text") -> Corpus:
             if is_dataset(name):
                 sources[name] = _dataset_source(name, text_field)
                 continue
+            paths: list[AnyPath]
             paths = [shakespeare()] if name == "shakespeare" and not Path(name).exists() else _files(name, notes)
             found = 0
             for path in paths:
                 kind = kind_of(path, text_field)
-                if kind in PASSED_OVER and Path(name).is_dir():
+                if kind in PASSED_OVER and location(name).is_dir():
                     notes.setdefault(PASSED_OVER[kind], []).append(path)
                     continue
                 if kind == "unlike":
                     notes.setdefault(UNLIKE, []).append(path)
-                sources.setdefault(os.path.realpath(path), _file_source(path, text_field))
+                identity = str(path) if isinstance(path, RemotePath) else os.path.realpath(path)
+                sources.setdefault(identity, _file_source(path, text_field))
                 found += 1
         except OSError as e:
             raise UserError(f"{e.filename or name!r} cannot be read ({e.strerror or e})") from e
         for what in [what for what in NOTES if what in notes]:
-            n, example = len(notes[what]), min(notes[what])
+            n, example = len(notes[what]), min(notes[what], key=str)
             count = what.format(n=n, s="s" * (n > 1), field=text_field)
             print(f"{name}: {count}, such as {example}", file=sys.stderr)
         if not found:
@@ -115,7 +123,7 @@ NOTES = (*dict.fromkeys(PASSED_OVER.values()), DATA_FOLDER, DANGLING, SPECIAL, F
 """All notes, in the order in which they are printed."""
 
 
-def _file_source(path: Path, text_field: str) -> Source:
+def _file_source(path: AnyPath, text_field: str) -> Source:
     return Source(path.stat().st_size, lambda: read_blocks(path, text_field))
 
 
@@ -129,11 +137,13 @@ def _dataset_source(name: str, text_field: str) -> Source:
     return Source(dataset.n_bytes, read)
 
 
-def _files(name: str, notes: dict[str, list[Path]]) -> list[Path]:
+def _files(name: str, notes: Notes) -> list[AnyPath]:
     """The files that `name` stands for. What is passed over is added to `notes`."""
-    path = Path(name)
+    path = location(name)
+    if isinstance(path, RemotePath):
+        return [*_remote_files(path, notes)]
     if path.is_dir():
-        return _files_below(path, notes)
+        return [*_files_below(path, notes)]
     if path.is_file():
         return [path]
     if path.exists():
@@ -149,8 +159,27 @@ def _files(name: str, notes: dict[str, list[Path]]) -> list[Path]:
         for match in matches:
             if not match.is_file() and not (match.is_dir() and "**" in name):
                 notes.setdefault(FOLDER if match.is_dir() else _no_file(match), []).append(match)
-        return found
+        return [*found]
     raise UserError(f"there is no file or folder {name!r}{_suggestion(path)}")
+
+
+def _remote_files(path: RemotePath, notes: Notes) -> list[RemotePath]:
+    """See _files."""
+    if path.is_file():
+        return [path]
+    if glob.has_magic(path.url):
+        if found := path.glob():
+            return found
+        raise UserError(f"no file matches {path}")
+    found = path.files()
+    if not found:
+        near = remote.sibling_like(path)
+        raise UserError(f"there is no file or folder {path}" + (f"; did you mean {near}?" if near else ""))
+    shards = {file.parent for file in found if file.suffix == ".bin"}
+    data_folders = {file.parent for file in found if file.name == META_FILE} & shards
+    notes.update({DATA_FOLDER: [*data_folders]} if data_folders else {})
+    inside = tuple(f"{folder}/" for folder in data_folders)
+    return [f for f in found if not f.url.startswith(inside) and "/." not in f.url.removeprefix(path.url)]
 
 
 def _no_file(path: Path) -> str:
@@ -164,7 +193,7 @@ def _suggestion(path: Path) -> str:
     return "; the built-in corpora are python-docs and shakespeare"
 
 
-def _files_below(folder: Path, notes: dict[str, list[Path]]) -> list[Path]:
+def _files_below(folder: Path, notes: Notes) -> list[Path]:
     """All regular files below a folder, in sorted order. Links to folders are followed after the folders themselves,
     and a folder that was seen already, such as one that holds the link, is not read again."""
 

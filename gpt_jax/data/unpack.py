@@ -14,6 +14,7 @@ from typing import Any
 import zstandard
 
 from gpt_jax.errors import UserError
+from gpt_jax.storage.remote import AnyPath
 
 BUFFER_BYTES = 1 << 20  # Of unpacked Zstandard.
 MAX_WINDOW = 1 << 31  # Bytes that unpacking Zstandard may look back, as with zstd --long=31.
@@ -32,7 +33,7 @@ def packing(head: bytes) -> str | None:
     return next((suffix for suffix, magic in PACKED.items() if magic.match(head)), None)
 
 
-def unpacked(path: Path, raw: io.BufferedReader) -> io.BufferedIOBase:
+def unpacked(path: AnyPath, raw: io.BufferedReader) -> io.BufferedIOBase:
     """The content of a packed file, whatever its name, or the file itself. `raw` is at its beginning."""
     suffix = packing(raw.read(16)) or path.suffix.lower()
     raw.seek(0)
@@ -46,7 +47,7 @@ def unpacked(path: Path, raw: io.BufferedReader) -> io.BufferedIOBase:
 
 
 @contextmanager
-def damage_named(path: Path) -> Iterator[None]:
+def damage_named(path: AnyPath) -> Iterator[None]:
     """Makes a UserError of what reading a damaged file raises."""
     try:
         yield

@@ -25,6 +25,7 @@ from gpt_jax.config import Config, config_to_dict, load_saved_config
 from gpt_jax.errors import UserError
 from gpt_jax.run.records import read_records
 from gpt_jax.storage.files import check_writable, is_utf8, locked, save_json
+from gpt_jax.storage.remote import is_remote
 from gpt_jax.system import command_line
 from gpt_jax.tokenizer.load import load_tokenizer
 from gpt_jax.tokenizer.tokenizer import Tokenizer
@@ -116,7 +117,9 @@ class RunFolder:
     def write(self, config: Config, tokenizer: Tokenizer) -> None:
         """Writes the tokenizer and the configuration, which `sample` needs besides a checkpoint. Their folders are
         saved in full, so that they hold from any working folder."""
-        data = dataclasses.replace(config.data, dir=str(Path(config.data.dir).absolute()))
+        data = config.data
+        if not is_remote(data.dir):
+            data = dataclasses.replace(data, dir=str(Path(data.dir).absolute()))
         config = dataclasses.replace(config, out_dir=str(self.path.absolute()), data=data)
         try:
             tokenizer.save(self.path)

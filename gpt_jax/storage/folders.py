@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from gpt_jax.errors import UserError
-from gpt_jax.storage.remote import RemotePath
+from gpt_jax.storage.remote import AnyPath, RemotePath
 
 UNFINISHED = ".unfinished"
 """The file that says that a folder without a marker is one of ours, which may be replaced."""
@@ -70,6 +70,23 @@ def remove(folder: RemotePath, marker: str) -> None:
     for path in folder.files():
         if path.name != UNFINISHED:
             path.unlink()
+
+
+@contextmanager
+def local_copy(folder: AnyPath, without: str) -> Iterator[Path]:
+    """A local folder, itself; of a remote one, a copy of the files whose suffix is not `without`, for the block. Errors
+    that users see name the remote one."""
+    if isinstance(folder, Path):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="gpt_jax-") as local:
+        for path in folder.iterdir():
+            if path.suffix != without and path.is_file():
+                Path(local, path.name).write_bytes(path.read_bytes())
+        try:
+            yield Path(local)
+        except UserError as e:
+            raise UserError(str(e).replace(local, str(folder))) from e
 
 
 def _write_unfinished(folder: RemotePath) -> None:

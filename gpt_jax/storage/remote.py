@@ -64,8 +64,11 @@ def is_remote(name: str) -> bool:
 
 
 def location(name: str | Path) -> "AnyPath":
-    """The remote or local path that a user names. Raises UserError for an address without a bucket."""
+    """The remote or local path that a user names. Raises UserError for an address without a bucket or a slash."""
     if isinstance(name, Path) or not is_remote(name):
+        scheme, colon, rest = str(name).partition(":")
+        if colon and scheme in SCHEMES:
+            raise UserError(f"{name} is no address; did you mean {scheme}://{rest.lstrip('/')}?")
         return Path(str(name).removeprefix("file://"))
     if not name.partition("://")[2].strip("/"):
         raise UserError(f"{name} is no whole address; name it like s3://bucket/folder")
@@ -78,7 +81,7 @@ class Stat(NamedTuple):
     st_size: int  # Bytes.
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class RemotePath:
     """A remote file or folder. Its methods do what those of `pathlib.Path` with their names do.
 
@@ -90,6 +93,9 @@ class RemotePath:
 
     def __str__(self) -> str:
         return self.url
+
+    def __lt__(self, other: "RemotePath") -> bool:
+        return self.url.split("/") < other.url.split("/")  # The order of local paths, in which a/b comes before a-b.
 
     def __truediv__(self, name: str) -> "RemotePath":
         return RemotePath(f"{self.url}/{name}")
@@ -177,15 +183,13 @@ class RemotePath:
 
     def files(self) -> list["RemotePath"]:
         """All files below a folder, in sorted order."""
-        return self._without_folders(self.request("listed", lambda fs, name: fs.find(name)))
+        names = self.request("listed", lambda fs, name: fs.find(name))
+        return sorted(self._sibling(name) for name in names if not name.endswith("/"))  # S3 lists folders so.
 
     def glob(self) -> list["RemotePath"]:
-        """All files whose addresses match this one, which is a pattern, in sorted order."""
+        """All files whose addresses match this one, which is a pattern, in the order of their addresses."""
         found = self.request("listed", lambda fs, name: fs.glob(name, detail=True))
-        return self._without_folders([name for name, info in found.items() if info["type"] == "file"])
-
-    def _without_folders(self, names: list[str]) -> list["RemotePath"]:
-        return sorted(self._sibling(name) for name in names if not name.endswith("/"))  # S3 lists folders so.
+        return sorted((self._sibling(name) for name, info in found.items() if info["type"] == "file"), key=str)
 
     def _sibling(self, name: str) -> "RemotePath":
         """The path at a name of the backend, which leaves out the scheme, except for HTTP."""

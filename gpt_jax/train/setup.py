@@ -18,6 +18,7 @@ from gpt_jax.errors import UserError
 from gpt_jax.interop.load import named_tokenizer
 from gpt_jax.run.folder import RunFolder
 from gpt_jax.run.load import KEPT_FIELDS, adopt, open_source, stands_for
+from gpt_jax.storage.remote import location
 from gpt_jax.tokenizer.tokenizer import Tokenizer
 
 
@@ -96,7 +97,7 @@ def open_or_prepare(
     given ones, or with another tokenizer than `tokenizer`.
     """
     check(bool(config.dir), "data.dir", config.dir, "a folder made by gpt-jax prepare")
-    folder = Path(config.dir)
+    folder = location(config.dir)
 
     def prepare_if_missing() -> None:
         if not config.source or folder.exists():

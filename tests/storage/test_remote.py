@@ -34,14 +34,15 @@ def s3() -> Iterator[str]:
 def root(request: pytest.FixtureRequest) -> RemotePath:
     """An empty folder of each of two backends."""
     if request.param == "memory":
-        fsspec.filesystem("memory").store.clear()
-        return RemotePath("memory://root")
+        path: RemotePath = request.getfixturevalue("memory")
+        return path
     return RemotePath(f"{request.getfixturevalue('s3')}/{request.node.originalname}")
 
 
 @pytest.fixture
 def memory() -> RemotePath:
     fsspec.filesystem("memory").store.clear()
+    fsspec.filesystem("memory").pseudo_dirs.clear()
     return RemotePath("memory://root")
 
 
@@ -95,8 +96,10 @@ def test_an_address_is_told_from_a_name() -> None:
     ]
     assert location("file:///a/b") == Path("/a/b")
     assert location("s3://b/x/") == RemotePath("s3://b/x")
-    with pytest.raises(UserError, match="no whole address"):
+    with pytest.raises(UserError, match="s3:// is no whole address"):
         location("s3://")
+    with pytest.raises(UserError, match="s3:/b/x is no address; did you mean s3://b/x"):
+        location("s3:/b/x")
 
 
 def test_parts_of_a_path() -> None:
@@ -154,6 +157,15 @@ def test_listing(root: RemotePath) -> None:
     assert root.files() == [root / name for name in ("a.txt", "b.txt", "sub/c.txt", "sub/d.md")]
     assert (root / "**/*.txt").glob() == [root / name for name in ("a.txt", "b.txt", "sub/c.txt")]
     assert (root / "*.md").glob() == []
+    fsspec.filesystem(root.scheme, skip_instance_cache=True).pipe_file(f"{root}/new.txt", b"from elsewhere")
+    assert root / "new.txt" in root.files()
+
+
+def test_paths_are_in_the_order_of_local_ones() -> None:
+    names = ["a-b/x", "a/x", "a", "a.b", "a/b/c", "B"]
+    assert [p.url for p in sorted(RemotePath(f"s3://{name}") for name in names)] == [
+        f"s3://{path}" for path in sorted(map(Path, names))
+    ]
 
 
 def test_every_fifth_request_may_fail(memory: RemotePath, failing: Any, capsys: pytest.CaptureFixture[str]) -> None:
@@ -286,6 +298,21 @@ def test_a_block_is_fetched_once_while_it_is_kept(memory: RemotePath, failing: A
         assert calls.calls == 2 * fetched  # One for the bytes, one for the version.
 
 
+def test_a_block_that_two_threads_fetch_is_kept_once(tmp_path: Path) -> None:
+    cache, meeting = BlockCache(tmp_path, 2 * 16, 16), threading.Barrier(2)
+
+    def together() -> bytes:
+        meeting.wait(10)
+        return b"a"
+
+    with ThreadPoolExecutor(2) as pool:
+        both = [pool.submit(cache.read, "a", slice(0, 1), together) for _ in range(2)]
+        assert [future.result() for future in both] == [b"a", b"a"]
+    for key in ("b", "a", "b"):
+        assert cache.read(key, slice(0, 1), key.encode) == key.encode()
+    assert cache.read("a", slice(0, 1), lambda: b"fetched again") == b"a"
+
+
 def test_a_fetch_blocks_no_other_reader(tmp_path: Path) -> None:
     cache, started, ends = BlockCache(tmp_path, 1024, 16), threading.Event(), threading.Event()
 
@@ -317,6 +344,9 @@ def test_a_disk_that_is_full(memory: RemotePath, tmp_path: Path, monkeypatch: py
     array = RemoteArray(path, np.dtype("u1"), len(CONTENT), BlockCache(tmp_path, 4096, 1024))
     with monkeypatch.context() as patch:
         patch.setattr("os.pwrite", lambda file, content, offset: 10)
+        for start in range(0, 8192, 1024):  # More often than the cache has places.
+            with pytest.raises(UserError, match="cannot keep"):
+                array[start : start + 10]
         with pytest.raises(UserError, match=r"cannot keep .* \(No space left on device\); make room, or set XDG"):
             array[0:10]
     assert array[:].tobytes() == CONTENT
@@ -345,11 +375,11 @@ def test_a_folder_is_whole_when_it_has_its_marker(
 
         monkeypatch.setattr(RemotePath, method, recorded)
     folder = root / "data"
-    write(folder / "old.bin")
+    write(folder / "a-old.bin")
     write(folder / "meta.json")
     upload(local, folder, "meta.json")
     assert done == [
-        *(f"upload {UNFINISHED}", "unlink meta.json", "unlink old.bin"),
+        *(f"upload {UNFINISHED}", "unlink meta.json", "unlink a-old.bin"),
         *("upload a.bin", "upload z.bin", "upload meta.json", f"unlink {UNFINISHED}"),
     ]
     assert {path.name: path.read_text() for path in folder.files()} == {p.name: p.read_text() for p in local.iterdir()}
