@@ -4,6 +4,7 @@ import errno
 import functools
 import os
 import shutil
+import sys
 import tempfile
 import threading
 from collections import OrderedDict
@@ -15,10 +16,6 @@ import numpy as np
 from gpt_jax.errors import UserError
 from gpt_jax.storage.remote import BLOCK_BYTES, RemotePath
 from gpt_jax.system import cache_folder
-
-CACHE_BYTES = 64 << 30
-"""Most bytes of remote files that are kept here. Training reads its windows in random order, so data that are larger
-are fetched over and over."""
 
 
 class BlockCache:
@@ -33,6 +30,7 @@ class BlockCache:
         self._folder = folder
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  # It is open as long as the cache is there.
         self._lock = threading.Lock()  # Held to read and write the file, and never while a block is fetched.
+        self._overflowed = False
         self._free = list(range(max(1, max_bytes // block_bytes)))
         self._places: OrderedDict[Hashable, int] = (
             OrderedDict()
@@ -57,6 +55,13 @@ class BlockCache:
 
     def _write(self, block: bytes) -> int:
         """The place of a block, written there."""
+        if not self._free and not self._overflowed:
+            self._overflowed = True
+            print(
+                f"{self._folder} has no room for all that is read from remote files, so parts are fetched again and "
+                "again; set XDG_CACHE_HOME to a folder on a larger disk, or copy the data to one",
+                file=sys.stderr,
+            )
         place = self._free.pop() if self._free else self._places.popitem(last=False)[1]
         try:
             if os.pwrite(self._file.fileno(), block, place * self.block_bytes) < len(block):
@@ -72,12 +77,15 @@ class BlockCache:
 
 @functools.cache
 def shared_cache() -> BlockCache:
-    """The cache of this process, in the user's cache folder: of CACHE_BYTES, and no more than half of the free disk.
-    Raises UserError when nothing can be written there."""
+    """The cache of this process, in the user's cache folder, of at most half of what is free on that disk.
+
+    It should hold all of the data, since training reads windows in random order. Raises UserError when nothing can be
+    written there.
+    """
     try:
         folder = cache_folder()
         folder.mkdir(parents=True, exist_ok=True)
-        return BlockCache(folder, min(CACHE_BYTES, shutil.disk_usage(folder).free // 2))
+        return BlockCache(folder, shutil.disk_usage(folder).free // 2)
     except OSError as e:
         raise UserError(f"{e.filename} cannot be written ({e.strerror}); set XDG_CACHE_HOME to another folder") from e
 

@@ -289,13 +289,16 @@ def test_threads_share_a_cache(memory: RemotePath, tmp_path: Path) -> None:
         list(pool.map(read, range(8)))
 
 
-def test_a_block_is_fetched_once_while_it_is_kept(memory: RemotePath, failing: Any, tmp_path: Path) -> None:
+def test_a_block_is_fetched_once_while_it_is_kept(
+    memory: RemotePath, failing: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = write(memory / "a")
     array = RemoteArray(path, np.dtype("u1"), len(CONTENT), BlockCache(tmp_path, 2 * 1024, 1024))
     calls, _ = failing(lambda n: None)
     for start, fetched in ((0, 1), (5, 1), (1024, 2), (0, 2), (2048, 3), (0, 3), (1024, 4)):
         array[start : start + 10]
         assert calls.calls == 2 * fetched  # One for the bytes, one for the version.
+        assert ("fetched again and again; set XDG_CACHE_HOME" in capsys.readouterr().err) == (start == 2048)
 
 
 def test_a_block_that_two_threads_fetch_is_kept_once(tmp_path: Path) -> None:
