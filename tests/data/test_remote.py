@@ -18,6 +18,7 @@ from gpt_jax.storage.remote import RemotePath, location
 from gpt_jax.tokenizer.load import load_tokenizer
 from gpt_jax.tokenizer.tokenizer import Tokenizer
 from tests.commands import TINY, refused_here, run_here
+from tests.storage.failing import make_fail
 from tests.storage.s3 import s3_server
 
 
@@ -145,6 +146,16 @@ def test_a_remote_data_folder_equals_the_local_one(root: str, corpus: Path, prep
     shutil.rmtree(corpus / "a")
     prepare(PrepareArgs(source=(str(corpus),), out=out, tokenizer="bytes", force=True), n_workers=1)
     assert load_meta(out).train.tokens < here.meta.train.tokens
+
+
+def test_requests_that_fail_change_nothing(corpus: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fsspec.filesystem("memory").store.clear()
+    uploaded(corpus, "memory://root/corpus")
+    failing, waits = make_fail(monkeypatch, lambda n: TimeoutError("no answer") if n % 5 == 0 else None)
+    out = RemotePath("memory://root/data")
+    prepare(PrepareArgs(source=("memory://root/corpus",), out=out, tokenizer="bytes"), n_workers=1)
+    assert all(map(np.array_equal, tokens(open_dataset(prepared)), tokens(open_dataset(out))))
+    assert len(waits) == failing.calls // 5 > 20
 
 
 def test_a_damaged_remote_data_folder(root: str, prepared: Path) -> None:

@@ -19,6 +19,7 @@ from gpt_jax.storage import remote
 from gpt_jax.storage.folders import UNFINISHED, check_remote_replaceable, upload, whole_remote_folder
 from gpt_jax.storage.ranged import BlockCache, RemoteArray
 from gpt_jax.storage.remote import RemotePath, is_remote, location, sibling_like
+from tests.storage.failing import Failing, Fails, make_fail
 from tests.storage.s3 import s3_server
 
 CONTENT = bytes(range(256)) * 40
@@ -52,39 +53,10 @@ def write(path: RemotePath, content: bytes = CONTENT) -> RemotePath:
     return path
 
 
-class Failing:
-    """A file system whose calls fail where `fails` says so of their number."""
-
-    def __init__(self, fs: Any, fails: Callable[[int], BaseException | None]) -> None:
-        self.fs, self.fails, self.calls = fs, fails, 0
-
-    def __getattr__(self, name: str) -> Any:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            self.calls += 1
-            if error := self.fails(self.calls):
-                raise error
-            return getattr(self.fs, name)(*args, **kwargs)
-
-        return call
-
-
 @pytest.fixture
-def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[int], BaseException | None]], tuple[Failing, list]]:
-    """Makes all calls of backends fail as a function says, and collects the waits instead of waiting."""
-
-    def fail(fails: Callable[[int], BaseException | None]) -> tuple[Failing, list[float]]:
-        waits: list[float] = []
-        backend, wrapper = RemotePath._backend, Failing(None, fails)
-
-        def wrapped(self: RemotePath) -> tuple[Any, str]:
-            wrapper.fs, name = backend(self)
-            return wrapper, name
-
-        monkeypatch.setattr(RemotePath, "_backend", wrapped)
-        monkeypatch.setattr(remote.time, "sleep", waits.append)
-        return wrapper, waits
-
-    return fail
+def failing(monkeypatch: pytest.MonkeyPatch) -> Callable[[Fails], tuple[Failing, list[float]]]:
+    """See make_fail."""
+    return lambda fails: make_fail(monkeypatch, fails)
 
 
 def test_an_address_is_told_from_a_name() -> None:
