@@ -1,72 +1,34 @@
 """The batch of each training step, a pure function of the step, and a thread that works ahead of the device.
 
-The tokens of a split form a ring. Each epoch cuts the ring into windows of T tokens, from its own offset, and
-visits every window once, in a pseudo-random order. Order and offset are computed from (seed, epoch) and never stored,
-so any step can be reached at once, in constant memory.
+A source of text gives rows of T + 1 tokens. Each epoch of a source has every row once, in a pseudo-random order that is
+computed from (seed, epoch) and never stored, so any step can be reached at once, in constant memory.
 """
 
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from gpt_jax.data.batch import Batch
+from gpt_jax.data.mixture import Mixture, Stage
+from gpt_jax.data.order import ROUNDS, hash_key, permute
+from gpt_jax.data.rows import Rows, Stream, Tokens
 from gpt_jax.errors import UserError
 
-MASK_64 = (1 << 64) - 1
-ROUNDS = 6  # Four are enough for a permutation to look random; two more cost nothing here.
 
+class Source(NamedTuple):
+    """One source of a mixture. Its name is for messages and logs."""
 
-class Tokens(Protocol):
-    """A sequence of token ids with random access."""
-
-    def __len__(self) -> int: ...
-
-    def read(self, start: int, count: int) -> np.ndarray: ...
-
-
-def mix(x: np.ndarray) -> np.ndarray:
-    """SplitMix64's finaliser (Steele, Lea and Flood 2014) of uint64 values: a hash whose every bit is well mixed."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def hash_key(*parts: int) -> np.ndarray:
-    """A uint64 hash, shape (1,), of all parts and their order."""
-    key = np.zeros(1, np.uint64)
-    for part in parts:
-        key = mix(key + np.uint64((part * 0x9E3779B97F4A7C15 + 0x9E3779B97F4A7C15) & MASK_64))
-    return key
-
-
-def permute(index: np.ndarray, n: int, *key: int) -> np.ndarray:
-    """The image of each index under a permutation of range(n) chosen by `key`, which is never held in memory.
-
-    A Feistel network (Luby and Rackoff 1988) of ROUNDS rounds permutes the smallest 2**(2k) >= n values. A value
-    outside range(n) is permuted again until it is inside (cycle walking, Black and Rogaway 2002), fewer than four times
-    on average.
-    """
-    half_bits = max(1, ((n - 1).bit_length() + 1) // 2)
-    shift, mask = np.uint64(half_bits), np.uint64((1 << half_bits) - 1)
-    round_keys = [hash_key(*key, r) for r in range(ROUNDS)]
-    out = index.astype(np.uint64)
-    outside = np.ones(out.shape, bool)
-    while outside.any():
-        left, right = out[outside] >> shift, out[outside] & mask
-        for round_key in round_keys:
-            left, right = right, left ^ (mix(right + round_key) & mask)
-        out[outside] = (left << shift) | right
-        outside = out >= n
-    return out.astype(np.int64)
+    name: str
+    rows: Rows
 
 
 @dataclass(frozen=True)
 class TrainBatches:
-    """The batches of a training run: `batches(step)` has B windows of T + 1 tokens, all but the first of them targets.
+    """The batches of a training run on one stream: `batches(step)` has B windows of T + 1 tokens.
 
     `batches(step, rows)` has only the given rows of that batch, those of one host. Raises UserError when the split is
     smaller than one window.
@@ -87,47 +49,103 @@ class TrainBatches:
     @property
     def windows_per_epoch(self) -> int:
         """The number of whole windows that the ring is cut into."""
-        return len(self.tokens) // self.context_length
-
-    def starts(self, step: int, rows: np.ndarray | None = None) -> np.ndarray:
-        """The position of the first token of each window of the batch, or of its given rows, int64."""
-        n, n_windows = len(self.tokens), self.windows_per_epoch
-        sample = step * self.batch_size + (np.arange(self.batch_size) if rows is None else rows)
-        epochs, index = np.divmod(sample, n_windows)
-        starts = np.empty(len(sample), np.int64)
-        for epoch in np.unique(epochs):  # One epoch, or several if one ends within the batch.
-            in_epoch = epochs == epoch
-            window = permute(index[in_epoch], n_windows, self.seed, int(epoch))
-            offset = int(hash_key(self.seed, int(epoch), ROUNDS)[0] % np.uint64(n))  # No round has this key.
-            starts[in_epoch] = (offset + window * self.context_length) % n
-        return starts
+        return len(Stream(self.tokens, self.context_length))
 
     def __call__(self, step: int, rows: np.ndarray | None = None) -> Batch:
-        return Batch(np.stack([self.window(int(start)) for start in self.starts(step, rows)]))
+        stream = Stream(self.tokens, self.context_length)
+        drawn = draw(stream, samples_of(step, self.batch_size, rows), self.seed)
+        return stack(drawn, stream.masked, stream.packed)
 
-    def window(self, start: int) -> np.ndarray:
-        """T + 1 tokens from `start` on, which continue at the beginning of the split after its end."""
-        count = self.context_length + 1
-        head = self.tokens.read(start, min(count, len(self.tokens) - start))
-        return head if len(head) == count else np.concatenate([head, self.tokens.read(0, count - len(head))])
+
+class MixedBatches:
+    """The batches of a training run on one or several sources: `batches(step)` has B rows of T + 1 tokens.
+
+    `batches(step, rows)` has only the given rows of that batch, those of one host. All batches have the fields that any
+    source needs. Each source has its own order, the first one that of `TrainBatches`.
+    """
+
+    def __init__(self, sources: Sequence[Source], stages: Sequence[Stage], batch_size: int, seed: int) -> None:
+        """stages: the weights of the sources, see `Mixture`. Raises UserError for an impossible mixture."""
+        self.sources, self.batch_size = sources, batch_size
+        means = [source.rows.mean_targets for source in sources]
+        self.mixture = Mixture([source.name for source in sources], means, stages, batch_size, seed)
+        self._seeds = [seed, *(int(hash_key(seed, i)[0]) for i in range(1, len(sources)))]
+        self._masked = any(source.rows.masked for source in sources)
+        self._packed = any(source.rows.packed for source in sources)
+
+    def __call__(self, step: int, rows: np.ndarray | None = None) -> Batch:
+        sources, numbers = self.mixture(samples_of(step, self.batch_size, rows))
+        drawn: dict[int, Batch] = {}
+        for i in np.unique(sources).tolist():
+            (places,) = np.nonzero(sources == i)
+            found = draw(self.sources[i].rows, numbers[places], self._seeds[i])
+            drawn |= dict(zip(places.tolist(), found, strict=True))
+        return stack([drawn[i] for i in range(len(sources))], self._masked, self._packed)
+
+    def epochs(self, step: int) -> dict[str, float]:
+        """The epochs of each source that the steps before `step` passed, by its name."""
+        counts = self.mixture.counts(step * self.batch_size).tolist()
+        return {name: count / max(len(rows), 1) for (name, rows), count in zip(self.sources, counts, strict=True)}
 
 
 def eval_batches(tokens: Tokens, context_length: int, batch_size: int) -> Iterator[Batch]:
-    """The whole split in order, with bool masks (B, T): every token but the first is a target exactly once.
+    """The whole split in order, with bool masks (B, T): every token but the first is a target exactly once, unless it
+    is not to be learnt.
 
     Masked rows fill up the last batch, so that all batches have one shape.
     """
     T = context_length
-    n_windows = -(-(len(tokens) - 1) // T)
-    for first in range(0, n_windows, batch_size):
-        rows = np.zeros((batch_size, T + 1), np.int32)
-        mask = np.zeros((batch_size, T), bool)
-        for row in range(min(batch_size, n_windows - first)):
-            start = (first + row) * T
-            window = tokens.read(start, min(T + 1, len(tokens) - start))
-            rows[row, : len(window)] = window
-            mask[row, : len(window) - 1] = True
-        yield Batch(rows, mask)
+
+    def window(index: int) -> Batch:
+        start, row, mask = index * T, np.zeros(T + 1, np.int32), np.zeros(T, bool)
+        count = min(T + 1, len(tokens) - start)
+        row[:count] = tokens.read(start, count)
+        mask[: count - 1] = tokens.read_learnt(start + 1, count - 1) if tokens.masked else True
+        return Batch(row, mask)
+
+    return in_order(window, -(-(len(tokens) - 1) // T), batch_size, packed=False)
+
+
+def packed_eval_batches(rows: Rows, batch_size: int) -> Iterator[Batch]:
+    """All rows of a packed split in order, with masks. Masked rows fill up the last batch."""
+    return in_order(lambda index: rows.row(index, 0), len(rows), batch_size, rows.packed)
+
+
+def in_order(row: Callable[[int], Batch], n_rows: int, batch_size: int, packed: bool) -> Iterator[Batch]:
+    """The rows 0 to n_rows - 1 in batches with masks. Masked rows fill up the last one."""
+    for first in range(0, n_rows, batch_size):
+        rows = [row(index) for index in range(first, min(first + batch_size, n_rows))]
+        filler = Batch(np.zeros_like(rows[0].tokens), np.zeros_like(rows[0].mask))
+        yield stack([*rows, *[filler] * (batch_size - len(rows))], masked=True, packed=packed)
+
+
+def draw(rows: Rows, numbers: np.ndarray, seed: int) -> list[Batch]:
+    """The rows of the given numbers (n,), counted from 0 over all epochs, in the order of this seed."""
+    drawn: dict[int, Batch] = {}
+    epochs, index = np.divmod(numbers, len(rows))
+    for epoch in np.unique(epochs).tolist():  # One epoch, or several if one ends within the batch.
+        (places,) = np.nonzero(epochs == epoch)
+        order = permute(index[places], len(rows), seed, epoch)
+        shift = int(hash_key(seed, epoch, ROUNDS)[0])  # No round has this key.
+        drawn |= {i: rows.row(row, shift) for i, row in zip(places.tolist(), order.tolist(), strict=True)}
+    return [drawn[i] for i in range(len(numbers))]
+
+
+def samples_of(step: int, batch_size: int, rows: np.ndarray | None) -> np.ndarray:
+    """The numbers of the samples of a batch, or of its given rows, int64, counted from 0 over all steps."""
+    return step * batch_size + (np.arange(batch_size) if rows is None else rows)
+
+
+def stack(rows: Sequence[Batch], masked: bool, packed: bool) -> Batch:
+    """The batch of some rows, with the fields that it needs. Rows that lack one have what None stands for."""
+    T = len(rows[0].tokens) - 1
+    plain = Batch(None, np.ones(T, bool), np.zeros(T, np.int32), np.arange(T, dtype=np.int32))
+
+    def field(name: str) -> np.ndarray:
+        return np.stack([getattr(plain if getattr(row, name) is None else row, name) for row in rows])
+
+    needed = ("tokens", *["mask"] * masked, *["segments", "positions"] * packed)
+    return Batch(**{name: field(name) for name in needed})
 
 
 class Prefetch:

@@ -15,6 +15,9 @@ from gpt_jax.errors import UserError
 class Tokens:
     """The ids 0, 1, 2, ...: a token tells its place."""
 
+    masked, n_learnt = False, None
+    document_starts = np.zeros(1, np.uint64)
+
     def __init__(self, n: int) -> None:
         self.ids = np.arange(n, dtype=np.int32)
 
@@ -24,6 +27,9 @@ class Tokens:
     def read(self, start: int, count: int) -> np.ndarray:
         assert 0 <= start <= start + count <= len(self.ids)
         return self.ids[start : start + count]
+
+    def read_learnt(self, start: int, count: int) -> np.ndarray:
+        return np.ones(count, bool)
 
 
 seeds = st.integers(0, 2**31 - 1)
