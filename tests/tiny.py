@@ -84,6 +84,6 @@ def byte_data(folder: Path) -> Path:
     rng = np.random.default_rng(0)
     for i in range(40):
         (folder / f"{i}.txt").write_text(" ".join(rng.choice(["on", "a", "mat", "语言", "rain"], 12)), encoding="utf-8")
-    args = PrepareArgs(source=(str(folder),), out=folder / "prepared", tokenizer="bytes", val_fraction=0.2)
-    prepare(args, n_workers=1)
-    return args.out
+    out = folder / "prepared"
+    prepare(PrepareArgs(source=(str(folder),), out=out, tokenizer="bytes", val_fraction=0.2), n_workers=1)
+    return out

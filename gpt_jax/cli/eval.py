@@ -89,7 +89,7 @@ def evaluate(args: EvalArgs) -> None:
             try:  # Prepared again with another division, the validation text would be what was trained on.
                 source.check_data(text.meta)
             except UserError as e:
-                raise UserError(f"{e}; --data {source.saved.data.dir} evaluates on them as they are") from e
+                raise UserError(f"{e}; --data {text_name.rpartition(', ')[0]} evaluates on them as they are") from e
         tally = evaluate_split(scorer, text.train if args.split == "train" else text.val, T, stride)
 
     model_name = args.model or f"{source.where}, checkpoint {args.checkpoint}"
@@ -106,7 +106,12 @@ def open_text(args: EvalArgs, source: "Source") -> tuple[str, Corpus | Dataset]:
         return ", ".join(args.text), open_corpus(args.text, args.text_field)
     from gpt_jax.run.load import RunSource
 
-    folder = source.saved.data.dir if isinstance(source, RunSource) and not args.data else args.data
+    folder = args.data
+    if isinstance(source, RunSource) and not folder:
+        folder, *others = source.saved.data.folders
+        if others:
+            names = ", ".join([folder, *others])
+            raise UserError(f"{source.folder} was trained on several folders; name one by --data: {names}")
     return f"{folder}, {args.split}", open_dataset(location(folder))
 
 

@@ -14,14 +14,16 @@ def check(holds: bool, name: str, value: object, allowed: str) -> None:
 
 def check_types(section: object, prefix: str) -> None:
     """Raises UserError unless every field has its annotated type or Literal value. An int passes as a float, and no
-    float is infinite, which JSON does not have; nan is not within any bounds, which are checked later."""
+    float is infinite, which JSON does not have; nan is not within any bounds, which are checked later. prefix: the
+    section's name, which may be empty."""
     for name, annotation in get_type_hints(type(section)).items():
         value = getattr(section, name)
+        full_name = f"{prefix}.{name}".removeprefix(".")
         if get_origin(annotation) is Literal:
-            check(value in get_args(annotation), f"{prefix}.{name}", value, " or ".join(get_args(annotation)))
+            check(value in get_args(annotation), full_name, value, " or ".join(get_args(annotation)))
             continue
         expected = get_origin(annotation) or annotation
         good = type(value) is expected or (expected is float and type(value) is int)
-        check(good, f"{prefix}.{name}", value, f"of type {expected.__name__}")
+        check(good, full_name, value, f"of type {expected.__name__}")
         if expected is float:
-            check(not abs(value) > sys.float_info.max, f"{prefix}.{name}", value, "a finite number")
+            check(not abs(value) > sys.float_info.max, full_name, value, "a finite number")

@@ -27,18 +27,18 @@ class CleanConfig:
     min_language_probability: float = 0.5  # Least probability of being in that language.
 
     def __post_init__(self) -> None:
-        check_types(self, "clean")
+        check_types(self, "")
         threshold, words = self.dedup_threshold, self.min_stop_words
-        check(0.5 <= threshold <= 1, "clean.dedup_threshold", threshold, "between 0.5 and 1")
-        check(0 <= words <= 8, "clean.min_stop_words", words, "between 0 and 8, the number of stop words")
+        check(0.5 <= threshold <= 1, "dedup_threshold", threshold, "between 0.5 and 1")
+        check(0 <= words <= 8, "min_stop_words", words, "between 0 and 8, the number of stop words")
         for unit in ("chars", "words"):
             least, most = getattr(self, f"min_{unit}"), getattr(self, f"max_{unit}")
-            check(least >= 0, f"clean.min_{unit}", least, "0 (no limit) or more")
-            check(most == 0 or most >= max(least, 1), f"clean.max_{unit}", most, f"0 (no limit), or min_{unit} or more")
+            check(least >= 0, f"min_{unit}", least, "0 (no limit) or more")
+            check(most == 0 or most >= max(least, 1), f"max_{unit}", most, f"0 (no limit), or min_{unit} or more")
         codes = all(isinstance(code, str) and code for code in self.languages)
-        check(codes, "clean.languages", self.languages, "codes of languages, such as en")
+        check(codes, "languages", self.languages, "codes of languages, such as en")
         probability = self.min_language_probability
-        check(0 <= probability <= 1, "clean.min_language_probability", probability, "between 0 and 1")
+        check(0 <= probability <= 1, "min_language_probability", probability, "between 0 and 1")
 
     @property
     def word_limits(self) -> tuple[int, int]:

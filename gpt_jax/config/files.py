@@ -116,20 +116,19 @@ def load_saved_config(path: Path) -> Config:
     except (OSError, ValueError) as e:
         raise UserError(f"{path} cannot be read ({e})") from e
     config = config_from_dict(values, str(path))
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, dir=_find_data(config, path.parent)))
+    data = config.data.with_folders(lambda folder: _find_data(folder, Path(config.out_dir), path.parent))
+    return dataclasses.replace(config, data=data)
 
 
-def _find_data(config: Config, run: Path) -> str:
-    """Where the data of a saved run are: at the saved place if that is absolute, or as far from the run's folder as
-    they were, where both were moved together; else the saved place.
+def _find_data(folder: str, out: Path, run: Path) -> str:
+    """Where a data folder of a saved run is: at the saved place if that is absolute, or as far from the run's folder as
+    it was, where both were moved together; else the saved place.
 
     Older versions saved paths as they were given. A relative one means a folder beside the run before one of the same
     name below the working folder, which may be another.
     """
-    if not config.data.dir or is_remote(config.data.dir):
-        return config.data.dir
-    saved, out = Path(config.data.dir), Path(config.out_dir)
-    if (saved.is_absolute() and saved.exists()) or saved.anchor != out.anchor:
-        return config.data.dir
+    saved = Path(folder)
+    if is_remote(folder) or (saved.is_absolute() and saved.exists()) or saved.anchor != out.anchor:
+        return folder
     beside = Path(os.path.normpath(run.absolute() / os.path.relpath(saved, out)))
-    return str(beside) if beside.exists() else config.data.dir
+    return str(beside) if beside.exists() else folder

@@ -1,6 +1,7 @@
 """Sections of the configuration for training: the data, the optimizer, the duration and the devices."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Literal, get_args
 
@@ -60,28 +61,31 @@ class DataConfig(TextConfig):
         """The data folders: those of the mixture or, without one, `dir`."""
         return tuple(entry.rpartition("=")[0] for entry in self.mixture) or (self.dir,)
 
+    def with_folders(self, change: Callable[[str], str]) -> "DataConfig":
+        """The same with other paths of the folders."""
+        parts = (entry.rpartition("=") for entry in self.mixture)
+        mixture = tuple(f"{change(folder)}={weight}" for folder, _, weight in parts)
+        return replace(self, dir=change(self.dir) if self.dir else self.dir, mixture=mixture)
+
     def stages(self) -> list[tuple[int, tuple[float, ...]]]:
         """The weights of all folders from each step on at which they change, the first of which is 0.
 
         Raises UserError naming the entry that cannot be read. What the weights may be is decided by the mixture.
         """
 
-        def weights(entry: str, values: list[str], name: str, allowed: str) -> tuple[float, ...]:
+        def numbers(name: str, entry: str, values: list[str], allowed: str) -> tuple[float, ...]:
             try:
                 return tuple(map(float, values))
             except ValueError:
-                raise UserError(f"{name} = {entry!r} must be {allowed}") from None
+                raise UserError(f"{name} = {entry!r} is not possible: it must be {allowed}") from None
 
-        stages = [(0, tuple(
-            weight for entry in self.mixture
-            for weight in weights(entry, [entry.rpartition("=")[2]], "data.mixture", "FOLDER=WEIGHT, as in data/web=0.7")
-        ) or (1.0,))]  # fmt: skip
+        of_folder, of_stage = "FOLDER=WEIGHT, as in data/web=0.7", "STEP:WEIGHT,WEIGHT..., as in 5000:0.5,0.5"
+        first = [numbers("data.mixture", entry, [entry.rpartition("=")[2]], of_folder)[0] for entry in self.mixture]
+        stages = [(0, tuple(first) or (1.0,))]
         for entry in self.curriculum:
             start, _, values = entry.partition(":")
-            allowed = "STEP:WEIGHT,WEIGHT..., as in 5000:0.5,0.5"
-            [step] = weights(entry, [start], "data.curriculum", allowed)
-            check(step >= 0 and step == int(step), "data.curriculum", entry, allowed)
-            stages.append((int(step), weights(entry, values.split(","), "data.curriculum", allowed)))
+            check(start.isdecimal(), "data.curriculum", entry, of_stage)
+            stages.append((int(start), numbers("data.curriculum", entry, values.split(","), of_stage)))
         return stages
 
 

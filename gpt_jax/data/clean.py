@@ -5,7 +5,9 @@ the verdicts in the order of the documents, keeps the first of those that are al
 is kept depends on nothing but the documents, their order and the settings.
 """
 
+import base64
 import hashlib
+import json
 import string
 import unicodedata
 from collections.abc import Iterator
@@ -30,6 +32,7 @@ SLOTS = 128  # Numbers in a signature: the standard deviation of an estimate is 
 SEED = 42
 RECALL = 0.9  # Least probability that two documents at the threshold are compared.
 
+SEPARATOR = b"\xff"  # Between documents: no byte of UTF-8.
 MAX_EXAMPLES = 3
 EXCERPT_CHARS = 60
 
@@ -39,11 +42,17 @@ class Verdict(NamedTuple):
 
     text: str  # To be kept, normalised; or the beginning of a document that is removed.
     n_bytes: int  # Of the document as it was, in UTF-8.
+    kept_bytes: int = 0  # Of the text to be kept.
     finding: Finding | None = None  # Why it is removed.
     changed: bool = False  # The text is in another Unicode form than it was.
     in_part: bool = False  # Only the first JUDGED_CHARS were judged.
     digest: bytes = b""  # With dedup: 16 bytes, equal for texts that are equal but for the space around them.
     signature: bytes = b""  # With dedup "minhash": see `signature`.
+
+
+def normalized(text: str, config: CleanConfig) -> str:
+    """The text in the Unicode form that `config` asks for."""
+    return text if config.normalize == "none" else unicodedata.normalize(FORMS[config.normalize], text)
 
 
 @dataclass(frozen=True)
@@ -70,9 +79,10 @@ class Cleaner:
         its first JUDGED_CHARS, the language of its first LANGUAGE_CHARS.
         """
         config, n_bytes = self.config, len(text.encode())
-        kept = text if config.normalize == "none" else unicodedata.normalize(FORMS[config.normalize], text)
+        kept = normalized(text, config)
         judges = config.gopher_quality or config.gopher_repetition or config.dedup == "minhash"
-        verdict = Verdict(kept, n_bytes, changed=kept != text, in_part=judges and len(kept) > JUDGED_CHARS)
+        in_part = judges and len(kept) > JUDGED_CHARS
+        verdict = Verdict(kept, n_bytes, len(kept.encode()), changed=kept != text, in_part=in_part)
         words = WORD.findall(kept[:JUDGED_CHARS])
         if finding := self._finding(kept, words):
             return verdict._replace(text=kept[:EXCERPT_CHARS], finding=finding)
@@ -219,7 +229,7 @@ class Selection:
                 removed.examples.append(Example(where, finding.value, verdict.text[:EXCERPT_CHARS]))
             return False
         report.kept_documents += 1
-        report.kept_bytes += len(verdict.text.encode())
+        report.kept_bytes += verdict.kept_bytes
         report.changed_documents += verdict.changed
         return True
 
@@ -239,6 +249,34 @@ class Selection:
         self._numbers[verdict.digest] = len(self._kept)
         self._kept.append(where)
         return None
+
+
+def clean_config(values: dict[str, Any]) -> CleanConfig:
+    """The settings of which `values` is the dictionary, as JSON gives it."""
+    return CleanConfig(**{**values, "languages": tuple(values["languages"])})
+
+
+def judged(cleaner: Cleaner, texts: bytes) -> bytes:
+    """The verdicts on some documents, with SEPARATOR between them, as JSON that `verdicts` reads."""
+    return json.dumps([_fields(cleaner(text.decode())) for text in texts.split(SEPARATOR)]).encode()
+
+
+def _fields(verdict: Verdict) -> dict[str, Any]:
+    """A verdict as JSON, with the beginning of its text only."""
+    return {
+        **verdict._asdict(),
+        "text": verdict.text[:EXCERPT_CHARS],
+        "digest": base64.b64encode(verdict.digest).decode(),
+        "signature": base64.b64encode(verdict.signature).decode(),
+    }
+
+
+def verdicts(content: bytes) -> Iterator[Verdict]:
+    """The verdicts of `judged`, with the beginnings of the texts only."""
+    for fields in json.loads(content):
+        finding = fields["finding"] and Finding(*fields["finding"])
+        marks = {name: base64.b64decode(fields[name]) for name in ("digest", "signature")}
+        yield Verdict(**{**fields, "finding": finding, **marks})
 
 
 @cache

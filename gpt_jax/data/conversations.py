@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from gpt_jax.data.records import RecordError
 from gpt_jax.data.shards import token_dtype
 from gpt_jax.errors import UserError
 from gpt_jax.tokenizer.chat_template import CONTROL_TOKEN, LEARN, LEARNT, Chat, borders, control, split
@@ -33,13 +34,9 @@ class Example(NamedTuple):
     answers: list[tuple[int, int]]  # First token and end of each answer that is learnt.
 
 
-class RefusedError(Exception):
-    """A conversation of which nobody can tell exactly what is to be learnt."""
-
-    def __init__(self, reason: str, turn: int = 0) -> None:
-        """turn: the number of the message, from 1; 0: it is about no single one."""
-        super().__init__(f"message {turn}: {reason}" if turn else reason)
-        self.reason = reason
+def refused(reason: str, message: int) -> RecordError:
+    """The error of a conversation of which nobody can tell exactly what is to be learnt. message: its index."""
+    return RecordError(reason, f"message {message + 1}: {reason}")
 
 
 @dataclass(frozen=True)
@@ -64,17 +61,17 @@ def examples(
     An answer is what the template puts after the text that asks for it (the rendering with add_generation_prompt), up
     to the first token that ends a turn, and holds the message's content as it is. So the prompt that sampling makes of
     the messages before it is a prefix of the example, token by token. An answer with `"train": false` is not learnt.
-    Messages after the last answer are left out. chat: None for that of the tokenizer. Raises RefusedError when an answer is none of this, or nothing is to
-    learn.
+    Messages after the last answer are left out. chat: None for that of the tokenizer. Raises RecordError when an answer
+    is none of this, or nothing is to learn.
     """
     chat = chat or tokenizer.chat
     try:
         hidden, tools = chat.checked(messages), chat.hidden(tools)
     except UserError as e:
-        raise RefusedError(str(e)) from e
+        raise RecordError("a template refuses it", str(e)) from e
     learnt = {i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("train") is not False}
     if not learnt:
-        raise RefusedError("there is no answer to learn")
+        raise RecordError("no answer to learn", "there is no answer to learn")
     requests = chat.requests(hidden, tools)
     answers = [_answer(tokenizer, chat, hidden, tools, requests, i) for i in sorted(learnt)]
     whole = answers[-1].before + answers[-1].text
@@ -85,7 +82,7 @@ def examples(
 def _answer(
     tokenizer: Tokenizer, chat: Chat, messages: list[dict[str, Any]], tools: Any, requests: Mapping[int, str], i: int
 ) -> _Answer:
-    """Message i as an answer. Raises RefusedError."""
+    """Message i as an answer. Raises RecordError."""
 
     def written(others: list[dict[str, Any]], content: str) -> str:
         return chat.render([*others, {**messages[i], "content": content}], tools, asks=False, marks=True)
@@ -102,38 +99,38 @@ def _answer(
         # whether it has left out some of this one's.
         trims = content != content.strip() and written(history, PLACE).replace(PLACE, content) != marked
     except UserError as e:
-        raise RefusedError(str(e), i + 1) from e
+        raise refused(str(e), i) from e
     text = _MARK.sub("", marked)
     if not text.startswith(request):
-        raise RefusedError("the template writes this answer otherwise than it asks for it", i + 1)
+        raise refused("the template writes this answer otherwise than it asks for it", i)
     stops = [control(j) for j, token in enumerate(chat.special_tokens.values()) if token in tokenizer.stop_ids]
     ends = [text.index(stop, len(request)) + len(stop) for stop in stops if stop in text[len(request) :]]
     if not ends:
-        raise RefusedError("the template ends this answer with no token that ends a turn", i + 1)
+        raise refused("the template ends this answer with no token that ends a turn", i)
     end = min(ends)
     answer = text[len(request) : end]
     if CONTROL_TOKEN.sub("", text[end:]).strip():
-        raise RefusedError("the template writes text of this answer after the token that ends it", i + 1)
+        raise refused("the template writes text of this answer after the token that ends it", i)
     if trims or content not in answer:
         what = "leaves out white space around" if trims or content.strip() in answer else "changes"
-        raise RefusedError(f"the template {what} what this answer says", i + 1)
+        raise refused(f"the template {what} what this answer says", i)
     first = _first_learnt(marked, len(request), end, i) if chat.marks else 0
     return _Answer(i, before, answer, answer[:first])
 
 
 def _first_learnt(marked: str, start: int, end: int, i: int) -> int:
     """How many characters of an answer, which is from `start` to `end` without the marks, come before what the template
-    marks to be learnt. What ends the turn need not be marked. Raises RefusedError when something else is not marked."""
+    marks to be learnt. What ends the turn need not be marked. Raises RecordError when something else is not marked."""
     places = list(accumulate(map(len, _MARK.split(marked))))
     spans = [span for span in zip(places[::2], places[1::2], strict=False) if span[0] < end and span[1] > start]
     rest = _MARK.sub("", marked)[spans[0][1] : end] if len(spans) == 1 else "text"
     if CONTROL_TOKEN.sub("", rest).strip():
-        raise RefusedError("the template does not mark this answer as one part that is to be learnt", i + 1)
+        raise refused("the template does not mark this answer as one part that is to be learnt", i)
     return max(0, spans[0][0] - start)
 
 
 def _encoded(tokenizer: Tokenizer, chat: Chat, requests: Mapping[int, str], answers: list[_Answer]) -> Example:
-    """The example that ends with the last of the answers. Raises RefusedError."""
+    """The example that ends with the last of the answers. Raises RecordError."""
     text = answers[-1].before + answers[-1].text
     starts_of_parts = borders({i: request for i, request in requests.items() if i <= answers[-1].message}, text)
     parts = chat.encode(split(text, starts_of_parts))
@@ -146,10 +143,10 @@ def _encoded(tokenizer: Tokenizer, chat: Chat, requests: Mapping[int, str], answ
         before = tokens[max(0, start - CONTEXT) : start]
         decoded = tokenizer.decode([*before, *tokens[start:end]])[len(tokenizer.decode(before)) :]
         if decoded != chat.shown(answer.text):
-            raise RefusedError("the tokens of this answer do not give its text again", answer.message + 1)
+            raise refused("the tokens of this answer do not give its text again", answer.message)
         skipped = chat.encode(["", answer.unlearnt])[1] if answer.unlearnt else []
         if tokens[start : start + len(skipped)] != skipped:
-            raise RefusedError("a token is partly to be learnt, by the marks of the template", answer.message + 1)
+            raise refused("a token is partly to be learnt, by the marks of the template", answer.message)
         start += len(skipped)
         learnt[start:end] = [True] * (end - start)
         found.append((start, end))
@@ -182,7 +179,7 @@ def encode_conversations(tokenizer: Tokenizer, lines: bytes) -> bytes:
         conversation = json.loads(line)
         try:
             found = examples(tokenizer, conversation["messages"], conversation["tools"], chat)
-        except RefusedError as e:
+        except RecordError as e:
             refused.append((i, e.reason, str(e)))
             continue
         made += found

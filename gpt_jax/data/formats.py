@@ -121,13 +121,13 @@ def _opened(path: AnyPath) -> Iterator[io.BufferedReader]:
         raise UserError(f"{path} cannot be read ({e.strerror or e})") from e
 
 
-def kind_of(path: AnyPath, text_field: str) -> Kind:
+def kind_of(path: AnyPath, text_field: str | None) -> Kind:
     """What a file holds, judged by its beginning, after unpacking.
 
     `.jsonl` and `.ndjson` hold records. Any other file does if it begins with two lines of JSON objects, with a list of
     objects, or with an object that has the field `text_field` and is not followed by something else. A single object
     without that field may as well be a program's file, and is one document. So is everything but Parquet when
-    `text_field` is empty.
+    `text_field` is empty; when it is None, any object is a record.
 
     Raises UserError when the file is damaged, is a table with a column `text_field`, or needs a package that is not
     installed.

@@ -19,7 +19,7 @@ import numpy as np
 from gpt_jax.data.batch import Batch
 from gpt_jax.data.rows import Tokens
 from gpt_jax.data.shards import SplitName
-from gpt_jax.files import replacing
+from gpt_jax.storage.files import replacing
 
 FORMAT_VERSION = 1
 CHUNK_TOKENS = 1 << 24

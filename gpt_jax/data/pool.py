@@ -22,14 +22,14 @@ T = TypeVar("T")
 
 
 class WorkerPool:
-    """Processes that do one of `worker.JOBS` with a tokenizer. Use it in a `with` block, which ends them."""
+    """Processes that do one of `worker.JOBS`, made of `argument`. Use it in a `with` block, which ends them."""
 
-    def __init__(self, tokenizer_file: Path, n_workers: int, job: str = "text") -> None:
+    def __init__(self, job: str, argument: str, n_workers: int) -> None:
         package = str(Path(worker.__file__).parents[2])
         search_path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
         self._workers = [
             subprocess.Popen(
-                [sys.executable, "-m", worker.__name__, job, str(tokenizer_file)],
+                [sys.executable, "-m", worker.__name__, job, argument],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 env={**os.environ, "PYTHONPATH": search_path},
@@ -75,6 +75,6 @@ class WorkerPool:
             status = process.wait()
             how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
             advice = "; is memory short?" if status == -signal.SIGKILL else ""
-            raise UserError(f"a tokenizing process {how}{advice}") from None
+            raise UserError(f"a worker process {how}{advice}") from None
         finally:
             self._idle.put(process)

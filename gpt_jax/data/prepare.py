@@ -1,36 +1,25 @@
-"""`prepare`: text to a data folder. The text is read twice: to survey it, and to tokenise it on all cores."""
+"""`prepare`: texts and conversations to a data folder."""
 
-import hashlib
 import signal
 import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
-import numpy as np
 import tyro
-from tqdm import tqdm
 
-from gpt_jax.config import TextConfig, check
-from gpt_jax.data.formats import Block
-from gpt_jax.data.pool import WorkerPool
-from gpt_jax.data.shards import (
-    FORMAT_VERSION,
-    META_FILE,
-    SPLITS,
-    Meta,
-    SplitName,
-    SplitWriter,
-    save_meta,
-    token_dtype,
-)
-from gpt_jax.data.sources import Corpus, open_corpus
-from gpt_jax.data.split import ByDocument, ByPosition, choose_split
+from gpt_jax.config import CleanConfig, TextConfig, check
+from gpt_jax.data.cleaned import clean_corpus
+from gpt_jax.data.messages import Format, format_of
+from gpt_jax.data.shards import FORMAT_VERSIONS, META_FILE, Meta, Split, SplitName, save_meta, token_dtype
+from gpt_jax.data.sources import Documents, first_record, open_corpus
+from gpt_jax.data.split import ByDocument
+from gpt_jax.data.texts import survey_texts, write_texts
 from gpt_jax.data.train_tokenizer import TextSample, train_sentencepiece
-from gpt_jax.data.worker import END_OF_DOCUMENT, START_OF_DOCUMENT
+from gpt_jax.data.tuning import Conversations, survey_conversations, with_template, write_conversations
 from gpt_jax.errors import UserError
 from gpt_jax.storage.files import check_replaceable, whole_folder
 from gpt_jax.storage.folders import check_remote_replaceable, whole_remote_folder
@@ -39,11 +28,7 @@ from gpt_jax.system import available_cores
 from gpt_jax.tokenizer.bytes import ByteTokenizer
 from gpt_jax.tokenizer.load import load_tokenizer
 from gpt_jax.tokenizer.sentencepiece import SentencePieceTokenizer
-from gpt_jax.tokenizer.tokenizer import Tokenizer, after_cut
-
-SAMPLE_BYTES = 8 << 20  # Most text that a tokenizer is trained on, which takes up to 70 times its size in memory.
-TASK_BYTES = 1 << 20  # Text that a worker tokenises at one time.
-
+from gpt_jax.tokenizer.tokenizer import Tokenizer
 
 PathFlag = Annotated[
     AnyPath,
@@ -57,30 +42,44 @@ PathFlag = Annotated[
 ]
 """The type of a flag that names a local or remote path."""
 
+FormatName = Literal["auto", "text", "chat", "completion"]
+OUT_OF_SETTINGS = ("out", "force")  # Arguments that are not kept in meta.json: they do not decide what is made.
+
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareArgs(TextConfig):
-    """Turn text into token files."""
+    """Turn text or conversations into token files."""
 
-    source: tyro.conf.Positional[tuple[str, ...]]  # Files, folders, globs, or the corpora python-docs and shakespeare.
+    # Files, folders, globs, datasets as hf:NAME,split=train, or the corpora python-docs and shakespeare.
+    source: tyro.conf.Positional[tuple[str, ...]]
     out: PathFlag  # Folder to make, here or at an address such as s3://bucket/folder.
+    format: FormatName = "auto"  # What records hold: texts, conversations, a prompt and its completion; auto: looks.
     # Field or column of JSON and Parquet with the text, nested as in meta.text; empty: files are read as they are.
     text_field: str = "text"
+    template: str = ""  # File with the Jinja template that writes conversations; empty: the tokenizer's own, or ours.
+    trim: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # Take white space off both ends of every message.
+    # Pass over lines of JSON Lines that are no JSON, and count them, instead of stopping there.
+    skip_broken: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     # Replace --out, if it is a data folder, once the new one is complete.
     force: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    clean: Annotated[CleanConfig, tyro.conf.arg(name="")] = field(default_factory=CleanConfig)
 
     def __post_init__(self) -> None:
         check(len(self.source) > 0, "source", self.source, "one or more files, folders, globs or corpora")
+        check(self.format in get_args(FormatName), "format", self.format, " or ".join(get_args(FormatName)))
         self.check_values()
 
 
-def print_summary(folder: AnyPath, meta: Meta) -> None:
-    """Prints a summary of a data folder in four lines."""
-    print(folder)
-    for name, split in (("training", meta.train), ("validation", meta.val)):
-        print(f"  {name:<11}{split.tokens:>15,} tokens{split.documents:>13,} documents{split.bytes / 1e6:>13,.1f} MB")
-    ratio = (meta.train.bytes + meta.val.bytes) / (meta.train.tokens + meta.val.tokens)
-    print(f"  {'vocabulary':<11}{meta.vocab_size:>15,} tokens{ratio:>13.2f} bytes a token")
+class Made(NamedTuple):
+    """What a preparation wrote into its folder, besides meta.json."""
+
+    format: Format
+    tokenizer: Tokenizer
+    tokenizer_file: Path
+    splits: dict[SplitName, Split]
+    fingerprint: str  # Of the source.
+    split: str  # How it was divided.
+    report: dict[str, Any]  # Counts of what was kept, and of what was left out and why.
 
 
 def prepare(args: PrepareArgs, n_workers: int = 0, tokenizer: Tokenizer | None = None) -> Meta:
@@ -99,57 +98,96 @@ def prepare(args: PrepareArgs, n_workers: int = 0, tokenizer: Tokenizer | None =
                 check_replaceable(args.out, META_FILE, args.force)
                 whole = whole_folder(args.out)
             tokenizer = tokenizer or _existing_tokenizer(args)
-            corpus = open_corpus(args.source, args.text_field)
+            kind = _format(args)
+            prepare_kind = _prepare_texts if kind == "text" else _prepare_conversations
             with whole as folder:  # Made and locked before the text is read, which may take hours.
-                survey = _survey(corpus, args.val_fraction)
-                tokenizer = tokenizer or _make_tokenizer(args, survey.sample)
-                settings = {
-                    **{name: value for name, value in asdict(args).items() if name not in ("out", "force")},
-                    "source": list(args.source),  # A list, as JSON gives it back.
-                    "split": "by document" if isinstance(survey.split, ByDocument) else "by position",
-                }
-                return _write(folder, corpus, survey, tokenizer, settings, n_workers or available_cores())
+                made = prepare_kind(folder, args, kind, tokenizer, n_workers or available_cores())
+                return _save(folder, args, made)
         except OSError as e:
             raise UserError(f"{args.out} could not be written ({e.strerror or e}); it is as it was before") from e
 
 
-@dataclass(frozen=True)
-class _Survey:
-    """The results of reading a corpus once."""
-
-    fingerprint: str
-    split: ByDocument | ByPosition
-    sample: TextSample
-
-
-class _Fingerprint:
-    """SHA-256 of the text, each document followed by END_OF_DOCUMENT."""
-
-    def __init__(self) -> None:
-        self._sha256 = hashlib.sha256()
-
-    def add(self, block: Block) -> None:
-        self._sha256.update(block.text)
-        if block.ends_document:
-            self._sha256.update(END_OF_DOCUMENT)
-
-    def __str__(self) -> str:
-        return self._sha256.hexdigest()
+def _format(args: PrepareArgs) -> Format:
+    """The format of the sources: that which was given or, of the first record in them, that which it has."""
+    if args.format != "auto":
+        return args.format
+    record = first_record(args.source) if args.text_field == "text" else None
+    if record is None or args.text_field in record.value:
+        return "text"
+    try:
+        kind, fields = format_of(record)
+    except UserError:  # Reading it as texts tells which fields it has.
+        return "text"
+    print(f"the records are read as --format {kind}, by their fields {fields}", file=sys.stderr)
+    return kind
 
 
-def _survey(corpus: Corpus, val_fraction: float) -> _Survey:
-    """Reads the corpus once, so that errors in it appear before anything is written, and decides the split."""
-    fingerprint, sample = _Fingerprint(), TextSample(SAMPLE_BYTES)
-    total_bytes = val_bytes = 0
-    with _progress_bar("reading", corpus.n_bytes) as bar:
-        for split, block in ByDocument(val_fraction)(corpus.blocks(bar.update)):
-            fingerprint.add(block)
-            sample.add(block.text)
-            total_bytes += len(block.text)
-            val_bytes += len(block.text) * (split == "val")
-    if total_bytes == 0:
-        raise UserError("there is no text: every document is empty")
-    return _Survey(str(fingerprint), choose_split(val_fraction, total_bytes, val_bytes), sample)
+def _prepare_texts(folder: Path, args: PrepareArgs, kind: Format, tokenizer: Tokenizer | None, n_workers: int) -> Made:
+    for name, given in (("template", args.template), ("trim", args.trim)):
+        check(not given, name, given, "left out with texts; conversations have it")
+    corpus: Documents = open_corpus(args.source, args.text_field)
+    report = dict[str, Any]()
+    if args.clean.active:
+        corpus, cleaning = clean_corpus(corpus, args.clean, n_workers)
+        report = {"clean": cleaning.to_dict()}
+        print("\n".join(cleaning.lines()), file=sys.stderr)
+    survey = survey_texts(corpus, args.val_fraction)
+    tokenizer = tokenizer or _make_tokenizer(args, survey.sample)
+    tokenizer_file = tokenizer.save(folder)
+    splits = write_texts(folder, corpus, survey, tokenizer, tokenizer_file, n_workers)
+    split = "by document" if isinstance(survey.split, ByDocument) else "by position"
+    return Made(kind, tokenizer, tokenizer_file, splits, survey.fingerprint, split, report)
+
+
+def _prepare_conversations(
+    folder: Path, args: PrepareArgs, kind: Format, tokenizer: Tokenizer | None, n_workers: int
+) -> Made:
+    check(kind in ("chat", "completion"), "format", kind, "text, chat or completion, which this version prepares")
+    template = _read_template(args.template) if args.template else None
+    corpus = open_corpus(args.source, of_records=True)
+    conversations = Conversations(corpus, kind, args.skip_broken, args.trim, args.clean)
+    survey = survey_conversations(conversations, args.val_fraction)
+    tokenizer = with_template(tokenizer or _make_tokenizer(args, survey.sample), template)
+    tokenizer_file = tokenizer.save(folder)
+    splits, report = write_conversations(folder, conversations, survey, tokenizer, tokenizer_file, n_workers)
+    split = "by conversation" if survey.first_val is None else "by position"
+    return Made(kind, tokenizer, tokenizer_file, splits, survey.fingerprint, split, report)
+
+
+def _save(folder: Path, args: PrepareArgs, made: Made) -> Meta:
+    """Writes meta.json."""
+    settings = {name: value for name, value in asdict(args).items() if name not in OUT_OF_SETTINGS}
+    vocab_size = made.tokenizer.vocab_size
+    masked = made.splits["train"].learnt is not None
+    meta = Meta(
+        format_version=FORMAT_VERSIONS["masked" if masked else "plain"],
+        dtype=token_dtype(vocab_size).name,
+        vocab_size=vocab_size,
+        tokenizer_file=made.tokenizer_file.name,
+        tokenizer_fingerprint=made.tokenizer.fingerprint,
+        source_fingerprint=made.fingerprint,
+        train=made.splits["train"],
+        val=made.splits["val"],
+        settings={**settings, "source": list(args.source), "split": made.split},  # Lists, as JSON gives them back.
+        format=made.format,
+        report=made.report,
+    )
+    save_meta(folder, meta)
+    return meta
+
+
+def print_summary(folder: AnyPath, meta: Meta) -> None:
+    """Prints a summary of a data folder in a few lines."""
+    print(folder)
+    for name, split in (("training", meta.train), ("validation", meta.val)):
+        line = f"  {name:<11}{split.tokens:>15,} tokens{split.documents:>13,} documents{split.bytes / 1e6:>13,.1f} MB"
+        print(line if split.learnt is None else f"{line}{split.learnt / split.tokens:>9.1%} learnt")
+    tokens = sum(split.tokens if split.learnt is None else split.learnt for split in (meta.train, meta.val))
+    ratio = (meta.train.bytes + meta.val.bytes) / tokens
+    print(f"  {'vocabulary':<11}{meta.vocab_size:>15,} tokens{ratio:>13.2f} bytes a token")
+    if meta.format != "text":
+        n, answers = (sum(meta.report[split][name] for split in meta.splits) for name in ("conversations", "answers"))
+        print(f"  {'read':<11}{n:>15,} conversations with {answers:,} answers to learn")
 
 
 def _existing_tokenizer(args: PrepareArgs) -> Tokenizer | None:
@@ -165,67 +203,14 @@ def _make_tokenizer(args: PrepareArgs, sample: TextSample) -> Tokenizer:
     return SentencePieceTokenizer(train_sentencepiece(sample, args.model_type, args.vocab_size))
 
 
-def _write(
-    folder: Path, corpus: Corpus, survey: _Survey, tokenizer: Tokenizer, settings: dict[str, Any], n_workers: int
-) -> Meta:
-    """Tokenises the corpus into `folder`."""
-    tokenizer_file = tokenizer.save(folder)
-    fingerprint = _Fingerprint()
-    n_bytes = dict.fromkeys(SPLITS, 0)
-
-    def tasks() -> Iterator[tuple[SplitName, bytes]]:
-        """The text of both splits in pieces of TASK_BYTES or more, each of one split, cut where the tokenizer may."""
-        waiting = {name: bytearray() for name in SPLITS}
-        within_document = dict.fromkeys(SPLITS, False)
-        for name, block in survey.split(fingerprinted()):
-            n_bytes[name] += len(block.text)
-            waiting[name] += START_OF_DOCUMENT * (not within_document[name])
-            waiting[name] += block.text + END_OF_DOCUMENT * block.ends_document
-            within_document[name] = not block.ends_document
-            if len(waiting[name]) >= TASK_BYTES:
-                uncut = b"" if block.ends_document else after_cut(tokenizer, block.text)
-                if len(uncut) < len(block.text):
-                    yield name, bytes(waiting[name][: len(waiting[name]) - len(uncut)])
-                    waiting[name][:] = uncut
-        yield from ((name, bytes(text)) for name, text in waiting.items())
-
-    def fingerprinted() -> Iterator[Block]:
-        for block in corpus.blocks(bar.update):
-            fingerprint.add(block)
-            yield block
-
-    vocab_size, end_of_text = tokenizer.vocab_size, tokenizer.end_of_text
-    with (
-        _progress_bar("tokenizing", corpus.n_bytes) as bar,
-        WorkerPool(tokenizer_file, n_workers) as pool,
-        SplitWriter(folder, "train", vocab_size, end_of_text) as train,
-        SplitWriter(folder, "val", vocab_size, end_of_text) as val,
-    ):
-        writers = {"train": train, "val": val}
-        for name, tokens in pool.encode(tasks()):
-            writers[name].write(np.frombuffer(tokens, token_dtype(vocab_size)))
-        if str(fingerprint) != survey.fingerprint:
-            raise UserError("the text was changed while it was read; prepare it again")
-        if 0 in n_bytes.values():
-            raise UserError(f"{sum(n_bytes.values())} bytes of text are too few for training and validation")
-        meta = Meta(
-            format_version=FORMAT_VERSION,
-            dtype=token_dtype(vocab_size).name,
-            vocab_size=vocab_size,
-            tokenizer_file=tokenizer_file.name,
-            tokenizer_fingerprint=tokenizer.fingerprint,
-            source_fingerprint=survey.fingerprint,
-            train=train.finish(n_bytes["train"]),
-            val=val.finish(n_bytes["val"]),
-            settings=settings,
-        )
-    save_meta(folder, meta)
-    return meta
-
-
-def _progress_bar(label: str, n_bytes: int) -> "tqdm[Any]":
-    """A bar that shows MB/s and the time left, on a terminal only."""
-    return tqdm(total=n_bytes, desc=f"{label:<10}", unit="B", unit_scale=True, disable=None)
+def _read_template(file: str) -> str:
+    """The content of a template's file. Raises UserError."""
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except OSError as e:
+        raise UserError(f"the template {file} cannot be read ({e.strerror})") from e
+    except UnicodeDecodeError as e:
+        raise UserError(f"the template {file} is not UTF-8 text") from e
 
 
 @contextmanager

@@ -74,7 +74,12 @@ def no_object(where: str, wanted: str) -> RecordError:
 
 
 def json_lines(
-    path: AnyPath, file: io.BufferedIOBase, tell: Callable[[], int], max_line_bytes: int, on_broken: OnBroken, wanted: str
+    path: AnyPath,
+    file: io.BufferedIOBase,
+    tell: Callable[[], int],
+    max_line_bytes: int,
+    on_broken: OnBroken,
+    wanted: str,
 ) -> Iterator[Record]:
     """The objects of JSON Lines.
 

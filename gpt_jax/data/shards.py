@@ -14,7 +14,8 @@ import hashlib
 import itertools
 import json
 import os
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Self
 
@@ -72,6 +73,8 @@ class Meta:
     train: Split
     val: Split
     settings: dict[str, Any]  # The arguments of `prepare`.
+    format: str = "text"  # One of messages.Format.
+    report: dict[str, Any] = field(default_factory=dict)  # Counts of what was kept, and of what was left out and why.
 
     @property
     def splits(self) -> dict[SplitName, Split]:
@@ -113,7 +116,7 @@ class SplitWriter:
             self._document_start = int(ends[-1])
             self._documents += len(ends)
         self._tokens += len(tokens)
-        for files, values in zip(self._files, (tokens, learnt), strict=False):
+        for files, values in zip(self._files, (tokens,) if learnt is None else (tokens, learnt), strict=True):
             files.write(values)
         self._learnt += 0 if learnt is None else int(learnt.sum())
 
@@ -189,9 +192,14 @@ class TokenFiles:
         return self._len
 
     @property
-    def learnt(self) -> bool:
+    def masked(self) -> bool:
         """True if there is a mask: only some of the tokens are to be learnt."""
         return self.n_learnt is not None
+
+    @property
+    def tokens_per_byte(self) -> float:
+        """Tokens that are to be learnt for a byte of their text."""
+        return (len(self) if self.n_learnt is None else self.n_learnt) / self.n_bytes
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Tokens `start` to `start + count - 1`, int32 (count,). Raises IndexError outside of the split."""
@@ -201,7 +209,7 @@ class TokenFiles:
         """For each of these tokens, whether it is to be learnt, bool (count,). Only with a mask."""
         return self._read(self._masks, start, count).astype(bool)
 
-    def _read(self, files: list[np.ndarray], start: int, count: int) -> np.ndarray:
+    def _read(self, files: Sequence[np.ndarray | RemoteArray], start: int, count: int) -> np.ndarray:
         if not 0 <= start <= start + count <= self._len:
             raise IndexError(f"tokens {start} to {start + count} of {self._len}")
         i = bisect.bisect_right(self._starts, start, hi=len(files)) - 1
@@ -237,7 +245,7 @@ def _map_file(path: AnyPath, dtype: np.dtype, count: int) -> "np.ndarray | Remot
 class Dataset:
     """A data folder, open for reading."""
 
-    folder: Path
+    folder: AnyPath
     meta: Meta
     tokenizer: Tokenizer
     train: TokenFiles

@@ -5,12 +5,15 @@ import glob
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 from gpt_jax.data.corpora import python_docs, shakespeare
-from gpt_jax.data.formats import Block, Kind, cut_document, kind_of, read_blocks, record_blocks
+from gpt_jax.data.formats import RECORDS, Block, Kind, cut_document, kind_of, read_blocks, read_records, record_blocks
 from gpt_jax.data.hugging_face import is_dataset, load_dataset
+from gpt_jax.data.records import OnBroken, Record
 from gpt_jax.data.shards import META_FILE
 from gpt_jax.errors import UserError
 from gpt_jax.storage import remote
@@ -26,6 +29,7 @@ def _python_docs_blocks() -> Iterator[Block]:
         yield from cut_document(text, position)
 
 
+BUILT_IN = ("python-docs", "shakespeare")
 Notes = dict[str, list[AnyPath]]
 """What was passed over, by the text that says so."""
 
@@ -35,41 +39,72 @@ class Source:
     """One file, a dataset, or a built-in corpus that is generated while it is read."""
 
     n_bytes: int  # Of the file, before unpacking, or of the dataset in memory.
-    read: Callable[[], Iterator[Block]]
+    blocks: Callable[[], Iterator[Block]]
+    records: Callable[[OnBroken], Iterator[Record]]
 
 
-@dataclass(frozen=True)
-class Corpus:
+class Placed(Protocol):
+    """What a source gives, one after the other."""
+
+    @property
+    def position(self) -> int:
+        """Bytes of the source read so far."""
+
+
+P = TypeVar("P", bound=Placed)
+
+
+class Documents(Protocol):
     """Documents in a fixed order, which can be read repeatedly and are never whole in memory."""
-
-    sources: tuple[Source, ...]
 
     @property
     def n_bytes(self) -> int:
         """Bytes to read, before unpacking."""
-        return sum(source.n_bytes for source in self.sources)
 
     def blocks(self, progress: Callable[[int], object]) -> Iterator[Block]:
         """The blocks of all documents. `progress` is called with the bytes read since its last call.
 
         Raises UserError naming the file that cannot be read as text.
         """
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents or records in a fixed order, which can be read repeatedly and are never whole in memory."""
+
+    sources: tuple[Source, ...]
+
+    @property
+    def n_bytes(self) -> int:
+        """See Documents."""
+        return sum(source.n_bytes for source in self.sources)
+
+    def blocks(self, progress: Callable[[int], object]) -> Iterator[Block]:
+        """See Documents."""
+        return self._read(progress, lambda source: source.blocks())
+
+    def records(self, progress: Callable[[int], object], on_broken: OnBroken) -> Iterator[Record]:
+        """All records, as `blocks` gives texts. on_broken: see `records`."""
+        return self._read(progress, lambda source: source.records(on_broken))
+
+    def _read(self, progress: Callable[[int], object], read: Callable[[Source], Iterator[P]]) -> Iterator[P]:
         for source in self.sources:
             position = 0
-            for block in source.read():
-                progress(block.position - position)
-                position = block.position
-                yield block
+            for item in read(source):
+                progress(item.position - position)
+                position = item.position
+                yield item
             progress(source.n_bytes - position)
 
 
-def open_corpus(names: Iterable[str], text_field: str = "text") -> Corpus:
+def open_corpus(names: Iterable[str], text_field: str = "text", of_records: bool = False) -> Corpus:
     """The corpus of the files, folders, globs, datasets and built-in corpora in `names`, in their order.
 
     All but the corpora and datasets may be remote, as in s3://bucket/folder/*.txt. A folder stands for all files below
     it in sorted order, without hidden ones; links are followed. What is no text below it is passed over with a note on
     stderr, but naming such a file itself is an error. A file that is named twice is read once. A path takes precedence
-    over a built-in corpus of the same name. Datasets are spelled as in `hugging_face.SPELLING`.
+    over a built-in corpus of the same name. Datasets are spelled as in `hugging_face.SPELLING`. of_records: what has no
+    records is passed over, too.
     Raises UserError for a name that is none of these, and for a folder or glob without text.
     """
     sources: dict[str, Source] = {}
@@ -78,7 +113,7 @@ def open_corpus(names: Iterable[str], text_field: str = "text") -> Corpus:
         try:
             if name == "python-docs" and not Path(name).exists():
                 n_bytes = sum(len(document.encode()) for document in python_docs())
-                sources[name] = Source(n_bytes, _python_docs_blocks)
+                sources[name] = Source(n_bytes, _python_docs_blocks, _no_records)
                 continue
             if is_dataset(name):
                 sources[name] = _dataset_source(name, text_field)
@@ -87,9 +122,10 @@ def open_corpus(names: Iterable[str], text_field: str = "text") -> Corpus:
             paths = [shakespeare()] if name == "shakespeare" and not Path(name).exists() else _files(name, notes)
             found = 0
             for path in paths:
-                kind = kind_of(path, text_field)
-                if kind in PASSED_OVER and location(name).is_dir():
-                    notes.setdefault(PASSED_OVER[kind], []).append(path)
+                kind = kind_of(path, None if of_records else text_field)
+                passed_over = PASSED_OVER if not of_records or kind in RECORDS else {kind: NO_RECORDS, **PASSED_OVER}
+                if kind in passed_over and location(name).is_dir():
+                    notes.setdefault(passed_over[kind], []).append(path)
                     continue
                 if kind == "unlike":
                     notes.setdefault(UNLIKE, []).append(path)
@@ -103,7 +139,7 @@ def open_corpus(names: Iterable[str], text_field: str = "text") -> Corpus:
             count = what.format(n=n, s="s" * (n > 1), field=text_field)
             print(f"{name}: {count}, such as {example}", file=sys.stderr)
         if not found:
-            raise UserError(f"there is no text in the folder {name}")
+            raise UserError(f"there {'are no records' if of_records else 'is no text'} in the folder {name}")
     return Corpus(tuple(sources.values()))
 
 
@@ -114,17 +150,26 @@ PASSED_OVER: dict[Kind, str] = {
 }
 """What is passed over in a folder."""
 
+NO_RECORDS = "passed over {n} file{s} without records"
 DATA_FOLDER = "passed over {n} data folder{s}"
 DANGLING = "passed over {n} dangling link{s}"
 SPECIAL = "passed over {n} pipe{s}, socket{s} or device{s}"
 FOLDER = "passed over {n} folder{s}, which ** would go into"
 UNLIKE = "{n} file{s} like JSON or tables, not records with a field {field!r} (see prepare --text-field), read as text"
-NOTES = (*dict.fromkeys(PASSED_OVER.values()), DATA_FOLDER, DANGLING, SPECIAL, FOLDER, UNLIKE)
+NOTES = (*dict.fromkeys(PASSED_OVER.values()), NO_RECORDS, DATA_FOLDER, DANGLING, SPECIAL, FOLDER, UNLIKE)
 """All notes, in the order in which they are printed."""
 
 
 def _file_source(path: AnyPath, text_field: str) -> Source:
-    return Source(path.stat().st_size, lambda: read_blocks(path, text_field))
+    return Source(
+        path.stat().st_size,
+        lambda: read_blocks(path, text_field),
+        lambda on_broken: read_records(path, on_broken=on_broken),
+    )
+
+
+def _no_records(_: OnBroken) -> Iterator[Record]:
+    raise UserError("python-docs holds texts, no records; name a file with them")
 
 
 def _dataset_source(name: str, text_field: str) -> Source:
@@ -134,7 +179,21 @@ def _dataset_source(name: str, text_field: str) -> Source:
         for record in dataset.records([text_field]):
             yield from record_blocks(record, text_field)
 
-    return Source(dataset.n_bytes, read)
+    return Source(dataset.n_bytes, read, lambda _: dataset.records())
+
+
+def first_record(names: Iterable[str]) -> Record | None:
+    """The first record in these sources (see open_corpus); None when there is none, or it cannot be read."""
+    for name in names:
+        if is_dataset(name):
+            return next(load_dataset(name).records(), None)
+        if name not in BUILT_IN or Path(name).exists():
+            with suppress(OSError):
+                for path in _files(name, {}):
+                    with suppress(UserError):
+                        if kind_of(path, None) in RECORDS:
+                            return next(read_records(path), None)
+    return None
 
 
 def _files(name: str, notes: Notes) -> list[AnyPath]:
@@ -187,7 +246,7 @@ def _no_file(path: Path) -> str:
 
 
 def _suggestion(path: Path) -> str:
-    built_in = difflib.get_close_matches(path.name, ["python-docs", "shakespeare"], n=1)
+    built_in = difflib.get_close_matches(path.name, BUILT_IN, n=1)
     if near := sibling_like(path) or next(iter(built_in), None):
         return f"; did you mean {near}?"
     return "; the built-in corpora are python-docs and shakespeare"

@@ -13,6 +13,7 @@ from gpt_jax.errors import UserError
 from gpt_jax.tokenizer.sentencepiece import WORD
 from gpt_jax.tokenizer.tokenizer import SPECIAL_TOKENS
 
+SAMPLE_BYTES = 8 << 20  # Most text that a tokenizer is trained on, which takes up to 70 times its size in memory.
 _SENTENCE_BYTES = 4096
 _BORDER = "\x1f"  # Stands between words in the training text: no token may contain it.
 

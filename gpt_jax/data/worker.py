@@ -5,6 +5,7 @@ a document and a byte 0xFF ends it, since UTF-8 contains neither. Conversations 
 in which they are stored.
 """
 
+import json
 import re
 import sys
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from gpt_jax.data.clean import Cleaner, clean_config, judged
 from gpt_jax.data.conversations import encode_conversations
 from gpt_jax.data.shards import token_dtype
 from gpt_jax.tokenizer.load import load_tokenizer
@@ -57,19 +59,34 @@ def encode_documents(tokenizer: Tokenizer, text: bytes) -> np.ndarray:
     return np.concatenate(ids).astype(token_dtype(tokenizer.vocab_size))
 
 
-def _texts(tokenizer: Tokenizer, text: bytes) -> bytes:
-    return encode_documents(tokenizer, text).tobytes()
+Job = Callable[[bytes], bytes]
 
 
-JOBS: dict[str, Callable[[Tokenizer, bytes], bytes]] = {"text": _texts, "chat": encode_conversations}
+def _text(tokenizer_file: str) -> Job:
+    tokenizer = load_tokenizer(Path(tokenizer_file))
+    return lambda text: encode_documents(tokenizer, text).tobytes()
+
+
+def _chat(tokenizer_file: str) -> Job:
+    tokenizer = load_tokenizer(Path(tokenizer_file))
+    return lambda lines: encode_conversations(tokenizer, lines)
+
+
+def _clean(config: str) -> Job:
+    cleaner = Cleaner(clean_config(json.loads(config)))
+    return lambda texts: judged(cleaner, texts)
+
+
+JOBS: dict[str, Callable[[str], Job]] = {"text": _text, "chat": _chat, "clean": _clean}
+"""What is done with each message, made of an argument: the file of a tokenizer, or settings as JSON."""
 
 
 def main() -> None:
     """Answers until stdin is closed, which also happens when the parent dies."""
-    job, tokenizer = JOBS[sys.argv[1]], load_tokenizer(Path(sys.argv[2]))
+    job = JOBS[sys.argv[1]](sys.argv[2])
     try:
         while True:
-            send(sys.stdout.buffer, job(tokenizer, receive(sys.stdin.buffer)))
+            send(sys.stdout.buffer, job(receive(sys.stdin.buffer)))
     except (EOFError, BrokenPipeError):
         sys.stdout = None  # Nothing is left to flush it to.
 

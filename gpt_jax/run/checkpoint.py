@@ -41,10 +41,17 @@ class DamagedCheckpointError(UserError):
     """A checkpoint that cannot be read, or whose arrays are not those that were saved."""
 
 
-def data_facts(meta: Meta) -> dict[str, Any]:
-    """The facts of a checkpoint that say which data it was trained on, and in which order they come."""
-    splits = {name: {"tokens": s.tokens, "fingerprint": s.fingerprint} for name, s in meta.splits.items()}
-    return {"tokenizer": meta.tokenizer_fingerprint, "data": meta.source_fingerprint, "splits": splits}
+def data_facts(*metas: Meta) -> dict[str, Any]:
+    """The facts of a checkpoint that say which data it was trained on, and in which order they come: those of one
+    folder, or of a mixture of several."""
+    meta, *others = metas
+    splits: dict[str, Any] = {
+        name: {"tokens": s.tokens, "fingerprint": s.fingerprint} for name, s in meta.splits.items()
+    }
+    for number, other in enumerate(others, 2):
+        splits |= {f"{name} ({number})": split for name, split in data_facts(other)["splits"].items()}
+    fingerprints = [meta.source_fingerprint for meta in metas]
+    return {"tokenizer": meta.tokenizer_fingerprint, "data": " ".join(fingerprints), "splits": splits}
 
 
 def check_data(where: Path, saved: dict[str, Any], facts: dict[str, Any]) -> None:

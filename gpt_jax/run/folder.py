@@ -117,9 +117,7 @@ class RunFolder:
     def write(self, config: Config, tokenizer: Tokenizer) -> None:
         """Writes the tokenizer and the configuration, which `sample` needs besides a checkpoint. Their folders are
         saved in full, so that they hold from any working folder."""
-        data = config.data
-        if not is_remote(data.dir):
-            data = dataclasses.replace(data, dir=str(Path(data.dir).absolute()))
+        data = config.data.with_folders(lambda folder: folder if is_remote(folder) else str(Path(folder).absolute()))
         config = dataclasses.replace(config, out_dir=str(self.path.absolute()), data=data)
         try:
             tokenizer.save(self.path)

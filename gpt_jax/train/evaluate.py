@@ -6,8 +6,7 @@ import jax
 import numpy as np
 
 from gpt_jax.config import Config
-from gpt_jax.data.loader import eval_batches
-from gpt_jax.data.shards import Dataset
+from gpt_jax.data.folders import DataFolders
 from gpt_jax.errors import UserError
 from gpt_jax.model.gpt import GPT, Params
 from gpt_jax.placement import Placement
@@ -16,16 +15,22 @@ from gpt_jax.train.step import make_eval_step
 
 
 def make_evaluate(
-    model: GPT, placement: Placement, data: Dataset, config: Config
+    model: GPT, placement: Placement, data: DataFolders, config: Config
 ) -> Callable[[Params], dict[str, float]]:
-    """A function of the parameters that returns the loss on the whole validation set, in nats a token and bits a byte.
+    """A function of the parameters that returns the loss on the whole validation set, in nats a token that is to be
+    learnt, and bits a byte of their text.
 
-    Raises UserError when the set has less than two tokens, or the batch does not divide over the devices.
+    With several folders, these are means by the weights of the mixture at its first step, and the loss on each folder
+    stands beside, as val_loss/NAME. Raises UserError when a set has no token to be predicted, or the batch does not
+    divide over the devices.
     """
-    if len(data.val) < 2:
-        raise UserError(
-            f"the validation split of {config.data.dir} has {len(data.val)} tokens; prepare it with more text"
-        )
+    T, weights = config.model.context_length, config.data.stages()[0][1]
+    for name, folder in data.by_name.items():
+        if not data.has_validation(folder, T):
+            raise UserError(
+                f"the validation split of {name} has {len(folder.val)} tokens, and none to be predicted in a window of "
+                f"model.context_length + 1 = {T + 1}; prepare it with more text"
+            )
     default = config.data.microbatch_size * placement.n_shares or config.data.batch_size
     batch_size = config.train.eval_batch_size or default
     if batch_size % placement.n_shares:
@@ -34,16 +39,24 @@ def make_evaluate(
         )
     rows = placement.rows(batch_size)
     eval_step = placement.jit(make_eval_step(next_token, model, placement.axis_name), donate=False)
-    tokens_per_byte = len(data.val) / data.val.n_bytes
 
-    def evaluate(params: Params) -> dict[str, float]:
+    def loss_on(name: str, params: Params) -> float:
         sums = []
-        for batch in eval_batches(data.val, config.model.context_length, batch_size):
+        for batch in data.validation(name, T, batch_size):
             sums.append(eval_step(params, placement.split(jax.tree.map(lambda x: x[rows], batch)))[:2])
             if placement.must_wait:
                 jax.block_until_ready(sums[-1])
         total, count = np.asarray(jax.device_get(sums), np.float64).sum(axis=0).tolist()
-        loss = total / count
-        return {"val_loss": loss, "val_bits_per_byte": loss * tokens_per_byte / float(np.log(2))}
+        return total / count
+
+    def evaluate(params: Params) -> dict[str, float]:
+        losses = {name: loss_on(name, params) for name in data.by_name}
+        bits = [losses[name] * folder.val.tokens_per_byte / float(np.log(2)) for name, folder in data.by_name.items()]
+        alone = len(losses) == 1
+        return {
+            "val_loss": float(np.average(list(losses.values()), weights=weights)),
+            "val_bits_per_byte": float(np.average(bits, weights=weights)),
+            **({} if alone else {f"val_loss/{name}": loss for name, loss in losses.items()}),
+        }
 
     return evaluate

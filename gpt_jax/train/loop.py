@@ -10,8 +10,8 @@ import jax
 
 from gpt_jax import hosts, runtime
 from gpt_jax.config import Config, config_to_dict
-from gpt_jax.data.loader import Prefetch, TrainBatches
-from gpt_jax.data.shards import Dataset
+from gpt_jax.data.folders import DataFolders
+from gpt_jax.data.loader import Prefetch
 from gpt_jax.model import lora
 from gpt_jax.model.backend import resolve_for, resolved_to
 from gpt_jax.model.flops import FLOPS_FORMULA, flops_per_token
@@ -42,7 +42,7 @@ class Interrupted(BaseException):
         self.signum = signum
 
 
-def train(config: Config, data: Dataset, resume: bool = False, profile: bool = False) -> None:
+def train(config: Config, data: DataFolders, resume: bool = False, profile: bool = False) -> None:
     """Trains the model that `config` describes on `data`, in the folder `config.out_dir`.
 
     The runtime must be set up, and the configuration must have a vocabulary size. With several hosts, all of them call
@@ -55,7 +55,8 @@ def train(config: Config, data: Dataset, resume: bool = False, profile: bool = F
     placement = choose_placement(config.parallel, config.model, runtime.choose_devices(config.parallel))
     n_micro = placement.microbatches(config.data.batch_size, config.data.microbatch_size)
     rows = placement.rows(config.data.batch_size, n_micro)  # Those that this host loads.
-    batches = TrainBatches(data.train, config.model.context_length, config.data.batch_size, seed)
+    hosts.on_first(lambda: data.batches(config.model.context_length, seed))  # Packs documents once, for all hosts.
+    batches = data.batches(config.model.context_length, seed)
 
     model = GPT(resolve_for(config.model, placement.devices[0], placement.context))
     schedule = learning_rate_schedule(config.optimizer, config.train.steps)
@@ -66,9 +67,10 @@ def train(config: Config, data: Dataset, resume: bool = False, profile: bool = F
 
     hosts.on_first(lambda: run.check_usable(resume))
     peak = runtime.peak_flops(placement.devices[0].device_kind)
+    full_peak = peak and peak * placement.n_devices
     describe_run(config, data, model, placement, n_micro, peak)
-    meta: dict[str, Any] = {"config": config_to_dict(config), **data_facts(data.meta)}
-    shards = json.dumps([meta["data"], meta["splits"], data.meta.settings])
+    meta: dict[str, Any] = {"config": config_to_dict(config), **data_facts(*data.metas)}
+    shards = json.dumps([meta["data"], meta["splits"], *(folder.settings for folder in data.metas)])
     hosts.check_alike(data=shards, tokenizer=meta["tokenizer"], configuration=json.dumps(meta["config"]))
     encode_prompt(config.train.sample_prompt, data.tokenizer, config.model.context_length)  # Raises now, not later.
 
@@ -89,7 +91,7 @@ def train(config: Config, data: Dataset, resume: bool = False, profile: bool = F
             hosts.on_first(lambda: run.write(config, data.tokenizer))
 
         with (
-            Recorder(run, config, steps.start, peak and peak * placement.n_devices, hosts.is_first()) as recorder,
+            Recorder(run, config, steps.start, full_peak, hosts.is_first(), batches.epochs) as recorder,
             Trace(run.profile if profile and hosts.is_first() else None, steps) as trace,
             Prefetch(lambda step: placement.split(batches(step, rows), n_micro), steps) as prefetched,
         ):
@@ -137,12 +139,12 @@ def events(config: Config, step: int) -> tuple[bool, bool, bool]:
 
 
 def describe_run(
-    config: Config, data: Dataset, model: GPT, placement: Placement, n_micro: int, peak: float | None
+    config: Config, data: DataFolders, model: GPT, placement: Placement, n_micro: int, peak: float | None
 ) -> None:
     """Prints a table before training: data, model, compute type, devices, and the formula of MFU."""
     c, n, device = model.config, placement.n_devices, placement.devices[0]
     rows = {
-        "data": f"{config.data.dir}: {len(data.train):,} training and {len(data.val):,} validation tokens",
+        "data": f"\n{'':9}".join(data.describe(c.context_length)),
         "model": f"{c.n_layer} layers, {c.n_head} heads, width {c.d_model}, context {c.context_length}, "
         f"vocabulary {c.vocab_size:,}: {c.n_params / 1e6:,.2f} M parameters",
         "compute": f"{resolved_to(c, runtime.hardware(device), placement.context)}, "
@@ -162,7 +164,7 @@ def describe_run(
     sys.stdout.flush()
 
 
-def write_sample(model: GPT, placement: Placement, params: Params, data: Dataset, config: Config) -> str:
+def write_sample(model: GPT, placement: Placement, params: Params, data: DataFolders, config: Config) -> str:
     """The model's continuation of the configured prompt, between two rules; empty on all hosts but the first. The
     first replica of the parameters writes it, on all hosts that take part in that."""
     first = placement.replicas(params).get(0)

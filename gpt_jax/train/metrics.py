@@ -4,7 +4,7 @@ import importlib.util
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,19 @@ class Recorder:
     """Takes the metrics of every step and reports them. A context manager; leaving it closes the files.
 
     Metrics are read one step late, when the device has the next step to work on and does not wait for the host.
-    `start` is the step that the run goes on from.
+    `start` is the step that the run goes on from. epochs: of each data folder by its name, after so many steps.
     """
 
     def __init__(
-        self, run: RunFolder, config: Config, start: int, peak_flops: float | None, writes: bool = True
+        self,
+        run: RunFolder,
+        config: Config,
+        start: int,
+        peak_flops: float | None,
+        writes: bool = True,
+        epochs: Callable[[int], dict[str, float]] = lambda step: {},
     ) -> None:
+        self.epochs = epochs
         self.run, self.config, self.peak_flops, self.writes = run, config, peak_flops, writes
         self.tokens_per_step = config.data.batch_size * config.model.context_length
         self.record_writer = RecordWriter(run.metrics_file, start, writes)
@@ -93,17 +100,24 @@ class Recorder:
             "lr": lr,
             "grad_norm": grad_norm,
             "tokens": step * self.tokens_per_step,
+            **self.epochs_after(step),
             **{name: float(value) for name, value in metrics.logged.items()},
         }
         self.shown["loss"] = f"{loss:.3f}"
         self.bar.set_postfix(self.shown, refresh=False)
         self.bar.update(step - self.bar.n)
 
-    def add_evaluation(self, val_loss: float, val_bits_per_byte: float) -> None:
-        """Adds an evaluation to the record of the settled step. Raises UserError when the loss is not finite."""
+    def epochs_after(self, step: int) -> dict[str, float]:
+        """The epochs of the data after `step` steps: one number or, of several folders, one for each by its name."""
+        epochs = self.epochs(step)
+        return {"epoch" if len(epochs) == 1 else f"epoch/{name}": value for name, value in epochs.items()}
+
+    def add_evaluation(self, val_loss: float, val_bits_per_byte: float, **losses: float) -> None:
+        """Adds an evaluation to the record of the settled step. losses: on each of several data folders. Raises
+        UserError when the loss is not finite."""
         assert self.record is not None
         check_finite(self.record["step"], validation_loss=val_loss)
-        self.record |= {"val_loss": val_loss, "val_bits_per_byte": val_bits_per_byte}
+        self.record |= {"val_loss": val_loss, "val_bits_per_byte": val_bits_per_byte, **losses}
         self.shown["val"] = f"{val_loss:.3f}"
 
     def val_loss(self, step: int) -> float | None:

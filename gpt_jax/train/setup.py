@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from gpt_jax import hosts
 from gpt_jax.config import Config, DataConfig, ModelConfig, check, with_vocabulary
+from gpt_jax.data.folders import DataFolders, together
 from gpt_jax.data.prepare import PrepareArgs, prepare, print_summary
 from gpt_jax.data.shards import Dataset, missing, open_dataset
 from gpt_jax.errors import UserError
@@ -26,7 +27,7 @@ class Setup(NamedTuple):
     """A complete configuration, and the data to train on."""
 
     config: Config
-    data: Dataset
+    data: DataFolders
 
 
 def set_up(config: Config, given: Set[str] = frozenset(), resume: bool = False) -> Setup:
@@ -45,7 +46,11 @@ def set_up(config: Config, given: Set[str] = frozenset(), resume: bool = False) 
             config = dataclasses.replace(config, init_from=saved)
     elif config.init_from:
         config, tokenizer = start_from(config, given)
-    data = open_or_prepare(config.data, given, tokenizer, config.init_from, resume)
+    if config.data.mixture:
+        datasets = [open_folder(folder, tokenizer) for folder in config.data.folders]
+    else:
+        datasets = [open_or_prepare(config.data, given, tokenizer, config.init_from, resume)]
+    data = together(datasets, config.data)
     return Setup(with_vocabulary(config, data.tokenizer.vocab_size), data)
 
 
@@ -116,18 +121,25 @@ def open_or_prepare(
         print_summary(folder, prepare(args, tokenizer=tokenizer or named_tokenizer(config.tokenizer)))
 
     hosts.on_first(prepare_if_missing)
-    data = open_dataset(folder)
-    if tokenizer and tokenizer.fingerprint != data.tokenizer.fingerprint:
-        raise UserError(
-            f"{folder} was not prepared with the tokenizer of the model in init_from; prepare it with "
-            "--tokenizer MODEL, or name another --data.dir and a --data.source"
-        )
+    data = open_folder(config.dir, tokenizer)
     for name in ("tokenizer", "model_type", "vocab_size", "val_fraction"):
         asked, prepared = getattr(config, name), data.meta.settings[name]
         if f"data.{name}" in given and asked != prepared:
             raise UserError(
                 f"data.{name} = {asked}, but {folder} was prepared with {prepared}; another --data.dir is prepared anew"
             )
+    return data
+
+
+def open_folder(folder: str, tokenizer: Tokenizer | None) -> Dataset:
+    """A data folder. Raises UserError when it is missing, and when it was prepared with another tokenizer than that of
+    the model to start from."""
+    data = open_dataset(location(folder))
+    if tokenizer and tokenizer.fingerprint != data.tokenizer.fingerprint:
+        raise UserError(
+            f"{folder} was not prepared with the tokenizer of the model in init_from; prepare it with "
+            "--tokenizer MODEL, or name another --data.dir and a --data.source"
+        )
     return data
 
 

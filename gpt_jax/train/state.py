@@ -82,7 +82,7 @@ def load_pretrained_params(config: Config, model: GPT, placement: Placement, res
     return open_source(config.init_from).load_params(model.config, placement)
 
 
-DECIDE_THE_DATA_ORDER = ("data.batch_size", "train.seed")
+DECIDE_THE_DATA_ORDER = ("data.batch_size", "data.packing", "data.mixture", "data.curriculum", "train.seed")
 
 
 def check_fits(where: Path, saved: dict[str, Any], meta: dict[str, Any], pretrained: Params | None = None) -> None:
@@ -105,11 +105,13 @@ def check_fits(where: Path, saved: dict[str, Any], meta: dict[str, Any], pretrai
             f"init_from is {then.init_from!r} in checkpoint {where} and {now.init_from!r} here; a run that goes on "
             "cannot begin with another model"
         )
+    # Where the data lie does not matter; they were compared.
+    then, now = (dataclasses.replace(config, data=config.data.with_folders(lambda _: "")) for config in configs)
     saved_values = dataclasses.asdict(then)
     for section, values in dataclasses.asdict(now).items():
         for name, value in values.items() if isinstance(values, dict) else []:
             full_name, before = f"{section}.{name}", saved_values[section][name]
-            if before == value or full_name == "data.dir":  # Where the data lie does not matter; they were compared.
+            if before == value:
                 continue
             if full_name in DECIDE_THE_DATA_ORDER:
                 raise UserError(

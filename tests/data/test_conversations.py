@@ -13,7 +13,8 @@ import pytest
 
 pytest.importorskip("tokenizers")
 
-from gpt_jax.data.conversations import CONTEXT, Example, RefusedError, examples
+from gpt_jax.data.conversations import CONTEXT, Example, examples
+from gpt_jax.data.records import RecordError
 from gpt_jax.interop.load import named_tokenizer
 from gpt_jax.tokenizer.bytes import ByteTokenizer
 from gpt_jax.tokenizer.chat_template import TEMPLATE
@@ -93,7 +94,7 @@ def check(tokenizer: Tokenizer, messages: Messages) -> set[tuple[str, str]] | No
     refusal = ""
     try:
         made = examples(tokenizer, messages)
-    except RefusedError as e:
+    except RecordError as e:
         refusal = str(e)
     if refusal:
         assert re.match(r"message \d+: ", refusal)
@@ -245,7 +246,7 @@ def test_templates_of_published_models(name: str, llama_cpp_vocabularies: Path) 
     reasons = Counter[str]()
     for messages in [*plain_conversations()[:60], *conversations(60, ["<|im_end|>", "</s>", "[INST]"])]:
         if check(tokenizer, messages) is None:
-            with pytest.raises(RefusedError) as caught:
+            with pytest.raises(RecordError) as caught:
                 examples(tokenizer, messages)
             reasons[caught.value.reason] += 1
     if why := REFUSALS.get(name):

@@ -19,6 +19,7 @@ import pytest
 from gpt_jax.cli.prepare import command
 from gpt_jax.data import formats
 from gpt_jax.data import prepare as prepare_module
+from gpt_jax.data import texts as texts_module
 from gpt_jax.data.prepare import PrepareArgs
 from gpt_jax.data.shards import Dataset, Meta, open_dataset
 from gpt_jax.data.train_tokenizer import train_sentencepiece
@@ -75,7 +76,7 @@ def test_every_document_comes_back_once(corpus: tuple[Path, list[str]], tmp_path
 def test_the_files_do_not_depend_on_the_workers(
     corpus: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(prepare_module, "TASK_BYTES", 2000)
+    monkeypatch.setattr(texts_module, "TASK_BYTES", 2000)
     monkeypatch.setattr(formats, "BLOCK_BYTES", 500)
     for n_workers in (1, 2, 5):
         prepare(corpus[0], tmp_path / str(n_workers), vocab_size=320, n_workers=n_workers)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from gpt_jax.data import shards
 from gpt_jax.data.prepare import PrepareArgs, prepare
-from gpt_jax.data.shards import SplitWriter, TokenFiles, load_meta, open_dataset, token_dtype
+from gpt_jax.data.shards import SplitWriter, TokenFiles, load_meta, mask_name, open_dataset, token_dtype
 from gpt_jax.errors import UserError
 from gpt_jax.tokenizer.bytes import ByteTokenizer
 
@@ -37,16 +37,18 @@ def test_what_is_written_is_read(
 ) -> None:
     folder = tmp_path_factory.mktemp("shards")
     tokens = np.array([token for document in documents for token in (*document, END)])
-    with pytest.MonkeyPatch.context() as patch, SplitWriter(folder, "val", vocab_size, END) as writer:
+    learnt, masked = tokens % 3 == 0, data.draw(st.booleans())
+    with pytest.MonkeyPatch.context() as patch, SplitWriter(folder, "val", vocab_size, masked) as writer:
         patch.setattr(shards, "SHARD_TOKENS", shard_tokens)
         for i in range(0, len(tokens), write_size):
-            writer.write(tokens[i : i + write_size])
+            part = slice(i, i + write_size)
+            writer.write(tokens[part], np.flatnonzero(tokens[part] == END) + 1, learnt[part] if masked else None)
         split = writer.finish(n_bytes=123)
     assert [s.tokens for s in split.shards] == [
         len(p) for p in np.split(tokens, range(shard_tokens, len(tokens), shard_tokens))
     ]
     assert sorted(path.name for path in folder.iterdir()) == sorted(
-        [split.documents_file, *(s.name for s in split.shards)]
+        [split.documents_file, *(s.name for s in split.shards), *(mask_name(s.name) for s in split.shards if masked)]
     )
 
     files = TokenFiles(folder, split, token_dtype(vocab_size).name)
@@ -56,6 +58,11 @@ def test_what_is_written_is_read(
     read = files.read(start, count)
     assert read.dtype == np.int32
     assert np.array_equal(read, tokens[start : start + count])
+    assert (files.masked, files.n_learnt) == (masked, int(learnt.sum()) if masked else None)
+    if masked:
+        mask = files.read_learnt(start, count)
+        assert mask.dtype == bool
+        assert np.array_equal(mask, learnt[start : start + count])
     assert files.document_starts.tolist() == [0, *(np.flatnonzero(tokens == END)[:-1] + 1)]
     for start, count in ((-1, 1), (0, len(tokens) + 1), (len(tokens) + 1, 0)):
         with pytest.raises(IndexError):
@@ -73,9 +80,9 @@ def test_full_shards_are_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(Path, "open", remember)
     monkeypatch.setattr(shards, "SHARD_TOKENS", 10)
-    with SplitWriter(tmp_path, "train", 100, END) as writer:
-        writer.write(np.ones(95, np.int32))
-        writer.write(np.ones(100, np.int32))
+    with SplitWriter(tmp_path, "train", 100) as writer:
+        writer.write(np.ones(95, np.int32), np.array([], np.int64))
+        writer.write(np.ones(100, np.int32), np.array([], np.int64))
         assert [file.closed for file in opened] == [False] + 19 * [True] + [False]  # Starts, full shards, the last one.
     assert all(file.closed for file in opened)
 

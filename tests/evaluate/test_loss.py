@@ -11,6 +11,7 @@ import zstandard
 
 from gpt_jax.config import Config, TrainConfig
 from gpt_jax.data import formats
+from gpt_jax.data.folders import DataFolders
 from gpt_jax.data.shards import Dataset, open_dataset
 from gpt_jax.data.sources import open_corpus
 from gpt_jax.errors import UserError
@@ -55,7 +56,8 @@ def naive(params: Params, tokens: np.ndarray, context_length: int, stride: int) 
 
 
 def test_a_split_has_the_loss_that_training_tells(scorer: Scorer, params: Params, data: Dataset) -> None:
-    evaluate = make_evaluate(MODEL, Placement(jax.devices()[:1]), data, Config(model=CONFIG, train=TrainConfig()))
+    config = Config(model=CONFIG, train=TrainConfig())
+    evaluate = make_evaluate(MODEL, Placement(jax.devices()[:1]), DataFolders({"data": data}, config.data), config)
     expected = evaluate(params)
     tally = evaluate_split(scorer, data.val, T, T)
     assert tally.loss == pytest.approx(expected["val_loss"], rel=1e-6)

@@ -295,7 +295,8 @@ def test_training_from_a_model_whose_tokenizer_has_more(llama: tuple[Path, Param
     config, data = set_up(config, {"data.source", "data.dir"})
     assert config.model.vocab_size == 261
     assert data.tokenizer.vocab_size == 262
-    assert data.train.read(0, len(data.train)).max() < 261
+    [folder_data] = data.by_name.values()
+    assert folder_data.train.read(0, len(folder_data.train)).max() < 261
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("tokenizers")
 
 from gpt_jax.data import formats
-from gpt_jax.data import prepare as prepare_module
+from gpt_jax.data import texts as texts_module
 from gpt_jax.data.formats import cut_document
 from gpt_jax.data.prepare import PrepareArgs, prepare
 from gpt_jax.data.shards import open_dataset
@@ -176,7 +176,7 @@ def test_a_long_document_is_prepared_and_evaluated_as_a_whole(
     document = "One line.\n\nAnother line, which is\nlonger.\n" * 12 + "语言模型预测下一个词。" * 30 + "\n语言 ends"
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in [document, "x y " * 90]))
     monkeypatch.setattr(formats, "BLOCK_BYTES", 40)
-    monkeypatch.setattr(prepare_module, "TASK_BYTES", 70)
+    monkeypatch.setattr(texts_module, "TASK_BYTES", 70)
     monkeypatch.setattr(loss, "PIECE_BYTES", 70)
     tokenizer = make()
     prepare(PrepareArgs(source=(str(tmp_path / "a.jsonl"),), out=tmp_path / "out"), 1, tokenizer)

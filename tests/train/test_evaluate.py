@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from gpt_jax.config import Config, DataConfig, TrainConfig
+from gpt_jax.data.folders import DataFolders
 from gpt_jax.data.shards import Dataset, open_dataset
 from gpt_jax.errors import UserError
 from gpt_jax.model.gpt import GPT, Params
@@ -63,7 +64,7 @@ def test_it_is_the_mean_over_every_token(
 ) -> None:
     config = Config(model=MODEL, train=TrainConfig(eval_batch_size=BATCH))
     placement = Placement(jax.devices()[:n_devices])
-    evaluate = make_evaluate(GPT(MODEL), placement, data, config)
+    evaluate = make_evaluate(GPT(MODEL), placement, DataFolders({"data": data}, config.data), config)
     on_devices = jax.device_put(params, placement.state_shardings(params))
     result = evaluate(on_devices)
     np.testing.assert_allclose(result["val_loss"], expected[0], rtol=1e-6)
@@ -87,11 +88,12 @@ def test_the_batch_does_not_matter(
         data=DataConfig(batch_size=batch_size, microbatch_size=microbatch_size),
         train=TrainConfig(eval_batch_size=eval_batch_size),
     )
-    result = make_evaluate(GPT(MODEL), Placement(jax.devices()[:1]), data, config)(params)
+    folders = DataFolders({"data": data}, config.data)
+    result = make_evaluate(GPT(MODEL), Placement(jax.devices()[:1]), folders, config)(params)
     np.testing.assert_allclose(list(result.values()), expected, rtol=1e-6)
 
 
 def test_a_batch_that_does_not_divide_over_the_devices_is_named(data: Dataset) -> None:
     config = Config(model=MODEL, train=TrainConfig(eval_batch_size=6))
     with pytest.raises(UserError, match=r"train.eval_batch_size = 6 does not divide over 4 devices"):
-        make_evaluate(GPT(MODEL), Placement(jax.devices()[:4]), data, config)
+        make_evaluate(GPT(MODEL), Placement(jax.devices()[:4]), DataFolders({"data": data}, config.data), config)
