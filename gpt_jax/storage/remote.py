@@ -201,7 +201,7 @@ class RemotePath:
             try:
                 return call(*self._backend())
             except FileNotFoundError as e:
-                raise FileNotFoundError(errno.ENOENT, "there is no such file, or no such bucket", self.url) from e
+                raise FileNotFoundError(errno.ENOENT, "there is no such file, bucket or repository", self.url) from e
             except Exception as e:
                 if not _may_pass(e) or attempt == ATTEMPTS:
                     raise self._named(e, operation, attempt) from e
