@@ -87,7 +87,7 @@ def prepare(args: PrepareArgs, n_workers: int = 0, tokenizer: Tokenizer | None =
 
     n_workers: tokenising processes; 0: one per core. The files do not depend on it. tokenizer: None for the one that
     `args` name. Raises UserError for what the user can fix, and SystemExit after SIGTERM; after either, as after
-    Ctrl-C, `args.out` is unchanged.
+    Ctrl-C, `args.out` is unchanged, unless it is remote and is being replaced: then it is no data folder any more.
     """
     with _exit_on_sigterm():
         try:

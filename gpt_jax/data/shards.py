@@ -25,7 +25,7 @@ from gpt_jax.errors import UserError
 from gpt_jax.storage.files import save_json
 from gpt_jax.storage.folders import local_copy
 from gpt_jax.storage.ranged import RemoteArray
-from gpt_jax.storage.remote import AnyPath, RemotePath, sibling_like
+from gpt_jax.storage.remote import AnyPath, RemotePath
 from gpt_jax.system import command_line
 from gpt_jax.tokenizer.load import load_tokenizer
 from gpt_jax.tokenizer.tokenizer import Tokenizer
@@ -289,7 +289,7 @@ def load_meta(folder: AnyPath) -> Meta:
 def missing(folder: AnyPath, advice: str) -> UserError:
     """Says that there is no such data folder, what to do, and which folder the user may have meant."""
     if isinstance(folder, RemotePath):
-        suggestion = f"; did you mean {sibling}?" if (sibling := sibling_like(folder)) else ""
+        suggestion = f"; did you mean {sibling}?" if (sibling := folder.sibling_like()) else ""
         return UserError(f"there is no data folder {folder}{advice}{suggestion}")
     absolute = folder.absolute()
     there = next(parent for parent in absolute.parents if parent.is_dir())

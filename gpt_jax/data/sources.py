@@ -16,7 +16,6 @@ from gpt_jax.data.hugging_face import is_dataset, load_dataset
 from gpt_jax.data.records import OnBroken, Record
 from gpt_jax.data.shards import META_FILE
 from gpt_jax.errors import UserError
-from gpt_jax.storage import remote
 from gpt_jax.storage.files import sibling_like
 from gpt_jax.storage.remote import AnyPath, RemotePath, location
 
@@ -135,7 +134,7 @@ def open_corpus(names: Iterable[str], text_field: str = "text", of_records: bool
         except OSError as e:
             raise UserError(f"{e.filename or name!r} cannot be read ({e.strerror or e})") from e
         for what in [what for what in NOTES if what in notes]:
-            n, example = len(notes[what]), min(notes[what], key=str)
+            n, example = len(notes[what]), min(notes[what], key=lambda path: str(path).split("/"))
             count = what.format(n=n, s="s" * (n > 1), field=text_field)
             print(f"{name}: {count}, such as {example}", file=sys.stderr)
         if not found:
@@ -232,7 +231,7 @@ def _remote_files(path: RemotePath, notes: Notes) -> list[RemotePath]:
         raise UserError(f"no file matches {path}")
     found = path.files()
     if not found:
-        near = remote.sibling_like(path)
+        near = path.sibling_like()
         raise UserError(f"there is no file or folder {path}" + (f"; did you mean {near}?" if near else ""))
     shards = {file.parent for file in found if file.suffix == ".bin"}
     data_folders = {file.parent for file in found if file.name == META_FILE} & shards

@@ -27,7 +27,7 @@ def check_remote_replaceable(folder: RemotePath, marker: str, force: bool) -> No
     if marker in names and not force:
         raise UserError(f"{folder} exists; --force replaces it when the new one is complete")
     _write_unfinished(folder)
-    if not names:
+    if UNFINISHED not in names:
         (folder / UNFINISHED).unlink()
 
 

@@ -31,14 +31,9 @@ class BlockCache:
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  # It is open as long as the cache is there.
         self._lock = threading.Lock()  # Held to read and write the file, and never while a block is fetched.
         self._overflowed = False
-        self._free = list(range(max(1, max_bytes // block_bytes)))
-        self._places: OrderedDict[Hashable, int] = (
-            OrderedDict()
-        )  # In the file, in blocks; the least recently used first.
-
-    def held_bytes(self) -> int:
-        """The size of the file, which never exceeds `max_bytes`."""
-        return os.fstat(self._file.fileno()).st_size
+        # Places in the file, in blocks. The last of the free ones is used next, so the file is no larger than need be.
+        self._free = list(reversed(range(max(1, max_bytes // block_bytes))))
+        self._places: OrderedDict[Hashable, int] = OrderedDict()  # Of each block; the least recently used one first.
 
     def read(self, key: Hashable, part: slice, fetch: Callable[[], bytes]) -> bytes:
         """A part of the block `key`, which `fetch` gets when it is not here."""

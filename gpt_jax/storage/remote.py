@@ -181,6 +181,14 @@ class RemotePath:
         entries = map(self._sibling, self.request("listed", lambda fs, name: fs.ls(name, detail=False)))
         return iter(sorted(entry for entry in entries if entry != self))
 
+    def sibling_like(self) -> "RemotePath | None":
+        """The entry beside this path, which is not there, whose name is most like its own. None when there is none."""
+        try:
+            names = [entry.name for entry in self.parent.iterdir()]
+        except FileNotFoundError:
+            return None
+        return next((self.parent / name for name in difflib.get_close_matches(self.name, names, n=1)), None)
+
     def files(self) -> list["RemotePath"]:
         """All files below a folder, in sorted order."""
         names = self.request("listed", lambda fs, name: fs.find(name))
@@ -262,15 +270,6 @@ class _Requests(io.RawIOBase):
         buffer[:n] = self._path.read_range(self._position, self._position + n)
         self._position += n
         return n
-
-
-def sibling_like(path: RemotePath) -> RemotePath | None:
-    """The entry beside a path that is not there whose name is most like its own. None when there is none."""
-    try:
-        names = [entry.name for entry in path.parent.iterdir()]
-    except FileNotFoundError:
-        return None
-    return next((path.parent / name for name in difflib.get_close_matches(path.name, names, n=1)), None)
 
 
 def _cause(e: Exception) -> str:

@@ -2,6 +2,7 @@
 
 import errno
 import io
+import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -18,7 +19,7 @@ from gpt_jax.errors import UserError
 from gpt_jax.storage import remote
 from gpt_jax.storage.folders import UNFINISHED, check_remote_replaceable, upload, whole_remote_folder
 from gpt_jax.storage.ranged import BlockCache, RemoteArray
-from gpt_jax.storage.remote import RemotePath, is_remote, location, sibling_like
+from gpt_jax.storage.remote import RemotePath, is_remote, location
 from tests.storage.failing import Failing, Fails, make_fail
 from tests.storage.s3 import s3_server
 
@@ -110,9 +111,9 @@ def test_what_is_not_there_is_named(root: RemotePath) -> None:
     with pytest.raises(FileNotFoundError) as e:
         (root / "absent").read_bytes()
     assert e.value.filename == f"{root}/absent"
-    assert sibling_like(root / "ther") == root / "there"
-    assert sibling_like(root / "x") is None
-    assert sibling_like(root / "no" / "folder") is None
+    assert (root / "ther").sibling_like() == root / "there"
+    assert (root / "x").sibling_like() is None
+    assert (root / "no" / "folder").sibling_like() is None
 
 
 def test_a_missing_bucket(s3: str) -> None:
@@ -248,7 +249,7 @@ def test_slices_equal_the_bytes_in_a_bounded_cache(block: int, blocks: int, slic
     array = RemoteArray(path, np.dtype("<u2"), len(items), cache)
     for start, count in slices:
         assert np.array_equal(array[start : start + count], items[start : start + count])
-        assert cache.held_bytes() <= block * blocks
+        assert os.fstat(cache._file.fileno()).st_size <= block * blocks
 
 
 def test_threads_share_a_cache(memory: RemotePath, tmp_path: Path) -> None:
@@ -262,7 +263,7 @@ def test_threads_share_a_cache(memory: RemotePath, tmp_path: Path) -> None:
         for _ in range(300):
             i, start = int(rng.integers(3)), int(rng.integers(20_000))
             assert arrays[i][start : start + 700].tobytes() == contents[i][start : start + 700]
-            assert cache.held_bytes() <= 10 * 512
+            assert os.fstat(cache._file.fileno()).st_size <= 10 * 512
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(read, range(8)))
@@ -377,7 +378,9 @@ def test_what_is_not_ours_is_not_replaced(root: RemotePath, local: Path) -> None
     with pytest.raises(UserError, match="exists; --force replaces it"):
         check_remote_replaceable(root / "ours", "meta.json", force=False)
     check_remote_replaceable(root / "ours", "meta.json", force=True)
+    assert not (root / "ours" / UNFINISHED).exists()
     (root / "ours" / "meta.json").unlink()
+    write(root / "ours" / UNFINISHED)
     check_remote_replaceable(root / "ours", "meta.json", force=False)  # Left unfinished.
 
 
