@@ -98,28 +98,27 @@ def prepare(args: PrepareArgs, n_workers: int = 0, tokenizer: Tokenizer | None =
                 check_replaceable(args.out, META_FILE, args.force)
                 whole = whole_folder(args.out)
             tokenizer = tokenizer or _existing_tokenizer(args)
-            kind = _format(args)
+            kind, fields = _format(args)
             prepare_kind = _prepare_texts if kind == "text" else _prepare_conversations
             with whole as folder:  # Made and locked before the text is read, which may take hours.
                 made = prepare_kind(folder, args, kind, tokenizer, n_workers or available_cores())
-                return _save(folder, args, made)
+                return _save(folder, args, made._replace(report={"format": f"{kind} ({fields})", **made.report}))
         except OSError as e:
             raise UserError(f"{args.out} could not be written ({e.strerror or e}); it is as it was before") from e
 
 
-def _format(args: PrepareArgs) -> Format:
-    """The format of the sources: that which was given or, of the first record in them, that which it has."""
+def _format(args: PrepareArgs) -> tuple[Format, str]:
+    """The format of the sources: that which was given or, of the first record in them, that which it has; and the
+    fields of the record that say so."""
     if args.format != "auto":
-        return args.format
+        return args.format, "as asked"
     record = first_record(args.source) if args.text_field == "text" else None
     if record is None or args.text_field in record.value:
-        return "text"
+        return "text", args.text_field
     try:
-        kind, fields = format_of(record)
+        return format_of(record)
     except UserError:  # Reading it as texts tells which fields it has.
-        return "text"
-    print(f"the records are read as --format {kind}, by their fields {fields}", file=sys.stderr)
-    return kind
+        return "text", args.text_field
 
 
 def _prepare_texts(folder: Path, args: PrepareArgs, kind: Format, tokenizer: Tokenizer | None, n_workers: int) -> Made:
@@ -187,7 +186,7 @@ def print_summary(folder: AnyPath, meta: Meta) -> None:
     print(f"  {'vocabulary':<11}{meta.vocab_size:>15,} tokens{ratio:>13.2f} bytes a token")
     if meta.format != "text":
         n, answers = (sum(meta.report[split][name] for split in meta.splits) for name in ("conversations", "answers"))
-        print(f"  {'read':<11}{n:>15,} conversations with {answers:,} answers to learn")
+        print(f"  {meta.report['format']}: {n:,} conversations with {answers:,} answers to learn")
 
 
 def _existing_tokenizer(args: PrepareArgs) -> Tokenizer | None:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from tqdm import tqdm
@@ -11,7 +12,7 @@ from gpt_jax.data.formats import Block
 from gpt_jax.data.shards import TokenFiles
 from gpt_jax.errors import UserError
 from gpt_jax.evaluate.score import Scorer
-from gpt_jax.evaluate.windows import Window, windows
+from gpt_jax.evaluate.windows import Window, masked_windows, windows
 from gpt_jax.tokenizer.tokenizer import Tokenizer, after_cut, encode_on
 
 PIECE_TOKENS = 1 << 20  # Tokens of a data folder that are read at the same time.
@@ -48,18 +49,31 @@ class Tally:
 
 def evaluate_split(scorer: Scorer, split: TokenFiles, context_length: int, stride: int) -> Tally:
     """The loss over a split of a data folder, read as one stream of tokens, ends of documents included. Its first
-    token, which nothing predicts, is not scored.
+    token, which nothing predicts, is not scored. With a mask, each document is read on its own, and what is to be
+    learnt is scored.
 
-    With stride = context_length, this is the val_loss of training. Raises UserError when the split has fewer than two
-    tokens, and as `add_up` does.
+    With stride = context_length, this is the val_loss of training, but for documents with a mask that are longer:
+    training cuts them. Raises UserError when the split has fewer than two tokens, and as `add_up` does.
     """
     n = len(split)
+    if split.masked:
+        tally = Tally(documents=len(split.document_starts), bytes=split.n_bytes)
+        add_up(scorer, document_windows(split, context_length, stride), tally, split.n_learnt)
+        return tally
     if n < 2:
         raise UserError(f"the split has {n} tokens, and two are needed; prepare the data with more text")
     pieces = (split.read(start, min(PIECE_TOKENS, n - start)) for start in range(0, n, PIECE_TOKENS))
     tally = Tally(documents=len(split.document_starts), bytes=split.n_bytes, unscored=1)
     add_up(scorer, windows(pieces, context_length, stride), tally, n - 1)
     return tally
+
+
+def document_windows(split: TokenFiles, context_length: int, stride: int) -> Iterator[Window]:
+    """The windows over all documents of a split with a mask."""
+    starts = split.document_starts.tolist()
+    for start, end in pairwise([*starts, len(split)]):
+        tokens, learnt = split.read(start, end - start), split.read_learnt(start, end - start)
+        yield from masked_windows(tokens, learnt, context_length, stride)
 
 
 def evaluate_blocks(

@@ -14,11 +14,18 @@ class Window(NamedTuple):
 
     tokens: np.ndarray  # int32 (n + 1,)
     seen: int  # Number of first targets that are only context, and not scored.
+    learnt: np.ndarray | None = None  # bool (n,): which of the targets count; None: all.
+
+    @property
+    def scored(self) -> np.ndarray:
+        """Which targets are scored, bool (n,)."""
+        new = np.arange(len(self.tokens) - 1) >= self.seen
+        return new if self.learnt is None else new & self.learnt
 
     @property
     def n_scored(self) -> int:
         """The number of targets that are scored."""
-        return len(self.tokens) - 1 - self.seen
+        return int(self.scored.sum())
 
 
 def windows(pieces: Iterable[np.ndarray], context_length: int, stride: int) -> Iterator[Window]:
@@ -36,6 +43,16 @@ def windows(pieces: Iterable[np.ndarray], context_length: int, stride: int) -> I
             held, seen = held[stride:], context_length - stride
     if len(held) - 1 > seen:
         yield Window(held, seen)
+
+
+def masked_windows(tokens: np.ndarray, learnt: np.ndarray, context_length: int, stride: int) -> Iterator[Window]:
+    """The windows over one document with a mask, of which each token that is to be learnt, but the first, is scored.
+    Those with nothing to score are left out."""
+    for i, window in enumerate(windows([tokens], context_length, stride)):
+        begin = i * stride + 1
+        masked = window._replace(learnt=learnt[begin : begin + len(window.tokens) - 1])
+        if masked.n_scored:
+            yield masked
 
 
 def batches(
@@ -64,5 +81,5 @@ def filled(rows: list[tuple[int, Window]], T: int, batch_size: int) -> tuple[lis
     batch = Batch(np.zeros((batch_size, T + 1), np.int32), np.zeros((batch_size, T), bool))
     for row, (_, window) in enumerate(rows):
         batch.tokens[row, : len(window.tokens)] = window.tokens
-        batch.mask[row, window.seen : len(window.tokens) - 1] = True
+        batch.mask[row, : len(window.tokens) - 1] = window.scored
     return [number for number, _ in rows], batch

@@ -80,15 +80,15 @@ def test_each_setting_makes_it_active(settings: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"normalize": "NFC"}, "clean.normalize = 'NFC' is not possible: it must be none or nfc or nfkc"),
-        ({"dedup": "fuzzy"}, "clean.dedup = 'fuzzy' is not possible: it must be none or exact or minhash"),
-        ({"dedup_threshold": 0.4}, "clean.dedup_threshold = 0.4 is not possible: it must be between 0.5 and 1"),
-        ({"min_words": -1}, "clean.min_words = -1 is not possible: it must be 0"),
-        ({"min_chars": 9, "max_chars": 8}, "clean.max_chars = 8 is not possible: it must be 0 .* or min_chars or more"),
-        ({"min_stop_words": 9}, "clean.min_stop_words = 9 is not possible: it must be between 0 and 8"),
-        ({"languages": ("",)}, "clean.languages = .* it must be codes of languages"),
-        ({"languages": ("en", "english")}, r"clean.languages = .*'english'.* it must be some of ace, af, .*, zh, "),
-        ({"min_language_probability": 1.5}, "clean.min_language_probability = 1.5 is not possible"),
+        ({"normalize": "NFC"}, "normalize = 'NFC' is not possible: it must be none or nfc or nfkc"),
+        ({"dedup": "fuzzy"}, "dedup = 'fuzzy' is not possible: it must be none or exact or minhash"),
+        ({"dedup_threshold": 0.4}, "dedup_threshold = 0.4 is not possible: it must be between 0.5 and 1"),
+        ({"min_words": -1}, "min_words = -1 is not possible: it must be 0"),
+        ({"min_chars": 9, "max_chars": 8}, "max_chars = 8 is not possible: it must be 0 .* or min_chars or more"),
+        ({"min_stop_words": 9}, "min_stop_words = 9 is not possible: it must be between 0 and 8"),
+        ({"languages": ("",)}, "languages = .* it must be codes of languages"),
+        ({"languages": ("en", "english")}, r"languages = .*'english'.* it must be some of ace, af, .*, zh, "),
+        ({"min_language_probability": 1.5}, "min_language_probability = 1.5 is not possible"),
     ],
 )
 def test_impossible_settings_are_named(settings: dict[str, Any], message: str) -> None:

@@ -162,7 +162,7 @@ def test_what_would_fail_at_the_end_fails_before_the_text_is_read(
     corpus: tuple[Path, list[str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Which may take hours."""
-    monkeypatch.setattr(prepare_module, "_survey", lambda *_: pytest.fail("the text was read"))
+    monkeypatch.setattr(prepare_module, "survey_texts", lambda *_: pytest.fail("the text was read"))
     text, out = corpus[0], tmp_path / "out"
     with pytest.raises(UserError, match="there is no tokenizer gone"):
         prepare(text, out, tokenizer="gone")
@@ -295,7 +295,7 @@ def test_a_worker_that_dies_is_an_error(long_corpus: Path, tmp_path: Path) -> No
     os.kill(workers_of(out)[0], signal.SIGKILL)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert errors.endswith("error: a tokenizing process was killed by SIGKILL; is memory short?\n")
+    assert errors.endswith("error: a worker process was killed by SIGKILL; is memory short?\n")
     assert {path.name for path in tmp_path.iterdir()} == {".out.lock"}
 
 
