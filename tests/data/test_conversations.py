@@ -18,6 +18,7 @@ from gpt_jax.data.records import RecordError
 from gpt_jax.interop.load import named_tokenizer
 from gpt_jax.tokenizer.bytes import ByteTokenizer
 from gpt_jax.tokenizer.chat_template import TEMPLATE
+from gpt_jax.tokenizer.export import export_tokenizer
 from gpt_jax.tokenizer.hugging_face import HuggingFaceTokenizer
 from gpt_jax.tokenizer.tokenizer import Tokenizer
 from tests.llama_cpp import TEMPLATES
@@ -254,3 +255,38 @@ def test_templates_of_published_models(name: str, llama_cpp_vocabularies: Path) 
         assert reasons.total() == 120
     else:
         assert reasons.total() < 60 + 1, reasons
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("name", ["ours", "LFM2.5-8B-A1B", "poolside-Laguna-XS.2", "poolside-Laguna-S-2.1"])
+def test_marks_of_templates_mean_what_they_mean_to_transformers(
+    name: str, llama_cpp_vocabularies: Path, tmp_path: Path
+) -> None:
+    """transformers' mask of what {% generation %} marks, but for headers, which we leave out, and what follows the end
+    of the conversation."""
+    transformers = pytest.importorskip("transformers")
+    tokenizer: Tokenizer
+    if name == "ours":
+        tokenizer = ByteTokenizer().with_chat_template(TEMPLATE)
+    else:
+        template = (llama_cpp_vocabularies / "templates" / f"{name}.jinja").read_text()
+        names = sorted({*NAME.findall(template)} - {"<think>", "</think>", "<tool_call>", "</tool_call>"})
+        tokenizer = of_template(template, names, eos=next((end for end in ENDS if end in template), "</s>"))
+    export_tokenizer(tokenizer, tmp_path, 1024)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for messages in conversations(60, ["x"]):
+        messages = [{**m, "content": m["content"].strip() or "x"} for m in messages]
+        while messages[-1]["role"] == "user":
+            messages.pop()
+        try:
+            [example] = examples(tokenizer, messages)
+        except RecordError:
+            continue
+        expected = theirs.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+        n, mask = len(example.tokens), [bool(x) for x in expected["assistant_masks"]]
+        assert expected["input_ids"][:n] == example.tokens
+        answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        for i, (_, end) in zip(answers, example.answers, strict=True):
+            asked = len(tokenizer.encode_chat(messages[:i]))
+            assert example.learnt[asked:end] == mask[asked:end]
+        assert sum(example.learnt) <= sum(mask)
