@@ -130,6 +130,8 @@ def _prepare_texts(folder: Path, args: PrepareArgs, kind: Format, tokenizer: Tok
         corpus, cleaning = clean_corpus(corpus, args.clean, n_workers)
         report = {"clean": cleaning.to_dict()}
         print("\n".join(cleaning.lines()), file=sys.stderr)
+        if cleaning.documents and not cleaning.kept_documents:
+            raise UserError("cleaning removed every document; see above for the reasons")
     survey = survey_texts(corpus, args.val_fraction)
     tokenizer = tokenizer or _make_tokenizer(args, survey.sample)
     tokenizer_file = tokenizer.save(folder)
