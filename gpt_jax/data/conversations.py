@@ -112,7 +112,7 @@ def _answer(
     if CONTROL_TOKEN.sub("", text[end:]).strip():
         raise refused("the template writes text of this answer after the token that ends it", i)
     if trims or content not in answer:
-        what = "leaves out white space around" if trims or content.strip() in answer else "changes"
+        what = "leaves out white space around" if content.strip() in answer else "changes"
         raise refused(f"the template {what} what this answer says", i)
     first = _first_learnt(marked, len(request), end, i) if chat.marks else 0
     return _Answer(i, before, answer, answer[:first])

@@ -206,6 +206,108 @@ def test_each_answer_is_learnt_with_its_end_and_nothing_else(
     assert refused < (5 if name in ("ours", "ChatML", "Mistral Nemo") else 350)
 
 
+def chatml(template: str = CHATML) -> Tokenizer:
+    return of_template(template, ["<|im_start|>", "<|im_end|>"])
+
+
+ASKED: Messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "one"}]
+TWICE: Messages = [*ASKED, {"role": "user", "content": "r"}, {"role": "assistant", "content": "two"}]
+
+
+def learnt_texts(tokenizer: Tokenizer, messages: Messages) -> list[str]:
+    """What is learnt of a conversation, run by run."""
+    made = examples(tokenizer, messages)
+    return [text_of(tokenizer, example.tokens, *run) for example in made for run in learnt_runs(example)]
+
+
+def test_an_answer_may_be_left_out() -> None:
+    tokenizer = chatml()
+    assert learnt_texts(tokenizer, TWICE) == ["one<|im_end|>", "two<|im_end|>"]
+    first, second = ([{**m, **({"train": i == k} if i % 2 else {})} for i, m in enumerate(TWICE)] for k in (1, 3))
+    assert learnt_texts(tokenizer, first) == ["one<|im_end|>"]
+    assert learnt_texts(tokenizer, second) == ["two<|im_end|>"]
+    # What follows the last answer that is learnt is left out, and so is what nobody answered.
+    assert tokenizer.decode(examples(tokenizer, first)[0].tokens).endswith("one<|im_end|>")
+    assert examples(tokenizer, [*TWICE, {"role": "user", "content": "s"}]) == examples(tokenizer, TWICE)
+    for messages in ([ASKED[0]], [{**m, "train": False} for m in TWICE]):
+        with pytest.raises(RecordError, match="there is no answer to learn"):
+            examples(tokenizer, messages)
+
+
+def test_what_a_template_leaves_out_of_its_marks_is_not_learnt() -> None:
+    """Here, the header, of which a part is within the answer, since the template does not ask with it."""
+    marked = """{% for m in messages %}<|im_start|>{{ m.role }}
+{% if m.role == 'assistant' %}{{ 'say\n' }}{% generation %}{{ m.content }}{% endgeneration %}{% else %}
+{{ m.content }}{% endif %}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+    tokenizer = chatml(marked)
+    assert learnt_texts(tokenizer, TWICE) == ["one<|im_end|>", "two<|im_end|>"]
+    [example] = examples(tokenizer, ASKED)
+    assert tokenizer.decode(example.tokens).endswith("assistant\nsay\none<|im_end|>")
+    twice = marked.replace(
+        "{{ m.content }}{% endgen", "{{ m.content[0] }}{% endgeneration %}{% generation %}x{% endgen"
+    )
+    for wrong in (twice, marked.replace("{% endgeneration %}", "{% endgeneration %} and so on")):
+        with pytest.raises(
+            RecordError, match=r"message 2: the template (does not mark this answer as one part|changes)"
+        ):
+            examples(chatml(wrong), ASKED)
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        (
+            CHATML.replace("m.content", "m.content | upper").replace("message.content", "message.content | upper"),
+            "changes",
+        ),
+        (CHATML.replace("+ message.content", "+ message.content | trim"), "leaves out white space around what"),
+        (CHATML.replace("<|im_end|>", "<|im_start|>"), "ends this answer with no token that ends a turn"),
+        (
+            CHATML.replace("'<|im_end|>\\n' }}", "'<|im_end|>\\n' + message.role }}"),
+            "writes text of this answer after the",
+        ),
+        (CHATML.replace("<|im_start|>assistant\\n", "<|im_start|>assistant\\nWell: "), "otherwise than it asks for it"),
+        (CHATML.replace("{% for", "{% if messages | length > 1 %}{{ raise_exception('No') }}{% endif %}{% for"), "No"),
+    ],
+    ids=["changes", "trims", "no end", "after the end", "asks otherwise", "raises"],
+)
+def test_what_a_template_does_to_an_answer_is_named(template: str, reason: str) -> None:
+    messages = [ASKED[0], {"role": "assistant", "content": " One\n"}]
+    assert learnt_texts(chatml(), messages) == [" One\n<|im_end|>"]
+    with pytest.raises(RecordError, match=rf"^message 2: .*{reason}"):
+        examples(chatml(template), messages)
+
+
+def test_tools_and_calls_are_written_and_learnt() -> None:
+    tools = [{"type": "function", "function": {"name": "add<|end|>", "parameters": {"a": "int"}}}]
+    call = {"type": "function", "function": {"name": "add<|end|>", "arguments": {"a": "<|end|>é"}}}
+    messages: Messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "1 + 1?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "2"},
+        {"role": "assistant", "content": "Two."},
+    ]
+    tokenizer = ByteTokenizer().with_chat_template(TEMPLATE)
+    [example] = examples(tokenizer, messages, tools)
+    text = tokenizer.decode(example.tokens)
+    assert text.startswith("<|system|>Be brief.\n\nTools:\n<tools>\n" + json.dumps(tools[0], ensure_ascii=False))
+    written = '<tool_call>\n{"name": "add<|end|>", "arguments": {"a": "<|end|>é"}}\n</tool_call><|end|>'
+    assert learnt_texts_with(tokenizer, messages, tools) == [written, "Two.<|end|>"]
+    assert "<|user|><tool_response>\n2\n</tool_response><|end|><|assistant|>Two." in text
+    assert tokenizer.chat.prompt(messages[:2], tools) == example.tokens[: example.answers[0][0]]
+    control = [t for t in example.tokens if t in tokenizer.special_tokens.values()]
+    assert tokenizer.decode(control) == (
+        "<|system|><|end|><|user|><|end|><|assistant|><|end|><|user|><|end|><|assistant|><|end|>"
+    )
+
+
+def learnt_texts_with(tokenizer: Tokenizer, messages: Messages, tools: list[Any]) -> list[str]:
+    [example] = examples(tokenizer, messages, tools)
+    return [text_of(tokenizer, example.tokens, *run) for run in learnt_runs(example)]
+
+
 @functools.cache
 def plain_conversations() -> list[Messages]:
     """Conversations without white space at the ends, and so accepted by templates that take it off."""

@@ -86,7 +86,7 @@ def test_every_conversation_is_in_the_folder(tmp_path: Path, monkeypatch: pytest
 
 
 def test_copies_are_on_one_side(tmp_path: Path) -> None:
-    rows = conversations(60)
+    rows = conversations(61)
     source = write(tmp_path / "chat.jsonl", [{"messages": messages} for messages in rows * 3])
     prepared(source, tmp_path / "out", val_fraction=0.3)
     assert {*documents(open_dataset(tmp_path / "out")).values()} == {3}
