@@ -112,7 +112,9 @@ def open_text(args: EvalArgs, source: "Source") -> tuple[str, Corpus | Dataset]:
         if others:
             names = ", ".join([folder, *others])
             raise UserError(f"{source.folder} was trained on several folders; name one by --data: {names}")
-    return f"{folder}, {args.split}", open_dataset(location(folder))
+    data = open_dataset(location(folder))
+    data.check_format("next_token")
+    return f"{folder}, {args.split}", data
 
 
 def check_tokenizer(text_name: str, data: Dataset, tokenizer: Tokenizer) -> None:

@@ -9,6 +9,7 @@ from gpt_jax.system import command_line
 def command(argv: Sequence[str]) -> int:
     """Turns text into token files."""
     from gpt_jax.data.prepare import PrepareArgs, prepare, print_summary
+    from gpt_jax.data.shards import FORMATS
 
     args = parse(PrepareArgs, argv, "prepare")
     tokenizer = None
@@ -16,6 +17,8 @@ def command(argv: Sequence[str]) -> int:
         from gpt_jax.interop.load import named_tokenizer  # It imports JAX, which only models need.
 
         tokenizer = named_tokenizer(args.tokenizer)
-    print_summary(args.out, prepare(args, tokenizer=tokenizer))
-    print(f"next: {command_line('train', '--data.dir', args.out)}")
+    meta = prepare(args, tokenizer=tokenizer)
+    print_summary(args.out, meta)
+    if meta.format in FORMATS["next_token"]:
+        print(f"next: {command_line('train', '--data.dir', args.out)}")
     return 0

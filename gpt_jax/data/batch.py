@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 class Batch(NamedTuple):
     """A batch of sequences and their meaning: a pytree of NumPy or JAX arrays, whose None fields are no leaves.
 
-    The shapes are those of B rows; with microbatches, each array has a leading axis A, (A, B, ...). Row b reads the
-    tokens 0 to T - 1 and predicts the tokens 1 to T: target t is token t + 1.
+    The shapes are those of B rows; with microbatches, each array has a leading axis A, (A, B, ...), and with pairs, an
+    axis of 2 after B; see `preferences.PreferenceBatches`. Row b reads the tokens 0 to T - 1 and predicts the tokens 1
+    to T: target t is token t + 1.
     """
 
     tokens: Any  # int32 (B, T + 1): the ids.

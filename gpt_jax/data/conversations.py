@@ -1,19 +1,14 @@
 """Conversations to tokens, of which exactly those are to be learnt that the model has to write itself."""
 
-import dataclasses
-import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from itertools import accumulate
 from typing import Any, NamedTuple
 
-import numpy as np
-
+from gpt_jax.data.encoded import Document
 from gpt_jax.data.records import RecordError
-from gpt_jax.data.shards import token_dtype
 from gpt_jax.errors import UserError
 from gpt_jax.tokenizer.chat_template import CONTROL_TOKEN, LEARN, LEARNT, Chat, borders, control, split
 from gpt_jax.tokenizer.tokenizer import Tokenizer
@@ -153,54 +148,14 @@ def _encoded(tokenizer: Tokenizer, chat: Chat, requests: Mapping[int, str], answ
     return Example(tokens, learnt, found)
 
 
-TEMPLATE_DATE = datetime(2024, 7, 26)
-"""What templates that write the date write into prepared conversations, so that the same ones give the same tokens on
-any day. It is the day that Llama 3's name where they cannot tell it."""
+def documents(tokenizer: Tokenizer, chat: Chat, record: Mapping[str, Any]) -> tuple[list[Document], Counter[str]]:
+    """The `examples` of a conversation, and what they count. Raises RecordError."""
+    made = examples(tokenizer, record["messages"], record["tools"], chat)
+    counts = Counter(conversations=1, examples=len(made)) + count_answers(tokenizer, made)
+    return [Document(example.tokens, example.learnt) for example in made], counts
 
 
-class Encoded(NamedTuple):
-    """What became of some conversations."""
-
-    tokens: np.ndarray  # As they are stored, of all examples.
-    learnt: np.ndarray  # bool, for each token.
-    ends: np.ndarray  # int64, the place after the last token of each example.
-    counts: Counter[str]  # Of conversations, examples, answers that are learnt, and bytes of their text.
-    refused: list[tuple[int, str, str]]  # Which conversations were, the reason for counting, and the error.
-
-
-def encode_conversations(tokenizer: Tokenizer, lines: bytes) -> bytes:
-    """The `Encoded` of conversations, which `unpacked` reads.
-
-    lines: an object with `messages` and `tools` each.
-    """
-    chat = dataclasses.replace(tokenizer.chat, now=lambda: TEMPLATE_DATE)
-    made, counts, refused = list[Example](), Counter[str](), list[tuple[int, str, str]]()
-    for i, line in enumerate(lines.splitlines()):
-        conversation = json.loads(line)
-        try:
-            found = examples(tokenizer, conversation["messages"], conversation["tools"], chat)
-        except RecordError as e:
-            refused.append((i, e.reason, str(e)))
-            continue
-        made += found
-        answers = [example.tokens[start : end - 1] for example in found for start, end in example.answers]
-        counts["conversations"] += 1
-        counts["examples"] += len(found)
-        counts["answers"] += len(answers)
-        counts["bytes"] += sum(len(tokenizer.decode(answer).encode()) for answer in answers)
-    lengths = [len(example.tokens) for example in made]
-    header = json.dumps({"lengths": lengths, "counts": counts, "refused": refused}).encode()
-    tokens = np.array([t for example in made for t in example.tokens], token_dtype(tokenizer.vocab_size))
-    learnt = np.array([x for example in made for x in example.learnt], bool)
-    return header + b"\n" + tokens.tobytes() + learnt.tobytes()
-
-
-def unpacked(content: bytes, vocab_size: int) -> Encoded:
-    """What `encode_conversations` packed."""
-    header, _, arrays = content.partition(b"\n")
-    fields, dtype = json.loads(header), token_dtype(vocab_size)
-    ends = np.cumsum(fields["lengths"], dtype=np.int64)
-    n = int(ends[-1]) if len(ends) else 0
-    tokens = np.frombuffer(arrays, dtype, n)
-    learnt = np.frombuffer(arrays, bool, n, offset=n * dtype.itemsize)
-    return Encoded(tokens, learnt, ends, Counter(fields["counts"]), [tuple(r) for r in fields["refused"]])
+def count_answers(tokenizer: Tokenizer, made: Sequence[Example]) -> Counter[str]:
+    """The answers that are learnt, and the bytes of their text, without the tokens that end turns."""
+    answers = [example.tokens[start : end - 1] for example in made for start, end in example.answers]
+    return Counter(answers=len(answers), bytes=sum(len(tokenizer.decode(answer).encode()) for answer in answers))

@@ -97,7 +97,10 @@ def names_of(folders: tuple[str, ...]) -> list[str]:
 
 
 def together(datasets: list[Dataset], config: DataConfig) -> DataFolders:
-    """The open folders of a run. Raises UserError when their tokenizers or their chat templates differ."""
+    """The open folders of a run. Raises UserError when one is not for its objective, and when their tokenizers or their
+    chat templates differ."""
+    for folder in datasets:
+        folder.check_format("next_token")
     by_name = dict(zip(names_of(config.folders), datasets, strict=True))
     (first, data), *others = by_name.items()
     templates = {

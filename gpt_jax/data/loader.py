@@ -15,7 +15,7 @@ import numpy as np
 from gpt_jax.data.batch import Batch
 from gpt_jax.data.mixture import Mixture, Stage
 from gpt_jax.data.order import ROUNDS, hash_key, permute
-from gpt_jax.data.rows import Rows, Stream, Tokens
+from gpt_jax.data.rows import Numbered, Row, Rows, Stream, Tokens
 from gpt_jax.errors import UserError
 
 
@@ -119,9 +119,9 @@ def in_order(row: Callable[[int], Batch], n_rows: int, batch_size: int, packed: 
         yield stack([*rows, *[filler] * (batch_size - len(rows))], masked=True, packed=packed)
 
 
-def draw(rows: Rows, numbers: np.ndarray, seed: int) -> list[Batch]:
+def draw(rows: Numbered[Row], numbers: np.ndarray, seed: int) -> list[Row]:
     """The rows of the given numbers (n,), counted from 0 over all epochs, in the order of this seed."""
-    drawn: dict[int, Batch] = {}
+    drawn: dict[int, Row] = {}
     epochs, index = np.divmod(numbers, len(rows))
     for epoch in np.unique(epochs).tolist():  # One epoch, or several if one ends within the batch.
         (places,) = np.nonzero(epochs == epoch)

@@ -75,6 +75,10 @@ class Problem(NamedTuple):
     tools: list[dict[str, Any]] | None
 
 
+Content = Conversation | Preference | Problem
+"""What a record holds. In each, the tuples are messages."""
+
+
 def format_of(record: Record) -> tuple[Format, str]:
     """The format of a record, and the fields that say so.
 
@@ -103,9 +107,7 @@ def learnt(message: Message) -> bool:
     return train
 
 
-def parsed(
-    records: Iterable[Record], kind: Format, on_broken: OnBroken = fail
-) -> Iterator[tuple[Record, Conversation | Preference | Problem]]:
+def parsed(records: Iterable[Record], kind: Format, on_broken: OnBroken = fail) -> Iterator[tuple[Record, Content]]:
     """Each record with what it holds in the format `kind`, which is not text. on_broken: see `records`."""
     for record in records:
         try:
@@ -152,6 +154,7 @@ def preference(record: Mapping[str, Any]) -> Preference:
     They go on with the conversation in `prompt`, `conversations` or Alpaca's fields, or are whole conversations, whose
     beginning, as far as they share it, is the prompt. Texts may be transcripts as those of HH. Raises RecordError.
     """
+    _check_text_only(record)
     field = next((name for name in ("prompt", "conversations") if record.get(name) is not None), None)
     prompt = _messages(record[field], field, "user") if field else []
     if not field and "instruction" in record:
@@ -177,16 +180,18 @@ def preference(record: Mapping[str, Any]) -> Preference:
 def problem(record: Mapping[str, Any]) -> Problem:
     """The problem in `prompt`, a text or messages, or `question`. Raises RecordError."""
     field = "question" if record.get("prompt") is None else "prompt"
+    _check_text_only(record)
     prompt = [*_system(record), *_messages(record.get(field), field, "user")]
     _check_order(prompt, field)
     if prompt[-1]["role"] not in ("user", "tool"):
         raise RecordError("no question", f"{field} ends with a message of the {prompt[-1]['role']}, not of the user")
     used = (field, "system", "tools")
     fields = {name: value for name, value in record.items() if name not in used and value is not None}
+    _check_json(fields, "the record")
     return Problem(tuple(prompt), fields, _tools(record))
 
 
-PARSERS: dict[str, Callable[[Mapping[str, Any]], Conversation | Preference | Problem]] = {
+PARSERS: dict[str, Callable[[Mapping[str, Any]], Content]] = {
     "chat": chat,
     "completion": completion,
     "preference": preference,
@@ -195,13 +200,17 @@ PARSERS: dict[str, Callable[[Mapping[str, Any]], Conversation | Preference | Pro
 
 
 def _conversation(record: Mapping[str, Any], messages: Sequence[Message]) -> Conversation:
-    if other := [name for name in ("images", "videos", "audios") if record.get(name)]:
-        raise RecordError("more than text", f"it has {other[0]} beside its text")
+    _check_text_only(record)
     messages = [*_system(record), *messages]
     _check_order(messages, "the conversation")
     if not any(learnt(message) for message in messages):
         raise RecordError("no answer to learn", "it has no answer that is to be learnt")
     return Conversation(tuple(messages), _tools(record))
+
+
+def _check_text_only(record: Mapping[str, Any]) -> None:
+    if other := [name for name in ("images", "videos", "audios") if record.get(name)]:
+        raise RecordError("more than text", f"it has {other[0]} beside its text")
 
 
 def _system(record: Mapping[str, Any]) -> list[Message]:

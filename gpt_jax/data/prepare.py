@@ -1,4 +1,4 @@
-"""`prepare`: texts and conversations to a data folder."""
+"""`prepare`: texts, conversations, preferences and problems to a data folder."""
 
 import signal
 import sys
@@ -19,7 +19,7 @@ from gpt_jax.data.sources import Documents, first_record, open_corpus
 from gpt_jax.data.split import ByDocument
 from gpt_jax.data.texts import survey_texts, write_texts
 from gpt_jax.data.train_tokenizer import TextSample, train_sentencepiece
-from gpt_jax.data.tuning import Conversations, survey_conversations, with_template, write_conversations
+from gpt_jax.data.tuning import NOUNS, SETS, Conversations, survey_conversations, with_template, write_conversations
 from gpt_jax.errors import UserError
 from gpt_jax.storage.files import check_replaceable, whole_folder
 from gpt_jax.storage.folders import check_remote_replaceable, whole_remote_folder
@@ -42,7 +42,7 @@ PathFlag = Annotated[
 ]
 """The type of a flag that names a local or remote path."""
 
-FormatName = Literal["auto", "text", "chat", "completion"]
+FormatName = Literal["auto", "text", "chat", "completion", "preference", "problem"]
 OUT_OF_SETTINGS = ("out", "force")  # Arguments that are not kept in meta.json: they do not decide what is made.
 
 
@@ -53,7 +53,9 @@ class PrepareArgs(TextConfig):
     # Files, folders, globs, datasets as hf:NAME,split=train, or the corpora python-docs and shakespeare.
     source: tyro.conf.Positional[tuple[str, ...]]
     out: PathFlag  # Folder to make, here or at an address such as s3://bucket/folder.
-    format: FormatName = "auto"  # What records hold: texts, conversations, a prompt and its completion; auto: looks.
+    # What records hold: texts, conversations, a prompt and its completion, or with a better and a worse answer, or with
+    # what a reward needs; auto: looks.
+    format: FormatName = "auto"
     # Field or column of JSON and Parquet with the text, nested as in meta.text; empty: files are read as they are.
     text_field: str = "text"
     template: str = ""  # File with the Jinja template that writes conversations; empty: the tokenizer's own, or ours.
@@ -143,7 +145,6 @@ def _prepare_texts(folder: Path, args: PrepareArgs, kind: Format, tokenizer: Tok
 def _prepare_conversations(
     folder: Path, args: PrepareArgs, kind: Format, tokenizer: Tokenizer | None, n_workers: int
 ) -> Made:
-    check(kind in ("chat", "completion"), "format", kind, "text, chat or completion, which this version prepares")
     template = _read_template(args.template) if args.template else None
     corpus = open_corpus(args.source, of_records=True)
     conversations = Conversations(corpus, kind, args.skip_broken, args.trim, args.clean)
@@ -151,8 +152,7 @@ def _prepare_conversations(
     tokenizer = with_template(tokenizer or _make_tokenizer(args, survey.sample), template)
     tokenizer_file = tokenizer.save(folder)
     splits, report = write_conversations(folder, conversations, survey, tokenizer, tokenizer_file, n_workers)
-    split = "by conversation" if survey.first_val is None else "by position"
-    return Made(kind, tokenizer, tokenizer_file, splits, survey.fingerprint, split, report)
+    return Made(kind, tokenizer, tokenizer_file, splits, survey.fingerprint, survey.division.name, report)
 
 
 def _save(folder: Path, args: PrepareArgs, made: Made) -> Meta:
@@ -160,8 +160,9 @@ def _save(folder: Path, args: PrepareArgs, made: Made) -> Meta:
     settings = {name: value for name, value in asdict(args).items() if name not in OUT_OF_SETTINGS}
     vocab_size = made.tokenizer.vocab_size
     masked = made.splits["train"].learnt is not None
+    version = "set" if made.format in SETS else "masked" if masked else "plain"
     meta = Meta(
-        format_version=FORMAT_VERSIONS["masked" if masked else "plain"],
+        format_version=FORMAT_VERSIONS[version],
         dtype=token_dtype(vocab_size).name,
         vocab_size=vocab_size,
         tokenizer_file=made.tokenizer_file.name,
@@ -187,8 +188,10 @@ def print_summary(folder: AnyPath, meta: Meta) -> None:
     ratio = (meta.train.bytes + meta.val.bytes) / tokens
     print(f"  {'vocabulary':<11}{meta.vocab_size:>15,} tokens{ratio:>13.2f} bytes a token")
     if meta.format != "text":
-        n, answers = (sum(meta.report[split][name] for split in meta.splits) for name in ("conversations", "answers"))
-        print(f"  {meta.report['format']}: {n:,} conversations with {answers:,} answers to learn")
+        noun, left_out = NOUNS[meta.format], sum(meta.report["left out"].values())
+        n, answers = (sum(meta.report[split].get(name, 0) for split in meta.splits) for name in (noun, "answers"))
+        line = f"  {meta.report['format']}: {n:,} {noun}" + f" with {answers:,} answers to learn" * bool(answers)
+        print(line + f"; records left out: {left_out:,}" * bool(left_out))
 
 
 def _existing_tokenizer(args: PrepareArgs) -> Tokenizer | None:

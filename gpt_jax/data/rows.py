@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 
@@ -33,8 +33,20 @@ class Tokens(Protocol):
         """Which of `count` tokens from `start` on are to be learnt, bool (count,). Only with a mask."""
 
 
-class Rows(Protocol):
-    """The rows of T + 1 tokens that a source of text is cut into."""
+Row = TypeVar("Row", covariant=True)
+
+
+class Numbered(Protocol[Row]):
+    """Rows by their numbers from 0 on."""
+
+    def __len__(self) -> int: ...
+
+    def row(self, index: int, shift: int) -> Row:
+        """One of them. shift: moves the borders of rows that are movable."""
+
+
+class Rows(Numbered[Batch], Protocol):
+    """The rows of T + 1 tokens that a source of text is cut into, each a batch without the axis B."""
 
     @property
     def masked(self) -> bool:
@@ -47,11 +59,6 @@ class Rows(Protocol):
     @property
     def mean_targets(self) -> float:
         """Targets in a row that count, on average; 0 when there are none."""
-
-    def __len__(self) -> int: ...
-
-    def row(self, index: int, shift: int) -> Batch:
-        """Row `index`: a batch without the axis B. shift: moves the borders of rows that are movable."""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ A data folder holds, for each of the splits `train` and `val`, shards `train-000
 if the vocabulary allows it, else uint32, little endian, no header) and `train-documents.bin` (the first token of each
 document in the split, uint64, little endian), and besides `meta.json` and the tokenizer's file. Every text is followed
 by one <|endoftext|>. Conversations are as their template writes them, and each shard has a mask beside it,
-`train-00000-of-00002.learnt.bin`: a byte a token, 1 where the token is to be learnt.
+`train-00000-of-00002.learnt.bin`: a byte a token, 1 where the token is to be learnt. Preferences and problems have more
+files beside these; see the modules `preferences` and `problems`.
 """
 
 import bisect
@@ -30,7 +31,14 @@ from gpt_jax.system import command_line
 from gpt_jax.tokenizer.load import load_tokenizer
 from gpt_jax.tokenizer.tokenizer import Tokenizer
 
-FORMAT_VERSIONS = {"plain": 1, "masked": 2}  # Versions before masks must not take the one for the other.
+# Versions before masks must not take the one for the other, nor those before sets a set for text to learn.
+FORMAT_VERSIONS = {"plain": 1, "masked": 2, "set": 3}
+FORMATS: dict[str, tuple[str, ...]] = {
+    "next_token": ("text", "chat", "completion"),
+    "dpo": ("preference",),
+    "grpo": ("problem",),
+}
+"""The formats (see messages.Format) of the data that each objective learns from."""
 SHARD_TOKENS = 100_000_000
 META_FILE = "meta.json"
 
@@ -55,7 +63,8 @@ class Split:
     bytes: int  # Of the text, in UTF-8; with a mask, of the text that is to be learnt.
     shards: tuple[Shard, ...]
     documents_file: str
-    # SHA-256 of the shards, one after the other, and then of the masks; empty in folders that older versions made.
+    # SHA-256 of the shards, one after the other, then of the masks, then of what else there is beside them; empty in
+    # folders that older versions made.
     fingerprint: str = ""
     learnt: int | None = None  # Tokens that are to be learnt, by the masks; None: there are no masks, and all are.
 
@@ -120,15 +129,18 @@ class SplitWriter:
             files.write(values)
         self._learnt += 0 if learnt is None else int(learnt.sum())
 
-    def finish(self, n_bytes: int) -> Split:
-        """Closes the files, and gives the shards their final names. n_bytes: see Split.bytes."""
+    def finish(self, n_bytes: int, beside: Sequence[Path] = ()) -> Split:
+        """Closes the files, and gives the shards their final names. n_bytes: see Split.bytes. beside: other files of
+        the split, which are complete."""
         self.__exit__()
         shards, *_ = [files.finish() for files in self._files]
-        sha256 = self._files[0].sha256
-        if len(self._files) == 1:
-            return Split(self._tokens, self._documents, n_bytes, shards, self._documents_file, sha256.hexdigest())
-        sha256.update(self._files[1].sha256.digest())
-        learnt = self._learnt
+        sha256, *others = [files.sha256 for files in self._files]
+        for other in others:
+            sha256.update(other.digest())
+        for path in beside:
+            with path.open("rb") as f:
+                sha256.update(hashlib.file_digest(f, "sha256").digest())
+        learnt = self._learnt if others else None
         return Split(self._tokens, self._documents, n_bytes, shards, self._documents_file, sha256.hexdigest(), learnt)
 
 
@@ -178,14 +190,14 @@ class TokenFiles:
         self.n_bytes = split.bytes
         self._len = split.tokens
         token_type = np.dtype(dtype).newbyteorder("<")
-        self._shards = [_map_file(folder / shard.name, token_type, shard.tokens) for shard in split.shards]
+        self._shards = [map_file(folder / shard.name, token_type, shard.tokens) for shard in split.shards]
         self.n_learnt = split.learnt
         self._masks = [
-            _map_file(folder / mask_name(shard.name), np.dtype(np.uint8), shard.tokens)
+            map_file(folder / mask_name(shard.name), np.dtype(np.uint8), shard.tokens)
             for shard in (split.shards if split.learnt is not None else ())
         ]
         self._starts = list(itertools.accumulate((shard.tokens for shard in split.shards), initial=0))
-        self.document_starts = _map_file(folder / split.documents_file, np.dtype("<u8"), split.documents)[:]
+        self.document_starts = map_file(folder / split.documents_file, np.dtype("<u8"), split.documents)[:]
 
     def __len__(self) -> int:
         """Number of tokens."""
@@ -225,7 +237,7 @@ def mask_name(shard: str) -> str:
     return shard.removesuffix(".bin") + ".learnt.bin"
 
 
-def _map_file(path: AnyPath, dtype: np.dtype, count: int) -> "np.ndarray | RemoteArray":
+def map_file(path: AnyPath, dtype: np.dtype, count: int) -> "np.ndarray | RemoteArray":
     """A file as an array (count,) of which slices are read: memory-mapped, or by ranges from afar. Raises UserError
     when its size is wrong."""
     expected = count * dtype.itemsize
@@ -254,6 +266,20 @@ class Dataset:
     def split(self, name: SplitName) -> TokenFiles:
         """One of both splits."""
         return self.train if name == "train" else self.val
+
+    def check_format(self, objective: str) -> None:
+        """Raises UserError when an objective learns from data of another format."""
+        if self.meta.format not in FORMATS[objective]:
+            own = next((name for name, formats in FORMATS.items() if self.meta.format in formats), "unknown")
+            raise UserError(
+                f"{self.folder} is a {self.meta.format} set; its objective is {own}, and {objective} needs "
+                f"{' or '.join(FORMATS[objective])}: name another folder, or prepare one with --format"
+            )
+
+    def check_unchanged(self) -> None:
+        """Raises UserError when the folder was replaced since its meta.json was read."""
+        if load_meta(self.folder) != self.meta:
+            raise UserError(f"{self.folder} was replaced while it was opened; start again")
 
 
 def save_meta(folder: Path, meta: Meta) -> None:
@@ -309,11 +335,11 @@ def open_dataset(folder: AnyPath) -> Dataset:
     the one that made the tokens, and when the folder is replaced meanwhile.
     """
     meta = load_meta(folder)
-    with local_copy(folder, without=".bin") as local:
+    with local_copy(folder, without=(".bin", ".jsonl")) as local:
         tokenizer = load_tokenizer(local / meta.tokenizer_file)
     if tokenizer.fingerprint != meta.tokenizer_fingerprint:
         raise UserError(f"{folder / meta.tokenizer_file} is not what the tokens were made with; prepare the data again")
     train, val = (TokenFiles(folder, split, meta.dtype) for split in (meta.train, meta.val))
-    if load_meta(folder) != meta:
-        raise UserError(f"{folder} was replaced while it was opened; start again")
-    return Dataset(folder, meta, tokenizer, train, val)
+    data = Dataset(folder, meta, tokenizer, train, val)
+    data.check_unchanged()
+    return data

@@ -1,8 +1,8 @@
 """A process that tokenises what it reads from stdin, and writes token ids to stdout.
 
 Each message is its length (8 bytes, little endian) followed by its bytes. In texts, which are UTF-8, a byte 0xFE starts
-a document and a byte 0xFF ends it, since UTF-8 contains neither. Conversations are JSON Lines. Token ids have the dtype
-in which they are stored.
+a document and a byte 0xFF ends it, since UTF-8 contains neither. Conversations, preferences and problems are JSON
+Lines. Token ids have the dtype in which they are stored.
 """
 
 import json
@@ -14,8 +14,9 @@ from typing import BinaryIO
 
 import numpy as np
 
+from gpt_jax.data import conversations, preferences, problems
 from gpt_jax.data.clean import Cleaner, clean_config, judged
-from gpt_jax.data.conversations import encode_conversations
+from gpt_jax.data.encoded import Encoder, encode_records
 from gpt_jax.data.shards import token_dtype
 from gpt_jax.tokenizer.load import load_tokenizer
 from gpt_jax.tokenizer.tokenizer import Tokenizer, encode_on
@@ -67,9 +68,12 @@ def _text(tokenizer_file: str) -> Job:
     return lambda text: encode_documents(tokenizer, text).tobytes()
 
 
-def _chat(tokenizer_file: str) -> Job:
-    tokenizer = load_tokenizer(Path(tokenizer_file))
-    return lambda lines: encode_conversations(tokenizer, lines)
+def _records(encoder: Encoder) -> Callable[[str], Job]:
+    def job(tokenizer_file: str) -> Job:
+        tokenizer = load_tokenizer(Path(tokenizer_file))
+        return lambda lines: encode_records(tokenizer, lines, encoder)
+
+    return job
 
 
 def _clean(config: str) -> Job:
@@ -77,7 +81,14 @@ def _clean(config: str) -> Job:
     return lambda texts: judged(cleaner, texts)
 
 
-JOBS: dict[str, Callable[[str], Job]] = {"text": _text, "chat": _chat, "clean": _clean}
+JOBS: dict[str, Callable[[str], Job]] = {
+    "text": _text,
+    "clean": _clean,
+    "chat": _records(conversations.documents),
+    "completion": _records(conversations.documents),
+    "preference": _records(preferences.documents),
+    "problem": _records(problems.documents),
+}
 """What is done with each message, made of an argument: the file of a tokenizer, or settings as JSON."""
 
 

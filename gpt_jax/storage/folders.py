@@ -1,7 +1,7 @@
 """Remote folders that are there whole or not at all: a marker, the last of their files, says that they are whole."""
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -73,15 +73,15 @@ def remove(folder: RemotePath, marker: str) -> None:
 
 
 @contextmanager
-def local_copy(folder: AnyPath, without: str) -> Iterator[Path]:
-    """A local folder, itself; of a remote one, a copy of the files whose suffix is not `without`, for the block. Errors
-    that users see name the remote one."""
+def local_copy(folder: AnyPath, without: Collection[str]) -> Iterator[Path]:
+    """A local folder, itself; of a remote one, a copy of the files whose suffix is not in `without`, for the block.
+    Errors that users see name the remote one."""
     if isinstance(folder, Path):
         yield folder
         return
     with tempfile.TemporaryDirectory(prefix="gpt_jax-") as local:
         for path in folder.iterdir():
-            if path.suffix != without and path.is_file():
+            if path.suffix not in without and path.is_file():
                 Path(local, path.name).write_bytes(path.read_bytes())
         try:
             yield Path(local)

@@ -141,7 +141,7 @@ SHARD = "train-00000-of-00001.bin"
         (lambda f: (f / "meta.json").write_text("[]"), "meta.json is damaged"),
         (change_meta(train={}), "meta.json is damaged"),
         (change_meta(extra=1), "meta.json is damaged"),
-        (change_meta(format_version=99), "meta.json is of format 99, not 1 or 2; prepare it again"),
+        (change_meta(format_version=99), "meta.json is of format 99, not 1 or 2 or 3; prepare it again"),
         (change_meta(tokenizer_fingerprint="0"), "tokenizer.json is not what the tokens were made with"),
         (lambda f: (f / "tokenizer.json").unlink(), "there is no tokenizer .*tokenizer.json"),
     ],

@@ -4,18 +4,23 @@ import itertools
 import json
 import random
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from gpt_jax.cli.prepare import command
 from gpt_jax.config import CleanConfig
 from gpt_jax.data import tuning
 from gpt_jax.data.conversations import examples
+from gpt_jax.data.messages import Content, Conversation, Preference, Problem
 from gpt_jax.data.prepare import PrepareArgs, prepare
 from gpt_jax.data.shards import Dataset, Meta, load_meta, open_dataset
+from gpt_jax.data.tuning import Division, divide, hash_of, line_of
 from gpt_jax.errors import UserError
 from gpt_jax.tokenizer.chat_template import TEMPLATE
 from tests.commands import refused_here, run_here
@@ -253,3 +258,56 @@ def test_a_tokenizer_is_trained_on_what_is_said(tmp_path: Path, capsys: pytest.C
     assert data.tokenizer.vocab_size == 300
     assert data.tokenizer.chat_template == TEMPLATE
     assert "300 conversations with" in capsys.readouterr().out
+
+
+# From here on, the division of preferences and problems.
+
+sides = st.lists(
+    st.tuples(st.integers(0, 2**64 - 1) | st.integers(0, 5), st.integers(1, 1000)), min_size=2, max_size=30
+).filter(lambda drawn: len({h for h, _ in drawn}) > 1)
+
+
+@given(sides, st.floats(0.01, 0.99))
+def test_neither_side_is_empty_and_no_other_border_is_much_nearer(
+    drawn: list[tuple[int, int]], fraction: float
+) -> None:
+    hashes, sizes = map(list, zip(*drawn, strict=True))
+    below = divide(hashes, sizes, fraction, by_prompt=True).val_below
+    by_hash = defaultdict[int, int](int)
+    for h, size in drawn:
+        by_hash[h] += size
+
+    def miss(border: int) -> float:
+        return abs(sum(size for h, size in by_hash.items() if h < border) / sum(sizes) - fraction)
+
+    assert 0 < sum(h < below for h in hashes) < len(hashes)
+    nearest = min(miss(border) for border in sorted(by_hash)[1:])
+    assert miss(below) <= max(nearest, min(fraction, 1 - fraction) / 2) + 1e-12
+
+
+def test_with_many_the_fraction_of_hashes_decides() -> None:
+    """So each stays on its side when others are added."""
+    hashes = np.random.default_rng(0).integers(0, 2**64, 2000, np.uint64).tolist()
+    for by_prompt in (False, True):
+        both = divide(hashes, [1] * 2000, 0.25, by_prompt), divide(hashes[:1000], [1] * 1000, 0.25, by_prompt)
+        assert both[0] == both[1] == Division("by prompt" if by_prompt else "by conversation", 2**62)
+
+
+def test_what_a_prompt_says_decides() -> None:
+    def user(content: str, **fields: Any) -> dict[str, Any]:
+        return {"role": "user", "content": content, **fields}
+
+    one, other = ({"role": "assistant", "content": content} for content in "ab")
+    same: list[Content] = [
+        Preference((user("q"),), (one,), (other,), None),
+        Preference((user("q", name="Ada"),), (other,), (one,), [{"name": "f"}]),
+        Problem((user("q"),), {"answer": "4"}, None),
+    ]
+    different: list[Content] = [Problem((user("r"),), {}, None), Problem(({"role": "tool", "content": "q"},), {}, None)]
+    assert len({hash_of(content) for content in same}) == 1
+    assert len({hash_of(content) for content in [same[0], *different]}) == 3
+    talks = [Conversation((user("q"), answer), None) for answer in (one, other)]
+    assert hash_of(talks[0]) != hash_of(talks[1])
+    assert line_of(talks[0]) == (
+        b'{"messages": [{"content": "q", "role": "user"}, {"content": "a", "role": "assistant"}], "tools": null}'
+    )
