@@ -15,7 +15,7 @@ import numpy as np
 from gpt_jax.data.batch import Batch
 from gpt_jax.data.mixture import Mixture, Stage
 from gpt_jax.data.order import ROUNDS, hash_key, permute
-from gpt_jax.data.rows import Numbered, Row, Rows, Stream, Tokens
+from gpt_jax.data.rows import Rows, Stream, Tokens
 from gpt_jax.errors import UserError
 
 
@@ -24,6 +24,14 @@ class Source(NamedTuple):
 
     name: str
     rows: Rows
+
+
+class Drawn(NamedTuple):
+    """Which row of which source a sample is; row and shift are the arguments of `Rows.row`."""
+
+    source: int
+    row: int
+    shift: int
 
 
 @dataclass(frozen=True)
@@ -53,8 +61,8 @@ class TrainBatches:
 
     def __call__(self, step: int, rows: np.ndarray | None = None) -> Batch:
         stream = Stream(self.tokens, self.context_length)
-        drawn = draw(stream, samples_of(step, self.batch_size, rows), self.seed)
-        return stack(drawn, stream.masked, stream.packed)
+        drawn = draw(len(stream), samples_of(step, self.batch_size, rows), self.seed)
+        return stack([stream.row(*place) for place in drawn], stream.masked, stream.packed)
 
 
 class MixedBatches:
@@ -74,13 +82,18 @@ class MixedBatches:
         self._packed = any(source.rows.packed for source in sources)
 
     def __call__(self, step: int, rows: np.ndarray | None = None) -> Batch:
+        drawn = [self.sources[i].rows.row(row, shift) for i, row, shift in self.drawn(step, rows)]
+        return stack(drawn, self._masked, self._packed)
+
+    def drawn(self, step: int, rows: np.ndarray | None = None) -> list[Drawn]:
+        """Where each row of a batch, or of its given rows, is from."""
         sources, numbers = self.mixture(samples_of(step, self.batch_size, rows))
-        drawn: dict[int, Batch] = {}
+        drawn: dict[int, Drawn] = {}
         for i in np.unique(sources).tolist():
             (places,) = np.nonzero(sources == i)
-            found = draw(self.sources[i].rows, numbers[places], self._seeds[i])
-            drawn |= dict(zip(places.tolist(), found, strict=True))
-        return stack([drawn[i] for i in range(len(sources))], self._masked, self._packed)
+            found = draw(len(self.sources[i].rows), numbers[places], self._seeds[i])
+            drawn |= {place: Drawn(i, *where) for place, where in zip(places.tolist(), found, strict=True)}
+        return [drawn[i] for i in range(len(sources))]
 
     def epochs(self, step: int) -> dict[str, float]:
         """The epochs of each source that the steps before `step` passed, by its name."""
@@ -119,15 +132,16 @@ def in_order(row: Callable[[int], Batch], n_rows: int, batch_size: int, packed: 
         yield stack([*rows, *[filler] * (batch_size - len(rows))], masked=True, packed=packed)
 
 
-def draw(rows: Numbered[Row], numbers: np.ndarray, seed: int) -> list[Row]:
-    """The rows of the given numbers (n,), counted from 0 over all epochs, in the order of this seed."""
-    drawn: dict[int, Row] = {}
-    epochs, index = np.divmod(numbers, len(rows))
+def draw(n_rows: int, numbers: np.ndarray, seed: int) -> list[tuple[int, int]]:
+    """The index and the shift of the samples of the given numbers (n,), counted from 0 over all epochs, in the order
+    of this seed."""
+    drawn: dict[int, tuple[int, int]] = {}
+    epochs, index = np.divmod(numbers, n_rows)
     for epoch in np.unique(epochs).tolist():  # One epoch, or several if one ends within the batch.
         (places,) = np.nonzero(epochs == epoch)
-        order = permute(index[places], len(rows), seed, epoch)
+        order = permute(index[places], n_rows, seed, epoch)
         shift = int(hash_key(seed, epoch, ROUNDS)[0])  # No round has this key.
-        drawn |= {i: rows.row(row, shift) for i, row in zip(places.tolist(), order.tolist(), strict=True)}
+        drawn |= {i: (row, shift) for i, row in zip(places.tolist(), order.tolist(), strict=True)}
     return [drawn[i] for i in range(len(numbers))]
 
 

@@ -229,12 +229,15 @@ class PackedRows:
     def __len__(self) -> int:
         return self.packing.counts.rows
 
-    def row(self, index: int, shift: int) -> Batch:
-        size = self.packing.counts.context_length + 1
+    def places(self, index: int, shift: int) -> list[tuple[int, int]]:
         here = slice(self.packing.row_starts[index], self.packing.row_starts[index + 1])
         starts, lengths = self.packing.starts[here], self.packing.lengths[here]
-        pieces = list(zip(starts.tolist(), lengths.tolist(), strict=True))
-        used = int(lengths.sum())
+        return list(zip(starts.tolist(), lengths.tolist(), strict=True))
+
+    def row(self, index: int, shift: int) -> Batch:
+        size, pieces = self.packing.counts.context_length + 1, self.places(index, shift)
+        lengths = [length for _, length in pieces]
+        used = sum(lengths)
         tokens, learnt = np.zeros(size, np.int32), np.zeros(size, bool)
         np.concatenate([self.tokens.read(*piece) for piece in pieces], out=tokens[:used])
         learnt[:used] = (

@@ -218,7 +218,7 @@ class PreferenceBatches:
             )
 
     def __call__(self, step: int, rows: np.ndarray | None = None) -> Batch:
-        return _stack(draw(self.rows, samples_of(step, self.batch_size, rows), self.seed))
+        return _stack([self.rows.row(i) for i, _ in draw(len(self.rows), samples_of(step, self.batch_size, rows), self.seed)])
 
 
 def preference_eval_batches(rows: PairRows, batch_size: int) -> Iterator[Batch]:

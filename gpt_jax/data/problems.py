@@ -152,4 +152,4 @@ class ProblemBatches:
             )
 
     def __call__(self, step: int, rows: np.ndarray | None = None) -> list[Problem]:
-        return draw(self.rows, samples_of(step, self.batch_size, rows), self.seed)
+        return [self.rows.row(i) for i, _ in draw(len(self.rows), samples_of(step, self.batch_size, rows), self.seed)]

@@ -1,6 +1,5 @@
 """The rows of T + 1 tokens that a split is cut into, and what they need of it."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -36,17 +35,12 @@ class Tokens(Protocol):
 Row = TypeVar("Row", covariant=True)
 
 
-class Numbered(Protocol[Row]):
-    """Rows by their numbers from 0 on."""
+class Rows(Protocol):
+    """The rows of T + 1 tokens that a source of text is cut into."""
 
-    def __len__(self) -> int: ...
-
-    def row(self, index: int, shift: int) -> Row:
-        """One of them. shift: moves the borders of rows that are movable."""
-
-
-class Rows(Numbered[Batch], Protocol):
-    """The rows of T + 1 tokens that a source of text is cut into, each a batch without the axis B."""
+    @property
+    def tokens(self) -> Tokens:
+        """The split that they are of."""
 
     @property
     def masked(self) -> bool:
@@ -59,6 +53,15 @@ class Rows(Numbered[Batch], Protocol):
     @property
     def mean_targets(self) -> float:
         """Targets in a row that count, on average; 0 when there are none."""
+
+    def __len__(self) -> int: ...
+
+    def row(self, index: int, shift: int) -> Batch:
+        """Row `index`: a batch without the axis B. shift: moves the borders of rows that are movable."""
+
+    def places(self, index: int, shift: int) -> list[tuple[int, int]]:
+        """Where the tokens of row `index` are in the split, in the row's order: first token and number of each part.
+        What they leave of the row is padding."""
 
 
 @dataclass(frozen=True)
@@ -87,13 +90,14 @@ class Stream:
         """The number of whole windows; 0 when the ring is shorter than a row."""
         return len(self.tokens) // self.context_length if len(self.tokens) > self.context_length else 0
 
+    def places(self, index: int, shift: int) -> list[tuple[int, int]]:
+        n, size = len(self.tokens), self.context_length + 1
+        start = (shift + index * self.context_length) % n
+        return [(start, size)] if start + size <= n else [(start, n - start), (0, start + size - n)]
+
     def row(self, index: int, shift: int) -> Batch:
-        n, T = len(self.tokens), self.context_length
-        start = (shift + index * T) % n
-
-        def around(read: Callable[[int, int], np.ndarray], start: int, count: int) -> np.ndarray:
-            head = read(start, min(count, n - start))
-            return head if len(head) == count else np.concatenate([head, read(0, count - len(head))])
-
-        mask = around(self.tokens.read_learnt, (start + 1) % n, T) if self.masked else None
-        return Batch(around(self.tokens.read, start, T + 1), mask)
+        places = self.places(index, shift)
+        tokens = np.concatenate([self.tokens.read(*place) for place in places])
+        if not self.masked:
+            return Batch(tokens)
+        return Batch(tokens, np.concatenate([self.tokens.read_learnt(*place) for place in places])[1:])
