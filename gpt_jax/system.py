@@ -29,6 +29,11 @@ def user_path(name: str) -> Path:
     return Path(os.path.expanduser(name))  # noqa: PTH111  # Path.expanduser raises then.
 
 
+def shows_color() -> bool:
+    """True if standard output is a terminal with colours, and the user has not set NO_COLOR (https://no-color.org)."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
 def open_closed_streams() -> None:
     """Opens /dev/null as standard input, output or error where the caller has closed it, as with >&- in a shell.
 

@@ -13,8 +13,19 @@ import tyro
 
 from gpt_jax.config import CleanConfig, TextConfig, check
 from gpt_jax.data.cleaned import clean_corpus
+from gpt_jax.data.marked import as_text, runs, shortened
 from gpt_jax.data.messages import Format, format_of
-from gpt_jax.data.shards import FORMAT_VERSIONS, META_FILE, Meta, Split, SplitName, save_meta, token_dtype
+from gpt_jax.data.shards import (
+    FORMAT_VERSIONS,
+    META_FILE,
+    Dataset,
+    Meta,
+    Split,
+    SplitName,
+    open_dataset,
+    save_meta,
+    token_dtype,
+)
 from gpt_jax.data.sources import Documents, first_record, open_corpus
 from gpt_jax.data.split import ByDocument
 from gpt_jax.data.texts import survey_texts, write_texts
@@ -24,7 +35,7 @@ from gpt_jax.errors import UserError
 from gpt_jax.storage.files import check_replaceable, whole_folder
 from gpt_jax.storage.folders import check_remote_replaceable, whole_remote_folder
 from gpt_jax.storage.remote import AnyPath, RemotePath, location
-from gpt_jax.system import available_cores
+from gpt_jax.system import available_cores, shows_color
 from gpt_jax.tokenizer.bytes import ByteTokenizer
 from gpt_jax.tokenizer.load import load_tokenizer
 from gpt_jax.tokenizer.sentencepiece import SentencePieceTokenizer
@@ -43,6 +54,7 @@ PathFlag = Annotated[
 """The type of a flag that names a local or remote path."""
 
 FormatName = Literal["auto", "text", "chat", "completion", "preference", "problem"]
+EXAMPLE_CHARS = 1500  # Of an example that is printed.
 OUT_OF_SETTINGS = ("out", "force")  # Arguments that are not kept in meta.json: they do not decide what is made.
 
 
@@ -179,7 +191,7 @@ def _save(folder: Path, args: PrepareArgs, made: Made) -> Meta:
 
 
 def print_summary(folder: AnyPath, meta: Meta) -> None:
-    """Prints a summary of a data folder in a few lines."""
+    """Prints a summary of a data folder in a few lines and, of conversations, an example."""
     print(folder)
     for name, split in (("training", meta.train), ("validation", meta.val)):
         line = f"  {name:<11}{split.tokens:>15,} tokens{split.documents:>13,} documents{split.bytes / 1e6:>13,.1f} MB"
@@ -192,6 +204,17 @@ def print_summary(folder: AnyPath, meta: Meta) -> None:
         n, answers = (sum(meta.report[split].get(name, 0) for split in meta.splits) for name in (noun, "answers"))
         line = f"  {meta.report['format']}: {n:,} {noun}" + f" with {answers:,} answers to learn" * bool(answers)
         print(line + f"; records left out: {left_out:,}" * bool(left_out))
+        if meta.train.learnt is not None:
+            print_example(open_dataset(folder))
+
+
+def print_example(data: Dataset) -> None:
+    """Prints the first conversation for training, with what is learnt marked, and its middle left out if it is long."""
+    starts, color = data.train.document_starts, shows_color()
+    place = (0, int(starts[1]) if len(starts) > 1 else len(data.train))
+    found = runs(data.tokenizer, data.train.read(*place), data.train.read_learnt(*place))
+    print(f"the first example; what is learnt is {'green' if color else 'between ⟦ and ⟧'}:")
+    print(as_text(shortened(found, EXAMPLE_CHARS), color))
 
 
 def _existing_tokenizer(args: PrepareArgs) -> Tokenizer | None:

@@ -32,9 +32,6 @@ class Tokens(Protocol):
         """Which of `count` tokens from `start` on are to be learnt, bool (count,). Only with a mask."""
 
 
-Row = TypeVar("Row", covariant=True)
-
-
 class Rows(Protocol):
     """The rows of T + 1 tokens that a source of text is cut into."""
 
