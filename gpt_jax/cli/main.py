@@ -29,6 +29,7 @@ EXTRAS = {"tokenizers": "interop", "gguf": "interop", "google": "interop", "lm_e
 USAGE = """usage: gpt-jax COMMAND [OPTIONS]
 
   prepare   turn text into token files
+  inspect   show what is in them, and what training sees at a step
   train     train a GPT on them
   sample    let a trained GPT write
   eval      tell how well a GPT predicts a text
@@ -37,7 +38,7 @@ USAGE = """usage: gpt-jax COMMAND [OPTIONS]
 
 gpt-jax COMMAND --help tells the options of each."""
 
-COMMANDS = ("prepare", "train", "sample", "eval", "export", "plan")
+COMMANDS = ("prepare", "inspect", "train", "sample", "eval", "export", "plan")
 """Each one is a module of this package, which is imported when the command runs."""
 
 

@@ -186,11 +186,11 @@ class RunSource:
     def check(self) -> None:
         """See Source. Checkpoints are checked when they are read."""
 
-    def check_data(self, meta: Meta) -> None:
-        """Raises UserError when a data folder is not what the checkpoint was trained on."""
+    def check_data(self, *metas: Meta) -> None:
+        """Raises UserError when data folders are not what the checkpoint was trained on. metas: of all of them."""
         with Checkpoints(self.folder.checkpoints, read_only=True) as checkpoints:
             step = choose_step(checkpoints, self.checkpoint)
-            check_data(checkpoints.folder / str(step), checkpoints.meta(step), data_facts(meta))
+            check_data(checkpoints.folder / str(step), checkpoints.meta(step), data_facts(*metas))
 
     def identity(self) -> str:
         """See Source. The checksums of the parameters, and of the model below adapters."""
