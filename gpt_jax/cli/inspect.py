@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tyro
@@ -56,7 +57,8 @@ class InspectArgs:
     html: str = ""  # File to write all that to, as a page for a browser, instead of printing it.
 
     def __post_init__(self) -> None:
-        check(self.step is None or self.step >= 1, "step", self.step, "1, which is the first one, or more")
+        if self.step is not None:
+            check(1 <= self.step < 2**31, "step", self.step, "1, which is the first one, or more, and less than 2**31")
         check(self.rows >= 1, "rows", self.rows, "1 or more")
         if bool(self.data) == bool(self.mixture):
             raise UserError("name what to inspect: a data folder or a run, or else several folders by --mixture")
@@ -105,12 +107,12 @@ def settings(args: InspectArgs) -> tuple[Config, bool]:
                 raise UserError(f"{folder} is neither a data folder, with a {META_FILE}, nor a run, with a config.json")
             config, of_run = load_saved_config(folder / "config.json"), True
 
-    def given(**values: object) -> dict[str, object]:
+    def given(**values: Any) -> dict[str, Any]:
         return {name: value for name, value in values.items() if value is not None}
 
-    model = dataclasses.replace(config.model, **given(context_length=args.context_length))  # type: ignore[arg-type]
-    data = dataclasses.replace(config.data, **given(batch_size=args.batch_size, packing=args.packing))  # type: ignore[arg-type]
-    train = dataclasses.replace(config.train, **given(seed=args.seed))  # type: ignore[arg-type]
+    model = dataclasses.replace(config.model, **given(context_length=args.context_length))
+    data = dataclasses.replace(config.data, **given(batch_size=args.batch_size, packing=args.packing))
+    train = dataclasses.replace(config.train, **given(seed=args.seed))
     return dataclasses.replace(config, model=model, data=data, train=train), of_run
 
 
@@ -183,16 +185,19 @@ def frequent(title: str, tokenizer: Tokenizer, counts: np.ndarray) -> Bars:
 
 def fill(tokens: Tokens, T: int, packs: bool) -> dict[str, str]:
     """How the documents of a split fill windows of T + 1 tokens, packed and as a stream. packs: what training does."""
-    packing = pack(tokens, T)
-    counts, stream = packing.counts, len(Stream(tokens, T))
+    packing, stream = pack(tokens, T), len(Stream(tokens, T))
+    counts, n_documents = packing.counts, f"of {packing.counts.documents:,} documents"
+    if tokens.masked:
+        how_cut, why_dropped = "cut after a turn", "whose first answer to learn does not fit"
+    else:
+        how_cut, why_dropped = "cut into several windows", "of one token"
     return {
         "training takes": "documents" if packs else "stream",
         "stream": f"{stream:,} windows an epoch, all full" if stream else f"no whole window: {len(tokens):,} tokens",
         "documents": f"{counts.rows:,} windows an epoch, {counts.fill:.2%} full; in the order of the documents, by "
         f"next-fit, {packing.next_fit_fill():.2%}",
-        "  longer than one": f"{counts.cut:,} of {counts.documents:,} documents, "
-        + ("cut after a turn" if tokens.masked else "cut into several windows"),
-        "  dropped": f"{counts.dropped:,} documents, which have no target there; {counts.lost:,} tokens in no window",
+        "  longer than one": f"{counts.cut:,} {n_documents}, {how_cut}",
+        "  dropped": f"{counts.dropped:,} {n_documents}, {why_dropped}; {counts.lost:,} tokens are in no window",
     }
 
 
@@ -201,9 +206,7 @@ def step_report(name: str, folders: DataFolders, config: Config, step: int, most
     T, seed = config.model.context_length, config.train.seed
     found = windows(folders.batches(T, seed), step)
     n_targets = sum(int(window.learnt.sum()) for window in found)
-    rows = {
-        "windows": f"{len(found):,} of {T:,} tokens and one more, by seed {seed}; {n_targets:,} targets",
-    }
+    rows = {"windows": f"{len(found):,} of {T:,} tokens and one more, by seed {seed}; {n_targets:,} targets"}
     if any(window.masked for window in found[:most]):
         rows["marked"] = "what is learnt; nothing, where all of it is"
     if of_run and step > config.train.steps:
@@ -219,11 +222,9 @@ def passage(window: Window, number: int, n: int, tokenizer: Tokenizer) -> Passag
     parts, learnt, tokens = [], window.learnt, window.row.tokens
     ends = [*accumulate(piece.length for piece in window.pieces)]
     for piece, end in zip(window.pieces, ends, strict=True):
-        here, last = slice(end - piece.length, end), piece.first + piece.length - 1
-        whole = piece.length == piece.whole
-        heading = f"document {piece.document:,}" + (
-            "" if whole else f", tokens {piece.first:,} to {last:,} of {piece.whole:,}"
-        )
+        here, heading = slice(end - piece.length, end), f"document {piece.document:,}"
+        if piece.length < piece.whole:
+            heading += f", tokens {piece.first:,} to {piece.first + piece.length - 1:,} of {piece.whole:,}"
         parts.append((heading, runs(tokenizer, tokens[here], learnt[here] if window.masked else None)))
     if padding := len(tokens) - ends[-1]:
         parts.append((f"{padding:,} token{'s' * (padding > 1)} of padding", []))

@@ -122,7 +122,7 @@ def test_a_folder_is_told(chat: Path) -> None:
         r"  stream +\d+ windows an epoch, all full",
         r"  documents +\d+ windows an epoch, [\d.]+% full; in the order of the documents, by next-fit, [\d.]+%",
         r"    longer than one +\d+ of \d+ documents, cut after a turn",
-        r"    dropped +0 documents, which have no target there; \d+ tokens in no window",
+        r"    dropped +0 of \d+ documents, whose first answer to learn does not fit; \d+ tokens are in no window",
     ):
         assert re.search(f"^{line}$", out, re.MULTILINE), line
 
@@ -181,6 +181,7 @@ def test_what_cannot_be_is_one_line(
         ([tmp_path / "empty"], "is neither a data folder, with a meta.json, nor a run, with a config.json"),
         ([chat.parent / "dat"], f"did you mean {chat}?"),
         ([chat, "--step=0"], "step = 0 is not possible: it must be 1, which is the first one, or more"),
+        ([chat, f"--step={2**31}"], "step = 2147483648 is not possible"),
         ([chat, "--rows=0"], "rows = 0 is not possible: it must be 1 or more"),
         ([chat, "--step=1", "--split=val"], "steps are of the training split"),
         ([chat, "--curriculum=5:1"], "--curriculum goes with --mixture only"),
@@ -209,8 +210,9 @@ def test_what_cannot_be_is_one_line(
 
 
 def test_what_prepare_shows_is_an_example(tmp_path: Path) -> None:
-    turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": "long " * 1000}]
-    (tmp_path / "a.jsonl").write_text((json.dumps({"messages": turns}) + "\n") * 2)
+    answers = ["long " * 1000, *(f"{i} " * 2500 for i in range(9))]
+    turns = [[{"role": "user", "content": "question"}, {"role": "assistant", "content": a}] for a in answers]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"messages": messages}) for messages in turns))
     out, _ = run_here("prepare", tmp_path / "a.jsonl", "--out", tmp_path / "out", "--tokenizer=bytes")
     [example] = re.findall(r"the first example; what is learnt is between ⟦ and ⟧:\n(.*)\nnext: ", out, re.DOTALL)
     note = r" \[\.\.\. [\d,]+ characters left out \.\.\.\] "

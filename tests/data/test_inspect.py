@@ -24,6 +24,7 @@ from gpt_jax.data.inspect import (
 from gpt_jax.data.prepare import PrepareArgs, prepare
 from gpt_jax.data.shards import open_dataset
 from gpt_jax.errors import UserError
+from gpt_jax.interop.load import named_tokenizer
 from gpt_jax.tokenizer.bytes import ByteTokenizer
 from gpt_jax.tokenizer.load import load_tokenizer
 from tests.data.splits import Split, splits
@@ -89,6 +90,13 @@ def test_tokens_are_shown_with_their_spaces(tmp_path: Path) -> None:
     trained = load_tokenizer(tmp_path / "out")
     [token] = trained.encode(" the")
     assert token_text(trained, token) == "' the'"
+
+
+def test_a_space_before_a_token_is_shown(llama_cpp_vocabularies: Path) -> None:
+    """Though decoding that token alone would leave it out, as that of a text's first one."""
+    tokenizer = named_tokenizer(str(llama_cpp_vocabularies / "ggml-vocab-llama-spm.gguf"))
+    assert tokenizer is not None
+    assert [token_text(tokenizer, token) for token in tokenizer.encode("the\n")] == ["' the'", r"'\n'"]
 
 
 def test_the_facts_say_what_was_left_out(tmp_path: Path) -> None:

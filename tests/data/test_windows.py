@@ -60,4 +60,5 @@ def test_every_token_is_where_the_pieces_say(mixture: tuple[MixedBatches, list[S
             for d, place in zip(documents, places, strict=True)
         ]
         assert not window.row.tokens[len(said) :].any()  # Padding.
+        assert all(piece.length > 0 for piece in window.pieces)
         assert window.masked == split.masked
