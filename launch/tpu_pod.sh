@@ -8,7 +8,8 @@
 #   launch/tpu_pod.sh delete     gives the slice back
 #
 # It assumes an NFS server (such as Filestore) in the slice's network. Every host mounts its export as /shared, which
-# has the prepared data and gets the run. JAX finds the hosts through the slice's metadata.
+# has the prepared data and gets the run. Without such a server, --data.dir and `run` can be addresses such as
+# gs://bucket/runs/gpt2; then install './gpt_jax[tpu,gcs]'. JAX finds the hosts through the slice's metadata.
 # After a preemption: delete, create, install, train. If a host had no time to save, the run goes back to the last
 # checkpoint, so --train.checkpoint-every decides how much is lost.
 set -euo pipefail

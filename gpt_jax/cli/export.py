@@ -30,11 +30,11 @@ def command(argv: Sequence[str]) -> int:
 
     from gpt_jax import runtime
     from gpt_jax.export.folder import export
-    from gpt_jax.run.folder import RunFolder, newest_run
+    from gpt_jax.run.folder import newest_run, run_folder
 
     jax.config.update("jax_platforms", "cpu")  # The accelerators stay free, also for a training that goes on.
     runtime.setup()
-    run, out = RunFolder(Path(args.run)) if args.run else newest_run(), Path(args.out)
+    run, out = run_folder(args.run) if args.run else newest_run(), Path(args.out)
     family, n_params = export(run, out, args.checkpoint, args.dtype, args.context_length, args.force)
     print(f"{out}: {family.architecture}, {n_params:,} parameters in {args.dtype}")
     next_command = command_line("sample", "--model", out)

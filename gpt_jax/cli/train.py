@@ -11,6 +11,7 @@ import tyro
 
 from gpt_jax.cli.parse import Switch, default_config_path, flag_value, given_fields, parse
 from gpt_jax.config import Config, check, load_config, load_saved_config
+from gpt_jax.storage.remote import location
 from gpt_jax.system import command_line
 
 
@@ -46,7 +47,7 @@ def command(argv: Sequence[str]) -> int:
     config, args, given = train_arguments(list(argv))
 
     from gpt_jax import hosts, runtime
-    from gpt_jax.run.folder import RunFolder
+    from gpt_jax.run.folder import run_folder
     from gpt_jax.train.loop import Interrupted, train
     from gpt_jax.train.setup import set_up
 
@@ -56,7 +57,7 @@ def command(argv: Sequence[str]) -> int:
         hosts.check_alike(**{"--resume": str(args.resume)})
         if not hosts.is_first():
             sys.stdout = open(os.devnull, "w")  # noqa: PTH123, SIM115
-    folder = RunFolder(Path(config.out_dir))
+    folder = run_folder(config.out_dir)
     hosts.on_first(lambda: folder.check_usable(args.resume))  # Before data are prepared, which may take minutes.
     config, data = set_up(config, given, args.resume)
     if not args.coordinator:
@@ -84,7 +85,7 @@ def train_arguments(argv: list[str]) -> tuple[Config, TrainArgs, set[str]]:
     ]
     path = Path(argv.pop(positional[0])) if positional else default_config_path()
     out_dir = flag_value(argv, "--out-dir") or load_config(path).out_dir or str(Path("runs") / path.stem)
-    saved = Path(out_dir) / "config.json"
+    saved = location(out_dir) / "config.json"
     exists = saved.exists()  # Several hosts look before they meet, and the first writes the file after that.
     resumes = "--resume" in argv or ("--auto-resume" in switches and exists)
     config = load_saved_config(saved) if resumes and exists else load_config(path)

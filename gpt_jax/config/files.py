@@ -11,7 +11,7 @@ from typing import Any
 
 from gpt_jax.config.config import Config
 from gpt_jax.errors import UserError
-from gpt_jax.storage.remote import is_remote
+from gpt_jax.storage.remote import AnyPath, is_remote
 
 
 def load_config(path: Path) -> Config:
@@ -106,7 +106,7 @@ def config_from_dict(values: dict[str, Any], where: str) -> Config:
     return build(Config, migrated(values, where) if isinstance(values, dict) else values, "")
 
 
-def load_saved_config(path: Path) -> Config:
+def load_saved_config(path: AnyPath) -> Config:
     """Reads a run's `config.json`, and finds its data folder. Raises UserError when the file is missing, damaged or
     holds an impossible value."""
     try:
@@ -120,7 +120,7 @@ def load_saved_config(path: Path) -> Config:
     return dataclasses.replace(config, data=data)
 
 
-def _find_data(folder: str, out: Path, run: Path) -> str:
+def _find_data(folder: str, out: Path, run: AnyPath) -> str:
     """Where a data folder of a saved run is: at the saved place if that is absolute, or as far from the run's folder as
     it was, where both were moved together; else the saved place.
 
@@ -128,7 +128,9 @@ def _find_data(folder: str, out: Path, run: Path) -> str:
     name below the working folder, which may be another.
     """
     saved = Path(folder)
-    if is_remote(folder) or (saved.is_absolute() and saved.exists()) or saved.anchor != out.anchor:
+    if is_remote(folder) or not isinstance(run, Path):
+        return folder
+    if (saved.is_absolute() and saved.exists()) or saved.anchor != out.anchor:
         return folder
     beside = Path(os.path.normpath(run.absolute() / os.path.relpath(saved, out)))
     return str(beside) if beside.exists() else folder

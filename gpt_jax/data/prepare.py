@@ -33,7 +33,7 @@ from gpt_jax.data.train_tokenizer import TextSample, train_sentencepiece
 from gpt_jax.data.tuning import NOUNS, SETS, Conversations, survey_conversations, with_template, write_conversations
 from gpt_jax.errors import UserError
 from gpt_jax.storage.files import check_replaceable, whole_folder
-from gpt_jax.storage.folders import check_remote_replaceable, whole_remote_folder
+from gpt_jax.storage.folders import check_remote_replaceable, local_copy, whole_remote_folder
 from gpt_jax.storage.remote import AnyPath, RemotePath, location
 from gpt_jax.system import available_cores, shows_color
 from gpt_jax.tokenizer.bytes import ByteTokenizer
@@ -221,7 +221,14 @@ def _existing_tokenizer(args: PrepareArgs) -> Tokenizer | None:
     """The tokenizer that `args` name; None when it is to be trained."""
     if args.tokenizer == "bytes":
         return ByteTokenizer()
-    return None if args.tokenizer == "sentencepiece" else load_tokenizer(Path(args.tokenizer))
+    if args.tokenizer == "sentencepiece":
+        return None
+    place = location(args.tokenizer)
+    if isinstance(place, RemotePath) and not place.exists():
+        raise UserError(f"there is no tokenizer {place}")
+    folder, name = (place, "") if place.is_dir() else (place.parent, place.name)
+    with local_copy(folder, without=(".bin", ".safetensors")) as copy:
+        return load_tokenizer(copy / name)
 
 
 def _make_tokenizer(args: PrepareArgs, sample: TextSample) -> Tokenizer:

@@ -1,7 +1,7 @@
 """The rows of T + 1 tokens that a split is cut into, and what they need of it."""
 
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import numpy as np
 

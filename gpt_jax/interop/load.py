@@ -21,6 +21,7 @@ from gpt_jax.interop.model_files import ModelFiles, open_model
 from gpt_jax.interop.weights import few
 from gpt_jax.model.forward import init_params
 from gpt_jax.model.gpt import GPT, Params
+from gpt_jax.storage.remote import is_remote
 from gpt_jax.tokenizer.published import gguf_tokenizer
 from gpt_jax.tokenizer.tokenizer import Tokenizer
 
@@ -41,7 +42,7 @@ def named_tokenizer(name: str) -> Tokenizer | None:
     """
     if name.endswith(".gguf") and Path(name).is_file():
         return gguf_tokenizer(GGUFFile(Path(name)).fields)  # The file may hold a vocabulary alone.
-    if name not in ("sentencepiece", "bytes") and not Path(name).exists():
+    if name not in ("sentencepiece", "bytes") and not is_remote(name) and not Path(name).exists():
         return open_named(name).tokenizer()
     return None
 

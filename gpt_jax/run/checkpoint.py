@@ -26,7 +26,10 @@ from gpt_jax.data.shards import Meta
 from gpt_jax.errors import UserError
 from gpt_jax.interop.layout import ReadPart
 from gpt_jax.run.checksums import leaf_shapes, named_checksums, named_checksums_of_parts
+from gpt_jax.run.object_storage import COMMITTED, orbax_path
 from gpt_jax.run.stored import StoredArrays
+from gpt_jax.storage.folders import move
+from gpt_jax.storage.remote import AnyPath, RemotePath
 
 CHUNK_BYTES = 8 * 2**20
 """Size of the chunks in which arrays are written. A chunk is always read whole: if each array were one chunk, every
@@ -54,7 +57,7 @@ def data_facts(*metas: Meta) -> dict[str, Any]:
     return {"tokenizer": meta.tokenizer_fingerprint, "data": " ".join(fingerprints), "splits": splits}
 
 
-def check_data(where: Path, saved: dict[str, Any], facts: dict[str, Any]) -> None:
+def check_data(where: AnyPath, saved: dict[str, Any], facts: dict[str, Any]) -> None:
     """Raises UserError naming what differs between the data of a checkpoint and those of a data folder."""
     for name in ("tokenizer", "data"):
         if saved[name] != facts[name]:
@@ -82,8 +85,8 @@ def in_chunks(tree: Any) -> ocp.args.StandardSave:
 
 
 def not_of_orbax(record: logging.LogRecord) -> bool:
-    """A filter of logs that leaves out what orbax logs, and what asyncio logs of its tasks."""
-    return "orbax" not in record.pathname and "orbax" not in record.getMessage()
+    """A filter of logs that leaves out what orbax logs, and what asyncio logs of its tasks and tensorstore's."""
+    return not any(name in text for name in ("orbax", "tensorstore") for text in (record.pathname, record.getMessage()))
 
 
 def ignore_abandoned(unraisable: Any) -> None:
@@ -137,11 +140,14 @@ class Checkpoints:
     last save, and inside it, orbax is quiet. The `keep` latest checkpoints and the one with the lowest validation loss
     are kept."""
 
-    def __init__(self, folder: Path, keep: int = 2, read_only: bool = False) -> None:
+    def __init__(self, folder: AnyPath, keep: int = 2, read_only: bool = False) -> None:
         self.folder = folder
         self.quiet, self.failed = ExitStack(), False
         with quiet_orbax():
-            self.manager = self.make_manager(keep, read_only)
+            if isinstance(folder, Path):
+                self.manager = self.make_manager(keep, read_only)
+            else:  # Its errors are those of requests.
+                self.manager = folder.request("opened", lambda fs, name: self.make_manager(keep, read_only))
 
     def make_manager(self, keep: int, read_only: bool) -> ocp.CheckpointManager:
         """orbax's manager of the folder."""
@@ -164,7 +170,7 @@ class Checkpoints:
             "opt_state": ocp.StandardCheckpointHandler(),
             "meta": ocp.JsonCheckpointHandler(),
         }
-        return ocp.CheckpointManager(self.folder.absolute(), options=options, item_handlers=handlers)
+        return ocp.CheckpointManager(orbax_path(self.folder), options=options, item_handlers=handlers)
 
     def __enter__(self) -> "Checkpoints":
         self.quiet.enter_context(quiet_orbax())
@@ -218,9 +224,8 @@ class Checkpoints:
     def set_aside(self, step: int) -> None:
         """Moves a checkpoint that could not be read to damaged/, beside the checkpoints, so that its step can be saved
         again. It is not deleted, since it may be whole: reading may have failed on a bad network file system."""
-        aside = self.folder.with_name("damaged") / f"{step}-{time.strftime('%Y%m%d-%H%M%S')}"
-        aside.parent.mkdir(exist_ok=True)
-        (self.folder / str(step)).rename(aside)
+        aside = self.folder.parent / "damaged" / f"{step}-{time.strftime('%Y%m%d-%H%M%S')}"
+        move(self.folder / str(step), aside)
 
     def reload(self) -> None:
         """Reads the list of checkpoints again, after one was set aside."""
@@ -294,13 +299,13 @@ class Checkpoints:
         value, failure = None, None
         try:
             value = reading()
-        except (MemoryError, PermissionError):
-            raise
         except Exception as e:
-            if hosts.lost(e):
+            of_this_machine = MemoryError if isinstance(self.folder, RemotePath) else (MemoryError, PermissionError)
+            if hosts.lost(e) or isinstance(e, of_this_machine):
                 raise
             failure, self.failed = e, True
         if hosts.any_of(failure is not None):
+            self.folder.exists()  # Raises UserError if it was the network that failed, or the permission.
             why = first_line(failure) if failure else "another host failed"
             raise DamagedCheckpointError(
                 f"checkpoint {self.folder / str(step)} is damaged: {item} cannot be read ({why})"
@@ -308,13 +313,13 @@ class Checkpoints:
         return value
 
 
-def latest_step(folder: Path) -> int:
+def latest_step(folder: AnyPath) -> int:
     """The last step that has a complete checkpoint in `folder`, found without orbax, which would start the devices.
 
     Raises UserError when there is none.
     """
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []  # Others are unfinished.
-    steps = [int(name) for name in names if name.isdecimal()]
+    paths = [path for path in folder.iterdir() if path.name.isdecimal()] if folder.is_dir() else []
+    steps = [int(path.name) for path in paths if isinstance(path, Path) or (path / COMMITTED).is_file()]
     if not steps:
         raise UserError(f"{folder} has no checkpoint yet; train for longer")
     return max(steps)

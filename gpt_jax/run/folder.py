@@ -10,12 +10,13 @@
     wandb_id         the id of the run at Weights & Biases, with train.wandb_project
     .lock            keeps the folder to one process; the file stays and means nothing
 
-`sample.py` needs the first two and a checkpoint.
+`sample.py` needs the first two and a checkpoint. The checkpoints of a run at a remote address are written there;
+its other files are written to a local copy, and uploaded before each checkpoint and at the end.
 """
 
 import dataclasses
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +24,11 @@ from typing import Any
 from gpt_jax import hosts
 from gpt_jax.config import Config, config_to_dict, load_saved_config
 from gpt_jax.errors import UserError
+from gpt_jax.run.object_storage import check_reachable
 from gpt_jax.run.records import read_records
 from gpt_jax.storage.files import check_writable, is_utf8, locked, save_json
-from gpt_jax.storage.remote import is_remote
+from gpt_jax.storage.folders import Mirror, check_remote_writable, named
+from gpt_jax.storage.remote import AnyPath, is_remote, location
 from gpt_jax.system import command_line
 from gpt_jax.tokenizer.load import load_tokenizer
 from gpt_jax.tokenizer.tokenizer import Tokenizer
@@ -35,10 +38,16 @@ from gpt_jax.tokenizer.tokenizer import Tokenizer
 class RunFolder:
     """The folder of one run, which may not exist yet."""
 
-    path: Path
+    path: Path  # Of the files, but not the checkpoints of a remote run.
+    mirror: Mirror | None = None  # Of a remote run: what uploads the files.
 
     def __str__(self) -> str:
-        return str(self.path)
+        return str(self.place)
+
+    @property
+    def place(self) -> AnyPath:
+        """The folder that the user knows."""
+        return self.mirror.folder if self.mirror else self.path
 
     @property
     def config_file(self) -> Path:
@@ -56,9 +65,9 @@ class RunFolder:
         return self.path / "loss.png"
 
     @property
-    def checkpoints(self) -> Path:
+    def checkpoints(self) -> AnyPath:
         """The folder of the checkpoints."""
-        return self.path / "checkpoints"
+        return self.place / "checkpoints"
 
     @property
     def profile(self) -> Path:
@@ -77,11 +86,22 @@ class RunFolder:
 
     def load_config(self) -> Config:
         """The saved configuration. Raises UserError when the folder is not a run, or the file is damaged."""
-        return load_saved_config(self.config_file)
+        with self.named():
+            return load_saved_config(self.config_file)
 
     def load_tokenizer(self) -> Tokenizer:
         """The saved tokenizer. Raises UserError when it is missing or damaged."""
-        return load_tokenizer(self.path)
+        with self.named():
+            return load_tokenizer(self.path)
+
+    def named(self) -> AbstractContextManager[None]:
+        """Lets errors name the folder that the user knows."""
+        return named(self.mirror.folder, self.path) if self.mirror else nullcontext()
+
+    def upload(self) -> None:
+        """Uploads what has changed in a remote run. Raises UserError, also when another process writes there."""
+        if self.mirror:
+            self.mirror.upload(last=self.config_file.name)
 
     def records(self) -> list[dict[str, Any]]:
         """The records written so far."""
@@ -95,6 +115,10 @@ class RunFolder:
             raise UserError(f"{self} holds a run already; go on with it by --resume, or choose another --out-dir")
         if resume and not exists:
             raise UserError(f"{self} holds no run that could be resumed; leave out --resume to start one there")
+        if self.mirror:
+            check_remote_writable(self.mirror.folder)
+            check_reachable(self.mirror.folder)
+            return
         path = self.path.absolute()
         if not is_utf8(str(path)):
             raise UserError(f"{str(path)!r} is not UTF-8, which names of checkpoints must be; choose another --out-dir")
@@ -107,8 +131,11 @@ class RunFolder:
     def locked(self) -> Iterator[None]:
         """Makes the folder if need be, and keeps it to this process. With several hosts, the first one locks it.
 
-        Raises UserError on all hosts when another process holds the lock.
+        Raises UserError on all hosts when another process holds the lock. Nothing locks a remote run; see `upload`.
         """
+        if self.mirror:
+            yield
+            return
         with ExitStack() as stack:
             message = f"another process is training in {self}"
             hosts.on_first(lambda: stack.enter_context(locked(self.path / ".lock", message)))
@@ -118,12 +145,23 @@ class RunFolder:
         """Writes the tokenizer and the configuration, which `sample` needs besides a checkpoint. Their folders are
         saved in full, so that they hold from any working folder."""
         data = config.data.with_folders(lambda folder: folder if is_remote(folder) else str(Path(folder).absolute()))
-        config = dataclasses.replace(config, out_dir=str(self.path.absolute()), data=data)
+        place = self.mirror.folder if self.mirror else self.path.absolute()
+        config = dataclasses.replace(config, out_dir=str(place), data=data)
         try:
             tokenizer.save(self.path)
             save_json(self.config_file, config_to_dict(config))
         except OSError as e:
             raise UserError(f"the run's folder {self} cannot be written: {e.strerror}") from e
+        self.upload()
+
+
+def run_folder(name: str | AnyPath) -> RunFolder:
+    """The folder of a run, whose name may be an address. Raises UserError when that cannot be reached."""
+    place = location(name) if isinstance(name, str) else name
+    if isinstance(place, Path):
+        return RunFolder(place)
+    mirror = Mirror(place)
+    return RunFolder(mirror.local, mirror)
 
 
 def newest_run(folder: Path = Path("runs")) -> RunFolder:

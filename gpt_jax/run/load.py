@@ -39,9 +39,10 @@ from gpt_jax.run.checkpoint import (
     latest_step,
 )
 from gpt_jax.run.checksums import fingerprint, leaf_shapes, named_checksums_of_parts, tree_fingerprint
-from gpt_jax.run.folder import RunFolder, newest_run
+from gpt_jax.run.folder import RunFolder, newest_run, run_folder
 from gpt_jax.run.quantized import kept_file, load_quantized, state_of_files
 from gpt_jax.runtime import local_devices
+from gpt_jax.storage.remote import is_remote, location
 from gpt_jax.system import user_path
 from gpt_jax.tokenizer.tokenizer import Tokenizer
 
@@ -166,7 +167,8 @@ class RunSource:
     def pinned(self) -> str:
         """See Source. The folder of one checkpoint, since the run may go on and write newer ones."""
         step = self.checkpoint if self.checkpoint.isdecimal() else str(latest_step(self.folder.checkpoints))
-        return str((self.folder.checkpoints / step).absolute())
+        path = self.folder.checkpoints / step
+        return str(path.absolute() if isinstance(path, Path) else path)
 
     @property
     def config(self) -> ModelConfig:
@@ -298,12 +300,13 @@ def open_source(name: str, checkpoint: str = "latest") -> Source:
     checkpoint: of a run, "latest", "best" (the lowest validation loss) or a step. Raises UserError when there is no
     such model, or a part is missing or damaged.
     """
-    path = user_path(name)
+    path = location(name) if is_remote(name) else user_path(name)
     if path.parent.name == "checkpoints" and path.name.isdecimal():
-        return open_run(RunFolder(path.parent.parent), path.name)
-    folder = RunFolder(path)
-    if folder.checkpoints.is_dir():
-        return open_run(folder, checkpoint)
+        return open_run(run_folder(path.parent.parent), path.name)
+    if (path / "checkpoints").is_dir():
+        return open_run(run_folder(path), checkpoint)
+    if not isinstance(path, Path):
+        raise UserError(f"{name} is not a run with checkpoints; a published model must be in a local folder")
     files, notes = agreeing(open_named(name))
     for note in notes:
         print(f"{files.where}: {note}", file=sys.stderr)
@@ -312,6 +315,9 @@ def open_source(name: str, checkpoint: str = "latest") -> Source:
 
 def stands_for(pinned: str, name: str) -> bool:
     """True when `name` may be what the user called a model that was pinned as `pinned`; see Source."""
+    if is_remote(name):
+        url = str(location(name))
+        return pinned == url or pinned.rpartition("/")[0] == f"{url}/checkpoints"
     path = os.path.normpath(user_path(name).absolute())
     there = Path(os.path.normpath(pinned))
     on_hub = not there.is_absolute() and pinned.partition("@")[0] == name
@@ -328,7 +334,7 @@ def choose_source(run: str, model: str, checkpoint: str = "latest") -> Source:
 
     Raises UserError as `open_source` does.
     """
-    return open_source(model) if model else open_run(RunFolder(Path(run)) if run else newest_run(), checkpoint)
+    return open_source(model) if model else open_run(run_folder(run) if run else newest_run(), checkpoint)
 
 
 class LoadedModel(NamedTuple):

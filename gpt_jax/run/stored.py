@@ -1,17 +1,18 @@
-"""The arrays of a checkpoint, read from the disk part by part: without a device, and in the memory of a part.
+"""The arrays of a checkpoint, read part by part: without a device, and in the memory of a part.
 
 orbax restores whole arrays. It writes each as a zarr array in one OCDBT store, which tensorstore reads chunk by chunk.
 """
 
 import itertools
 from math import prod
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tensorstore
 
 from gpt_jax.interop.layout import is_stacked
+from gpt_jax.run.object_storage import kvstore
+from gpt_jax.storage.remote import AnyPath
 
 MOST_BYTES = 2**30
 """Bytes of layers that are read together where chunks span them, as in checkpoints of earlier versions: a chunk is
@@ -21,8 +22,8 @@ always read whole, so that with one layer at a time, all would be read as often 
 class StoredArrays:
     """The arrays in the folder of a checkpoint's item, as a `ReadPart`. It raises what tensorstore raises."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder.absolute()
+    def __init__(self, folder: AnyPath) -> None:
+        self.base = kvstore(folder)
         self.opened: dict[str, Any] = {}
         self.leaf, self.first, self.layers = "", 0, np.empty(0, np.float32)  # The layers that were read last.
 
@@ -41,9 +42,8 @@ class StoredArrays:
 
     def open(self, leaf: str) -> Any:
         """The stored array of a leaf. Only its metadata are read."""
-        base = {"driver": "file", "path": f"{self.folder}/"}
-        kvstore = {"driver": "ocdbt", "base": base, "path": f"{leaf.replace('/', '.')}/"}
-        return tensorstore.open({"driver": "auto", "kvstore": kvstore}, read=True).result()
+        store = {"driver": "ocdbt", "base": self.base, "path": f"{leaf.replace('/', '.')}/"}
+        return tensorstore.open({"driver": "auto", "kvstore": store}, read=True).result()
 
 
 def layers_at_once(stored: Any) -> int:

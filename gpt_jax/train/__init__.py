@@ -9,11 +9,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from gpt_jax.storage.remote import AnyPath, location
+
 
 class _CallablePackage(ModuleType):
     """A module that trains when it is called."""
 
-    def __call__(self, config: Any, resume: bool = False) -> Path:
+    def __call__(self, config: Any, resume: bool = False) -> AnyPath:
         """Trains, and returns the run's folder.
 
         config: a `Config` with an out_dir, or the path of a configuration file. Fields that differ from their defaults
@@ -24,7 +26,7 @@ class _CallablePackage(ModuleType):
         from gpt_jax import runtime
         from gpt_jax.config import Config, load_config
         from gpt_jax.errors import UserError
-        from gpt_jax.run.folder import RunFolder
+        from gpt_jax.run.folder import run_folder
         from gpt_jax.train.loop import train
         from gpt_jax.train.setup import changed_fields, set_up
 
@@ -32,12 +34,12 @@ class _CallablePackage(ModuleType):
             config = load_config(Path(config))
         if not config.out_dir:
             raise UserError("out_dir is empty: name the run's folder, such as Config(out_dir='runs/mine', ...)")
-        RunFolder(Path(config.out_dir)).check_usable(resume)  # Before data are prepared, which may take minutes.
+        run_folder(config.out_dir).check_usable(resume)  # Before data are prepared, which may take minutes.
         config, data = set_up(config, changed_fields(config), resume)
         runtime.setup_once(runtime.choose_cpu_devices(config))
         with runtime.own_numerics():
             train(config, data, resume)
-        return Path(config.out_dir)
+        return location(config.out_dir)
 
 
 sys.modules[__name__].__class__ = _CallablePackage

@@ -3,7 +3,6 @@
 import json
 import signal
 import sys
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,7 +18,7 @@ from gpt_jax.model.forward import init_params
 from gpt_jax.model.gpt import GPT, Params
 from gpt_jax.placement import Placement, choose_placement
 from gpt_jax.run.checkpoint import Checkpoints, data_facts
-from gpt_jax.run.folder import RunFolder
+from gpt_jax.run.folder import RunFolder, run_folder
 from gpt_jax.run.load import fingerprint_of, open_source
 from gpt_jax.sample.generate import encode_prompt, generate
 from gpt_jax.sample.settings import Settings
@@ -51,7 +50,7 @@ def train(config: Config, data: DataFolders, resume: bool = False, profile: bool
     Raises UserError for errors that the user can fix, and Interrupted after SIGINT or SIGTERM, with the state saved;
     before the first step is done, these signals do what they did before.
     """
-    run, seed = RunFolder(Path(config.out_dir)), config.train.seed
+    run, seed = run_folder(config.out_dir), config.train.seed
     placement = choose_placement(config.parallel, config.model, runtime.choose_devices(config.parallel))
     n_micro = placement.microbatches(config.data.batch_size, config.data.microbatch_size)
     rows = placement.rows(config.data.batch_size, n_micro)  # Those that this host loads.
@@ -181,5 +180,5 @@ def conclude(run: RunFolder, recorder: Recorder) -> None:
     if evaluated:
         best = min(evaluated, key=lambda record: record["val_loss"])
         print(f"validation loss {evaluated[-1]['val_loss']:.4f}, best {best['val_loss']:.4f} at step {best['step']}")
-    curve = f"; its loss curve is {run.loss_curve}" if run.loss_curve.exists() else ""
+    curve = f"; its loss curve is {run.place / run.loss_curve.name}" if run.loss_curve.exists() else ""
     print(f"the run is in {run}{curve}; read what it writes: {command_line('sample', '--run', run)}")

@@ -5,7 +5,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +70,10 @@ class Recorder:
             self.record_writer.close()
             for tracker in self.trackers:
                 tracker.close()
+            if self.writes:
+                failed = exception_type is not None and issubclass(exception_type, Exception)
+                with suppress(UserError) if failed else nullcontext():  # It must not replace the first error.
+                    self.run.upload()
 
     def say(self, text: str) -> None:
         """Prints a line without breaking the progress bar."""
@@ -156,9 +160,12 @@ class Recorder:
             self.say(describe(record, self.config.train.steps))
 
     def sync(self) -> None:
-        """Forces the records to the disk, since a checkpoint must not survive a crash that loses earlier records."""
+        """Forces the records to the disk, and those of a remote run to its place, since a checkpoint must not survive a
+        crash that loses earlier records."""
         self.flush()
         self.record_writer.sync()
+        if self.writes:
+            self.run.upload()
 
     @contextmanager
     def off_the_clock(self) -> Iterator[None]:

@@ -7,7 +7,6 @@ fields may follow from the model to start from, or from data that exist already.
 
 import dataclasses
 from collections.abc import Set
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from gpt_jax import hosts
@@ -17,7 +16,7 @@ from gpt_jax.data.prepare import PrepareArgs, prepare, print_summary
 from gpt_jax.data.shards import Dataset, missing, open_dataset
 from gpt_jax.errors import UserError
 from gpt_jax.interop.load import named_tokenizer
-from gpt_jax.run.folder import RunFolder
+from gpt_jax.run.folder import run_folder
 from gpt_jax.run.load import KEPT_FIELDS, adopt, open_source, stands_for
 from gpt_jax.storage.remote import location
 from gpt_jax.tokenizer.tokenizer import Tokenizer
@@ -39,7 +38,7 @@ def set_up(config: Config, given: Set[str] = frozenset(), resume: bool = False) 
     check_warmup(config, given)
     tokenizer = None
     if config.init_from and resume:
-        run = RunFolder(Path(config.out_dir))
+        run = run_folder(config.out_dir)
         tokenizer = run.load_tokenizer()
         saved = run.load_config().init_from
         if stands_for(saved, config.init_from):

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import sys
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,6 +17,7 @@ from gpt_jax.placement import Placement
 from gpt_jax.run.checkpoint import Checkpoints, DamagedCheckpointError, check_data
 from gpt_jax.run.checksums import tree_fingerprint
 from gpt_jax.run.load import open_source
+from gpt_jax.storage.remote import AnyPath
 from gpt_jax.train.step import TrainState, init_state
 
 
@@ -85,7 +85,7 @@ def load_pretrained_params(config: Config, model: GPT, placement: Placement, res
 DECIDE_THE_DATA_ORDER = ("data.batch_size", "data.packing", "data.mixture", "data.curriculum", "train.seed")
 
 
-def check_fits(where: Path, saved: dict[str, Any], meta: dict[str, Any], pretrained: Params | None = None) -> None:
+def check_fits(where: AnyPath, saved: dict[str, Any], meta: dict[str, Any], pretrained: Params | None = None) -> None:
     """Raises UserError when the facts of a checkpoint and of this run differ in what must be equal, naming it. Prints
     the other differences. pretrained: the parameters that adapters are trained on."""
     check_data(where, saved, meta)

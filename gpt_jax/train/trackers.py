@@ -50,11 +50,11 @@ class WeightsAndBiases:
             run.wandb_id.write_text(secrets.token_hex(8))
         self.run = wandb.init(
             project=config.train.wandb_project,
-            name=run.path.name,
+            name=run.place.name,
             id=run.wandb_id.read_text(),
             resume="allow",
             config=config_to_dict(config),
-            dir=str(run),
+            dir=str(run.path),
         )
 
     def log(self, step: int, scalars: dict[str, float]) -> None:

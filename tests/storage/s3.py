@@ -9,8 +9,10 @@ import pytest
 
 
 @contextmanager
-def s3_server(fails: Callable[[int], bool] = lambda n: False) -> Iterator[str]:
-    """The address of an empty bucket. fails: the numbers of the requests that get an error 503.
+def s3_server(
+    fails: Callable[[int], bool] = lambda n: False, denies: Callable[[int], bool] = lambda n: False
+) -> Iterator[str]:
+    """The address of an empty bucket. fails, denies: the numbers of the requests that get an error 503 or 403.
 
     The environment names the server and credentials within the block. Skips the test when moto or s3fs is missing.
     """
@@ -26,7 +28,10 @@ def s3_server(fails: Callable[[int], bool] = lambda n: False) -> Iterator[str]:
     counter = iter(range(1, 1 << 30))
 
     def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-        if fails(next(counter)):
+        if denies(n := next(counter)):
+            start_response("403 Forbidden", [("Content-Type", "application/xml")])
+            return [b"<Error><Code>AccessDenied</Code><Message>denied</Message></Error>"]
+        if fails(n):
             start_response("503 Service Unavailable", [("Content-Type", "application/xml")])
             return [b"<Error><Code>ServiceUnavailable</Code><Message>busy</Message></Error>"]
         return bucket(environ, start_response)
@@ -40,12 +45,21 @@ def s3_server(fails: Callable[[int], bool] = lambda n: False) -> Iterator[str]:
             patch.setenv("AWS_ACCESS_KEY_ID", "test")
             patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
             patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-            s3fs.S3FileSystem.clear_instance_cache()
+            forget_servers()
             name = f"bucket-{server.server_port}"  # Servers of one process share what they hold.
             s3fs.S3FileSystem().mkdir(name)
             yield f"s3://{name}"
     finally:
-        s3fs.S3FileSystem.clear_instance_cache()
+        forget_servers()
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+def forget_servers() -> None:
+    """Lets s3fs, also that of etils, by which orbax finds its files, connect anew."""
+    from etils.epath import backend
+    from s3fs import S3FileSystem
+
+    S3FileSystem.clear_instance_cache()
+    backend.fsspec_backend._get_filesystem.cache_clear()
