@@ -181,9 +181,9 @@ class PairRows:
         """Number of pairs that fit."""
         return len(self.numbers)
 
-    def row(self, index: int, shift: int = 0) -> Batch:
+    def row(self, index: int) -> Batch:
         """Both rows of a pair that fits: a batch of two rows, (2, T + 1) tokens, chosen first. Padding is token 0, no
-        target, and a segment of its own. shift: nothing moves."""
+        target, and a segment of its own."""
         prompt, *answers = self.pairs.pair(int(self.numbers[index]))
         shape = (2, self.context_length + 1)
         tokens, learnt, segments = np.zeros(shape, np.int32), np.zeros(shape, bool), np.ones(shape, np.int32)
@@ -218,7 +218,8 @@ class PreferenceBatches:
             )
 
     def __call__(self, step: int, rows: np.ndarray | None = None) -> Batch:
-        return _stack([self.rows.row(i) for i, _ in draw(len(self.rows), samples_of(step, self.batch_size, rows), self.seed)])
+        drawn = draw(len(self.rows), samples_of(step, self.batch_size, rows), self.seed)
+        return _stack([self.rows.row(i) for i, _ in drawn])
 
 
 def preference_eval_batches(rows: PairRows, batch_size: int) -> Iterator[Batch]:

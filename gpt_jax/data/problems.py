@@ -130,8 +130,8 @@ class ProblemRows:
         """Number of problems that fit."""
         return len(self.numbers)
 
-    def row(self, index: int, shift: int = 0) -> Problem:
-        """A problem that fits. shift: nothing moves."""
+    def row(self, index: int) -> Problem:
+        """A problem that fits."""
         return self.problems.problem(int(self.numbers[index]))
 
 
@@ -152,4 +152,5 @@ class ProblemBatches:
             )
 
     def __call__(self, step: int, rows: np.ndarray | None = None) -> list[Problem]:
-        return [self.rows.row(i) for i, _ in draw(len(self.rows), samples_of(step, self.batch_size, rows), self.seed)]
+        drawn = draw(len(self.rows), samples_of(step, self.batch_size, rows), self.seed)
+        return [self.rows.row(i) for i, _ in drawn]
