@@ -4,14 +4,11 @@ Nothing is renamed there: orbax writes a checkpoint in its place, and the file C
 orbax decide which addresses are such, and how tensorstore reaches them; here they are replaced by ones that know s3://.
 """
 
-import os.path
+import os
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import tensorstore
-from orbax.checkpoint._src.path import gcs_utils
-from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from gpt_jax.errors import UserError
 from gpt_jax.storage.remote import AnyPath, RemotePath
@@ -28,6 +25,10 @@ def orbax_path(folder: AnyPath) -> str:
         return str(folder.absolute())
     if not folder.url.startswith(PREFIXES):
         raise UserError(f"{folder}: checkpoints can be at {' and '.join(PREFIXES)} and in local folders only")
+    import fsspec
+    from orbax.checkpoint._src.path import gcs_utils  # Here, so that local runs do not need what is private.
+    from orbax.checkpoint._src.serialization import tensorstore_utils
+
     for scheme in ("s3", "gs"):  # Others write there, too, such as tensorstore.
         fsspec.config.conf.setdefault(scheme, {}).setdefault("use_listings_cache", False)
     gcs_utils._GCS_PATH_PREFIX = PREFIXES
