@@ -129,8 +129,9 @@ def test_a_run_that_cannot_write_any_more_goes_on_from_its_last_whole_checkpoint
     for n in random.Random(0).sample(range(20, n_requests), 4):
         out = f"{s3}/{n}"
         with server.stopped_after(n):
-            line = refused_here("train", *arguments(tiny_data, out))
-        assert re.search("(?i)denied|forbidden", line), line
+            *notes, line = run_here("train", *arguments(tiny_data, out), status=1)[1].splitlines()
+        assert re.match("error: .*(denied|Denied|DENIED|Forbidden)", line), line
+        assert all(note.endswith("; trying again") for note in notes), notes
         run_here("train", "--auto-resume", *arguments(tiny_data, out))
         assert contents(out) == expected, n
 

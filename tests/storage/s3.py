@@ -28,13 +28,16 @@ def s3_server(
     counter = iter(range(1, 1 << 30))
 
     def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-        if denies(n := next(counter)):
-            start_response("403 Forbidden", [("Content-Type", "application/xml")])
-            return [b"<Error><Code>AccessDenied</Code><Message>denied</Message></Error>"]
-        if fails(n):
-            start_response("503 Service Unavailable", [("Content-Type", "application/xml")])
-            return [b"<Error><Code>ServiceUnavailable</Code><Message>busy</Message></Error>"]
-        return bucket(environ, start_response)
+        n = next(counter)
+        if denies(n):
+            status, code = "403 Forbidden", b"AccessDenied"
+        elif fails(n):
+            status, code = "503 Service Unavailable", b"ServiceUnavailable"
+        else:
+            return bucket(environ, start_response)
+        start_response(status, [("Content-Type", "application/xml")])
+        has_body = environ["REQUEST_METHOD"] != "HEAD"
+        return [b"<Error><Code>%s</Code><Message>no</Message></Error>" % code] if has_body else []
 
     server = make_server("127.0.0.1", 0, application, threaded=True, request_handler=Quiet)
     thread = Thread(target=server.serve_forever, daemon=True)
