@@ -85,5 +85,5 @@ def byte_data(folder: Path) -> Path:
     for i in range(40):
         (folder / f"{i}.txt").write_text(" ".join(rng.choice(["on", "a", "mat", "语言", "rain"], 12)), encoding="utf-8")
     out = folder / "prepared"
-    prepare(PrepareArgs(source=(str(folder),), out=out, tokenizer="bytes", val_fraction=0.2), n_workers=1)
+    prepare(PrepareArgs(source=(str(folder),), out=out, tokenizer="bytes", val_fraction=0.2, workers=1))
     return out

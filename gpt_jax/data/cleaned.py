@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass
 
 from gpt_jax.config import CleanConfig
 from gpt_jax.data.clean import SEPARATOR, Cleaner, Report, Selection, normalized, verdicts
+from gpt_jax.data.engines import Engine
 from gpt_jax.data.formats import Block, cut_document
-from gpt_jax.data.pool import WorkerPool
 from gpt_jax.data.progress import progress_bar
 from gpt_jax.data.sources import Documents
 
@@ -34,7 +34,7 @@ class Cleaned:
                 yield from cut_document(normalized(text.decode(), self.config).encode(), position)
 
 
-def clean_corpus(corpus: Documents, config: CleanConfig, n_workers: int) -> tuple[Cleaned, Report]:
+def clean_corpus(corpus: Documents, config: CleanConfig, engine: Engine) -> tuple[Cleaned, Report]:
     """Reads and judges all documents, which does not depend on the number of workers.
 
     Each document is held in memory as a whole. Raises UserError for a language that is not known, and for a package
@@ -56,7 +56,7 @@ def clean_corpus(corpus: Documents, config: CleanConfig, n_workers: int) -> tupl
 
     with (
         progress_bar("cleaning", corpus.n_bytes) as bar,
-        WorkerPool("clean", json.dumps(asdict(config)), n_workers) as pool,
+        engine("clean", json.dumps(asdict(config))) as pool,
     ):
         for _, content in pool.encode(tasks()):
             for verdict in verdicts(content):

@@ -1,80 +1,114 @@
-"""Tokenising on all cores: worker processes, results in the order of the texts, and a bounded number in flight.
+"""A pool of workers: results in the order of the tasks, a bounded number of them in flight, and other workers for those
+that die. The workers are those of `processes` or `ray_actors`."""
 
-The workers are plain subprocesses. With `multiprocessing`, children would import the caller's main module again (and
-JAX with it), and idle children would outlive a parent that is killed.
-"""
-
-import os
 import queue
-import signal
-import subprocess
 import sys
+import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Protocol, Self, TypeVar
 
-from gpt_jax.data import worker
 from gpt_jax.errors import UserError
+
+# Workers that may die of one task. A machine that was short of memory for a moment gets over it, and a task that there
+# is no memory for ends the preparation.
+ATTEMPTS = 3
 
 T = TypeVar("T")
 
 
-class WorkerPool:
-    """Processes that do one of `worker.JOBS`, made of `argument`. Use it in a `with` block, which ends them."""
+class WorkerDeathError(Exception):
+    """The message says which worker died, and how. Another worker may do its task."""
 
-    def __init__(self, job: str, argument: str, n_workers: int) -> None:
-        package = str(Path(worker.__file__).parents[2])
-        search_path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
-        self._workers = [
-            subprocess.Popen(
-                [sys.executable, "-m", worker.__name__, job, argument],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                env={**os.environ, "PYTHONPATH": search_path},
-                start_new_session=True,  # The parent handles Ctrl-C.
-            )
-            for _ in range(n_workers)
-        ]
-        self._idle: queue.SimpleQueue[subprocess.Popen[bytes]] = queue.SimpleQueue()
-        for process in self._workers:
-            self._idle.put(process)
+    def __init__(self, message: str, idle: bool = False) -> None:
+        """idle: it died before it had a task, as many do at one time when a machine of a cluster is lost."""
+        super().__init__(message)
+        self.idle = idle
+
+
+class Worker(Protocol):
+    """Does one of `worker.JOBS`, one task at a time."""
+
+    def when_ready(self, then: Callable[[Self], object]) -> None:
+        """Calls `then` with the worker, from any thread, once a task would not wait for it to be given a place."""
+
+    def __call__(self, task: bytes) -> bytes:
+        """The result of a task. Raises WorkerDeathError, and UserError when the worker gave up by itself."""
+
+    def kill(self) -> None:
+        """Ends the worker, at once. A call in another thread raises WorkerDeathError."""
+
+    def close(self) -> None:
+        """Frees what belongs to a worker that was killed, when nobody calls it any more."""
+
+
+class WorkerPool:
+    """Workers that `start` makes. Use it in a `with` block, which ends them."""
+
+    def __init__(self, start: Callable[[], Worker], n_workers: int) -> None:
+        self._start = start
+        self._n_workers = n_workers
+        self._workers: set[Worker] = set()
+        self._ready: queue.SimpleQueue[Worker] = queue.SimpleQueue()
         self._threads = ThreadPoolExecutor(n_workers)
+        self._ending = False
+        self._lock = threading.Lock()  # So that none is started while all are killed.
 
     def __enter__(self) -> Self:
+        self._workers |= {self._start() for _ in range(self._n_workers)}
+        for worker in self._workers:
+            worker.when_ready(self._ready.put)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for process in self._workers:
-            process.kill()
+        with self._lock:
+            self._ending = True
+            for worker in self._workers:
+                worker.kill()
+                self._ready.put(worker)  # For a thread that waits for one.
         self._threads.shutdown(cancel_futures=True)
-        for process in self._workers:
-            process.communicate()
+        for worker in self._workers:
+            worker.close()
 
-    def encode(self, texts: Iterable[tuple[T, bytes]]) -> Iterator[tuple[T, bytes]]:
+    def encode(self, tasks: Iterable[tuple[T, bytes]]) -> Iterator[tuple[T, bytes]]:
         """Yields (label, result) for each (label, task), in the same order. See `worker` for the formats.
 
-        Raises UserError when a worker dies.
+        A worker that dies is replaced, with a note on stderr, and its task is done again. Raises UserError when that
+        does not help, or when a worker gave up by itself.
         """
         pending: deque[tuple[T, Future[bytes]]] = deque()
-        for label, text in texts:
-            pending.append((label, self._threads.submit(self._encode, text)))
-            if len(pending) > 2 * len(self._workers):
-                first, tokens = pending.popleft()
-                yield first, tokens.result()
-        for label, tokens in pending:
-            yield label, tokens.result()
+        for label, task in tasks:
+            pending.append((label, self._threads.submit(self._encode, task)))
+            if len(pending) > 2 * self._n_workers:
+                first, result = pending.popleft()
+                yield first, result.result()
+        for label, result in pending:
+            yield label, result.result()
 
-    def _encode(self, text: bytes) -> bytes:
-        process: Any = self._idle.get()
-        try:
-            worker.send(process.stdin, text)
-            return worker.receive(process.stdout)
-        except (EOFError, BrokenPipeError):
-            status = process.wait()
-            how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-            advice = "; is memory short?" if status == -signal.SIGKILL else ""
-            raise UserError(f"a worker process {how}{advice}") from None
-        finally:
-            self._idle.put(process)
+    def _encode(self, task: bytes) -> bytes:
+        n_idle = n_busy = 0  # Deaths.
+        while True:
+            worker = self._ready.get()
+            try:
+                return worker(task)
+            except WorkerDeathError as e:
+                n_idle, n_busy = n_idle + e.idle, n_busy + (not e.idle)
+                if self._ending or n_busy == ATTEMPTS or n_idle > self._n_workers:
+                    raise UserError(f"{e}, number {n_idle + n_busy} of the workers that had this task") from None
+                print(f"{e}; another one is started", file=sys.stderr)
+                worker = self._in_place_of(worker)
+            finally:
+                worker.when_ready(self._ready.put)
+
+    def _in_place_of(self, worker: Worker) -> Worker:
+        """A new worker for one that died; that one itself while the pool ends."""
+        with self._lock:
+            if self._ending:
+                return worker
+            self._workers.remove(worker)
+            worker.kill()  # It may be alive, and its result lost.
+            worker.close()
+            new = self._start()
+            self._workers.add(new)
+            return new

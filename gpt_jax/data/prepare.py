@@ -13,6 +13,7 @@ import tyro
 
 from gpt_jax.config import CleanConfig, TextConfig, check
 from gpt_jax.data.cleaned import clean_corpus
+from gpt_jax.data.engines import Engine, EngineName, open_engine
 from gpt_jax.data.marked import as_text, runs, shortened
 from gpt_jax.data.messages import Format, format_of
 from gpt_jax.data.shards import (
@@ -35,7 +36,7 @@ from gpt_jax.errors import UserError
 from gpt_jax.storage.files import check_replaceable, whole_folder
 from gpt_jax.storage.folders import check_remote_replaceable, local_copy, whole_remote_folder
 from gpt_jax.storage.remote import AnyPath, RemotePath, location
-from gpt_jax.system import available_cores, shows_color
+from gpt_jax.system import shows_color
 from gpt_jax.tokenizer.bytes import ByteTokenizer
 from gpt_jax.tokenizer.load import load_tokenizer
 from gpt_jax.tokenizer.sentencepiece import SentencePieceTokenizer
@@ -55,7 +56,7 @@ PathFlag = Annotated[
 
 FormatName = Literal["auto", "text", "chat", "completion", "preference", "problem"]
 EXAMPLE_CHARS = 1500  # Of an example that is printed.
-OUT_OF_SETTINGS = ("out", "force")  # Arguments that are not kept in meta.json: they do not decide what is made.
+OUT_OF_SETTINGS = ("out", "force", "engine", "workers")  # Not kept in meta.json: they do not decide what is made.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,11 +77,15 @@ class PrepareArgs(TextConfig):
     skip_broken: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     # Replace --out, if it is a data folder, once the new one is complete.
     force: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    engine: EngineName = "local"  # Where text is tokenized: on this machine, or on the Ray cluster at RAY_ADDRESS.
+    workers: int = 0  # Processes that tokenize; 0: one per core, of this machine or of the cluster.
     clean: Annotated[CleanConfig, tyro.conf.arg(name="")] = field(default_factory=CleanConfig)
 
     def __post_init__(self) -> None:
         check(len(self.source) > 0, "source", self.source, "one or more files, folders, globs or corpora")
         check(self.format in get_args(FormatName), "format", self.format, " or ".join(get_args(FormatName)))
+        check(self.engine in get_args(EngineName), "engine", self.engine, " or ".join(get_args(EngineName)))
+        check(self.workers >= 0, "workers", self.workers, "0 (one per core) or more")
         self.check_values()
 
 
@@ -96,12 +101,12 @@ class Made(NamedTuple):
     report: dict[str, Any]  # Counts of what was kept, and of what was left out and why.
 
 
-def prepare(args: PrepareArgs, n_workers: int = 0, tokenizer: Tokenizer | None = None) -> Meta:
+def prepare(args: PrepareArgs, tokenizer: Tokenizer | None = None) -> Meta:
     """Makes the data folder `args.out`, whole or not at all.
 
-    n_workers: tokenising processes; 0: one per core. The files do not depend on it. tokenizer: None for the one that
-    `args` name. Raises UserError for what the user can fix, and SystemExit after SIGTERM; after either, as after
-    Ctrl-C, `args.out` is unchanged, unless it is remote and is being replaced: then it is no data folder any more.
+    The files do not depend on the engine and the workers. tokenizer: None for the one that `args` name. Raises
+    UserError for what the user can fix, and SystemExit after SIGTERM; after either, as after Ctrl-C, `args.out` is
+    unchanged, unless it is remote and is being replaced: then it is no data folder any more.
     """
     with _exit_on_sigterm():
         try:
@@ -114,8 +119,9 @@ def prepare(args: PrepareArgs, n_workers: int = 0, tokenizer: Tokenizer | None =
             tokenizer = tokenizer or _existing_tokenizer(args)
             kind, fields = _format(args)
             prepare_kind = _prepare_texts if kind == "text" else _prepare_conversations
-            with whole as folder:  # Made and locked before the text is read, which may take hours.
-                made = prepare_kind(folder, args, kind, tokenizer, n_workers or available_cores())
+            # The folder is made and locked, and the cluster found, before the text is read, which may take hours.
+            with whole as folder, open_engine(args.engine, args.workers) as engine:
+                made = prepare_kind(folder, args, kind, tokenizer, engine)
                 return _save(folder, args, made._replace(report={"format": f"{kind} ({fields})", **made.report}))
         except OSError as e:
             raise UserError(f"{args.out} could not be written ({e.strerror or e}); it is as it was before") from e
@@ -135,13 +141,13 @@ def _format(args: PrepareArgs) -> tuple[Format, str]:
         return "text", args.text_field
 
 
-def _prepare_texts(folder: Path, args: PrepareArgs, kind: Format, tokenizer: Tokenizer | None, n_workers: int) -> Made:
+def _prepare_texts(folder: Path, args: PrepareArgs, kind: Format, tokenizer: Tokenizer | None, engine: Engine) -> Made:
     for name, given in (("template", args.template), ("trim", args.trim)):
         check(not given, name, given, "left out with texts; conversations have it")
     corpus: Documents = open_corpus(args.source, args.text_field)
     report = dict[str, Any]()
     if args.clean.active:
-        corpus, cleaning = clean_corpus(corpus, args.clean, n_workers)
+        corpus, cleaning = clean_corpus(corpus, args.clean, engine)
         report = {"clean": cleaning.to_dict()}
         print("\n".join(cleaning.lines()), file=sys.stderr)
         if cleaning.documents and not cleaning.kept_documents:
@@ -149,13 +155,13 @@ def _prepare_texts(folder: Path, args: PrepareArgs, kind: Format, tokenizer: Tok
     survey = survey_texts(corpus, args.val_fraction)
     tokenizer = tokenizer or _make_tokenizer(args, survey.sample)
     tokenizer_file = tokenizer.save(folder)
-    splits = write_texts(folder, corpus, survey, tokenizer, tokenizer_file, n_workers)
+    splits = write_texts(folder, corpus, survey, tokenizer, tokenizer_file, engine)
     split = "by document" if isinstance(survey.split, ByDocument) else "by position"
     return Made(kind, tokenizer, tokenizer_file, splits, survey.fingerprint, split, report)
 
 
 def _prepare_conversations(
-    folder: Path, args: PrepareArgs, kind: Format, tokenizer: Tokenizer | None, n_workers: int
+    folder: Path, args: PrepareArgs, kind: Format, tokenizer: Tokenizer | None, engine: Engine
 ) -> Made:
     template = _read_template(args.template) if args.template else None
     corpus = open_corpus(args.source, of_records=True)
@@ -163,7 +169,7 @@ def _prepare_conversations(
     survey = survey_conversations(conversations, args.val_fraction)
     tokenizer = with_template(tokenizer or _make_tokenizer(args, survey.sample), template)
     tokenizer_file = tokenizer.save(folder)
-    splits, report = write_conversations(folder, conversations, survey, tokenizer, tokenizer_file, n_workers)
+    splits, report = write_conversations(folder, conversations, survey, tokenizer, tokenizer_file, engine)
     return Made(kind, tokenizer, tokenizer_file, splits, survey.fingerprint, survey.division.name, report)
 
 

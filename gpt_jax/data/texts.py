@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from gpt_jax.data.engines import Engine
 from gpt_jax.data.formats import Block
-from gpt_jax.data.pool import WorkerPool
 from gpt_jax.data.progress import progress_bar
 from gpt_jax.data.shards import SPLITS, Split, SplitName, SplitWriter, token_dtype
 from gpt_jax.data.sources import Documents
@@ -61,7 +61,7 @@ def survey_texts(corpus: Documents, val_fraction: float) -> TextSurvey:
 
 
 def write_texts(
-    folder: Path, corpus: Documents, survey: TextSurvey, tokenizer: Tokenizer, tokenizer_file: Path, n_workers: int
+    folder: Path, corpus: Documents, survey: TextSurvey, tokenizer: Tokenizer, tokenizer_file: Path, engine: Engine
 ) -> dict[SplitName, Split]:
     """Tokenises the corpus into `folder`. tokenizer_file: where the tokenizer was saved."""
     fingerprint = _Fingerprint()
@@ -91,7 +91,7 @@ def write_texts(
     vocab_size, end_of_text = tokenizer.vocab_size, tokenizer.end_of_text
     with (
         progress_bar("tokenizing", corpus.n_bytes) as bar,
-        WorkerPool("text", str(tokenizer_file), n_workers) as pool,
+        engine("text", tokenizer_file) as pool,
         SplitWriter(folder, "train", vocab_size) as train,
         SplitWriter(folder, "val", vocab_size) as val,
     ):

@@ -14,8 +14,8 @@ import numpy as np
 from gpt_jax.config import CleanConfig
 from gpt_jax.data.clean import Cleaner, Selection, normalized
 from gpt_jax.data.encoded import unpacked
+from gpt_jax.data.engines import Engine
 from gpt_jax.data.messages import Content, Conversation, Format, Message, parsed
-from gpt_jax.data.pool import WorkerPool
 from gpt_jax.data.preferences import LengthsWriter
 from gpt_jax.data.problems import FieldsWriter
 from gpt_jax.data.progress import progress_bar
@@ -178,7 +178,7 @@ def write_conversations(
     survey: ConversationSurvey,
     tokenizer: Tokenizer,
     tokenizer_file: Path,
-    n_workers: int,
+    engine: Engine,
 ) -> tuple[dict[SplitName, Split], dict[str, Any]]:
     """Tokenises conversations, preferences or problems into `folder`. Returns the splits, and counts for meta.json.
     Says on stderr what was left out.
@@ -206,7 +206,7 @@ def write_conversations(
     masked = kind != "problem"  # Of a problem, nothing is learnt as text.
     beside = {name: SETS[kind](folder, name) for name in SPLITS if kind in SETS}
     with (
-        WorkerPool(kind, str(tokenizer_file), n_workers) as pool,
+        engine(kind, tokenizer_file) as pool,
         SplitWriter(folder, "train", vocab_size, masked) as train,
         SplitWriter(folder, "val", vocab_size, masked) as val,
     ):

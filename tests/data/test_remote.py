@@ -123,15 +123,15 @@ def tokens(data: Dataset) -> list[np.ndarray]:
 def prepared(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A local data folder of several shards."""
     monkeypatch.setattr("gpt_jax.data.shards.SHARD_TOKENS", 5000)
-    prepare(PrepareArgs(source=(str(corpus),), out=tmp_path / "data", tokenizer="bytes"), n_workers=1)
+    prepare(PrepareArgs(source=(str(corpus),), out=tmp_path / "data", tokenizer="bytes", workers=1))
     return tmp_path / "data"
 
 
 def test_a_remote_data_folder_equals_the_local_one(root: str, corpus: Path, prepared: Path, tmp_path: Path) -> None:
     uploaded(corpus, f"{root}/corpus")
     out = location(f"{root}/data")
-    args = PrepareArgs(source=(f"{root}/corpus",), out=out, tokenizer="bytes")
-    prepare(args, n_workers=1)
+    args = PrepareArgs(source=(f"{root}/corpus",), out=out, tokenizer="bytes", workers=1)
+    prepare(args)
     assert isinstance(out, RemotePath)
     names = [path.name for path in out.files()]
     assert names == sorted(path.name for path in prepared.iterdir())
@@ -142,9 +142,9 @@ def test_a_remote_data_folder_equals_the_local_one(root: str, corpus: Path, prep
     assert all(map(np.array_equal, tokens(here), tokens(there)))
     assert there.tokenizer.fingerprint == here.tokenizer.fingerprint
     with pytest.raises(UserError, match="exists; --force replaces it"):
-        prepare(args, n_workers=1)
+        prepare(args)
     shutil.rmtree(corpus / "a")
-    prepare(PrepareArgs(source=(str(corpus),), out=out, tokenizer="bytes", force=True), n_workers=1)
+    prepare(PrepareArgs(source=(str(corpus),), out=out, tokenizer="bytes", force=True, workers=1))
     assert load_meta(out).train.tokens < here.meta.train.tokens
 
 
@@ -153,7 +153,7 @@ def test_requests_that_fail_change_nothing(corpus: Path, prepared: Path, monkeyp
     uploaded(corpus, "memory://root/corpus")
     failing, waits = make_fail(monkeypatch, lambda n: TimeoutError("no answer") if n % 5 == 0 else None)
     out = RemotePath("memory://root/data")
-    prepare(PrepareArgs(source=("memory://root/corpus",), out=out, tokenizer="bytes"), n_workers=1)
+    prepare(PrepareArgs(source=("memory://root/corpus",), out=out, tokenizer="bytes", workers=1))
     assert all(map(np.array_equal, tokens(open_dataset(prepared)), tokens(open_dataset(out))))
     assert len(waits) == failing.calls // 5 > 20
 
@@ -186,7 +186,7 @@ def test_a_folder_that_is_replaced_while_it_is_opened(root: str, tmp_path: Path)
 
     def prepare_text(text: str) -> None:
         (tmp_path / "text").write_text(text)
-        prepare(PrepareArgs(source=(str(tmp_path / "text"),), out=folder, tokenizer="bytes", force=True), n_workers=1)
+        prepare(PrepareArgs(source=(str(tmp_path / "text"),), out=folder, tokenizer="bytes", force=True, workers=1))
 
     def replace_and_load(path: Path) -> Tokenizer:
         prepare_text("two text" * 500)

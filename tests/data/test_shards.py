@@ -95,7 +95,7 @@ def test_ids_are_small_where_the_vocabulary_allows_it() -> None:
 def folder(tmp_path: Path) -> Path:
     """A data folder."""
     (tmp_path / "a.txt").write_text("some words " * 100)
-    prepare(PrepareArgs(source=(str(tmp_path / "a.txt"),), out=tmp_path / "data", tokenizer="bytes"), n_workers=1)
+    prepare(PrepareArgs(source=(str(tmp_path / "a.txt"),), out=tmp_path / "data", tokenizer="bytes", workers=1))
     return tmp_path / "data"
 
 

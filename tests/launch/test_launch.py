@@ -19,8 +19,10 @@ from typing import Any
 
 import pytest
 
+from gpt_jax.cli.parse import parse
 from gpt_jax.cli.train import train_arguments
 from gpt_jax.config import Config, config_to_dict
+from gpt_jax.data.prepare import PrepareArgs
 from gpt_jax.storage.files import save_json
 
 ROOT = Path(__file__).parents[2]
@@ -189,7 +191,18 @@ def flag(arguments: list[str], name: str) -> str:
 
 
 def test_every_recipe_is_tested() -> None:
-    assert {path.name for path in LAUNCH.iterdir() if path.is_file()} == set(RECIPES)
+    assert {path.name for path in LAUNCH.iterdir() if path.is_file()} == {*RECIPES, "ray_prepare.sh"}
+
+
+def test_ray_prepare_submits_a_command_with_arguments_that_it_knows(machine: Machine) -> None:
+    machine.stub("bin/ray")
+    machine.run("bash", machine.recipe("ray_prepare.sh"))
+    [words] = machine.called("ray")
+    assert words[:4] == ["job", "submit", "--working-dir", "."]
+    assert words[4:9] == ["--", "python", "-m", "gpt_jax", "prepare"]
+    args = parse(PrepareArgs, words[9:], "prepare")
+    assert args.engine == "ray"
+    assert args.source == ("s3://corpora/web/*.jsonl.zst",)  # Not a file of the working folder.
 
 
 @each_recipe
@@ -375,7 +388,7 @@ def test_ray_starts_one_process_a_node_with_all_gpus_and_stops_them_by_sigterm(
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     monkeypatch.setenv("CALLS", str(machine.calls))  # Processes of a cluster have its environment.
     monkeypatch.setenv("TRAIN_SECONDS", "60")
-    cluster_utils = pytest.importorskip("ray.cluster_utils", reason="needs ray, which is no dependency: 255 MB")
+    cluster_utils = pytest.importorskip("ray.cluster_utils", reason="needs the extra 'ray'")
     (machine.project / "train.py").write_text(TRAIN_STUB)
     monkeypatch.chdir(machine.project)  # Where they run, too, as they do by `ray job submit --working-dir`.
     cluster = cluster_utils.Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})

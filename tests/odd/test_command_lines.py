@@ -56,7 +56,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "crlf.txt").write_bytes("a\r\n语".encode())
     (folder / "empty folder").mkdir()
     publish(folder / "a model", tiny.ONE_LAYER)
-    prepare(PrepareArgs(source=(str(folder / "text.txt"),), out=folder / "data", tokenizer="bytes"), n_workers=1)
+    prepare(PrepareArgs(source=(str(folder / "text.txt"),), out=folder / "data", tokenizer="bytes", workers=1))
     return folder
 
 

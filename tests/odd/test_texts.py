@@ -175,7 +175,7 @@ def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> No
     (tmp_path / name).write_text("some words " * 20)
     assert read(name) == ["some words " * 20]
     assert read(folder) == ["some words " * 20]
-    meta = prepare(PrepareArgs(source=(name,), out=Path("out", name), tokenizer="bytes"), n_workers=1)
+    meta = prepare(PrepareArgs(source=(name,), out=Path("out", name), tokenizer="bytes", workers=1))
     data = open_dataset(Path("out", name))
     assert data.meta == meta
     assert data.meta.settings["source"] == [name]
