@@ -129,6 +129,14 @@ def test_the_pool_ends_in_the_middle(places: int) -> None:
         [*pool.encode(tasks())]
 
 
+def test_a_process_ends_at_once(tmp_path: Path) -> None:
+    worker = WorkerProcess("text", str(ByteTokenizer().save(tmp_path)))
+    worker.kill()
+    with pytest.raises(WorkerDeathError, match="killed by SIGKILL"):
+        worker(START_OF_DOCUMENT + b"some text")
+    worker.close()
+
+
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="needs Linux's /proc")
 def test_a_process_that_is_killed_is_started_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tokenizer_file = ByteTokenizer().save(tmp_path)
