@@ -253,7 +253,7 @@ def test_train_refuses_what_does_not_fit(trained: Path, tiny_data: Path, tmp_pat
     assert "data.microbatch_size = 3 does not divide" in refused_here(
         "train", *TINY, data, out, "--data.microbatch-size=3"
     )
-    assert "less than one window of model.context_length + 1 = 100001" in refused_here(
+    assert "and no window of model.context_length + 1 = 100001" in refused_here(
         "train", *TINY, data, out, "--model.context-length=100000"
     )
     assert "model.vocab_size = 99 is not possible: it must be at least the" in refused_here(

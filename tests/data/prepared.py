@@ -12,6 +12,6 @@ def prepared(folder: Path, records: list[Any], **settings: Any) -> Dataset:
     """The data folder `folder`/out of records in `folder`/a.jsonl, in the tokens of bytes."""
     source, out = folder / "a.jsonl", folder / "out"
     source.write_text("".join(json.dumps(record) + "\n" for record in records))
-    arguments = dict[str, Any](tokenizer="bytes", val_fraction=0.3, force=True) | settings
-    prepare(PrepareArgs(source=(str(source),), out=out, **arguments), n_workers=1)
+    arguments = dict[str, Any](tokenizer="bytes", val_fraction=0.3, force=True, workers=1) | settings
+    prepare(PrepareArgs(source=(str(source),), out=out, **arguments))
     return open_dataset(out)

@@ -31,8 +31,8 @@ def corpus() -> list[str]:
 
 
 def prepared(source: Path, out: Path, n_workers: int = 1, clean: CleanConfig | None = None) -> Meta:
-    args = PrepareArgs(source=(str(source),), out=out, tokenizer="bytes", clean=clean or CleanConfig())
-    return prepare(args, n_workers)
+    args = PrepareArgs(source=(str(source),), out=out, tokenizer="bytes", clean=clean or CleanConfig(), workers=n_workers)
+    return prepare(args)
 
 
 def arrays(folder: Path) -> dict[str, bytes]:

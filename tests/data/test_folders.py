@@ -25,7 +25,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny.byte_data(root)
     rows = [{"prompt": "question " * (i % 3), "completion": f"answer {i} " + "x" * (i % 50)} for i in range(80)]
     (root / "chat.jsonl").write_text("\n".join(json.dumps({"messages": messages(row)}) for row in rows))
-    prepare(PrepareArgs(source=(str(root / "chat.jsonl"),), out=root / "chat", tokenizer="bytes"), 1)
+    prepare(PrepareArgs(source=(str(root / "chat.jsonl"),), out=root / "chat", tokenizer="bytes", workers=1))
     return root
 
 
@@ -90,12 +90,12 @@ def test_a_mixture_is_of_both_and_has_the_template(root: Path) -> None:
 def test_what_cannot_be_mixed_is_named(root: Path, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("other words " * 200)
     args = PrepareArgs(source=(str(tmp_path / "text.txt"),), out=tmp_path / "other", vocab_size=280)
-    prepare(args, 1)
+    prepare(args)
     with pytest.raises(UserError, match="chat and other were prepared with different tokenizers"):
         opened(root, mixture=(f"{root / 'chat'}=1", f"{tmp_path / 'other'}=1"))
     (tmp_path / "own.jinja").write_text(TEMPLATE + "{# another #}")
     source, template = (str(root / "chat.jsonl"),), str(tmp_path / "own.jinja")
-    prepare(PrepareArgs(source=source, out=tmp_path / "own", tokenizer="bytes", template=template), 1)
+    prepare(PrepareArgs(source=source, out=tmp_path / "own", tokenizer="bytes", template=template))
     with pytest.raises(UserError, match="chat and own were prepared with different chat templates"):
         opened(root, mixture=(f"{root / 'chat'}=1", f"{tmp_path / 'own'}=1"))
     both = f"{root / 'chat'}={{}}", f"{root / 'prepared'}={{}}"

@@ -303,8 +303,8 @@ def test_another_format_is_refused(tmp_path: Path) -> None:
 def test_the_demonstration_data(llamafactory_data: Path, tmp_path: Path) -> None:
     for language in ("en", "zh"):
         source, out = llamafactory_data / f"dpo_{language}_demo.json", tmp_path / language
-        args = PrepareArgs(source=(str(source),), out=out, tokenizer="bytes")
-        assert prepare(args, n_workers=2).report["left out"] == {}
+        args = PrepareArgs(source=(str(source),), out=out, tokenizer="bytes", workers=2)
+        assert prepare(args).report["left out"] == {}
         data = open_dataset(out)
         splits = [PreferenceFiles(data, "train"), PreferenceFiles(data, "val")]
         found = [said(split.pair(i))[1:] for split in splits for i in range(len(split))]

@@ -51,8 +51,8 @@ def write(path: Path, rows: list[Any]) -> Path:
 
 
 def prepared(source: Path, out: Path, n_workers: int = 1, **settings: Any) -> Meta:
-    settings = {"tokenizer": "bytes", **settings}
-    return prepare(PrepareArgs(source=(str(source),), out=out, **settings), n_workers)
+    settings = {"tokenizer": "bytes", "workers": n_workers, **settings}
+    return prepare(PrepareArgs(source=(str(source),), out=out, **settings))
 
 
 def documents(data: Dataset) -> Counter[tuple[tuple[int, ...], tuple[bool, ...]]]:

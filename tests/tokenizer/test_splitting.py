@@ -179,7 +179,7 @@ def test_a_long_document_is_prepared_and_evaluated_as_a_whole(
     monkeypatch.setattr(texts_module, "TASK_BYTES", 70)
     monkeypatch.setattr(loss, "PIECE_BYTES", 70)
     tokenizer = make()
-    prepare(PrepareArgs(source=(str(tmp_path / "a.jsonl"),), out=tmp_path / "out"), 1, tokenizer)
+    prepare(PrepareArgs(source=(str(tmp_path / "a.jsonl"),), out=tmp_path / "out", workers=1), tokenizer)
     data = open_dataset(tmp_path / "out")
     [_, *ids] = next(tokenised(cut_document(document.encode(), 0), tokenizer, Tally()))
     assert [i for part in ids for i in part.tolist()] == tokenizer.encode(document)
