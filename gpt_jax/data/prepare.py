@@ -1,5 +1,6 @@
 """`prepare`: texts, conversations, preferences and problems to a data folder."""
 
+import json
 import signal
 import sys
 import threading
@@ -188,7 +189,7 @@ def _save(folder: Path, args: PrepareArgs, made: Made) -> Meta:
         source_fingerprint=made.fingerprint,
         train=made.splits["train"],
         val=made.splits["val"],
-        settings={**settings, "source": list(args.source), "split": made.split},  # Lists, as JSON gives them back.
+        settings=json.loads(json.dumps({**settings, "split": made.split})),  # Lists for tuples, as it will be read.
         format=made.format,
         report=made.report,
     )
@@ -210,7 +211,7 @@ def print_summary(folder: AnyPath, meta: Meta) -> None:
         n, answers = (sum(meta.report[split].get(name, 0) for split in meta.splits) for name in (noun, "answers"))
         line = f"  {meta.report['format']}: {n:,} {noun}" + f" with {answers:,} answers to learn" * bool(answers)
         print(line + f"; records left out: {left_out:,}" * bool(left_out))
-        if meta.train.learnt is not None:
+        if meta.format not in SETS:
             print_example(open_dataset(folder))
 
 

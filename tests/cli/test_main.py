@@ -44,7 +44,7 @@ def test_a_run_explains_itself(trained: Path) -> None:
     assert (trained / "loss.png").read_bytes().startswith(b"\x89PNG")
     lines = records(trained)
     assert [line["step"] for line in lines] == list(range(1, 41))
-    common = {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "step_ms", "mfu"}
+    common = {"step", "loss", "lr", "grad_norm", "tokens", "epoch", "tokens_per_second", "step_ms", "mfu"}
     for line in lines:
         evaluated = {"val_loss", "val_bits_per_byte"} if line["step"] % 10 == 0 else set()
         assert set(line) == common | evaluated

@@ -31,8 +31,8 @@ def corpus() -> list[str]:
 
 
 def prepared(source: Path, out: Path, n_workers: int = 1, clean: CleanConfig | None = None) -> Meta:
-    args = PrepareArgs(source=(str(source),), out=out, tokenizer="bytes", clean=clean or CleanConfig(), workers=n_workers)
-    return prepare(args)
+    clean = clean or CleanConfig()
+    return prepare(PrepareArgs(source=(str(source),), out=out, tokenizer="bytes", clean=clean, workers=n_workers))
 
 
 def arrays(folder: Path) -> dict[str, bytes]:
