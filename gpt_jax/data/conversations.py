@@ -1,8 +1,9 @@
 """Conversations to tokens, of which exactly those are to be learnt that the model has to write itself."""
 
+import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -109,8 +110,36 @@ def _answer(
     if trims or content not in answer:
         what = "leaves out white space around" if content.strip() in answer else "changes"
         raise refused(f"the template {what} what this answer says", i)
+    thoughts = messages[i].get("reasoning_content") or ""
+    said = {"the thoughts": [thoughts.strip()], "a call": [*_texts(messages[i].get("tool_calls") or ())]}
+    for what, texts in said.items():
+        if any(not _is_in(text, answer) for text in texts):
+            raise refused(f"the template leaves out {what} of this answer", i)
     first = _first_learnt(marked, len(request), end, i) if chat.marks else 0
     return _Answer(i, before, answer, answer[:first])
+
+
+def _texts(calls: Iterable[Mapping[str, Any]]) -> Iterator[str]:
+    """The texts in calls of tools that an answer cannot do without: names of functions and arguments, and texts."""
+
+    def within(value: Any) -> Iterator[str]:
+        if isinstance(value, str):
+            yield value
+        elif isinstance(value, Mapping):
+            yield from value
+            yield from within(list(value.values()))
+        elif isinstance(value, list):
+            for item in value:
+                yield from within(item)
+
+    for call in calls:
+        function = call.get("function", call)
+        yield from within([function.get("name"), function.get("arguments")])
+
+
+def _is_in(text: str, answer: str) -> bool:
+    """Whether an answer holds a text, as it is or as JSON writes it."""
+    return any(form in answer for form in (text, json.dumps(text, ensure_ascii=False)[1:-1], json.dumps(text)[1:-1]))
 
 
 def _first_learnt(marked: str, start: int, end: int, i: int) -> int:

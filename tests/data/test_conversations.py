@@ -279,6 +279,24 @@ def test_what_a_template_does_to_an_answer_is_named(template: str, reason: str) 
         examples(chatml(template), messages)
 
 
+def test_what_a_template_leaves_out_of_an_answer_is_not_lost_in_silence() -> None:
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": ["1", {"b": 2}]}}}
+    calls: Messages = [ASKED[0], {"role": "assistant", "content": "", "tool_calls": [call]}]
+    thinks: Messages = [ASKED[0], {"role": "assistant", "content": "one", "reasoning_content": "\nhm "}]
+    for messages, what in ((calls, "a call"), (thinks, "the thoughts")):
+        with pytest.raises(RecordError, match=f"message 2: the template leaves out {what} of this answer"):
+            examples(chatml(), messages)
+    called = "message.content + (message.tool_calls{} if message.tool_calls else '') +"
+    some = CHATML.replace("message.content +", called.format("[0].function.name"))
+    with pytest.raises(RecordError, match="leaves out a call"):  # Its arguments.
+        examples(chatml(some), calls)
+    every = CHATML.replace("message.content +", called.format(" | tojson"))
+    assert '"arguments": {"a": ["1", {"b": 2}]}' in learnt_texts(chatml(every), calls)[0]
+    thought = CHATML.replace("message.content +", "('<think>' + message.reasoning_content + '</think>' if")
+    thought = thought.replace("'</think>' if", "'</think>' if message.reasoning_content else '') + message.content +")
+    assert learnt_texts(chatml(thought), thinks) == ["<think>\nhm </think>one<|im_end|>"]
+
+
 def test_tools_and_calls_are_written_and_learnt() -> None:
     tools = [{"type": "function", "function": {"name": "add<|end|>", "parameters": {"a": "int"}}}]
     call = {"type": "function", "function": {"name": "add<|end|>", "arguments": {"a": "<|end|>é"}}}
