@@ -1,7 +1,7 @@
 """The same GPT in PyTorch and in JAX on this machine: python -m benchmarks [PART ...]
 
-The parts, each runnable alone: train, decode, serve, on a GPU largest, learn, variants, scale and startup (all of them
-without a name, the most telling first), and report, which writes the documents' tables and the plots from what was
+The parts, each runnable alone: train, decode, serve, on a GPU largest, learn, variants, scale, startup and data (all of
+them without a name, the most telling first), and report, which writes the documents' tables and the plots from what was
 measured.
 What has been measured already, with the same versions and flags, is not measured again, so an interrupted run
 continues. A row that cannot be measured is reported, and the others go on; the exit status is 1 then.
@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import decode, learn, machine, report, results, scale, serve, startup, train, worker
+from benchmarks import data, decode, learn, machine, report, results, scale, serve, startup, train, worker
 from gpt_jax.errors import UserError
 
 PARTS: dict[str, Callable[[results.Results, results.Row, Any], None]] = {
@@ -27,6 +27,9 @@ PARTS: dict[str, Callable[[results.Results, results.Row, Any], None]] = {
     "variants": lambda measured, here, args: train.run_variants(measured, here, args.rounds, args.preset),
     "scale": lambda measured, here, args: scale.run(measured, here, args.rounds),
     "startup": lambda measured, here, args: startup.run(measured, args.rounds, args.text),
+    "data": lambda measured, here, args: data.run(
+        measured, here, args.rounds, args.conversations, args.tokenizer, data.Sizes(memory=int(args.memory_gib * 2**30))
+    ),
 }
 NAMES = (*PARTS, "report")
 
@@ -42,6 +45,12 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--gguf", nargs="+", type=Path, default=[], metavar="FILE", help=gguf)
     programs = "of serve: where llama-bench and llama-batched-bench are (default: PATH)"
     parser.add_argument("--llama-cpp", type=Path, metavar="FOLDER", help=programs)
+    chats = "of data: conversations to prepare and to pack (default: made of docstrings, to prepare)"
+    parser.add_argument("--conversations", nargs="+", type=Path, default=[], metavar="FILE", help=chats)
+    published = "of data: a published tokenizer with ChatML's tokens to prepare them with, as its folder or GGUF file"
+    parser.add_argument("--tokenizer", type=Path, metavar="PATH", help=published)
+    gib = "of data: the source of the rows about memory (default: 2)"
+    parser.add_argument("--memory-gib", type=float, default=2, metavar="GIB", help=gib)
     parser.add_argument("--again", action="store_true", help="measure anew what has been measured already")
     limit = "begin nothing after this time, keep the whole rounds until then, end within two minutes (default: none)"
     parser.add_argument("--minutes", type=float, default=0, help=limit)

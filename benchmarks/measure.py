@@ -10,7 +10,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,6 +65,46 @@ def forget_peak() -> None:
         libc.malloc_trim(0)
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
+
+
+@dataclass
+class Peak:
+    """The most memory that processes held, in bytes."""
+
+    all: int = 0  # Together; pages that they share are counted in each.
+    largest: int = 0  # The one that held the most.
+
+
+@contextlib.contextmanager
+def watched_memory(every: float = 0.2) -> Iterator[Peak]:
+    """What all processes below this one hold at most until the block ends, looked at every so many seconds."""
+    peak, over = Peak(), threading.Event()
+
+    def watch() -> None:
+        while not over.wait(every):
+            pids = processes_below(os.getpid())
+            peak.all = max(peak.all, sum(memory_of(pid, "VmRSS") for pid in pids))
+            peak.largest = max([peak.largest, *(memory_of(pid, "VmHWM") for pid in pids)])
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield peak
+    finally:
+        over.set()
+        watcher.join()
+
+
+def processes_below(root: int) -> list[int]:
+    """The ids of the processes that a process started, and of those that they started."""
+    parents = {}
+    for status in Path("/proc").glob("[0-9]*/status"):
+        with contextlib.suppress(OSError):  # It has just ended.
+            parents[int(status.parent.name)] = int(status.read_text().partition("PPid:")[2].split()[0])
+    tree = [root]
+    for pid in tree:  # It grows by the children of each.
+        tree += [child for child, parent in parents.items() if parent == pid]
+    return tree[1:]
 
 
 class Command(NamedTuple):

@@ -266,6 +266,26 @@ def startup(rows: Rows) -> list[str]:
     return [table("starting `train.py`", of_part(rows, "startup"), [Column("s to its first step", figure("seconds"))])]
 
 
+def data(rows: Rows) -> list[str]:
+    """Preparing, making batches, many tiny documents, and how full packed rows are."""
+    seconds = Column("s", figure("seconds"))
+    memory = Column("memory, all processes", figure("peak_bytes"), md.memory)
+    rate = Column("tokens/s", figure("tokens_per_second"))
+    of_processes = [memory, Column("largest process", figure("largest_bytes"), md.memory)]
+    counts = (Column(name, figure(name), "{:,}".format) for name in ("documents", "rows", "cut", "dropped"))
+    shares = [Column(name, figure(key), "{:.2%}".format) for name, key in (("full", "fill"), ("next-fit", "next_fit"))]
+    kinds = {
+        "prepare": ("`prepare`", [rate, Column("MB/s", figure("mb_per_second")), *of_processes]),
+        "memory": ("`prepare`, a long source", [seconds, *of_processes]),
+        "loader": ("batches, by context", [rate, Column("times what training consumes", figure("times_consumed"))]),
+        "tiny": ("tiny documents", [seconds, memory]),
+        "fill": ("packing", [*shares, *counts]),
+    }
+    found = {kind: of_part(rows, f"data/{kind}") for kind in kinds}
+    tables = ((table(title, found[kind], columns), notes(found[kind])) for kind, (title, columns) in kinds.items())
+    return [block for blocks in tables for block in blocks]
+
+
 def machine(rows: Rows) -> list[str]:
     """The machines, and what was installed when the rows were measured."""
     under = [row["under"] for row in rows.values()]
@@ -288,7 +308,8 @@ def machine(rows: Rows) -> list[str]:
 
 
 PARTS = {
-    make.__name__: make for make in (summary, ratios, train, variants, decode, serve, learn, scale, startup, machine)
+    make.__name__: make
+    for make in (summary, ratios, train, variants, decode, serve, learn, scale, startup, data, machine)
 }
 """The tables of a machine's file of results."""
 

@@ -4,10 +4,8 @@ Of so much text (default: 1 GiB), with the default tokenizer, run as a user star
 benchmarks/results/prepare.json; `test_memory` holds the memory within bounds.
 """
 
-import contextlib
 import json
 import platform
-import random
 import resource
 import subprocess
 import sys
@@ -15,8 +13,9 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks.corpora import write_texts
 from benchmarks.machine import cpu_name
-from benchmarks.measure import memory_of, seconds_of
+from benchmarks.measure import seconds_of, watched_memory
 from benchmarks.results import FOLDER, Row
 from gpt_jax.storage.files import save_json
 from gpt_jax.system import available_cores
@@ -26,7 +25,7 @@ def main(gib: float) -> None:
     """Measures, and writes the results."""
     with tempfile.TemporaryDirectory() as folder:
         corpus, out = Path(folder, "corpus.jsonl"), Path(folder, "out")
-        write_corpus(corpus, int(gib * 2**30))
+        write_texts(corpus, int(gib * 2**30))
         prepared = prepare(corpus, out)
         alone = run_sentencepiece(corpus, out / "tokenizer.model")
     row: Row = {
@@ -55,60 +54,22 @@ def table(row: Row) -> list[tuple[str, str]]:
     ]
 
 
-def write_corpus(path: Path, n_bytes: int) -> None:
-    """JSON Lines of `n_bytes` or a little more: the built-in python-docs over and over, each time with one word in
-    twenty replaced by one that was never seen.
-
-    Otherwise the cache of words would know all of it. That share is an assumption; text that brings fewer new words is
-    tokenised faster, text that brings more is tokenised slower.
-    """
-    from gpt_jax.data.corpora import python_docs
-
-    rng, letters = random.Random(0), str.maketrans("0123456789abcdef", "etaoinshrdlucmfw")
-    documents = [document.split(" ") for document in python_docs()]
-    with path.open("w", encoding="utf-8") as f:
-        while f.tell() < n_bytes:
-            for document in documents:
-                words = document.copy()
-                for i in rng.choices(range(len(words)), k=len(words) // 20):
-                    words[i] = f"{rng.getrandbits(40):x}".translate(letters)
-                f.write(json.dumps({"text": " ".join(words)}) + "\n")
-
-
 def prepare(corpus: Path, out: Path) -> dict[str, float]:
-    """Runs `prepare` as a process; every 0.1 s the memory of it and of its workers is added up."""
+    """Runs `prepare` as a process, and watches the memory of it and of its workers."""
     from gpt_jax.data.shards import load_meta
 
     before, begin = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    process = subprocess.Popen([sys.executable, "-m", "gpt_jax", "prepare", str(corpus), "--out", str(out)])
-    peak_of_all = peak_of_largest = 0
-    while process.poll() is None:
-        sizes = memory_of_tree(process.pid)
-        peak_of_all, peak_of_largest = max(peak_of_all, sum(sizes)), max([peak_of_largest, *sizes])
-        time.sleep(0.1)
+    with watched_memory() as peak:
+        subprocess.run([sys.executable, "-m", "gpt_jax", "prepare", str(corpus), "--out", str(out)], check=True)
     seconds = time.perf_counter() - begin
-    if process.returncode:
-        raise subprocess.CalledProcessError(process.returncode, process.args)
     after, meta = resource.getrusage(resource.RUSAGE_CHILDREN), load_meta(out)
     cpu_seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return {
         **rates(seconds, meta.train.bytes + meta.val.bytes, meta.train.tokens + meta.val.tokens),
         "cores_busy": cpu_seconds / seconds,
-        "peak_mib_all_processes": peak_of_all / 2**20,
-        "peak_mib_largest_process": peak_of_largest / 2**20,
+        "peak_mib_all_processes": peak.all / 2**20,
+        "peak_mib_largest_process": peak.largest / 2**20,
     }
-
-
-def memory_of_tree(root: int) -> list[int]:
-    """Resident bytes of a process and of all below it. Pages that they share are counted in each."""
-    parents = {}
-    for status in Path("/proc").glob("[0-9]*/status"):
-        with contextlib.suppress(OSError):  # It has just ended.
-            parents[int(status.parent.name)] = int(status.read_text().partition("PPid:")[2].split()[0])
-    tree = [root]
-    for pid in tree:  # It grows by the children of each.
-        tree += [child for child, parent in parents.items() if parent == pid]
-    return [memory_of(pid, "VmRSS") for pid in tree]
 
 
 def run_sentencepiece(corpus: Path, model: Path, most_bytes: int = 64 << 20) -> dict[str, float]:

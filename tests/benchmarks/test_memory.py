@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.corpora import write_texts
 from tests.benchmarks import loading, preparing, restoring
 
 pytestmark = pytest.mark.slow
@@ -29,6 +30,6 @@ def test_preparing_takes_as_much_memory_for_a_longer_text(tmp_path: Path) -> Non
     peaks = []
     for mib in (32, 80):
         corpus = tmp_path / f"{mib}.jsonl"
-        preparing.write_corpus(corpus, mib << 20)
+        write_texts(corpus, mib << 20)
         peaks.append(preparing.prepare(corpus, tmp_path / str(mib))["peak_mib_largest_process"])
     assert peaks[1] < peaks[0] + 24

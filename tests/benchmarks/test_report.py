@@ -118,6 +118,30 @@ def axis(name: str, sizes: tuple[int, ...], ours: float, theirs: float) -> dict[
     }
 
 
+def measured_data() -> dict[str, Any]:
+    """The rows of data."""
+    prepared = {
+        "tokens_per_second": around(4e6),
+        "mb_per_second": around(14),
+        "peak_bytes": GIB,
+        "largest_bytes": GIB / 2,
+    }
+    packed = {"fill": 0.99961, "next_fit": 0.87642, "documents": 7741, "rows": 640, "cut": 38, "dropped": 0}
+    rows: dict[str, dict[str, Any]] = {
+        "prepare/text": {"2 processes": prepared},
+        "memory/text, 2.00 GiB": {"gpt_jax": {**prepared, "seconds": 150.0}},
+        "loader/64": {"stream": {"tokens_per_second": around(2e6), "times_consumed": around(60)}},
+        "tiny/1,000,000 documents": {"`prepare`": {**prepared, "seconds": around(9)}},
+        "fill/docstrings": {"best-fit decreasing": packed},
+    }
+    found = {
+        f"data/{name}": {"contestants": of, "failed": {}, "notes": [f"how {name.partition('/')[0]}"], "under": UNDER}
+        for name, of in rows.items()
+    }
+    found["data/tiny/1,000,000 documents"]["failed"] = {"`inspect`": "there is no command 'inspect'"}
+    return found
+
+
 def made_up() -> dict[str, Any]:
     """A file of results: wins, losses, and what failed."""
     nano = {
@@ -209,6 +233,7 @@ def made_up() -> dict[str, Any]:
                 "notes": [],
                 "under": UNDER,
             },
+            **measured_data(),
         },
     }
 
@@ -323,6 +348,20 @@ def test_a_loss_that_was_not_reached_is_told() -> None:
         "1.05 (0.95 to 1.16)",
         "neither, within the spread",
     ]
+
+
+def test_data_is_told_in_five_tables() -> None:
+    text = tables(made_up())["data"]
+    rate, memory = ["4,000,000 (3,600,000 to 4,400,000)", "14.0 (12.6 to 15.4)"], ["1.00 GiB", "512 MiB"]
+    assert cells(text, "text |") == ["text", "2 processes", *rate, *memory]
+    assert cells(text, "text, 2.00 GiB") == ["text, 2.00 GiB", "gpt_jax", "150", *memory]
+    assert cells(text, "64 |")[1:] == ["stream", "2,000,000 (1,800,000 to 2,200,000)", "60.0 (54.0 to 66.0)"]
+    assert cells(text, "1,000,000")[1:] == ["`prepare`", "9.00 (8.10 to 9.90)", "1.00 GiB"]
+    assert cells(text, "1,000,000", "`inspect`")[2:] == ["failed", "–"]  # noqa: RUF001
+    assert cells(text, "docstrings")[2:] == ["99.96%", "87.64%", "7,741", "640", "38", "0"]
+    lines = text.splitlines()
+    assert "- 1,000,000 documents: `inspect` failed: there is no command 'inspect'" in lines
+    assert [line.split()[-1] for line in lines if ": how " in line] == ["prepare", "memory", "loader", "tiny", "fill"]
 
 
 def test_starting_and_the_machine_are_told() -> None:
