@@ -243,7 +243,7 @@ class PackedRows:
         learnt[:used] = (
             np.concatenate([self.tokens.read_learnt(*piece) for piece in pieces]) if self.tokens.masked else True
         )
-        begins = np.concatenate(([0], np.cumsum(lengths)))  # Of all pieces, and of the padding.
-        segments = np.repeat(np.arange(len(begins), dtype=np.int32), np.diff(begins, append=size))
+        begins = np.cumsum([0, *lengths])  # Of all pieces, and of the padding.
+        segments = np.repeat(np.arange(len(begins), dtype=np.int32), [*lengths, size - used])
         positions = (np.arange(size) - begins[segments]).astype(np.int32)
         return Batch(tokens, learnt[1:] & (positions[1:] > 0), segments[:-1], positions[:-1])
