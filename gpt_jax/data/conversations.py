@@ -160,10 +160,11 @@ def _encoded(tokenizer: Tokenizer, chat: Chat, requests: Mapping[int, str], answ
     parts = chat.encode(split(text, starts_of_parts))
     starts = dict(zip([0, *starts_of_parts], accumulate(map(len, parts), initial=0), strict=False))
     tokens = [token for part in parts for token in part]
+    stop_ids = tokenizer.stop_ids  # Made anew whenever it is asked for.
     learnt, found = [False] * len(tokens), []
     for answer in answers:
         start = starts[len(answer.before)]
-        end = next(n for n in range(start, len(tokens)) if tokens[n] in tokenizer.stop_ids) + 1
+        end = next(n for n in range(start, len(tokens)) if tokens[n] in stop_ids) + 1
         before = tokens[max(0, start - CONTEXT) : start]
         decoded = tokenizer.decode([*before, *tokens[start:end]])[len(tokenizer.decode(before)) :]
         if decoded != chat.shown(answer.text):
