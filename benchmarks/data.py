@@ -128,11 +128,11 @@ def files_of(source: Write | Sequence[Path], folder: Path) -> Sequence[Path]:
     return [file]
 
 
-def preparation(files: Sequence[Path], out: Path, *options: str, processes: int | None = None) -> Row:
-    """The figures of preparing files once, with so many processes that tokenise; None: with the command of users."""
-    command = ("gpt_jax", "prepare") if processes is None else ("benchmarks.preparing", str(processes))
+def preparation(files: Sequence[Path], out: Path, *options: str, processes: int = 0) -> Row:
+    """The figures of preparing files once, with so many processes that tokenise; 0: one a core."""
+    command = ("gpt_jax", "prepare", *map(str, files), f"--out={out}", "--force", f"--workers={processes}", *options)
     with watched_memory() as peak:
-        seconds = run_command("-m", *command, *map(str, files), f"--out={out}", "--force", *options).seconds
+        seconds = run_command("-m", *command).seconds
     meta, n_bytes = load_meta(out), sum(file.stat().st_size for file in files)
     return {
         "seconds": seconds,

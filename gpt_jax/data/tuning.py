@@ -3,8 +3,9 @@
 import hashlib
 import json
 import sys
+from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -120,7 +121,7 @@ def hash_of(content: Content) -> int:
     return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little")
 
 
-def divide(hashes: list[int], sizes: list[int], fraction: float, by_prompt: bool) -> Division:
+def divide(hashes: Sequence[int], sizes: Sequence[int], fraction: float, by_prompt: bool) -> Division:
     """The division by hash, with a fraction of all hashes for validation, unless that misses the fraction of the sizes
     by more than half of the smaller side, as it does with few.
 
@@ -144,7 +145,7 @@ def survey_conversations(conversations: Conversations, fraction: float) -> Conve
     """Reads all conversations, preferences or problems, so that errors in them appear before anything is written, and
     decides the split. Raises UserError when there are none for one of the sides."""
     sha256, sample, skipped = hashlib.sha256(), TextSample(SAMPLE_BYTES), Skipped()
-    hashes, sizes = list[int](), list[int]()
+    hashes, sizes = array("Q"), array("Q")  # 16 bytes a conversation, where lists take 72.
     for _, content in conversations.read("reading", skipped, Selection(conversations.clean)):
         line = line_of(content)
         sha256.update(line + b"\n")
