@@ -107,8 +107,9 @@ def text_of(content: Content) -> str:
 
 
 def line_of(content: Content) -> bytes:
-    """A conversation, preference or problem as JSON, in one line, the same for the same one."""
-    return json.dumps(content._asdict(), ensure_ascii=False, sort_keys=True).encode()
+    """A conversation, preference or problem as JSON, in one line. Fields keep their order, in which templates write the
+    arguments of calls and the tools."""
+    return json.dumps(content._asdict(), ensure_ascii=False).encode()
 
 
 def hash_of(content: Content) -> int:

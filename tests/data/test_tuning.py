@@ -90,6 +90,18 @@ def test_every_conversation_is_in_the_folder(tmp_path: Path, monkeypatch: pytest
     assert data.tokenizer.stop_ids == {256, data.tokenizer.special_tokens["<|end|>"]}
 
 
+def test_calls_and_tools_are_written_in_the_order_of_their_fields(tmp_path: Path) -> None:
+    tool = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {"b": 1, "a": 2}}}
+    call = {"type": "function", "function": {"name": "f", "arguments": {"z": 1, "y": {"b": 2, "a": "\u2028é"}}}}
+    messages = [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls": [call]}]
+    source = write(tmp_path / "chat.jsonl", [{"messages": messages, "tools": [tool]}] * 4)
+    prepared(source, tmp_path / "out")
+    data = open_dataset(tmp_path / "out")
+    text = data.tokenizer.decode(data.val.read(0, len(data.val)).tolist())
+    assert json.dumps(tool) in text
+    assert json.dumps(call["function"], ensure_ascii=False) in text
+
+
 def test_copies_are_on_one_side(tmp_path: Path) -> None:
     rows = conversations(61)
     source = write(tmp_path / "chat.jsonl", [{"messages": messages} for messages in rows * 3])
@@ -154,7 +166,7 @@ def test_what_is_left_out_is_counted_and_told(tmp_path: Path, capsys: pytest.Cap
 
 
 def test_a_template_of_ones_own(tmp_path: Path) -> None:
-    source = write(tmp_path / "chat.jsonl", [{"messages": messages} for messages in conversations(20)])
+    source = write(tmp_path / "chat.jsonl", [{"messages": messages} for messages in conversations(80)])
     (tmp_path / "chat.jinja").write_text(CHATML)
     prepared(source, tmp_path / "out", template=str(tmp_path / "chat.jinja"))
     data = open_dataset(tmp_path / "out")
@@ -169,7 +181,7 @@ def test_a_template_of_ones_own(tmp_path: Path) -> None:
     meta = prepared(source, tmp_path / "strict", template=str(tmp_path / "strict.jinja"))
     [(reason, n)] = meta.report["left out"].items()
     assert reason == "the chat template refuses this conversation: No system"
-    assert n == sum(messages[0]["role"] == "system" for messages in conversations(20))
+    assert n == sum(messages[0]["role"] == "system" for messages in conversations(80))
 
 
 def test_white_space_and_unicode_forms(tmp_path: Path) -> None:
@@ -309,5 +321,5 @@ def test_what_a_prompt_says_decides() -> None:
     talks = [Conversation((user("q"), answer), None) for answer in (one, other)]
     assert hash_of(talks[0]) != hash_of(talks[1])
     assert line_of(talks[0]) == (
-        b'{"messages": [{"content": "q", "role": "user"}, {"content": "a", "role": "assistant"}], "tools": null}'
+        b'{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}], "tools": null}'
     )
