@@ -38,10 +38,14 @@ WORDS = ["the", "model", "写", "learns\n", "▁", "🙂", "  indented", "2024",
 
 @pytest.fixture(scope="module", autouse=True)
 def cluster() -> Iterator[None]:
-    """One of four cores, whatever this machine has."""
+    """One of four cores, whatever this machine has. Ray sets variables of this process, which other tests are not to
+    have: a cluster by another one would ask for a token."""
+    environment = dict(os.environ)
     ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
+    os.environ.clear()
+    os.environ.update(environment)
 
 
 @pytest.fixture

@@ -130,7 +130,7 @@ def test_a_run_that_cannot_write_any_more_goes_on_from_its_last_whole_checkpoint
         out = f"{s3}/{n}"
         with server.stopped_after(n):
             *notes, line = run_here("train", *arguments(tiny_data, out), status=1)[1].splitlines()
-        assert re.match("error: .*(denied|Denied|DENIED|Forbidden)", line), line
+        assert re.match("error: .*(denied|Denied|DENIED|Forbidden|PermissionError)", line), line
         assert all(note.endswith("; trying again") for note in notes), notes
         run_here("train", "--auto-resume", *arguments(tiny_data, out))
         assert contents(out) == expected, n
