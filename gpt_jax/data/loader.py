@@ -7,7 +7,6 @@ computed from (seed, epoch) and never stored, so any step can be reached at once
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,8 +14,7 @@ import numpy as np
 from gpt_jax.data.batch import Batch
 from gpt_jax.data.mixture import Mixture, Stage
 from gpt_jax.data.order import ROUNDS, hash_key, permute
-from gpt_jax.data.rows import Rows, Stream, Tokens
-from gpt_jax.errors import UserError
+from gpt_jax.data.rows import Rows, Tokens
 
 
 class Source(NamedTuple):
@@ -34,42 +32,11 @@ class Drawn(NamedTuple):
     shift: int
 
 
-@dataclass(frozen=True)
-class TrainBatches:
-    """The batches of a training run on one stream: `batches(step)` has B windows of T + 1 tokens.
-
-    `batches(step, rows)` has only the given rows of that batch, those of one host. Raises UserError when the split is
-    smaller than one window.
-    """
-
-    tokens: Tokens
-    context_length: int
-    batch_size: int
-    seed: int
-
-    def __post_init__(self) -> None:
-        if len(self.tokens) < self.context_length + 1:
-            raise UserError(
-                f"the training split has {len(self.tokens)} tokens, less than one window of "
-                f"model.context_length + 1 = {self.context_length + 1}; use more text or a shorter context"
-            )
-
-    @property
-    def windows_per_epoch(self) -> int:
-        """The number of whole windows that the ring is cut into."""
-        return len(Stream(self.tokens, self.context_length))
-
-    def __call__(self, step: int, rows: np.ndarray | None = None) -> Batch:
-        stream = Stream(self.tokens, self.context_length)
-        drawn = draw(len(stream), samples_of(step, self.batch_size, rows), self.seed)
-        return stack([stream.row(*place) for place in drawn], stream.masked, stream.packed)
-
-
 class MixedBatches:
     """The batches of a training run on one or several sources: `batches(step)` has B rows of T + 1 tokens.
 
     `batches(step, rows)` has only the given rows of that batch, those of one host. All batches have the fields that any
-    source needs. Each source has its own order, the first one that of `TrainBatches`.
+    source needs. Each source has its own order; that of the first one does not depend on the others.
     """
 
     def __init__(self, sources: Sequence[Source], stages: Sequence[Stage], batch_size: int, seed: int) -> None:

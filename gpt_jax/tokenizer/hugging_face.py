@@ -1,6 +1,5 @@
 """Tokenizers published as a `tokenizer.json`, run by the library `tokenizers`, which defines the format."""
 
-import copy
 import functools
 import hashlib
 import json
@@ -14,9 +13,9 @@ import numpy as np
 
 from gpt_jax.errors import UserError
 from gpt_jax.storage.files import save_json
-from gpt_jax.tokenizer.chat_template import Chat, control
+from gpt_jax.tokenizer.chat_template import control
 from gpt_jax.tokenizer.splitting import may_be_cut
-from gpt_jax.tokenizer.tokenizer import END_OF_TEXT, JSON_FILE, NO_CHAT, TEMPLATE_FILE, last_cut, save_bytes, utf8
+from gpt_jax.tokenizer.tokenizer import END_OF_TEXT, JSON_FILE, TEMPLATE_FILE, Chats, last_cut, save_bytes, utf8
 
 CONFIG_FILE = "tokenizer_config.json"
 TOKENS_FILE = "special_tokens_map.json"
@@ -43,7 +42,7 @@ MOST_GAPS = 1 << 16
 WINDOW = 16
 
 
-class HuggingFaceTokenizer:
+class HuggingFaceTokenizer(Chats):
     """A `tokenizer.json` with the settings of its `tokenizer_config.json`.
 
     The published rules decide whether decode(encode(text)) == text: byte-level BPE and SentencePiece models are
@@ -120,24 +119,6 @@ class HuggingFaceTokenizer:
     def cut(self, text: str) -> int:
         """See Tokenizer."""
         return last_cut(text) if self._may_be_cut else 0
-
-    @functools.cached_property
-    def chat(self) -> Chat:
-        """See Tokenizer."""
-        if self.chat_template is None:
-            raise UserError(NO_CHAT)
-        return Chat(self.chat_template, self.parts, self.special_tokens, self._encode_parts)
-
-    def with_chat_template(self, template: str) -> "HuggingFaceTokenizer":
-        """See Tokenizer."""
-        other = copy.copy(self)
-        other.__dict__.pop("chat", None)
-        other.chat_template = template
-        return other
-
-    def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
-        """See Tokenizer."""
-        return self.chat.prompt(messages)
 
     def id_of(self, token: str) -> int | None:
         """The id of a token by its name in the vocabulary."""

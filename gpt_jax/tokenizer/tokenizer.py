@@ -4,6 +4,7 @@ import codecs
 import copy
 import functools
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -181,31 +182,23 @@ def save_bytes(path: Path, content: bytes) -> Path:
     return path
 
 
-class Lossless:
-    """Base of the tokenizers made here: no token starts a document, a part of a text is encoded as if it were all of
-    it, and a conversation is written by a template that was given, and is saved in a file of its own."""
+class Chats(ABC):
+    """Base of all tokenizers: conversations are written by a template, which is given or published."""
 
-    end_of_text: int
     special_tokens: Mapping[str, int]
-    begin_of_text: int | None = None
-    chat_template: str | None = None
+    chat_template: str | None
+    parts: Mapping[str, str]  # Names of special tokens by their purposes, such as eos_token, for templates.
 
-    def encode(self, text: str) -> list[int]:
-        """See Tokenizer."""
-        raise NotImplementedError
-
-    @property
-    def stop_ids(self) -> frozenset[int]:
-        """See Tokenizer."""
-        ends_turn = None if self.chat_template is None else self.special_tokens.get(END_OF_TURN)
-        return frozenset({self.end_of_text} if ends_turn is None else {self.end_of_text, ends_turn})
+    @abstractmethod
+    def _encode_parts(self, parts: Sequence[str]) -> list[list[int]]:
+        """See Chat.encode."""
 
     @functools.cached_property
     def chat(self) -> Chat:
         """See Tokenizer."""
         if self.chat_template is None:
             raise UserError(NO_CHAT)
-        return Chat(self.chat_template, {"eos_token": END_OF_TEXT}, self.special_tokens, self._encode_parts)
+        return Chat(self.chat_template, self.parts, self.special_tokens, self._encode_parts)
 
     def with_chat_template(self, template: str | None) -> Self:
         """See Tokenizer."""
@@ -217,6 +210,26 @@ class Lossless:
     def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """See Tokenizer."""
         return self.chat.prompt(messages)
+
+
+class Lossless(Chats):
+    """Base of the tokenizers made here: no token starts a document, a part of a text is encoded as if it were all of
+    it, and a conversation is written by a template that was given, and is saved in a file of its own."""
+
+    end_of_text: int
+    begin_of_text: int | None = None
+    chat_template: str | None = None
+    parts = {"eos_token": END_OF_TEXT}  # noqa: RUF012
+
+    @abstractmethod
+    def encode(self, text: str) -> list[int]:
+        """See Tokenizer."""
+
+    @property
+    def stop_ids(self) -> frozenset[int]:
+        """See Tokenizer."""
+        ends_turn = None if self.chat_template is None else self.special_tokens.get(END_OF_TURN)
+        return frozenset({self.end_of_text} if ends_turn is None else {self.end_of_text, ends_turn})
 
     def save_template(self, folder: Path) -> None:
         """Writes the chat template, if there is one, into a file of its own."""

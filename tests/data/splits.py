@@ -5,6 +5,10 @@ from collections.abc import Sequence
 import numpy as np
 from hypothesis import strategies as st
 
+from gpt_jax.data.loader import MixedBatches, Source
+from gpt_jax.data.mixture import Stage
+from gpt_jax.data.rows import Stream, Tokens
+
 
 class Split:
     """Documents one after the other. The ids are 1, 2, 3, ..., so a token tells its place, and none is padding.
@@ -33,6 +37,11 @@ class Split:
         assert 0 <= start <= start + count <= len(self.ids)
         self.reads.append((start, count))
         return self.mask[start : start + count]
+
+
+def stream_batches(tokens: Tokens, context_length: int, batch_size: int, seed: int) -> MixedBatches:
+    """The batches of a training run on one stream."""
+    return MixedBatches([Source("text", Stream(tokens, context_length))], [Stage(0, (1.0,))], batch_size, seed)
 
 
 @st.composite

@@ -9,12 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpt_jax.data.batch import Batch
-from gpt_jax.data.loader import MixedBatches, Source, TrainBatches, eval_batches, packed_eval_batches
+from gpt_jax.data.loader import MixedBatches, Source, eval_batches, packed_eval_batches
 from gpt_jax.data.mixture import Stage
 from gpt_jax.data.packing import PackedRows, pack
 from gpt_jax.data.rows import Stream
 from gpt_jax.errors import UserError
-from tests.data.splits import Split, conversations, splits
+from tests.data.splits import Split, conversations, splits, stream_batches
 
 seeds = st.integers(0, 2**31 - 1)
 T = 7
@@ -30,18 +30,9 @@ def sources(*kinds: str) -> list[Source]:
     return [Source(f"{kind}-{i}", row) for i, (kind, row) in enumerate(zip(kinds, rows, strict=True))]
 
 
-@given(st.sampled_from([1, 5, 8]), seeds, st.integers(0, 10**6))
-def test_a_single_stream_is_in_the_order_that_it_always_had(batch_size: int, seed: int, step: int) -> None:
-    split = Split([16, 9, 15])
-    ours = MixedBatches([Source("only", Stream(split, T))], [Stage(0, (1,))], batch_size, seed)(step)
-    expected = TrainBatches(split, T, batch_size, seed)(step)
-    assert np.array_equal(ours.tokens, expected.tokens)
-    assert ours[1:] == expected[1:] == (None, None, None)
-
-
 def test_the_order_of_a_stream_is_that_of_earlier_versions() -> None:
     """Runs that go on must see what they would have seen."""
-    batches = TrainBatches(Split([1000]), 10, 4, 7)
+    batches = stream_batches(Split([1000]), 10, 4, 7)
     starts = [(batches(step).tokens[:, 0] - 1).tolist() for step in (0, 24, 25, 1000)]
     assert starts == [[980, 230, 550, 400], [760, 700, 220, 480], [56, 716, 36, 646], [530, 90, 450, 120]]
 
@@ -128,7 +119,7 @@ def test_weights_count_what_is_learnt() -> None:
 
 def test_a_stream_reads_the_mask_of_its_targets() -> None:
     split = Split([[False, True, True, False, True]] * 9)
-    batches = TrainBatches(split, T, 6, 0)
+    batches = stream_batches(split, T, 6, 0)
     for step in range(9):
         batch = batches(step)
         assert np.array_equal(batch.mask, split.mask[batch.tokens[:, 1:] - 1])

@@ -8,12 +8,12 @@ import pytest
 
 from gpt_jax.config import DataConfig
 from gpt_jax.data.folders import DataFolders, names_of, together
-from gpt_jax.data.loader import TrainBatches
 from gpt_jax.data.prepare import PrepareArgs, prepare
 from gpt_jax.data.shards import open_dataset
 from gpt_jax.errors import UserError
 from gpt_jax.tokenizer.chat_template import TEMPLATE
 from tests import tiny
+from tests.data.splits import stream_batches
 
 T, SEED = 32, 3
 
@@ -46,7 +46,7 @@ def test_names_are_ends_of_paths_unless_several_end_alike() -> None:
 def test_a_text_is_a_stream_and_conversations_are_packed(root: Path) -> None:
     stream = opened(root, dir=str(root / "prepared"))
     [data] = stream.by_name.values()
-    expected = TrainBatches(data.train, T, 4, SEED)
+    expected = stream_batches(data.train, T, 4, SEED)
     for step in (0, 1, 100):
         batch = stream.batches(T, SEED)(step)
         assert np.array_equal(batch.tokens, expected(step).tokens)

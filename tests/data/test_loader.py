@@ -8,29 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpt_jax.data.loader import Prefetch, TrainBatches, eval_batches, permute
+from gpt_jax.data.loader import MixedBatches, Prefetch, eval_batches, permute
+from gpt_jax.data.rows import Stream
 from gpt_jax.errors import UserError
-
-
-class Tokens:
-    """The ids 0, 1, 2, ...: a token tells its place."""
-
-    masked, n_learnt = False, None
-    document_starts = np.zeros(1, np.uint64)
-
-    def __init__(self, n: int) -> None:
-        self.ids = np.arange(n, dtype=np.int32)
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def read(self, start: int, count: int) -> np.ndarray:
-        assert 0 <= start <= start + count <= len(self.ids)
-        return self.ids[start : start + count]
-
-    def read_learnt(self, start: int, count: int) -> np.ndarray:
-        return np.ones(count, bool)
-
+from tests.data.splits import Split, stream_batches
 
 seeds = st.integers(0, 2**31 - 1)
 
@@ -59,43 +40,48 @@ def test_permute_is_random_enough() -> None:
 
 
 @st.composite
-def loaders(draw: st.DrawFn) -> TrainBatches:
+def loaders(draw: st.DrawFn) -> tuple[MixedBatches, Stream]:
     context_length = draw(st.integers(1, 20))
     n_tokens = draw(st.integers(context_length + 1, 400))
-    return TrainBatches(Tokens(n_tokens), context_length, draw(st.integers(1, 12)), draw(seeds))
+    batches = stream_batches(Split([n_tokens]), context_length, draw(st.integers(1, 12)), draw(seeds))
+    return batches, Stream(Split([n_tokens]), context_length)
 
 
 @given(loaders(), st.integers(0, 2))
-def test_an_epoch_visits_every_window_once(batches: TrainBatches, epoch: int) -> None:
+def test_an_epoch_visits_every_window_once(loader: tuple[MixedBatches, Stream], epoch: int) -> None:
     """Over one epoch, no token is an input twice, and at most one window's worth of tokens is left out."""
-    n, T, W = len(batches.tokens), batches.context_length, batches.windows_per_epoch
+    batches, stream = loader
+    n, T, W = len(stream.tokens), stream.context_length, len(stream)
     first, last = epoch * W, (epoch + 1) * W
     steps = range(first // batches.batch_size, -(-last // batches.batch_size))
     rows = np.concatenate([batches(step).tokens for step in steps])
     offset = steps.start * batches.batch_size
     inputs = rows[first - offset : last - offset, :T]
-    visits = np.bincount(inputs.reshape(-1), minlength=n)
+    visits = np.bincount(inputs.reshape(-1) - 1, minlength=n)
     assert visits.max() == 1
     assert visits.sum() == W * T > n - T
 
 
 @given(loaders(), st.integers(0, 1000))
-def test_a_window_is_consecutive_tokens_of_the_ring(batches: TrainBatches, step: int) -> None:
+def test_a_window_is_consecutive_tokens_of_the_ring(loader: tuple[MixedBatches, Stream], step: int) -> None:
+    batches, stream = loader
     rows, *rest = batches(step)
     assert rest == [None, None, None]  # Every token is a target, and a row is one document.
     assert rows.dtype == np.int32
-    assert rows.shape == (batches.batch_size, batches.context_length + 1)
-    assert np.array_equal(rows[:, 1:], (rows[:, :-1] + 1) % len(batches.tokens))
+    assert rows.shape == (batches.batch_size, stream.context_length + 1)
+    assert np.array_equal(rows[:, 1:], rows[:, :-1] % len(stream.tokens) + 1)
 
 
 @given(loaders(), st.integers(0, 10**9))
-def test_any_step_is_reached_at_once_and_always_the_same(batches: TrainBatches, step: int) -> None:
+def test_any_step_is_reached_at_once_and_always_the_same(loader: tuple[MixedBatches, Stream], step: int) -> None:
+    batches, _ = loader
     assert np.array_equal(batches(step).tokens, batches(step).tokens)
 
 
 @given(loaders(), st.integers(0, 50), st.integers(1, 4))
-def test_hosts_share_out_the_global_batch(batches: TrainBatches, step: int, n_hosts: int) -> None:
+def test_hosts_share_out_the_global_batch(loader: tuple[MixedBatches, Stream], step: int, n_hosts: int) -> None:
     """The rows that each asks for are those of the batch of a single host."""
+    batches, _ = loader
     rows = np.random.default_rng(0).permutation(batches.batch_size)
     shares = [batches(step, share).tokens for share in np.array_split(rows, n_hosts) if len(share)]
     assert np.array_equal(np.concatenate(shares), batches(step).tokens[rows])
@@ -103,7 +89,7 @@ def test_hosts_share_out_the_global_batch(batches: TrainBatches, step: int, n_ho
 
 def test_epochs_and_seeds_differ() -> None:
     def epoch(seed: int, n: int) -> list[int]:
-        batches = TrainBatches(Tokens(1000), 10, 100, seed)
+        batches = stream_batches(Split([1000]), 10, 100, seed)
         return batches(n).tokens[:, 0].tolist()
 
     assert epoch(0, 0) != epoch(0, 1)
@@ -114,20 +100,20 @@ def test_epochs_and_seeds_differ() -> None:
 
 
 def test_a_split_smaller_than_a_window_is_refused() -> None:
-    TrainBatches(Tokens(11), 10, 4, 0)(0)
-    with pytest.raises(UserError, match="10 tokens, less than one window"):
-        TrainBatches(Tokens(10), 10, 4, 0)
+    stream_batches(Split([11]), 10, 4, 0)(0)
+    with pytest.raises(UserError, match=r"'text' has the weight 1\.0 from step 0 on, but no row with a target"):
+        stream_batches(Split([10]), 10, 4, 0)
 
 
 @given(n=st.integers(2, 300), T=st.integers(1, 20), B=st.integers(1, 8))
 def test_evaluation_asks_for_every_token_but_the_first_once(n: int, T: int, B: int) -> None:
     targets = []
-    for tokens, mask, segments, positions in eval_batches(Tokens(n), T, B):
+    for tokens, mask, segments, positions in eval_batches(Split([n]), T, B):
         assert segments is positions is None
         assert tokens.shape == (B, T + 1)
         assert np.array_equal(tokens[:, 1:][mask], tokens[:, :-1][mask] + 1)
         targets += tokens[:, 1:][mask].tolist()
-    assert targets == list(range(1, n))
+    assert targets == list(range(2, n + 1))
 
 
 def test_prefetch_keeps_the_order_and_works_ahead() -> None:

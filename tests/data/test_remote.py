@@ -34,7 +34,7 @@ def root(request: pytest.FixtureRequest) -> str:
     if request.param == "memory":
         fsspec.filesystem("memory").store.clear()
         fsspec.filesystem("memory").pseudo_dirs.clear()
-        return "memory://root"
+        return "memory://bucket"
     return f"{request.getfixturevalue('s3')}/{request.node.originalname}"
 
 
@@ -150,10 +150,10 @@ def test_a_remote_data_folder_equals_the_local_one(root: str, corpus: Path, prep
 
 def test_requests_that_fail_change_nothing(corpus: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fsspec.filesystem("memory").store.clear()
-    uploaded(corpus, "memory://root/corpus")
+    uploaded(corpus, "memory://bucket/corpus")
     failing, waits = make_fail(monkeypatch, lambda n: TimeoutError("no answer") if n % 5 == 0 else None)
-    out = RemotePath("memory://root/data")
-    prepare(PrepareArgs(source=("memory://root/corpus",), out=out, tokenizer="bytes", workers=1))
+    out = RemotePath("memory://bucket/data")
+    prepare(PrepareArgs(source=("memory://bucket/corpus",), out=out, tokenizer="bytes", workers=1))
     assert all(map(np.array_equal, tokens(open_dataset(prepared)), tokens(open_dataset(out))))
     assert len(waits) == failing.calls // 5 > 20
 

@@ -45,7 +45,7 @@ def root(request: pytest.FixtureRequest) -> RemotePath:
 def memory() -> RemotePath:
     fsspec.filesystem("memory").store.clear()
     fsspec.filesystem("memory").pseudo_dirs.clear()
-    return RemotePath("memory://root")
+    return RemotePath("memory://bucket")
 
 
 def write(path: RemotePath, content: bytes = CONTENT) -> RemotePath:
@@ -156,7 +156,7 @@ def test_every_fifth_request_may_fail(memory: RemotePath, failing: Any, capsys: 
     assert len(waits) > 5
     assert (
         capsys.readouterr().err.splitlines()[0]
-        == "memory://root/a could not be read ([Errno 16] slow down); trying again"
+        == "memory://bucket/a could not be read ([Errno 16] slow down); trying again"
     )
 
 
@@ -176,7 +176,7 @@ def test_a_failure_that_lasts_ends_in_one_line(memory: RemotePath, failing: Any)
     calls, waits = failing(lambda n: TimeoutError("no answer"))
     with pytest.raises(UserError) as e:
         (memory / "a").read_bytes()
-    assert str(e.value) == "memory://root/a could not be read in 7 attempts (no answer); try again later"
+    assert str(e.value) == "memory://bucket/a could not be read in 7 attempts (no answer); try again later"
     assert calls.calls == 7
     assert len(waits) == 6
     assert all(0.25 * 2**i <= wait <= 0.5 * 2**i for i, wait in enumerate(waits))
@@ -185,8 +185,8 @@ def test_a_failure_that_lasts_ends_in_one_line(memory: RemotePath, failing: Any)
 @pytest.mark.parametrize(
     ("error", "line"),
     [
-        (PermissionError("Forbidden"), "memory://root/a could not be read: access was denied (Forbidden)"),
-        (OSError(errno.EINVAL, "no range"), "memory://root/a could not be read ([Errno 22] no range)"),
+        (PermissionError("Forbidden"), "memory://bucket/a could not be read: access was denied (Forbidden)"),
+        (OSError(errno.EINVAL, "no range"), "memory://bucket/a could not be read ([Errno 22] no range)"),
     ],
 )
 def test_what_cannot_pass_is_not_tried_again(memory: RemotePath, failing: Any, error: OSError, line: str) -> None:
@@ -401,6 +401,6 @@ def test_two_writers_are_noticed(memory: RemotePath, local: Path, monkeypatch: p
             write(self.parent / name, b"other content")
 
     monkeypatch.setattr(RemotePath, "upload", disturbed)
-    with pytest.raises(UserError, match=r"another process (is|may be) writing memory://root/data"):
+    with pytest.raises(UserError, match=r"another process (is|may be) writing memory://bucket/data"):
         upload(local, memory / "data", "meta.json")
     assert not (memory / "data" / "meta.json").exists()
