@@ -26,7 +26,7 @@ from gpt_jax.data.inspect import (
 from gpt_jax.data.marked import runs
 from gpt_jax.data.packing import pack
 from gpt_jax.data.rows import Stream, Tokens
-from gpt_jax.data.shards import META_FILE, Dataset, SplitName, missing, open_dataset
+from gpt_jax.data.shards import FORMATS, META_FILE, Dataset, SplitName, missing, open_dataset
 from gpt_jax.data.windows import Window, windows
 from gpt_jax.errors import UserError
 from gpt_jax.storage.files import replacing
@@ -72,7 +72,11 @@ def command(argv: Sequence[str]) -> int:
     """Prints what a data folder or the data of a run hold, or writes it as a page."""
     args = parse(InspectArgs, argv, "inspect")
     config, of_run = settings(args)
-    folders = together([open_dataset(location(folder)) for folder in config.data.folders], config.data)
+    datasets = [open_dataset(location(folder)) for folder in config.data.folders]
+    if args.step is None and len(datasets) == 1:  # Preferences and problems, too, of which there are no windows.
+        folders = DataFolders({Path(config.data.dir).name: datasets[0]}, config.data)
+    else:
+        folders = together(datasets, config.data)
     if of_run:
         check_trained_on(args.data, config, folders)
     name = args.data or "a mixture"
@@ -103,7 +107,7 @@ def settings(args: InspectArgs) -> tuple[Config, bool]:
         if not (folder / META_FILE).exists():
             if not folder.exists():
                 raise missing(folder, "; name one that prepare made, or the folder of a run")
-            if not (folder / "config.json").exists() or not isinstance(folder, Path):
+            if not (folder / "config.json").exists():
                 raise UserError(f"{folder} is neither a data folder, with a {META_FILE}, nor a run, with a config.json")
             config, of_run = load_saved_config(folder / "config.json"), True
 
@@ -118,10 +122,10 @@ def settings(args: InspectArgs) -> tuple[Config, bool]:
 
 def check_trained_on(run: str, config: Config, folders: DataFolders) -> None:
     """Raises UserError when the latest checkpoint of a run was trained on other data than are in the folders now."""
-    from gpt_jax.run.folder import RunFolder  # Here, since it imports JAX, which data folders do not need.
+    from gpt_jax.run.folder import run_folder  # Here, since it imports JAX, which data folders do not need.
     from gpt_jax.run.load import RunSource
 
-    folder = RunFolder(Path(run))
+    folder = run_folder(run)
     if folder.checkpoints.is_dir() and any(folder.checkpoints.iterdir()):
         try:
             RunSource(folder, config, "latest").check_data(*folders.metas)
@@ -171,7 +175,11 @@ def folder_report(folder: str, data: Dataset, split: SplitName, T: int, packs: b
         Bars(f"{of} documents by their length in tokens", bars),
         frequent(f"most frequent tokens ({of})", data.tokenizer, counts.all),
         *([] if counts.learnt is None else [frequent("of those to be learnt", data.tokenizer, counts.learnt)]),
-        Table(f"{of} documents in windows of {T:,} tokens and one more", fill(tokens, T, packs)),
+        *(
+            [Table(f"{of} documents in windows of {T:,} tokens and one more", fill(tokens, T, packs))]
+            if data.meta.format in FORMATS["next_token"]
+            else []
+        ),
     ]
 
 

@@ -1,7 +1,7 @@
 """The data folders of a run, and the batches that they give for training and for validation."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from gpt_jax.config import DataConfig
@@ -12,6 +12,7 @@ from gpt_jax.data.packing import PackedRows, open_packing, pack
 from gpt_jax.data.rows import Rows, Stream
 from gpt_jax.data.shards import Dataset, Meta, SplitName
 from gpt_jax.errors import UserError
+from gpt_jax.storage.remote import AnyPath
 from gpt_jax.tokenizer.tokenizer import Tokenizer
 
 
@@ -21,6 +22,7 @@ class DataFolders:
 
     by_name: dict[str, Dataset]  # The last part of the path or, where several end alike, all of it.
     config: DataConfig
+    _packed: dict[tuple[AnyPath, SplitName, int], PackedRows] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -34,14 +36,18 @@ class DataFolders:
         return [data.meta for data in self.by_name.values()]
 
     def rows(self, data: Dataset, split: SplitName, context_length: int) -> Rows:
-        """The windows of a split of one of the folders. A packing is made the first time, and kept in the folder."""
-        tokens = data.split(split)
+        """The windows of a split of one of the folders. A packing is made once, and kept in a local folder."""
+        tokens, key = data.split(split), (data.folder, split, context_length)
         if not self.packs(data):
             return Stream(tokens, context_length)
-        if not isinstance(data.folder, Path):  # Nothing is kept in a remote folder.
-            return PackedRows(tokens, pack(tokens, context_length))
-        fingerprint = data.meta.splits[split].fingerprint
-        return PackedRows(tokens, open_packing(data.folder, split, tokens, fingerprint, context_length))
+        if key not in self._packed:  # Every evaluation asks for it.
+            if isinstance(data.folder, Path):
+                fingerprint = data.meta.splits[split].fingerprint
+                packing = open_packing(data.folder, split, tokens, fingerprint, context_length)
+            else:
+                packing = pack(tokens, context_length)
+            self._packed[key] = PackedRows(tokens, packing)
+        return self._packed[key]
 
     def packs(self, data: Dataset) -> bool:
         """True if the documents of a folder stay whole, and apart from each other."""

@@ -7,6 +7,7 @@ import numpy as np
 from gpt_jax.data.progress import progress_bar
 from gpt_jax.data.rows import Tokens
 from gpt_jax.data.shards import Dataset, Meta, SplitName
+from gpt_jax.data.tuning import NOUNS
 from gpt_jax.errors import UserError
 from gpt_jax.tokenizer.tokenizer import Tokenizer
 
@@ -106,8 +107,9 @@ def _split_facts(meta: Meta, name: SplitName) -> str:
     learnt = split.tokens if split.learnt is None else split.learnt
     kind = "documents" if meta.format == "text" else "examples"
     text = f"{split.documents:,} {kind}, {split.tokens:,} tokens"
-    if name in meta.report:
-        text = "{conversations:,} conversations with {answers:,} answers, ".format(**meta.report[name]) + text
+    if counts := meta.report.get(name):
+        answers = f" with {counts['answers']:,} answers" if "answers" in counts else ""
+        text = f"{counts[NOUNS[meta.format]]:,} {NOUNS[meta.format]}{answers}, {text}"
     if split.learnt is not None:
         text += f", {learnt:,} ({learnt / split.tokens:.1%}) to be learnt"
     return f"{text}, {split.bytes / learnt:.2f} bytes a token" if learnt else text

@@ -17,7 +17,7 @@ from gpt_jax.data.batch import Batch
 from gpt_jax.data.folders import together
 from gpt_jax.data.loader import MixedBatches, stack
 from gpt_jax.data.marked import Run
-from gpt_jax.data.shards import open_dataset
+from gpt_jax.data.shards import load_meta, open_dataset
 from gpt_jax.data.windows import windows
 from gpt_jax.storage.remote import location
 from tests.commands import TINY, records, refused_here, run_here
@@ -236,3 +236,23 @@ def test_columns_are_aligned_and_nothing_acts() -> None:
     assert '<pre dir="auto">\n<mark>&lt;x&gt;</mark></pre>' in page
     assert "\x1b" not in page
     assert '<td>abc<td>1<td><i style="width:12.50%">' in page
+
+
+@pytest.mark.parametrize(
+    ("row", "told"),
+    [
+        ({"prompt": "q", "chosen": "good", "rejected": "bad"}, "preferences with {n} answers, "),
+        ({"prompt": "1 + 1?", "answer": "2"}, "problems, "),
+    ],
+    ids=["preferences", "problems"],
+)
+def test_sets_are_counted_and_have_no_windows(row: dict[str, str], told: str, tmp_path: Path) -> None:
+    rows = [{**row, "prompt": f"{row['prompt']} {i}"} for i in range(20)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    run_here("prepare", tmp_path / "a.jsonl", "--out", tmp_path / "set", "--tokenizer", "bytes")
+    counts = load_meta(tmp_path / "set").report["train"]
+    out, _ = run_here("inspect", tmp_path / "set")
+    assert told.format(n=counts.get("answers")) in out
+    assert "training documents by their length in tokens" in out
+    assert "in windows of" not in out
+    assert "and next_token needs text" in refused_here("inspect", tmp_path / "set", "--step", 1)
