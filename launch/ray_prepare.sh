@@ -4,7 +4,7 @@
 #   RAY_ADDRESS=http://HEAD:8265 launch/ray_prepare.sh
 #
 # It assumes that all nodes have Ray and the project's dependencies (`pip install ".[ray,s3]"`); Ray sends them this
-# folder. The text is read, and the tokens written, by the head node: the output is uploaded from its TMPDIR.
+# folder. All of them read the text, and the head node writes the tokens: the output is uploaded from its TMPDIR.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

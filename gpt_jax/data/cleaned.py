@@ -1,70 +1,81 @@
-"""A corpus without the documents that cleaning removes, judged by worker processes."""
+"""What cleaning keeps of a corpus, judged by workers."""
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
+from functools import partial
 
 from gpt_jax.config import CleanConfig
 from gpt_jax.data.clean import SEPARATOR, Cleaner, Report, Selection, normalized, verdicts
-from gpt_jax.data.engines import Engine
 from gpt_jax.data.formats import Block, cut_document
-from gpt_jax.data.progress import progress_bar
-from gpt_jax.data.sources import Documents
+from gpt_jax.data.pieces import Engine, Job, Piece, Reading
+from gpt_jax.data.sources import Corpus
+from gpt_jax.errors import UserError
 
 TASK_BYTES = 1 << 20  # Text that a worker judges at one time.
 
-
-@dataclass(frozen=True)
-class Cleaned:
-    """The documents of a corpus that are kept, normalised."""
-
-    corpus: Documents
-    config: CleanConfig
-    kept: bytes  # For each document of the corpus: 1 if it is kept, else 0.
-
-    @property
-    def n_bytes(self) -> int:
-        """See Documents."""
-        return self.corpus.n_bytes
-
-    def blocks(self, progress: Callable[[int], object]) -> Iterator[Block]:
-        """See Documents."""
-        for keep, (text, position) in zip(self.kept, _documents(self.corpus, progress), strict=True):
-            if keep:
-                yield from cut_document(normalized(text.decode(), self.config).encode(), position)
+Texts = Callable[[Corpus, Reading], Iterator[tuple[str, bytes]]]
+"""The texts to judge of a corpus, each with its name; without one, it is its number. It can be pickled."""
 
 
-def clean_corpus(corpus: Documents, config: CleanConfig, engine: Engine) -> tuple[Cleaned, Report]:
-    """Reads and judges all documents, which does not depend on the number of workers.
+def judge(corpus: Corpus, texts: Texts, config: CleanConfig, engine: Engine) -> tuple[list[bytes], Report]:
+    """Reads and judges all texts, which does not depend on the number of workers.
 
-    Each document is held in memory as a whole. Raises UserError for a language that is not known, and for a package
-    that is not installed.
+    Gives, of each source, a byte for each text: 1 if it is kept, else 0. Each text is held in memory as a whole. Raises
+    UserError for a language that is not known, and for a package that is not installed.
     """
     Cleaner(config)  # Raises here, not in a worker.
-    selection, kept = Selection(config), bytearray()
+    selection, kept = Selection(config), [bytearray() for _ in corpus.sources]
+    job = Job("clean", json.dumps(asdict(config)))
+    with engine.run("cleaning", corpus, partial(_tasks, texts), corpus.parts(), job) as judged:
+        for label, content in judged:
+            if label is not None:
+                for (number, name), verdict in zip(label, verdicts(content), strict=True):
+                    where = name or f"document {selection.report.documents + 1}"
+                    kept[number].append(selection.keep(where, verdict))
+    return [bytes(marks) for marks in kept], selection.report
 
-    def tasks() -> Iterator[tuple[int, bytes]]:
-        waiting, size = list[bytes](), 0
-        for text, _ in _documents(corpus, bar.update):
+
+def _tasks(texts: Texts, part: Corpus) -> Iterator[Piece]:
+    reading, waiting, label, size = Reading(), list[bytes](), list[tuple[int, str]](), 0
+    for number, source in part.each():
+        for name, text in texts(source, reading):
             waiting.append(text)
+            label.append((number, name))
             size += len(text)
             if size >= TASK_BYTES:
-                yield len(waiting), SEPARATOR.join(waiting)
-                waiting, size = [], 0
-        if waiting:
-            yield len(waiting), SEPARATOR.join(waiting)
-
-    with (
-        progress_bar("cleaning", corpus.n_bytes) as bar,
-        engine("clean", json.dumps(asdict(config))) as pool,
-    ):
-        for _, content in pool.encode(tasks()):
-            for verdict in verdicts(content):
-                kept.append(selection.keep(f"document {len(kept) + 1}", verdict))
-    return Cleaned(corpus, config, bytes(kept)), selection.report
+                yield reading.piece(label, SEPARATOR.join(waiting), is_task=True)
+                waiting, label, size = [], [], 0
+    if waiting:
+        yield reading.piece(label, SEPARATOR.join(waiting), is_task=True)
+    yield reading.piece()
 
 
-def _documents(corpus: Documents, progress: Callable[[int], object]) -> Iterator[tuple[bytes, int]]:
+def clean_corpus(corpus: Corpus, config: CleanConfig, engine: Engine) -> tuple[Corpus, Report]:
+    """The corpus without the documents that are removed, and the others normalised. See `judge`."""
+    kept, report = judge(corpus, _numbered, config, engine)
+    cleaned = [
+        replace(source, blocks=partial(_kept_blocks, Corpus((source,)), marks, config))
+        for source, marks in zip(corpus.sources, kept, strict=True)
+    ]
+    return replace(corpus, sources=tuple(cleaned)), report
+
+
+def _numbered(corpus: Corpus, reading: Reading) -> Iterator[tuple[str, bytes]]:
+    return (("", text) for text, _ in _documents(corpus, reading))
+
+
+def _kept_blocks(corpus: Corpus, kept: bytes, config: CleanConfig) -> Iterator[Block]:
+    marks = iter(kept)
+    for text, position in _documents(corpus, lambda _: None):
+        keep = next(marks, None)
+        if keep is None:
+            raise UserError("the text was changed while it was read; prepare it again")
+        if keep:
+            yield from cut_document(normalized(text.decode(), config).encode(), position)
+
+
+def _documents(corpus: Corpus, progress: Callable[[int], object]) -> Iterator[tuple[bytes, int]]:
     """The text of each document, and the bytes of its source read so far."""
     text = bytearray()
     for block in corpus.blocks(progress):

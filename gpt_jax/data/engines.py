@@ -1,20 +1,45 @@
-"""Where tasks are done: by processes on this machine, or on a Ray cluster. The results are the same."""
+"""Where sources are read and tokenized: on this machine, or on a Ray cluster. The results are the same."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from gpt_jax.data.pieces import Engine, Job, Piece, Reader
 from gpt_jax.data.pool import WorkerPool
 from gpt_jax.data.processes import WorkerProcess
+from gpt_jax.data.progress import progress_bar
+from gpt_jax.data.sources import Corpus
 from gpt_jax.system import available_cores
 
 EngineName = Literal["local", "ray"]
 
-Engine = Callable[[str, str | Path], WorkerPool]
-"""Makes a pool for one of `worker.JOBS` and its argument: a text, or the file of a tokenizer, in whose folder are no
-files but those that belong to it."""
+
+@dataclass(frozen=True)
+class LocalEngine:
+    """This process reads, and others on this machine work."""
+
+    n_workers: int
+
+    @contextmanager
+    def run(
+        self, title: str, corpus: Corpus, read: Reader, items: Sequence[Any], job: Job | None = None
+    ) -> Iterator[Iterator[tuple[Any, bytes]]]:
+        """See Engine."""
+        pieces = (piece for item in items for piece in read(item))
+        with progress_bar(title, corpus.n_bytes) as bar:
+
+            def shown(results: Iterable[tuple[Piece, bytes]]) -> Iterator[tuple[Any, bytes]]:
+                for piece, result in results:
+                    bar.update(piece.n_read)
+                    yield piece.label, result
+
+            if job is None:
+                yield shown((piece, piece.content) for piece in pieces)
+            else:
+                with WorkerPool(partial(WorkerProcess, job.name, str(job.argument)), self.n_workers) as pool:
+                    yield shown(pool.results(pieces))
 
 
 @contextmanager
@@ -24,10 +49,9 @@ def open_engine(name: EngineName, n_workers: int) -> Iterator[Engine]:
     Raises UserError when Ray is not installed, and when no cluster answers.
     """
     if name == "local":
-        n = n_workers or available_cores()
-        yield lambda job, argument: WorkerPool(partial(WorkerProcess, job, str(argument)), n)
+        yield LocalEngine(n_workers or available_cores())
     else:
-        from gpt_jax.data.ray_actors import ray_workers
+        from gpt_jax.data.ray_engine import ray_engine
 
-        with ray_workers(n_workers) as (starter, n):
-            yield lambda job, argument: WorkerPool(starter(job, argument), n)
+        with ray_engine(n_workers) as engine:
+            yield engine

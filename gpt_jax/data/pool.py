@@ -1,5 +1,5 @@
 """A pool of workers: results in the order of the tasks, a bounded number of them in flight, and other workers for those
-that die. The workers are those of `processes` or `ray_actors`."""
+that die."""
 
 import queue
 import sys
@@ -7,31 +7,27 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol, Self, TypeVar
+from typing import Protocol, Self
 
+from gpt_jax.data.pieces import Piece
 from gpt_jax.errors import UserError
 
 # Workers that may die of one task. A machine that was short of memory for a moment gets over it, and a task that there
 # is no memory for ends the preparation.
 ATTEMPTS = 3
 
-T = TypeVar("T")
-
 
 class WorkerDeathError(Exception):
     """The message says which worker died, and how. Another worker may do its task."""
 
     def __init__(self, message: str, idle: bool = False) -> None:
-        """idle: it died before it had a task, as many do at one time when a machine of a cluster is lost."""
+        """idle: it died before it had a task, as several may when memory is short."""
         super().__init__(message)
         self.idle = idle
 
 
 class Worker(Protocol):
     """Does one of `worker.JOBS`, one task at a time."""
-
-    def when_ready(self, then: Callable[[Self], object]) -> None:
-        """Calls `then` with the worker, from any thread, once a task would not wait for it to be given a place."""
 
     def __call__(self, task: bytes) -> bytes:
         """The result of a task. Raises WorkerDeathError, and UserError when the worker gave up by itself."""
@@ -58,7 +54,7 @@ class WorkerPool:
     def __enter__(self) -> Self:
         self._workers |= {self._start() for _ in range(self._n_workers)}
         for worker in self._workers:
-            worker.when_ready(self._ready.put)
+            self._ready.put(worker)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -71,22 +67,27 @@ class WorkerPool:
         for worker in self._workers:
             worker.close()
 
-    def encode(self, tasks: Iterable[tuple[T, bytes]]) -> Iterator[tuple[T, bytes]]:
-        """Yields (label, result) for each (label, task), in the same order. See `worker` for the formats.
+    def results(self, pieces: Iterable[Piece]) -> Iterator[tuple[Piece, bytes]]:
+        """Yields each piece, in the same order, with the result of its content if it is a task, else with its content.
+        See `worker` for the formats.
 
         A worker that dies is replaced, with a note on stderr, and its task is done again. Raises UserError when that
         does not help, or when a worker gave up by itself.
         """
-        pending: deque[tuple[T, Future[bytes]]] = deque()
-        for label, task in tasks:
-            pending.append((label, self._threads.submit(self._encode, task)))
-            if len(pending) > 2 * self._n_workers:
-                first, result = pending.popleft()
-                yield first, result.result()
-        for label, result in pending:
-            yield label, result.result()
+        pending: deque[tuple[Piece, Future[bytes] | None]] = deque()
 
-    def _encode(self, task: bytes) -> bytes:
+        def first() -> tuple[Piece, bytes]:
+            piece, result = pending.popleft()
+            return piece, piece.content if result is None else result.result()
+
+        for piece in pieces:
+            pending.append((piece, self._threads.submit(self._result, piece.content) if piece.is_task else None))
+            while len(pending) > 2 * self._n_workers or (pending and pending[0][1] is None):
+                yield first()
+        while pending:
+            yield first()
+
+    def _result(self, task: bytes) -> bytes:
         n_idle = n_busy = 0  # Deaths.
         while True:
             worker = self._ready.get()
@@ -99,7 +100,7 @@ class WorkerPool:
                 print(f"{e}; another one is started", file=sys.stderr)
                 worker = self._in_place_of(worker)
             finally:
-                worker.when_ready(self._ready.put)
+                self._ready.put(worker)
 
     def _in_place_of(self, worker: Worker) -> Worker:
         """A new worker for one that died; that one itself while the pool ends."""

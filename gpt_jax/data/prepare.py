@@ -14,9 +14,10 @@ import tyro
 
 from gpt_jax.config import CleanConfig, TextConfig, check
 from gpt_jax.data.cleaned import clean_corpus
-from gpt_jax.data.engines import Engine, EngineName, open_engine
+from gpt_jax.data.engines import EngineName, open_engine
 from gpt_jax.data.marked import as_text, runs, shortened
 from gpt_jax.data.messages import Format, format_of
+from gpt_jax.data.pieces import Engine
 from gpt_jax.data.shards import (
     FORMAT_VERSIONS,
     META_FILE,
@@ -28,11 +29,19 @@ from gpt_jax.data.shards import (
     save_meta,
     token_dtype,
 )
-from gpt_jax.data.sources import Documents, first_record, open_corpus
+from gpt_jax.data.sources import first_record, open_corpus
 from gpt_jax.data.split import ByDocument
 from gpt_jax.data.texts import survey_texts, write_texts
 from gpt_jax.data.train_tokenizer import TextSample, train_sentencepiece
-from gpt_jax.data.tuning import NOUNS, SETS, Conversations, survey_conversations, with_template, write_conversations
+from gpt_jax.data.tuning import (
+    NOUNS,
+    SETS,
+    Parsing,
+    open_conversations,
+    survey_conversations,
+    with_template,
+    write_conversations,
+)
 from gpt_jax.errors import UserError
 from gpt_jax.storage.files import check_replaceable, whole_folder
 from gpt_jax.storage.folders import check_remote_replaceable, local_copy, whole_remote_folder
@@ -145,7 +154,7 @@ def _format(args: PrepareArgs) -> tuple[Format, str]:
 def _prepare_texts(folder: Path, args: PrepareArgs, kind: Format, tokenizer: Tokenizer | None, engine: Engine) -> Made:
     for name, given in (("template", args.template), ("trim", args.trim)):
         check(not given, name, given, "left out with texts; conversations have it")
-    corpus: Documents = open_corpus(args.source, args.text_field)
+    corpus = open_corpus(args.source, args.text_field)
     report = dict[str, Any]()
     if args.clean.active:
         corpus, cleaning = clean_corpus(corpus, args.clean, engine)
@@ -153,7 +162,7 @@ def _prepare_texts(folder: Path, args: PrepareArgs, kind: Format, tokenizer: Tok
         print("\n".join(cleaning.lines()), file=sys.stderr)
         if cleaning.documents and not cleaning.kept_documents:
             raise UserError("cleaning removed every document; see above for the reasons")
-    survey = survey_texts(corpus, args.val_fraction)
+    survey = survey_texts(corpus, args.val_fraction, engine)
     tokenizer = tokenizer or _make_tokenizer(args, survey.sample)
     tokenizer_file = tokenizer.save(folder)
     splits = write_texts(folder, corpus, survey, tokenizer, tokenizer_file, engine)
@@ -166,8 +175,9 @@ def _prepare_conversations(
 ) -> Made:
     template = _read_template(args.template) if args.template else None
     corpus = open_corpus(args.source, of_records=True)
-    conversations = Conversations(corpus, kind, args.skip_broken, args.trim, args.clean)
-    survey = survey_conversations(conversations, args.val_fraction)
+    parsing = Parsing(kind, args.skip_broken, args.trim, args.clean)
+    conversations = open_conversations(corpus, parsing, engine)
+    survey = survey_conversations(conversations, args.val_fraction, engine)
     tokenizer = with_template(tokenizer or _make_tokenizer(args, survey.sample), template)
     tokenizer_file = tokenizer.save(folder)
     splits, report = write_conversations(folder, conversations, survey, tokenizer, tokenizer_file, engine)

@@ -8,9 +8,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from gpt_jax.data import worker
 from gpt_jax.data.pool import WorkerDeathError
@@ -30,10 +29,6 @@ class WorkerProcess:
             env={**os.environ, "PYTHONPATH": search_path},
             start_new_session=True,  # The parent handles Ctrl-C.
         )
-
-    def when_ready(self, then: Callable[[Self], object]) -> None:
-        """See Worker."""
-        then(self)
 
     def __call__(self, task: bytes) -> bytes:
         """See Worker."""

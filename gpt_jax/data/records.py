@@ -60,6 +60,17 @@ class Skipped:
         if self.counts[error.reason] <= MAX_EXAMPLES:
             self.examples.setdefault(error.reason, []).append(str(error))
 
+    def packed(self) -> tuple[dict[str, int], dict[str, list[str]]]:
+        """What JSON can hold of it, for `merge`."""
+        return dict(self.counts), self.examples
+
+    def merge(self, counts: dict[str, int], examples: dict[str, list[str]]) -> None:
+        """Adds the counts and examples of records that come after those in here."""
+        for reason, count in counts.items():
+            self.counts[reason] += count
+            kept = self.examples.setdefault(reason, [])
+            kept += examples[reason][: MAX_EXAMPLES - len(kept)]
+
     def lines(self) -> list[str]:
         """A line for each reason, the most frequent first."""
         return [

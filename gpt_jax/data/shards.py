@@ -78,7 +78,7 @@ class Meta:
     vocab_size: int
     tokenizer_file: str
     tokenizer_fingerprint: str  # SHA-256 of that file.
-    source_fingerprint: str  # SHA-256 of the text, each document followed by a byte 0xFF.
+    source_fingerprint: str  # See texts.fingerprint.
     train: Split
     val: Split
     settings: dict[str, Any]  # The arguments of `prepare`.

@@ -7,12 +7,13 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol, TypeVar
 
 from gpt_jax.data.corpora import python_docs, shakespeare
 from gpt_jax.data.formats import RECORDS, Block, Kind, cut_document, kind_of, read_blocks, read_records, record_blocks
-from gpt_jax.data.hugging_face import is_dataset, load_dataset
+from gpt_jax.data.hugging_face import HubDataset, is_dataset, load_dataset
 from gpt_jax.data.records import OnBroken, Record
 from gpt_jax.data.shards import META_FILE
 from gpt_jax.errors import UserError
@@ -33,11 +34,16 @@ Notes = dict[str, list[AnyPath]]
 """What was passed over, by the text that says so."""
 
 
+PART_BYTES = 64 << 20
+PART_SOURCES = 10_000
+
+
 @dataclass(frozen=True)
 class Source:
-    """One file, a dataset, or a built-in corpus that is generated while it is read."""
+    """One file, a dataset, or a built-in corpus that is generated while it is read. It can be pickled."""
 
     n_bytes: int  # Of the file, before unpacking, or of the dataset in memory.
+    is_remote: bool  # Whether every machine can read it.
     blocks: Callable[[], Iterator[Block]]
     records: Callable[[OnBroken], Iterator[Record]]
 
@@ -53,33 +59,38 @@ class Placed(Protocol):
 P = TypeVar("P", bound=Placed)
 
 
-class Documents(Protocol):
-    """Documents in a fixed order, which can be read repeatedly and are never whole in memory."""
+@dataclass(frozen=True)
+class Corpus:
+    """Documents or records in a fixed order, which can be read repeatedly and are never whole in memory."""
+
+    sources: tuple[Source, ...]
+    first: int = 0  # In a part of a corpus, the number of its first source.
 
     @property
     def n_bytes(self) -> int:
         """Bytes to read, before unpacking."""
+        return sum(source.n_bytes for source in self.sources)
+
+    def parts(self) -> list["Corpus"]:
+        """The corpus in parts of PART_BYTES or PART_SOURCES, if its sources are smaller. No source is cut."""
+        parts, start, n_bytes = list[Corpus](), 0, 0
+        for end, source in enumerate(self.sources, 1):
+            n_bytes += source.n_bytes
+            if n_bytes >= PART_BYTES or end - start == PART_SOURCES or end == len(self.sources):
+                parts.append(Corpus(self.sources[start:end], self.first + start))
+                start, n_bytes = end, 0
+        return parts
+
+    def each(self) -> Iterator[tuple[int, "Corpus"]]:
+        """Each source alone, with its number."""
+        for number, source in enumerate(self.sources, self.first):
+            yield number, Corpus((source,), number)
 
     def blocks(self, progress: Callable[[int], object]) -> Iterator[Block]:
         """The blocks of all documents. `progress` is called with the bytes read since its last call.
 
         Raises UserError naming the file that cannot be read as text.
         """
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """Documents or records in a fixed order, which can be read repeatedly and are never whole in memory."""
-
-    sources: tuple[Source, ...]
-
-    @property
-    def n_bytes(self) -> int:
-        """See Documents."""
-        return sum(source.n_bytes for source in self.sources)
-
-    def blocks(self, progress: Callable[[int], object]) -> Iterator[Block]:
-        """See Documents."""
         return self._read(progress, lambda source: source.blocks())
 
     def records(self, progress: Callable[[int], object], on_broken: OnBroken) -> Iterator[Record]:
@@ -112,7 +123,7 @@ def open_corpus(names: Iterable[str], text_field: str = "text", of_records: bool
         try:
             if name == "python-docs" and not Path(name).exists():
                 n_bytes = sum(len(document.encode()) for document in python_docs())
-                sources[name] = Source(n_bytes, _python_docs_blocks, _no_records)
+                sources[name] = Source(n_bytes, False, _python_docs_blocks, _no_records)
                 continue
             if is_dataset(name):
                 sources[name] = _dataset_source(name, text_field)
@@ -162,8 +173,9 @@ NOTES = (*dict.fromkeys(PASSED_OVER.values()), NO_RECORDS, DATA_FOLDER, DANGLING
 def _file_source(path: AnyPath, text_field: str) -> Source:
     return Source(
         path.stat().st_size,
-        lambda: read_blocks(path, text_field),
-        lambda on_broken: read_records(path, on_broken=on_broken),
+        isinstance(path, RemotePath),
+        partial(read_blocks, path, text_field),
+        partial(read_records, path, None),
     )
 
 
@@ -173,12 +185,18 @@ def _no_records(_: OnBroken) -> Iterator[Record]:
 
 def _dataset_source(name: str, text_field: str) -> Source:
     dataset = load_dataset(name)
+    return Source(
+        dataset.n_bytes, False, partial(_dataset_blocks, dataset, text_field), partial(_dataset_records, dataset)
+    )
 
-    def read() -> Iterator[Block]:
-        for record in dataset.records([text_field]):
-            yield from record_blocks(record, text_field)
 
-    return Source(dataset.n_bytes, read, lambda _: dataset.records())
+def _dataset_blocks(dataset: HubDataset, text_field: str) -> Iterator[Block]:
+    for record in dataset.records([text_field]):
+        yield from record_blocks(record, text_field)
+
+
+def _dataset_records(dataset: HubDataset, _: OnBroken) -> Iterator[Record]:
+    return dataset.records()
 
 
 def first_record(names: Iterable[str]) -> Record | None:

@@ -2,7 +2,8 @@
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 from gpt_jax.data.formats import Block, cut_before_space
 from gpt_jax.data.shards import SplitName
@@ -16,6 +17,10 @@ class ByDocument:
     """
 
     fraction: float
+
+    def after(self, n_bytes: int) -> Self:
+        """The split of what comes after the first `n_bytes` of the text, which end a document."""
+        return self
 
     def __call__(self, blocks: Iterable[Block]) -> Iterator[tuple[SplitName, Block]]:
         """Each block with the split it belongs to."""
@@ -34,6 +39,10 @@ class ByPosition:
     """The first `train_bytes` of the text are for training. A document across the border is cut in two, at a space."""
 
     train_bytes: int
+
+    def after(self, n_bytes: int) -> Self:
+        """See ByDocument."""
+        return replace(self, train_bytes=self.train_bytes - n_bytes)
 
     def __call__(self, blocks: Iterable[Block]) -> Iterator[tuple[SplitName, Block]]:
         """Each block with the split it belongs to."""

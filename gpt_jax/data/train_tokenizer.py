@@ -2,6 +2,7 @@
 
 import io
 import re
+from array import array
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -19,32 +20,64 @@ _BORDER = "\x1f"  # Stands between words in the training text: no token may cont
 
 
 class TextSample:
-    """Parts of a long text, spread evenly over it, of at most `max_bytes` for any length of the text.
+    """Parts of the texts of many sources, spread evenly over them, of at most `max_bytes` for any length of the text.
 
-    The choice depends on the text alone: all parts while they fit, then every second one, every fourth...
+    All parts are taken while they fit, then every second one, every fourth... The choice depends on the texts and their
+    sources alone: the samples of parts of a corpus, merged, are the sample of the whole.
     """
 
-    def __init__(self, max_bytes: int) -> None:
+    def __init__(self, max_bytes: int, text_bytes: int = 0) -> None:
+        """text_bytes: of the whole text, roughly, so that the sample of a small part of it is small."""
         self._max_bytes = max_bytes
+        self._stride = 1 << max(0, (text_bytes // max_bytes).bit_length() - 5)
+        self._next = 0
+        self._numbers = array("Q")  # Of the parts that were taken.
         self._parts: list[bytes] = []
         self._n_bytes = 0
-        self._stride = 1
-        self._count = 0
+
+    def begin(self, source: int) -> None:
+        """The texts that follow are of the source with this number."""
+        self._next = source  # So that not the first part of every source is taken, and no other.
 
     def add(self, text: bytes) -> None:
         """Takes the next part of the text (valid UTF-8), in pieces of about 4 KiB."""
         start = 0
         while start < len(text):
             end = start + cut_before_space(text[start : start + _SENTENCE_BYTES + 1], _SENTENCE_BYTES)
-            if self._count % self._stride == 0:
-                self._parts.append(text[start:end])
-                self._n_bytes += end - start
-            self._count += 1
+            if self._next % self._stride == 0:
+                self._take(self._next, text[start:end])
+            self._next += 1
             start = end
-            if self._n_bytes > self._max_bytes:
-                self._parts = self._parts[::2]
-                self._n_bytes = sum(map(len, self._parts))
-                self._stride *= 2
+
+    def _take(self, number: int, part: bytes) -> None:
+        self._numbers.append(number)
+        self._parts.append(part)
+        self._n_bytes += len(part)
+        while self._n_bytes > self._max_bytes and len(self._parts) > 1:
+            self._thin_out(2 * self._stride)
+
+    def _thin_out(self, stride: int) -> None:
+        taken = [i for i, number in enumerate(self._numbers) if number % stride == 0]
+        self._numbers = array("Q", (self._numbers[i] for i in taken))
+        self._parts = [self._parts[i] for i in taken]
+        self._stride = stride
+        self._n_bytes = sum(map(len, self._parts))
+
+    def packed(self) -> tuple[dict[str, Any], bytes]:
+        """The sample as what JSON can hold, and bytes, for `merge`."""
+        sizes = [len(part) for part in self._parts]
+        header = {"stride": self._stride, "numbers": self._numbers.tolist(), "sizes": sizes}
+        return header, b"".join(self._parts)
+
+    def merge(self, header: dict[str, Any], content: bytes) -> None:
+        """Adds the sample of sources that come after those in this one."""
+        if header["stride"] > self._stride:
+            self._thin_out(header["stride"])
+        end = 0
+        for number, size in zip(header["numbers"], header["sizes"], strict=True):
+            start, end = end, end + size
+            if number % self._stride == 0:
+                self._take(number, content[start:end])
 
     def __iter__(self) -> Iterator[str]:
         return (part.decode() for part in self._parts)

@@ -1,28 +1,31 @@
 """Conversations, preferences and problems to a data folder: their tokens, and which of them are to be learnt."""
 
 import hashlib
+import itertools
 import json
 import sys
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from gpt_jax.config import CleanConfig
-from gpt_jax.data.clean import Cleaner, Selection, normalized
+from gpt_jax.data.clean import Report, normalized
+from gpt_jax.data.cleaned import judge
 from gpt_jax.data.encoded import unpacked
-from gpt_jax.data.engines import Engine
 from gpt_jax.data.messages import Content, Conversation, Format, Message, parsed
+from gpt_jax.data.pieces import Engine, Job, Piece, Reading
 from gpt_jax.data.preferences import LengthsWriter
 from gpt_jax.data.problems import FieldsWriter
-from gpt_jax.data.progress import progress_bar
 from gpt_jax.data.records import Record, RecordError, Skipped, fail
 from gpt_jax.data.shards import SPLITS, Split, SplitName, SplitWriter
 from gpt_jax.data.sources import Corpus
+from gpt_jax.data.texts import fingerprint
 from gpt_jax.data.train_tokenizer import SAMPLE_BYTES, TextSample
 from gpt_jax.errors import UserError
 from gpt_jax.tokenizer.chat_template import TEMPLATE
@@ -39,25 +42,21 @@ SETS: dict[str, type[LengthsWriter] | type[FieldsWriter]] = {"preference": Lengt
 """The formats that are no text to learn, with what writes the files beside their tokens."""
 
 
-@dataclass
-class Conversations:
-    """The conversations, preferences or problems of a corpus, which can be read repeatedly."""
+@dataclass(frozen=True)
+class Parsing:
+    """How records become conversations, preferences or problems. It can be pickled."""
 
-    corpus: Corpus
     format: Format
     skip_broken: bool  # Pass over lines that are no JSON.
     trim: bool  # Take white space off both ends of every message.
     clean: CleanConfig
 
-    def read(self, label: str, skipped: Skipped, selection: Selection) -> Iterator[tuple[Record, Content]]:
-        """All of them, behind a progress bar. What is left out is told to `skipped`, duplicates to `selection`."""
-        cleaner, on_broken = Cleaner(self.clean), skipped if self.skip_broken else fail
-        with progress_bar(label, self.corpus.n_bytes) as bar:
-            for record, found in parsed(self.corpus.records(bar.update, on_broken), self.format, skipped):
-                content = self._changed(found)
-                if self.clean.active and not selection.keep(record.where, cleaner(text_of(content))):
-                    continue
-                yield record, content
+    def __call__(self, corpus: Corpus, reading: Reading, skipped: Skipped) -> Iterator[tuple[Record, Content]]:
+        """What the records of the corpus hold, but for duplicates and what else cleaning removes. What is left out is
+        told to `skipped`."""
+        records = corpus.records(reading, skipped if self.skip_broken else fail)
+        for record, found in parsed(records, self.format, skipped):
+            yield record, self._changed(found)
 
     def _changed(self, found: Content) -> Content:
         """What was found, with the contents of messages that `trim` and `clean` ask for."""
@@ -72,6 +71,51 @@ class Conversations:
             for name, part in _parts(found).items()
         }
         return found._replace(**parts)
+
+
+class Kept(NamedTuple):
+    """A part of a corpus, with what cleaning keeps of it."""
+
+    corpus: Corpus
+    marks: list[bytes] | None  # Of each source, a byte for each conversation: 1 if it is kept, else 0; None: all are.
+    n_before: int = 0  # Conversations that are kept of the parts before.
+
+    def read(self, parsing: Parsing, reading: Reading, skipped: Skipped) -> Iterator[tuple[int, Record, Content]]:
+        """What is kept, with the number of its source. See Parsing."""
+        for i, (number, source) in enumerate(self.corpus.each()):
+            marks = itertools.repeat(1) if self.marks is None else iter(self.marks[i])
+            for record, content in parsing(source, reading, skipped):
+                if next(marks, 1):  # More than were judged: the change shows in the fingerprint.
+                    yield number, record, content
+
+
+@dataclass(frozen=True)
+class Conversations:
+    """The conversations, preferences or problems of a corpus, which can be read repeatedly."""
+
+    corpus: Corpus
+    parsing: Parsing
+    marks: list[bytes] | None  # See Kept.
+    cleaning: Report | None
+
+    def parts(self) -> list[Kept]:
+        """They, in the parts of the corpus."""
+        marks = self.marks
+        parts = [(part, part.first, part.first + len(part.sources)) for part in self.corpus.parts()]
+        return [Kept(part, marks and marks[start:end]) for part, start, end in parts]
+
+
+def open_conversations(corpus: Corpus, parsing: Parsing, engine: Engine) -> Conversations:
+    """Judges what the records hold, if cleaning is asked for. Says on stderr what it removes."""
+    if not parsing.clean.active:
+        return Conversations(corpus, parsing, None, None)
+    marks, report = judge(corpus, partial(_texts, parsing), parsing.clean, engine)
+    print("\n".join(report.lines()), file=sys.stderr)
+    return Conversations(corpus, parsing, marks, report)
+
+
+def _texts(parsing: Parsing, corpus: Corpus, reading: Reading) -> Iterator[tuple[str, bytes]]:
+    return ((record.where, text_of(content).encode()) for record, content in parsing(corpus, reading, Skipped()))
 
 
 class Division(NamedTuple):
@@ -91,8 +135,9 @@ class Division(NamedTuple):
 class ConversationSurvey(NamedTuple):
     """The results of reading conversations once."""
 
-    fingerprint: str  # SHA-256 of all conversations.
+    fingerprint: str  # See `texts.fingerprint`; of each source, SHA-256 of its conversations.
     division: Division
+    starts: list[int]  # Of each part: conversations in those before.
     sample: TextSample  # Of what they say.
 
 
@@ -142,24 +187,69 @@ def divide(hashes: Sequence[int], sizes: Sequence[int], fraction: float, by_prom
     return Division("by position", val_below, first_val)
 
 
-def survey_conversations(conversations: Conversations, fraction: float) -> ConversationSurvey:
+def survey_conversations(conversations: Conversations, fraction: float, engine: Engine) -> ConversationSurvey:
     """Reads all conversations, preferences or problems, so that errors in them appear before anything is written, and
     decides the split. Raises UserError when there are none for one of the sides."""
-    sha256, sample, skipped = hashlib.sha256(), TextSample(SAMPLE_BYTES), Skipped()
-    hashes, sizes = array("Q"), array("Q")  # 16 bytes a conversation, where lists take 72.
-    for _, content in conversations.read("reading", skipped, Selection(conversations.clean)):
-        line = line_of(content)
-        sha256.update(line + b"\n")
-        hashes.append(hash_of(content))
-        sizes.append(len(line))
-        sample.add(text_of(content).encode())
-    by_prompt = conversations.format in SETS
+    digests, sample, skipped = list[str](), TextSample(SAMPLE_BYTES), Skipped()
+    hashes, sizes, starts = array("Q"), array("Q"), list[int]()  # 16 bytes a conversation, where lists take 72.
+    corpus, parsing = conversations.corpus, conversations.parsing
+    read = partial(_surveyed, parsing, corpus.n_bytes)
+    with engine.run("reading", corpus, read, conversations.parts()) as findings:
+        for label, content in findings:
+            if label is not None:
+                starts.append(len(hashes))
+                n = 8 * label["conversations"]
+                hashes.frombytes(content[:n])
+                sizes.frombytes(content[n : 2 * n])
+                sample.merge(label["sample"], content[2 * n :])
+                digests += label["digests"]
+                skipped.merge(*label["skipped"])
+    by_prompt = parsing.format in SETS
     if len({*hashes} if by_prompt else hashes) < 2:
         why = "; those with one prompt stay together" if len(sizes) > 1 else ""
         why += f"; {skipped.lines()[0]}" if skipped.counts else ""
-        noun = NOUNS[conversations.format]
+        noun = NOUNS[parsing.format]
         raise UserError(f"{len(sizes)} {noun} are too few for training and validation{why}")
-    return ConversationSurvey(sha256.hexdigest(), divide(hashes, sizes, fraction, by_prompt), sample)
+    division = divide(hashes, sizes, fraction, by_prompt)
+    return ConversationSurvey(fingerprint(digests), division, starts, sample)
+
+
+class _Digests:
+    """SHA-256 of the lines of each source that has any."""
+
+    def __init__(self) -> None:
+        self._number = -1
+        self._sha256 = list[Any]()
+
+    def add(self, number: int, line: bytes) -> None:
+        """number: that of the source."""
+        if number != self._number:
+            self._number = number
+            self._sha256.append(hashlib.sha256())
+        self._sha256[-1].update(line + b"\n")
+
+    def all(self) -> list[str]:
+        return [sha256.hexdigest() for sha256 in self._sha256]
+
+
+def _surveyed(parsing: Parsing, n_bytes: int, part: Kept) -> Iterator[Piece]:
+    """See survey_conversations. n_bytes: of the whole corpus."""
+    reading, skipped, digests = Reading(), Skipped(), _Digests()
+    sample, hashes, sizes, last = TextSample(SAMPLE_BYTES, n_bytes), array("Q"), array("Q"), -1
+    for number, _, content in part.read(parsing, reading, skipped):
+        if number != last:
+            sample.begin(number)
+            last = number
+        line = line_of(content)
+        digests.add(number, line)
+        hashes.append(hash_of(content))
+        sizes.append(len(line))
+        sample.add(text_of(content).encode())
+        if reading.is_due:
+            yield reading.piece()
+    header, text = sample.packed()
+    found = {"conversations": len(hashes), "digests": digests.all(), "sample": header, "skipped": skipped.packed()}
+    yield reading.piece(found, hashes.tobytes() + sizes.tobytes() + text)
 
 
 def with_template(tokenizer: Tokenizer, template: str | None) -> Tokenizer:
@@ -187,41 +277,32 @@ def write_conversations(
 
     Raises UserError when nothing is left for one of the splits.
     """
-    skipped, selection, sha256 = Skipped(), Selection(conversations.clean), hashlib.sha256()
-    counts = {name: Counter[str]() for name in SPLITS}
-
-    def tasks() -> Iterator[tuple[tuple[SplitName, list[str]], bytes]]:
-        waiting: dict[SplitName, list[bytes]] = {name: [] for name in SPLITS}
-        places: dict[SplitName, list[str]] = {name: [] for name in SPLITS}
-        for number, (record, content) in enumerate(conversations.read("tokenizing", skipped, selection)):
-            line = line_of(content)
-            sha256.update(line + b"\n")
-            name = survey.division.side(number, content)
-            waiting[name].append(line)
-            places[name].append(record.where)
-            if sum(map(len, waiting[name])) >= TASK_BYTES:
-                yield (name, places[name]), b"\n".join(waiting[name])
-                waiting[name], places[name] = [], []
-        yield from (((name, places[name]), b"\n".join(lines)) for name, lines in waiting.items() if lines)
-
-    kind, vocab_size = conversations.format, tokenizer.vocab_size
+    skipped, digests, counts = Skipped(), list[str](), {name: Counter[str]() for name in SPLITS}
+    parsing, kind, vocab_size = conversations.parsing, conversations.parsing.format, tokenizer.vocab_size
     masked = kind != "problem"  # Of a problem, nothing is learnt as text.
     beside = {name: SETS[kind](folder, name) for name in SPLITS if kind in SETS}
+    read = partial(_tasks, parsing, survey.division)
+    items = [part._replace(n_before=n) for part, n in zip(conversations.parts(), survey.starts, strict=True)]
     with (
-        engine(kind, tokenizer_file) as pool,
+        engine.run("tokenizing", conversations.corpus, read, items, Job(kind, tokenizer_file)) as done,
         SplitWriter(folder, "train", vocab_size, masked) as train,
         SplitWriter(folder, "val", vocab_size, masked) as val,
     ):
         writers: dict[SplitName, SplitWriter] = {"train": train, "val": val}
-        for (name, places), content in pool.encode(tasks()):
-            encoded = unpacked(content, vocab_size)
-            writers[name].write(encoded.tokens, encoded.ends, encoded.learnt if masked else None)
-            if name in beside:
-                beside[name].write(encoded)
-            counts[name] += encoded.counts
-            for i, reason, message in encoded.refused:
-                skipped(RecordError(reason, f"{places[i]}: {message}"))
-        if sha256.hexdigest() != survey.fingerprint:
+        for label, content in done:
+            if isinstance(label, dict):
+                digests += label["digests"]
+                skipped.merge(*label["skipped"])
+            elif label is not None:
+                name, places = label
+                encoded = unpacked(content, vocab_size)
+                writers[name].write(encoded.tokens, encoded.ends, encoded.learnt if masked else None)
+                if name in beside:
+                    beside[name].write(encoded)
+                counts[name] += encoded.counts
+                for i, reason, message in encoded.refused:
+                    skipped(RecordError(reason, f"{places[i]}: {message}"))
+        if fingerprint(digests) != survey.fingerprint:
             raise UserError(f"the {NOUNS[kind]} were changed while they were read; prepare them again")
         if empty := [name for name in SPLITS if not counts[name]]:
             what = {"train": "training", "val": "validation"}[empty[0]]
@@ -231,7 +312,27 @@ def write_conversations(
     for text in skipped.lines():
         print(text, file=sys.stderr)
     report: dict[str, Any] = {name: dict(counts[name]) for name in SPLITS} | {"left out": dict(skipped.counts)}
-    if conversations.clean.active:
-        print("\n".join(selection.report.lines()), file=sys.stderr)
-        report["clean"] = selection.report.to_dict()
-    return splits, report
+    return splits, report | ({"clean": conversations.cleaning.to_dict()} if conversations.cleaning else {})
+
+
+def _tasks(parsing: Parsing, division: Division, part: Kept) -> Iterator[Piece]:
+    """What is to be tokenised, in pieces of TASK_BYTES or more, each of one split; and at the end what was read."""
+    reading, skipped, digests = Reading(), Skipped(), _Digests()
+    waiting: dict[SplitName, list[bytes]] = {name: [] for name in SPLITS}
+    places: dict[SplitName, list[str]] = {name: [] for name in SPLITS}
+
+    def task(name: SplitName) -> Piece:
+        piece = reading.piece((name, places[name]), b"\n".join(waiting[name]), is_task=True)
+        waiting[name], places[name] = [], []
+        return piece
+
+    for i, (number, record, content) in enumerate(part.read(parsing, reading, skipped), part.n_before):
+        line = line_of(content)
+        digests.add(number, line)
+        name = division.side(i, content)
+        waiting[name].append(line)
+        places[name].append(record.where)
+        if sum(map(len, waiting[name])) >= TASK_BYTES:
+            yield task(name)
+    yield from (task(name) for name in SPLITS if waiting[name])
+    yield reading.piece({"digests": digests.all(), "skipped": skipped.packed()})

@@ -5,7 +5,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gpt_jax.data.pieces import Piece
 from gpt_jax.data.pool import ATTEMPTS, WorkerDeathError, WorkerPool
 from gpt_jax.data.processes import WorkerProcess
 from gpt_jax.data.worker import START_OF_DOCUMENT
@@ -22,23 +23,11 @@ from gpt_jax.tokenizer.bytes import ByteTokenizer
 
 class Reverser:
     """A worker in this process, which reverses its task. deaths: the tasks that it dies of, each as often as it is
-    there; all workers share them. places: how many workers may be ready at one time."""
+    there; all workers share them."""
 
-    def __init__(self, deaths: list[bytes], places: threading.Semaphore) -> None:
-        self.deaths, self.places = deaths, places
+    def __init__(self, deaths: list[bytes]) -> None:
+        self.deaths = deaths
         self.killed = threading.Event()
-        self.placed = False
-
-    def when_ready(self, then: Callable[["Reverser"], object]) -> None:
-        def wait() -> None:
-            self.places.acquire()
-            self.placed = True
-            then(self)
-
-        if self.placed:
-            then(self)
-        else:
-            threading.Thread(target=wait, daemon=True).start()
 
     def __call__(self, task: bytes) -> bytes:
         assert not self.killed.is_set()
@@ -59,33 +48,40 @@ class Reverser:
         self.killed.set()
 
     def close(self) -> None:
-        self.places.release()
+        pass
 
 
-def reversers(n_workers: int, deaths: list[bytes], n_places: int = 100) -> WorkerPool:
-    return WorkerPool(partial(Reverser, deaths, threading.Semaphore(n_places)), n_workers)
+def reversers(n_workers: int, deaths: list[bytes]) -> WorkerPool:
+    return WorkerPool(partial(Reverser, deaths), n_workers)
+
+
+def results(pool: WorkerPool, tasks: Iterable[bytes]) -> Iterator[tuple[int, bytes]]:
+    """The number of each task, and its result."""
+    pieces = (Piece(0, i, task, is_task=True) for i, task in enumerate(tasks))
+    return ((piece.label, result) for piece, result in pool.results(pieces))
 
 
 @settings(max_examples=50, deadline=None)
 @given(
-    st.lists(st.binary(max_size=3), max_size=40),
-    st.integers(1, 5),
+    st.lists(st.tuples(st.binary(max_size=3), st.booleans()), max_size=40),
     st.integers(1, 5),
     st.sets(st.binary(max_size=3), max_size=5),
 )
-def test_results_come_in_order(tasks: list[bytes], n_workers: int, places: int, deaths: set[bytes]) -> None:
-    """Also when workers die, and when one never gets a place."""
-    with reversers(n_workers, [*deaths] * (ATTEMPTS - 1), places) as pool:
-        assert [*pool.encode(enumerate(tasks))] == [(i, task[::-1]) for i, task in enumerate(tasks)]
+def test_results_come_in_order(contents: list[tuple[bytes, bool]], n_workers: int, deaths: set[bytes]) -> None:
+    """Also when workers die; what is no task passes them by."""
+    pieces = [Piece(1, i, content, is_task) for i, (content, is_task) in enumerate(contents)]
+    with reversers(n_workers, [*deaths] * (ATTEMPTS - 1)) as pool:
+        expected = [(piece, piece.content[::-1] if piece.is_task else piece.content) for piece in pieces]
+        assert [*pool.results(pieces)] == expected
 
 
 def test_a_task_that_every_worker_dies_of_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     deaths = [b"big"] * 100
     with reversers(2, deaths) as pool:
-        results = pool.encode([(1, b"ab"), (2, b"big"), (3, b"cd")])
-        assert next(results) == (1, b"ba")
+        found = results(pool, [b"ab", b"big", b"cd"])
+        assert next(found) == (0, b"ba")
         with pytest.raises(UserError, match=r"^a worker died, number 3 of the workers that had this task$"):
-            next(results)
+            next(found)
     assert len(deaths) == 100 - ATTEMPTS
     assert capsys.readouterr().err == "a worker died; another one is started\n" * (ATTEMPTS - 1)
 
@@ -93,40 +89,39 @@ def test_a_task_that_every_worker_dies_of_is_an_error(capsys: pytest.CaptureFixt
 def test_a_task_survives_the_loss_of_all_workers_that_waited(capsys: pytest.CaptureFixture[str]) -> None:
     """But not of more: they end by themselves."""
     with reversers(8, [b"idle"] * 8) as pool:
-        assert [*pool.encode([(0, b"ab")])] == [(0, b"ba")]
+        assert [*results(pool, [b"ab"])] == [(0, b"ba")]
     with reversers(8, [b"idle"] * 9) as pool, pytest.raises(UserError, match=r"^a worker had died, number 9 of"):
-        [*pool.encode([(0, b"ab")])]
+        [*results(pool, [b"ab"])]
 
 
 def test_a_worker_that_gives_up_is_an_error_at_once() -> None:
     with reversers(1, []) as pool, pytest.raises(UserError, match="gave up"):
-        [*pool.encode([(0, b"broken")] * 9)]
+        [*results(pool, [b"broken"] * 9)]
 
 
 def test_tasks_in_flight_are_bounded() -> None:
     taken = 0
 
-    def tasks() -> Iterator[tuple[int, bytes]]:
+    def tasks() -> Iterator[bytes]:
         nonlocal taken
-        for taken in range(1, 1000):
-            yield taken, b"task"
+        while True:
+            taken += 1
+            yield b"task"
 
     with reversers(3, []) as pool:
-        for done, _ in itertools.islice(pool.encode(tasks()), 50):
-            assert taken <= done + 2 * 3
+        for done, _ in itertools.islice(results(pool, tasks()), 50):
+            assert taken <= done + 1 + 2 * 3
 
 
-@pytest.mark.parametrize("places", [0, 2])
-def test_the_pool_ends_in_the_middle(places: int) -> None:
-    """While its workers are busy, and while they wait for a place."""
+def test_the_pool_ends_in_the_middle() -> None:
+    """While its workers are busy."""
 
-    def tasks() -> Iterator[tuple[int, bytes]]:
-        for i in range(4):
-            yield i, b"hang"
+    def tasks() -> Iterator[bytes]:
+        yield from [b"hang"] * 4
         raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt), reversers(2, [], places) as pool:
-        [*pool.encode(tasks())]
+    with pytest.raises(KeyboardInterrupt), reversers(2, []) as pool:
+        [*results(pool, tasks())]
 
 
 def test_a_process_ends_at_once(tmp_path: Path) -> None:
@@ -153,11 +148,11 @@ def test_a_process_that_is_killed_is_started_again(tmp_path: Path, capsys: pytes
         return found
 
     with WorkerPool(partial(WorkerProcess, "text", str(tokenizer_file)), 2) as pool:
-        expected = [*pool.encode([(0, text)])]
+        expected = [*results(pool, [text])]
         before = pids()
         for pid in before:
             os.kill(pid, signal.SIGKILL)
-        assert [*pool.encode([(0, text), (1, text)])] == [*expected, (1, expected[0][1])]
+        assert [*results(pool, [text, text])] == [*expected, (1, expected[0][1])]
         assert len(before) == len(pids()) == 2
         assert not {*before} & {*pids()}
     deadline = time.monotonic() + 10

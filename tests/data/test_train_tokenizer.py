@@ -1,6 +1,7 @@
 """The text that a tokenizer is trained on: spread over the corpus, bounded, the same every time."""
 
 import itertools
+import json
 import signal
 import time
 from types import FrameType
@@ -34,6 +35,34 @@ def test_a_long_text_is_thinned_out_evenly(max_bytes: int) -> None:
     starts = [LINES.index(part) for part in parts]
     gaps = {b - a for a, b in itertools.pairwise(starts)}
     assert max(gaps) < 1.1 * min(gaps)
+
+
+@given(
+    st.lists(st.integers(0, 40), min_size=1, max_size=30),
+    st.integers(1, 30),
+    st.integers(1_000, 60_000),
+    st.booleans(),
+)
+def test_samples_of_parts_make_that_of_the_whole(sizes: list[int], in_part: int, max_bytes: int, known: bool) -> None:
+    """sizes: texts of each source. in_part: sources of a part. known: a part knows how long the whole is."""
+    sources = [[f"source {i}, text {n} ".encode() * 30 for n in range(size)] for i, size in enumerate(sizes)]
+    n_bytes = sum(len(text) for texts in sources for text in texts)
+
+    def add(sample: TextSample, first: int, n: int) -> TextSample:
+        for number, texts in enumerate(sources[first : first + n], first):
+            sample.begin(number)
+            for text in texts:
+                sample.add(text)
+        return sample
+
+    whole, merged = add(TextSample(max_bytes), 0, len(sources)), TextSample(max_bytes)
+    for first in range(0, len(sources), in_part):
+        header, content = add(TextSample(max_bytes, n_bytes * known), first, in_part).packed()
+        merged.merge(json.loads(json.dumps(header)), content)
+    assert list(merged) == list(whole)
+    assert whole.n_bytes == merged.n_bytes <= max_bytes
+    if n_bytes <= max_bytes:
+        assert whole.n_bytes == n_bytes
 
 
 @pytest.mark.parametrize("model_type", ["bpe", "char"])
