@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--gguf", nargs="+", type=Path, default=[], metavar="FILE", help=gguf)
     programs = "of serve: where llama-bench and llama-batched-bench are (default: PATH)"
     parser.add_argument("--llama-cpp", type=Path, metavar="FOLDER", help=programs)
-    chats = "of data: conversations to prepare and to pack (default: made of docstrings, to prepare)"
+    chats = "of data: conversations to pack, beside docstrings"
     parser.add_argument("--conversations", nargs="+", type=Path, default=[], metavar="FILE", help=chats)
     published = "of data: a published tokenizer with ChatML's tokens to prepare them with, as its folder or GGUF file"
     parser.add_argument("--tokenizer", type=Path, metavar="PATH", help=published)

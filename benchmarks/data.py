@@ -50,7 +50,7 @@ class Sizes:
     memory: int = 2 << 30  # For the rows that are about memory, a run each.
     loader: int = 10_000_000  # Of each source of batches.
     documents: int = 1_000_000  # Tiny ones.
-    vocab_size: int = 8192
+    vocab_size: int = 4096
     seconds: float = 1.0  # Of making batches, a turn.
 
 
@@ -65,17 +65,17 @@ def run(
     tokenizer: Path | None = None,
     sizes: Sizes = Sizes(),
 ) -> None:
-    """Measures the rows. conversations: files of them, in place of those made of docstrings, and to be packed.
+    """Measures the rows. conversations: files of them, to be packed.
     tokenizer: a published one."""
     trained = ("--tokenizer=sentencepiece", f"--vocab-size={sizes.vocab_size}")
     texts, chats = partial(write_texts, n_bytes=sizes.text), partial(write_conversations, n_bytes=sizes.conversations)
     rates: dict[str, tuple[Write | Sequence[Path], tuple[str, ...]]] = {
         "text, SentencePiece": (texts, trained),
         "text, bytes": (texts, ("--tokenizer=bytes",)),
-        "conversations, SentencePiece": (conversations or chats, trained),
+        "conversations, SentencePiece": (chats, trained),
     }
     if tokenizer:
-        rates[f"conversations, {tokenizer.stem}, ChatML"] = (conversations or chats, (f"--tokenizer={tokenizer}",))
+        rates[f"conversations, {tokenizer.stem}, ChatML"] = (chats, (f"--tokenizer={tokenizer}",))
     for name, (source, options) in rates.items():
         line = "prepare with 1 and with 2 processes that tokenise"
         results.measure(f"data/prepare/{name}", line, compare_processes, rounds, source, options)

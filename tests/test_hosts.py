@@ -1,6 +1,7 @@
 """Several hosts, as processes that talk by gloo: they train as one does, stop together, and none waits for the dead."""
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -61,10 +62,20 @@ def wait_for_steps(run: Path, n: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def alone(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def mixture(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """A text, and conversations that lie side by side in windows, with weights that change."""
+    folder = tmp_path_factory.mktemp("chat")
+    rows = [{"prompt": "why?" * (1 + i % 3), "completion": "ab" * (1 + i % 7)} for i in range(60)]
+    (folder / "chat.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    run_here("prepare", folder / "chat.jsonl", "--out", folder / "chat", "--tokenizer", "bytes")
+    return ["--data.mixture", f"{tiny_data}=2", f"{folder / 'chat'}=1", "--data.curriculum", "4:1,2"]
+
+
+@pytest.fixture(scope="module")
+def alone(mixture: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of six steps on one device of one host."""
     out = tmp_path_factory.mktemp("alone") / "run"
-    run("train", *ARGS, f"--data.dir={tiny_data}", f"--out-dir={out}", "--train.steps=6", "--parallel.devices=1")
+    run("train", *ARGS, *mixture, f"--out-dir={out}", "--train.steps=6", "--parallel.devices=1")
     return out
 
 
@@ -75,11 +86,12 @@ def alone(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     ids=["pmap to one", "context to one", "mesh to four"],
 )
 def test_a_run_moves_from_two_hosts_to_one_or_four(
-    alone: Path, tiny_data: Path, tmp_path: Path, placement: list[str], n_hosts: int
+    alone: Path, mixture: list[str], tmp_path: Path, placement: list[str], n_hosts: int
 ) -> None:
-    """Its losses are those of one host throughout. Hosts with parts of the same parameters write samples together."""
+    """Its losses, on a mixture, are those of one host throughout. Hosts with parts of the same parameters write samples
+    together."""
     out = tmp_path / "run"
-    args = [f"--data.dir={tiny_data}", f"--out-dir={out}"]
+    args = [*mixture, f"--out-dir={out}"]
     finish(start_hosts(2, *args, "--train.steps=4", "--train.sample-every=2", *placement))
     np.testing.assert_allclose(losses(out)[:3], losses(alone)[:3], rtol=1e-5)  # The fourth has an evaluation.
     args += ["--resume", "--train.steps=6", "--parallel.devices=1"]

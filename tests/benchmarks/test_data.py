@@ -119,7 +119,7 @@ def test_every_row_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     for name, found in rows.items():
         if name.startswith(("data/prepare", "data/memory")):
             assert list(found) in (["1 process", "2 processes"], [OURS])
-            assert all(f["peak_bytes"] > f["largest_bytes"] > 10 << 20 for f in found.values())
+            assert all(f["peak_bytes"] >= f["largest_bytes"] > 10 << 20 for f in found.values())
             assert all(f["tokens_per_second"] > 0 < f["mb_per_second"] for f in found.values())
         if name.startswith("data/loader"):
             assert len(found) == 5

@@ -10,7 +10,9 @@ import fsspec
 import numpy as np
 import pytest
 
+from gpt_jax.data.preferences import PreferenceFiles
 from gpt_jax.data.prepare import PrepareArgs, prepare
+from gpt_jax.data.problems import ProblemFiles
 from gpt_jax.data.shards import Dataset, load_meta, missing, open_dataset
 from gpt_jax.data.sources import open_corpus
 from gpt_jax.errors import UserError
@@ -146,6 +148,28 @@ def test_a_remote_data_folder_equals_the_local_one(root: str, corpus: Path, prep
     shutil.rmtree(corpus / "a")
     prepare(PrepareArgs(source=(str(corpus),), out=out, tokenizer="bytes", force=True, workers=1))
     assert load_meta(out).train.tokens < here.meta.train.tokens
+
+
+def test_remote_sets_equal_the_local_ones(root: str, tmp_path: Path) -> None:
+    rows = [{"prompt": f"q {i}", "chosen": f"yes {i}", "rejected": "no" * (i + 1)} for i in range(40)]
+    problems = [{"question": row["prompt"], "answer": row["chosen"]} for row in rows]
+    found = []
+    for place in (tmp_path, location(root)):
+        sets: list[object] = []
+        for name, records in (("preferences", rows), ("problems", problems)):
+            (tmp_path / name).write_text("\n".join(map(json.dumps, records)))
+            out = place / f"{name}-data"
+            prepare(PrepareArgs(source=(str(tmp_path / name),), out=out, tokenizer="bytes", workers=1))
+            data = open_dataset(out)
+            if name == "preferences":
+                pairs = PreferenceFiles(data, "train")
+                sets += [pairs.pair(i) for i in range(len(pairs))]
+            else:
+                problem_files = ProblemFiles(data, "train")
+                sets += [problem_files.problem(i) for i in range(len(problem_files))]
+        found.append(sets)
+    assert len(found[0]) > 60
+    np.testing.assert_equal(found[0], found[1])
 
 
 def test_requests_that_fail_change_nothing(corpus: Path, prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:

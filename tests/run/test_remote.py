@@ -86,6 +86,7 @@ def contents(out: object) -> tuple[list[Any], dict[str, Any]]:
     return [(r["step"], r["loss"], r["grad_norm"], r.get("val_loss")) for r in folder.records()], sums
 
 
+@pytest.mark.slow
 def test_all_commands_do_there_what_they_do_here(local: Path, s3: str, tiny_data: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("the cat sat on a mat. " * 200)
@@ -101,13 +102,14 @@ def test_all_commands_do_there_what_they_do_here(local: Path, s3: str, tiny_data
         sampled = run_here("sample", "--run", place, "--prompt", "the cat", "--max-new-tokens=8")
         score = json.loads(run_here("eval", "--run", place, "--json")[0])
         int8 = json.loads(run_here("eval", "--run", place, "--json", "--quantize=int8")[0])
+        _, _, inspected = run_here("inspect", place, "--step=2")[0].partition("\n")  # The first line names the run.
         run_here("export", "--run", place, "--out", tmp_path / "exported", "--force")
         run_here("prepare", text, "--tokenizer", place, "--out", tmp_path / "retokenized", "--force")
         run_here("train", "--init-from", place, *TUNING, *arguments(tiny_data, start_from, 4)[len(TINY) :])
         tuned = run_here("sample", "--run", start_from, "--prompt", "the cat", "--max-new-tokens=8")
         results.append(
             [
-                *(sampled, score["loss"], int8["loss"], tuned, contents(start_from)),
+                *(sampled, score["loss"], int8["loss"], inspected, tuned, contents(start_from)),
                 (tmp_path / "exported" / "model.safetensors").read_bytes(),
                 *(path.read_bytes() for path in sorted((tmp_path / "retokenized").glob("*.bin"))),
             ]
@@ -117,6 +119,7 @@ def test_all_commands_do_there_what_they_do_here(local: Path, s3: str, tiny_data
     assert "resuming after step 4" in run_here("train", *resume)[0]
 
 
+@pytest.mark.slow
 def test_a_run_that_cannot_write_any_more_goes_on_from_its_last_whole_checkpoint(
     server: Server, local: Path, s3: str, tiny_data: Path
 ) -> None:

@@ -115,6 +115,7 @@ def bytes_of(tree: Any) -> int:
     return sum(x.nbytes for x in jax.tree.leaves(tree))
 
 
+@pytest.mark.slow
 def test_a_model_that_exceeds_a_device_is_sampled_and_no_cache_is_gathered() -> None:
     """With a limit of two fifths of the parameters on each of eight devices, for all that is there while a program
     runs: what is gathered is one layer at a time, and never more than its largest matrix at once.

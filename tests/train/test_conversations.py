@@ -49,6 +49,7 @@ def test_a_mixture_is_logged_by_folder_and_resumed_exactly(data: Path, tmp_path:
     assert last["epoch/chat"] > whole[5]["epoch/chat"]  # type: ignore[operator]
 
 
+@pytest.mark.slow
 def test_devices_do_not_matter(data: Path, tmp_path: Path) -> None:
     """The losses on one device and on four, by pmap and on a mesh, to rounding."""
     runs = {"one": [], "four": ["--parallel.devices=4"], "mesh": ["--parallel.devices=4", "--parallel.fsdp=4"]}
@@ -75,6 +76,7 @@ def test_eval_gives_the_loss_of_training(data: Path, tmp_path: Path) -> None:
     assert report["loss"] == pytest.approx(records(tmp_path / "mixed")[-1]["val_loss/chat"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_what_was_trained_on_conversations_chats(data: Path, tmp_path: Path) -> None:
     """The template is saved with the run, used by --chat and by messages, and exported."""
     out = tmp_path / "run"

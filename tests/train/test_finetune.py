@@ -153,6 +153,7 @@ def test_transformers_opens_the_export_of_adapters(adapted: Path, tmp_path: Path
     np.testing.assert_allclose(ours, expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parity
 def test_only_tokenizers_that_qwen2_has_are_exported_with_its_architecture(base: Path, tmp_path: Path) -> None:
     """transformers takes them for Qwen2's, whatever tokenizer_config.json says."""
