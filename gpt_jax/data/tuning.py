@@ -1,7 +1,6 @@
 """Conversations, preferences and problems to a data folder: their tokens, and which of them are to be learnt."""
 
 import hashlib
-import itertools
 import json
 import sys
 from array import array
@@ -16,7 +15,7 @@ import numpy as np
 
 from gpt_jax.config import CleanConfig
 from gpt_jax.data.clean import Report, normalized
-from gpt_jax.data.cleaned import judge
+from gpt_jax.data.cleaned import judge, kept
 from gpt_jax.data.encoded import unpacked
 from gpt_jax.data.messages import Content, Conversation, Format, Message, parsed
 from gpt_jax.data.pieces import Engine, Job, Piece, Reading
@@ -52,8 +51,7 @@ class Parsing:
     clean: CleanConfig
 
     def __call__(self, corpus: Corpus, reading: Reading, skipped: Skipped) -> Iterator[tuple[Record, Content]]:
-        """What the records of the corpus hold, but for duplicates and what else cleaning removes. What is left out is
-        told to `skipped`."""
+        """What the records of the corpus hold. What is left out is told to `skipped`."""
         records = corpus.records(reading, skipped if self.skip_broken else fail)
         for record, found in parsed(records, self.format, skipped):
             yield record, self._changed(found)
@@ -83,10 +81,9 @@ class Kept(NamedTuple):
     def read(self, parsing: Parsing, reading: Reading, skipped: Skipped) -> Iterator[tuple[int, Record, Content]]:
         """What is kept, with the number of its source. See Parsing."""
         for i, (number, source) in enumerate(self.corpus.each()):
-            marks = itertools.repeat(1) if self.marks is None else iter(self.marks[i])
-            for record, content in parsing(source, reading, skipped):
-                if next(marks, 1):  # More than were judged: the change shows in the fingerprint.
-                    yield number, record, content
+            found = parsing(source, reading, skipped)
+            for record, content in found if self.marks is None else kept(found, self.marks[i]):
+                yield number, record, content
 
 
 @dataclass(frozen=True)
@@ -101,8 +98,7 @@ class Conversations:
     def parts(self) -> list[Kept]:
         """They, in the parts of the corpus."""
         marks = self.marks
-        parts = [(part, part.first, part.first + len(part.sources)) for part in self.corpus.parts()]
-        return [Kept(part, marks and marks[start:end]) for part, start, end in parts]
+        return [Kept(part, marks and marks[part.first :][: len(part.sources)]) for part in self.corpus.parts()]
 
 
 def open_conversations(corpus: Corpus, parsing: Parsing, engine: Engine) -> Conversations:

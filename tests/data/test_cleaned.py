@@ -13,6 +13,7 @@ from gpt_jax.data import cleaned
 from gpt_jax.data.corpora import python_docs
 from gpt_jax.data.prepare import PrepareArgs, prepare
 from gpt_jax.data.shards import Meta
+from gpt_jax.errors import UserError
 from tests.commands import refused_here, run_here
 
 CLEAN = CleanConfig(normalize="nfkc", dedup="minhash", min_words=60)
@@ -58,6 +59,13 @@ def test_it_is_the_corpus_of_what_is_kept(tmp_path: Path, monkeypatch: pytest.Mo
     again = prepared(write(tmp_path / "kept.jsonl", kept), tmp_path / "kept", clean=CLEAN)
     assert again.source_fingerprint == meta.source_fingerprint
     assert arrays(tmp_path / "kept") == arrays(tmp_path / "one")
+
+
+@pytest.mark.parametrize("texts", ["ab", "abcd"])
+def test_a_source_that_is_changed_between_two_readings_is_an_error(texts: str) -> None:
+    assert list(cleaned.kept("abc", bytes([1, 0, 1]))) == ["a", "c"]
+    with pytest.raises(UserError, match="a source was changed while it was read; prepare it again"):
+        list(cleaned.kept(texts, bytes([1, 0, 1])))
 
 
 def test_flags_and_what_is_told(tmp_path: Path) -> None:
