@@ -7,6 +7,7 @@ computed from (seed, epoch) and never stored, so any step can be reached at once
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +16,9 @@ from gpt_jax.data.batch import Batch
 from gpt_jax.data.mixture import Mixture, Stage
 from gpt_jax.data.order import ROUNDS, hash_key, permute
 from gpt_jax.data.rows import Rows, Tokens
+
+READERS = 32
+"""Rows of a batch that are read at one time where that waits for a network: its windows are in as many places."""
 
 
 class Source(NamedTuple):
@@ -47,10 +51,15 @@ class MixedBatches:
         self._seeds = [seed, *(int(hash_key(seed, i)[0]) for i in range(1, len(sources)))]
         self._masked = any(source.rows.masked for source in sources)
         self._packed = any(source.rows.packed for source in sources)
+        is_remote = any(source.rows.tokens.is_remote for source in sources)
+        self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="reader") if is_remote else None
 
     def __call__(self, step: int, rows: np.ndarray | None = None) -> Batch:
-        drawn = [self.sources[i].rows.row(row, shift) for i, row, shift in self.drawn(step, rows)]
-        return stack(drawn, self._masked, self._packed)
+        read_all = self._readers.map if self._readers else map
+        return stack([*read_all(self._read, self.drawn(step, rows))], self._masked, self._packed)
+
+    def _read(self, drawn: Drawn) -> Batch:
+        return self.sources[drawn.source].rows.row(drawn.row, drawn.shift)
 
     def drawn(self, step: int, rows: np.ndarray | None = None) -> list[Drawn]:
         """Where each row of a batch, or of its given rows, is from."""

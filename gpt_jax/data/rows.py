@@ -12,6 +12,10 @@ class Tokens(Protocol):
     """The tokens of a split, with random access: ids, where documents start, and which of them are to be learnt."""
 
     @property
+    def is_remote(self) -> bool:
+        """True if reading may wait for a network."""
+
+    @property
     def masked(self) -> bool:
         """True if only some of the tokens are to be learnt."""
 

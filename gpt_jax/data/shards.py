@@ -204,6 +204,11 @@ class TokenFiles:
         return self._len
 
     @property
+    def is_remote(self) -> bool:
+        """True if reading may wait for a network."""
+        return any(isinstance(shard, RemoteArray) for shard in self._shards)
+
+    @property
     def masked(self) -> bool:
         """True if there is a mask: only some of the tokens are to be learnt."""
         return self.n_learnt is not None

@@ -9,6 +9,7 @@ import tempfile
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -31,22 +32,32 @@ class BlockCache:
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  # It is open as long as the cache is there.
         self._lock = threading.Lock()  # Held to read and write the file, and never while a block is fetched.
         self._overflowed = False
+        self._fetched: dict[Hashable, Future[bytes]] = {}  # While they are, so that threads fetch no block twice.
         # Places in the file, in blocks. The last of the free ones is used next, so the file is no larger than need be.
         self._free = list(reversed(range(max(1, max_bytes // block_bytes))))
         self._places: OrderedDict[Hashable, int] = OrderedDict()  # Of each block; the least recently used one first.
 
     def read(self, key: Hashable, part: slice, fetch: Callable[[], bytes]) -> bytes:
-        """A part of the block `key`, which `fetch` gets when it is not here."""
+        """A part of the block `key`, which `fetch` gets when it is not here, in one of the threads that ask for it."""
         with self._lock:
             if key in self._places:
                 self._places.move_to_end(key)
                 offset = self._places[key] * self.block_bytes + part.start
                 return os.pread(self._file.fileno(), part.stop - part.start, offset)
-        block = fetch()
-        with self._lock:
-            if key not in self._places:  # Another thread may have fetched it at the same time.
-                self._places[key] = self._write(block)
-        return block[part]
+            is_first = key not in self._fetched
+            fetched = self._fetched.setdefault(key, Future())
+        if is_first:
+            try:
+                block = fetch()
+                with self._lock:
+                    self._places[key] = self._write(block)
+                fetched.set_result(block)
+            except BaseException as e:
+                fetched.set_exception(e)
+            finally:
+                with self._lock:
+                    del self._fetched[key]
+        return fetched.result()[part]
 
     def _write(self, block: bytes) -> int:
         """The place of a block, written there."""

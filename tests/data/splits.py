@@ -16,6 +16,8 @@ class Split:
     documents: the lengths of texts, or for each token of conversations, whether it is to be learnt.
     """
 
+    is_remote = False
+
     def __init__(self, documents: Sequence[int] | Sequence[Sequence[bool]]) -> None:
         lengths = [document if isinstance(document, int) else len(document) for document in documents]
         self.ids = np.arange(1, sum(lengths) + 1, dtype=np.int32)

@@ -1,5 +1,6 @@
 """The data order is a pure function of (seed, step): what that promises, for generated sizes."""
 
+import threading
 import time
 from collections.abc import Iterator
 
@@ -85,6 +86,22 @@ def test_hosts_share_out_the_global_batch(loader: tuple[MixedBatches, Stream], s
     rows = np.random.default_rng(0).permutation(batches.batch_size)
     shares = [batches(step, share).tokens for share in np.array_split(rows, n_hosts) if len(share)]
     assert np.array_equal(np.concatenate(shares), batches(step).tokens[rows])
+
+
+def test_rows_that_are_remote_are_read_together() -> None:
+    """And come in their order."""
+    meeting = threading.Barrier(8)
+
+    class Remote(Split):
+        is_remote = True
+
+        def read(self, start: int, count: int) -> np.ndarray:
+            meeting.wait(10)
+            return super().read(start, count)
+
+    here, there = (stream_batches(kind([800]), 16, 8, seed=1) for kind in (Split, Remote))
+    for step in range(3):
+        np.testing.assert_array_equal(here(step).tokens, there(step).tokens)
 
 
 def test_epochs_and_seeds_differ() -> None:

@@ -4,6 +4,7 @@ import errno
 import io
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -281,19 +282,38 @@ def test_a_block_is_fetched_once_while_it_is_kept(
         assert ("fetched again and again; set XDG_CACHE_HOME" in capsys.readouterr().err) == (start == 2048)
 
 
-def test_a_block_that_two_threads_fetch_is_kept_once(tmp_path: Path) -> None:
-    cache, meeting = BlockCache(tmp_path, 2 * 16, 16), threading.Barrier(2)
+def test_a_block_that_threads_ask_for_is_fetched_once(tmp_path: Path) -> None:
+    """Those that wait for it get what is fetched, or why it cannot be."""
+    cache, started, ends = BlockCache(tmp_path, 2 * 16, 16), threading.Event(), threading.Event()
+    answers: list[bytes | Exception] = [b"ab", UserError("no answer"), b"cd"]
 
-    def together() -> bytes:
-        meeting.wait(10)
-        return b"a"
+    def fetch() -> bytes:
+        answer = answers.pop(0)
+        started.set()
+        assert ends.wait(10)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
 
-    with ThreadPoolExecutor(2) as pool:
-        both = [pool.submit(cache.read, "a", slice(0, 1), together) for _ in range(2)]
-        assert [future.result() for future in both] == [b"a", b"a"]
-    for key in ("b", "a", "b"):
-        assert cache.read(key, slice(0, 1), key.encode) == key.encode()
-    assert cache.read("a", slice(0, 1), lambda: b"fetched again") == b"a"
+    with ThreadPoolExecutor(4) as pool:
+        for key, expected in (("a", b"b"), ("c", None)):
+            asked = [pool.submit(cache.read, key, slice(1, 2), fetch)]
+            assert started.wait(10)
+            asked += [pool.submit(cache.read, key, slice(1, 2), fetch) for _ in range(3)]
+            time.sleep(0.1)
+            ends.set()
+            for future in asked:
+                if expected:
+                    assert future.result(10) == expected
+                else:
+                    with pytest.raises(UserError, match="no answer"):
+                        future.result(10)
+            started.clear()
+            ends.clear()
+    ends.set()
+    assert cache.read("c", slice(1, 2), fetch) == b"d"  # It is asked for again.
+    assert answers == []
+    assert cache.read("a", slice(0, 2), fetch) == b"ab"
 
 
 def test_a_fetch_blocks_no_other_reader(tmp_path: Path) -> None:
