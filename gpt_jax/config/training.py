@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import prod
+from os.path import normpath
 from typing import Literal, get_args
 
 from gpt_jax.config.check import check, check_types
@@ -52,6 +53,8 @@ class DataConfig(TextConfig):
         check(self.batch_size >= 1, "data.batch_size", self.batch_size, "1 or more")
         check(self.microbatch_size >= 0, "data.microbatch_size", self.microbatch_size, "0 (the whole share) or more")
         check(self.packing in get_args(PackingName), "data.packing", self.packing, " or ".join(get_args(PackingName)))
+        paths = [normpath(folder) for folder in self.folders]
+        check(len(paths) == len({*paths}), "data.mixture", self.mixture, "of different folders")
         no_stages = not self.curriculum or len(self.mixture) > 1
         check(no_stages, "data.curriculum", self.curriculum, "empty without a data.mixture of several folders")
         self.stages()
@@ -84,7 +87,8 @@ class DataConfig(TextConfig):
         stages = [(0, tuple(first) or (1.0,))]
         for entry in self.curriculum:
             start, _, values = entry.partition(":")
-            check(start.isdecimal(), "data.curriculum", entry, of_stage)
+            is_step = start.isdecimal() and len(start) <= 10 and int(start) < 2**31
+            check(is_step, "data.curriculum", entry, f"{of_stage}, with a step below 2**31")
             stages.append((int(start), numbers("data.curriculum", entry, values.split(","), of_stage)))
         return stages
 

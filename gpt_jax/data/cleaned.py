@@ -45,10 +45,12 @@ def _tasks(texts: Texts, part: Corpus) -> Iterator[Piece]:
         for name, text in texts(source, reading):
             waiting.append(text)
             label.append((number, name))
-            size += len(text)
+            size += len(text) + len(SEPARATOR)
             if size >= TASK_BYTES:
                 yield reading.piece(label, SEPARATOR.join(waiting), is_task=True)
                 waiting, label, size = [], [], 0
+            if reading.is_due:
+                yield reading.piece()
     if waiting:
         yield reading.piece(label, SEPARATOR.join(waiting), is_task=True)
     yield reading.piece()

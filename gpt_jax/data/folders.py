@@ -72,14 +72,15 @@ class DataFolders:
         """The batches of training, a function of the step. Raises UserError for a folder without a whole window, and
         for an impossible mixture."""
         sources = [Source(name, self.rows(data, "train", context_length)) for name, data in self.by_name.items()]
-        for name, rows in sources:
-            if not len(rows):
+        stages = [Stage(*stage) for stage in self.config.stages()]
+        used = [any(weights) for weights in zip(*(stage.weights for stage in stages), strict=False)]
+        for (name, rows), is_used in zip(sources, used, strict=False):  # MixedBatches tells of other lengths.
+            if is_used and not len(rows):
                 tokens = len(self.by_name[name].train)
                 raise UserError(
                     f"the training split of {name} has {tokens} tokens, and no window of model.context_length + 1 = "
                     f"{context_length + 1}; use more text or another context length"
                 )
-        stages = [Stage(*stage) for stage in self.config.stages()]
         return MixedBatches(sources, stages, self.config.batch_size, seed)
 
     def has_validation(self, data: Dataset, context_length: int) -> bool:

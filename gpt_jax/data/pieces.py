@@ -14,7 +14,7 @@ class Piece(NamedTuple):
     """A task for workers, or a finding of the reader's own, which passes them by."""
 
     n_read: int  # Bytes of the sources since the last piece.
-    label: Any = None  # What JSON can hold; of no meaning is None.
+    label: Any = None  # What JSON can hold.
     content: bytes = b""
     is_task: bool = False
 
@@ -61,5 +61,5 @@ class Engine(Protocol):
 
         items: parts of the corpus, and what their reader needs to know of them.
 
-        Raises what the reader raises, in its order, and UserError when workers die of a task again and again.
+        Raises what the reader raises, and UserError when workers die of a task again and again.
         """

@@ -48,6 +48,7 @@ from gpt_jax.storage.folders import check_remote_replaceable, local_copy, whole_
 from gpt_jax.storage.remote import AnyPath, RemotePath, location
 from gpt_jax.system import shows_color
 from gpt_jax.tokenizer.bytes import ByteTokenizer
+from gpt_jax.tokenizer.chat_template import syntax_error
 from gpt_jax.tokenizer.load import load_tokenizer
 from gpt_jax.tokenizer.sentencepiece import SentencePieceTokenizer
 from gpt_jax.tokenizer.tokenizer import Tokenizer
@@ -81,19 +82,22 @@ class PrepareArgs(TextConfig):
     format: FormatName = "auto"
     # Field or column of JSON and Parquet with the text, nested as in meta.text; empty: files are read as they are.
     text_field: str = "text"
+    messages_field: str = ""  # Field with the messages of a chat, if it is neither messages nor conversations.
     template: str = ""  # File with the Jinja template that writes conversations; empty: the tokenizer's own, or ours.
     trim: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False  # Take white space off both ends of every message.
-    # Pass over lines of JSON Lines that are no JSON, and count them, instead of stopping there.
+    # With conversations: pass over lines of JSON Lines that are no JSON, and count them, instead of stopping there.
     skip_broken: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
     # Replace --out, if it is a data folder, once the new one is complete.
     force: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
-    engine: EngineName = "local"  # Where text is tokenized: on this machine, or on the Ray cluster at RAY_ADDRESS.
+    engine: EngineName = "local"  # Where it is done: on this machine, or on the Ray cluster at RAY_ADDRESS.
     workers: int = 0  # Processes that tokenize; 0: one per core, of this machine or of the cluster.
     clean: Annotated[CleanConfig, tyro.conf.arg(name="")] = field(default_factory=CleanConfig)
 
     def __post_init__(self) -> None:
         check(len(self.source) > 0, "source", self.source, "one or more files, folders, globs or corpora")
         check(self.format in get_args(FormatName), "format", self.format, " or ".join(get_args(FormatName)))
+        chat = self.format in ("auto", "chat") or not self.messages_field
+        check(chat, "messages_field", self.messages_field, f"left out with --format {self.format}; chats have it")
         check(self.engine in get_args(EngineName), "engine", self.engine, " or ".join(get_args(EngineName)))
         check(self.workers >= 0, "workers", self.workers, "0 (one per core) or more")
         self.check_values()
@@ -142,6 +146,8 @@ def _format(args: PrepareArgs) -> tuple[Format, str]:
     fields of the record that say so."""
     if args.format != "auto":
         return args.format, "as asked"
+    if args.messages_field:
+        return "chat", args.messages_field
     record = first_record(args.source) if args.text_field == "text" else None
     if record is None or args.text_field in record.value:
         return "text", args.text_field
@@ -152,7 +158,7 @@ def _format(args: PrepareArgs) -> tuple[Format, str]:
 
 
 def _prepare_texts(folder: Path, args: PrepareArgs, kind: Format, tokenizer: Tokenizer | None, engine: Engine) -> Made:
-    for name, given in (("template", args.template), ("trim", args.trim)):
+    for name, given in (("template", args.template), ("trim", args.trim), ("skip_broken", args.skip_broken)):
         check(not given, name, given, "left out with texts; conversations have it")
     corpus = open_corpus(args.source, args.text_field)
     report = dict[str, Any]()
@@ -175,7 +181,7 @@ def _prepare_conversations(
 ) -> Made:
     template = _read_template(args.template) if args.template else None
     corpus = open_corpus(args.source, of_records=True)
-    parsing = Parsing(kind, args.skip_broken, args.trim, args.clean)
+    parsing = Parsing(kind, args.messages_field, args.skip_broken, args.trim, args.clean)
     conversations = open_conversations(corpus, parsing, engine)
     survey = survey_conversations(conversations, args.val_fraction, engine)
     tokenizer = with_template(tokenizer or _make_tokenizer(args, survey.sample), template)
@@ -212,7 +218,8 @@ def print_summary(folder: AnyPath, meta: Meta) -> None:
     print(folder)
     for name, split in (("training", meta.train), ("validation", meta.val)):
         line = f"  {name:<11}{split.tokens:>15,} tokens{split.documents:>13,} documents{split.bytes / 1e6:>13,.1f} MB"
-        print(line if split.learnt is None else f"{line}{split.learnt / split.tokens:>9.1%} learnt")
+        share = "" if split.learnt is None else f"{split.learnt:>15,} learnt ({split.learnt / split.tokens:.1%})"
+        print(line + share)
     tokens = sum(split.tokens if split.learnt is None else split.learnt for split in (meta.train, meta.val))
     ratio = (meta.train.bytes + meta.val.bytes) / tokens
     print(f"  {'vocabulary':<11}{meta.vocab_size:>15,} tokens{ratio:>13.2f} bytes a token")
@@ -257,11 +264,14 @@ def _make_tokenizer(args: PrepareArgs, sample: TextSample) -> Tokenizer:
 def _read_template(file: str) -> str:
     """The content of a template's file. Raises UserError."""
     try:
-        return Path(file).read_text(encoding="utf-8")
+        template = Path(file).read_text(encoding="utf-8")
     except OSError as e:
         raise UserError(f"the template {file} cannot be read ({e.strerror})") from e
     except UnicodeDecodeError as e:
         raise UserError(f"the template {file} is not UTF-8 text") from e
+    if wrong := syntax_error(template):
+        raise UserError(f"the template {file} cannot be used: {wrong}")
+    return template
 
 
 @contextmanager

@@ -26,7 +26,7 @@ from gpt_jax.errors import UserError
 from gpt_jax.system import available_cores
 
 CONNECT_SECONDS = 10.0  # Ray itself would try for minutes.
-ATTEMPTS = 3  # Workers that may die of one task. Ray Data itself would go on for ever.
+ATTEMPTS = 3  # Workers that may die of one task, of memory or otherwise. Ray itself would go on for ever.
 BLOCK_BYTES = 1 << 18  # Of the pieces that are passed on together. With Ray Data's 128 MiB, most workers would wait.
 MAX_ERROR = 200  # Characters of Ray's words, which are often a page.
 
@@ -36,7 +36,7 @@ Rows = dict[str, list[bytes]]
 
 @dataclass(frozen=True)
 class RayEngine:
-    """See Engine. Items whose sources are all remote are read by all nodes, and others by this one."""
+    """See Engine. A corpus is read by all nodes if all of its sources are remote, and else by this one."""
 
     ray: Any  # The package.
     n_workers: int
@@ -47,10 +47,6 @@ class RayEngine:
     ) -> Iterator[Iterator[tuple[Any, bytes]]]:
         """See Engine."""
         data = self.ray.data
-        context = data.DataContext.get_current()
-        context.execution_options.preserve_order = True
-        context.enable_progress_bars = False
-        context.target_max_block_size = BLOCK_BYTES
         place, n_readers = dict[str, str](), self.n_workers
         if not all(source.is_remote for source in corpus.sources):
             place = {"ray.io/node-id": self.ray.get_runtime_context().get_node_id()}
@@ -81,7 +77,7 @@ class RayEngine:
             raise
         except errors.RayError as e:
             why = " ".join(str(e).split()).split(". ")[0][:MAX_ERROR]
-            raise UserError(f"{ATTEMPTS} workers on the Ray cluster failed with the same task ({why})") from None
+            raise UserError(f"the Ray cluster failed ({why}); a task is tried {ATTEMPTS} times") from None
 
 
 def _packed(piece: Piece, error: str = "") -> bytes:
@@ -161,7 +157,7 @@ def ray_engine(n_workers: int) -> Iterator[RayEngine]:
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", module=r"ray\.data|gpt_jax\.data\.ray_engine")
     # Ray prints what happens to its processes to standard output, where the result belongs.
-    with redirect_stdout(sys.stderr):
+    with redirect_stdout(sys.stderr), _ordered(ray.data.DataContext.get_current()):
         connect = not ray.is_initialized()
         if connect:
             _connect(ray, n_workers)
@@ -172,8 +168,21 @@ def ray_engine(n_workers: int) -> Iterator[RayEngine]:
                 ray.shutdown()
 
 
+@contextmanager
+def _ordered(context: Any) -> Iterator[None]:
+    """Has Ray Data keep the order, pass small blocks on, and show no progress, within the block."""
+    options = context.execution_options
+    before = options.preserve_order, context.enable_progress_bars, context.target_max_block_size
+    options.preserve_order, context.enable_progress_bars, context.target_max_block_size = True, False, BLOCK_BYTES
+    try:
+        yield
+    finally:
+        options.preserve_order, context.enable_progress_bars, context.target_max_block_size = before
+
+
 def _connect(ray: Any, n_workers: int) -> None:
     """Raises UserError when no cluster answers."""
+    os.environ.setdefault("RAY_task_oom_retries", str(ATTEMPTS - 1))  # max_retries is of other deaths.
     address = os.environ.get("RAY_ADDRESS") or "local"
     options: dict[str, Any] = {}
     if address == "local":

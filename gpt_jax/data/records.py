@@ -75,7 +75,7 @@ class Skipped:
         """A line for each reason, the most frequent first."""
         return [
             f"passed over {count:,} record{'s' * (count > 1)} ({reason}): {'; '.join(self.examples[reason])}"
-            for reason, count in self.counts.most_common()
+            for reason, count in sorted(self.counts.items(), key=lambda item: (-item[1], item[0]))
         ]
 
 

@@ -61,8 +61,8 @@ class _Digest:
 def survey_texts(corpus: Corpus, val_fraction: float, engine: Engine) -> TextSurvey:
     """Reads the corpus once, so that errors in it appear before anything is written, and decides the split."""
     digests, starts, sample = list[str](), [0], TextSample(SAMPLE_BYTES)
-    val_bytes, read = 0, partial(_surveyed, val_fraction, corpus.n_bytes)
-    with engine.run("reading", corpus, read, corpus.parts()) as findings:
+    val_bytes = 0
+    with engine.run("reading", corpus, partial(_surveyed, val_fraction), corpus.parts()) as findings:
         for label, content in findings:
             if label is not None:
                 digests += label["digests"]
@@ -76,9 +76,9 @@ def survey_texts(corpus: Corpus, val_fraction: float, engine: Engine) -> TextSur
     return TextSurvey(fingerprint(digests), split, starts, sample)
 
 
-def _surveyed(val_fraction: float, n_bytes: int, part: Corpus) -> Iterator[Piece]:
-    """See survey_texts. n_bytes: of the whole corpus."""
-    reading, sample, sizes = Reading(), TextSample(SAMPLE_BYTES, n_bytes), dict.fromkeys(SPLITS, 0)
+def _surveyed(val_fraction: float, part: Corpus) -> Iterator[Piece]:
+    """See survey_texts."""
+    reading, sample, sizes = Reading(), TextSample(SAMPLE_BYTES), dict.fromkeys(SPLITS, 0)
     digests = list[str]()
     for number, source in part.each():
         digest = _Digest()
@@ -149,6 +149,8 @@ def _tasks(tokenizer: Tokenizer, item: tuple[Corpus, ByDocument | ByPosition]) -
             if len(uncut) < len(block.text):
                 yield reading.piece(name, bytes(waiting[name][: len(waiting[name]) - len(uncut)]), is_task=True)
                 waiting[name][:] = uncut
+        if reading.is_due:
+            yield reading.piece()
     for name, text in waiting.items():
         if text:
             yield reading.piece(name, bytes(text), is_task=True)

@@ -6,10 +6,12 @@ from array import array
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import numpy as np
 import sentencepiece
 
 from gpt_jax.config import TokenizerType
 from gpt_jax.data.formats import cut_before_space
+from gpt_jax.data.order import mix
 from gpt_jax.errors import UserError
 from gpt_jax.tokenizer.sentencepiece import WORD
 from gpt_jax.tokenizer.tokenizer import SPECIAL_TOKENS
@@ -26,10 +28,9 @@ class TextSample:
     sources alone: the samples of parts of a corpus, merged, are the sample of the whole.
     """
 
-    def __init__(self, max_bytes: int, text_bytes: int = 0) -> None:
-        """text_bytes: of the whole text, roughly, so that the sample of a small part of it is small."""
+    def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
-        self._stride = 1 << max(0, (text_bytes // max_bytes).bit_length() - 5)
+        self._stride = 1
         self._next = 0
         self._numbers = array("Q")  # Of the parts that were taken.
         self._parts: list[bytes] = []
@@ -37,7 +38,8 @@ class TextSample:
 
     def begin(self, source: int) -> None:
         """The texts that follow are of the source with this number."""
-        self._next = source  # So that not the first part of every source is taken, and no other.
+        # By a hash, so that of many short sources some are taken, and not every second one of two kinds that alternate.
+        self._next = int(mix(np.array([source], np.uint64))[0] >> np.uint64(1))
 
     def add(self, text: bytes) -> None:
         """Takes the next part of the text (valid UTF-8), in pieces of about 4 KiB."""

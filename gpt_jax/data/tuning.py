@@ -46,15 +46,20 @@ class Parsing:
     """How records become conversations, preferences or problems. It can be pickled."""
 
     format: Format
+    messages_field: str  # The field of messages, if it has a name of its own.
     skip_broken: bool  # Pass over lines that are no JSON.
     trim: bool  # Take white space off both ends of every message.
     clean: CleanConfig
 
     def __call__(self, corpus: Corpus, reading: Reading, skipped: Skipped) -> Iterator[tuple[Record, Content]]:
         """What the records of the corpus hold. What is left out is told to `skipped`."""
-        records = corpus.records(reading, skipped if self.skip_broken else fail)
+        records = map(self._named, corpus.records(reading, skipped if self.skip_broken else fail))
         for record, found in parsed(records, self.format, skipped):
             yield record, self._changed(found)
+
+    def _named(self, record: Record) -> Record:
+        name, value = self.messages_field, record.value
+        return record._replace(value={**value, "messages": value[name]}) if name in value else record
 
     def _changed(self, found: Content) -> Content:
         """What was found, with the contents of messages that `trim` and `clean` ask for."""
@@ -98,7 +103,8 @@ class Conversations:
     def parts(self) -> list[Kept]:
         """They, in the parts of the corpus."""
         marks = self.marks
-        return [Kept(part, marks and marks[part.first :][: len(part.sources)]) for part in self.corpus.parts()]
+        parts = [(part, slice(part.first, part.first + len(part.sources))) for part in self.corpus.parts()]
+        return [Kept(part, marks and marks[sources]) for part, sources in parts]
 
 
 def open_conversations(corpus: Corpus, parsing: Parsing, engine: Engine) -> Conversations:
@@ -187,17 +193,16 @@ def survey_conversations(conversations: Conversations, fraction: float, engine: 
     """Reads all conversations, preferences or problems, so that errors in them appear before anything is written, and
     decides the split. Raises UserError when there are none for one of the sides."""
     digests, sample, skipped = list[str](), TextSample(SAMPLE_BYTES), Skipped()
-    hashes, sizes, starts = array("Q"), array("Q"), list[int]()  # 16 bytes a conversation, where lists take 72.
+    hashes, sizes, starts = array("Q"), array("Q"), [0]  # 16 bytes a conversation, where lists take 72.
     corpus, parsing = conversations.corpus, conversations.parsing
-    read = partial(_surveyed, parsing, corpus.n_bytes)
-    with engine.run("reading", corpus, read, conversations.parts()) as findings:
+    with engine.run("reading", corpus, partial(_surveyed, parsing), conversations.parts()) as findings:
         for label, content in findings:
-            if label is not None:
+            if label is None:
+                hashes.frombytes(content[: len(content) // 2])
+                sizes.frombytes(content[len(content) // 2 :])
+            else:  # The end of a part.
                 starts.append(len(hashes))
-                n = 8 * label["conversations"]
-                hashes.frombytes(content[:n])
-                sizes.frombytes(content[n : 2 * n])
-                sample.merge(label["sample"], content[2 * n :])
+                sample.merge(label["sample"], content)
                 digests += label["digests"]
                 skipped.merge(*label["skipped"])
     by_prompt = parsing.format in SETS
@@ -207,7 +212,7 @@ def survey_conversations(conversations: Conversations, fraction: float, engine: 
         noun = NOUNS[parsing.format]
         raise UserError(f"{len(sizes)} {noun} are too few for training and validation{why}")
     division = divide(hashes, sizes, fraction, by_prompt)
-    return ConversationSurvey(fingerprint(digests), division, starts, sample)
+    return ConversationSurvey(fingerprint(digests), division, starts[:-1], sample)
 
 
 class _Digests:
@@ -228,10 +233,10 @@ class _Digests:
         return [sha256.hexdigest() for sha256 in self._sha256]
 
 
-def _surveyed(parsing: Parsing, n_bytes: int, part: Kept) -> Iterator[Piece]:
-    """See survey_conversations. n_bytes: of the whole corpus."""
+def _surveyed(parsing: Parsing, part: Kept) -> Iterator[Piece]:
+    """See survey_conversations."""
     reading, skipped, digests = Reading(), Skipped(), _Digests()
-    sample, hashes, sizes, last = TextSample(SAMPLE_BYTES, n_bytes), array("Q"), array("Q"), -1
+    sample, hashes, sizes, last = TextSample(SAMPLE_BYTES), array("Q"), array("Q"), -1
     for number, _, content in part.read(parsing, reading, skipped):
         if number != last:
             sample.begin(number)
@@ -242,10 +247,11 @@ def _surveyed(parsing: Parsing, n_bytes: int, part: Kept) -> Iterator[Piece]:
         sizes.append(len(line))
         sample.add(text_of(content).encode())
         if reading.is_due:
-            yield reading.piece()
+            yield reading.piece(content=hashes.tobytes() + sizes.tobytes())
+            del hashes[:], sizes[:]
+    yield reading.piece(content=hashes.tobytes() + sizes.tobytes())
     header, text = sample.packed()
-    found = {"conversations": len(hashes), "digests": digests.all(), "sample": header, "skipped": skipped.packed()}
-    yield reading.piece(found, hashes.tobytes() + sizes.tobytes() + text)
+    yield reading.piece({"digests": digests.all(), "sample": header, "skipped": skipped.packed()}, text)
 
 
 def with_template(tokenizer: Tokenizer, template: str | None) -> Tokenizer:
@@ -307,7 +313,8 @@ def write_conversations(
         splits = {name: writers[name].finish(counts[name]["bytes"], files.get(name, [])) for name in SPLITS}
     for text in skipped.lines():
         print(text, file=sys.stderr)
-    report: dict[str, Any] = {name: dict(counts[name]) for name in SPLITS} | {"left out": dict(skipped.counts)}
+    left_out = dict(sorted(skipped.counts.items()))
+    report: dict[str, Any] = {name: dict(counts[name]) for name in SPLITS} | {"left out": left_out}
     return splits, report | ({"clean": conversations.cleaning.to_dict()} if conversations.cleaning else {})
 
 
@@ -330,5 +337,7 @@ def _tasks(parsing: Parsing, division: Division, part: Kept) -> Iterator[Piece]:
         places[name].append(record.where)
         if sum(map(len, waiting[name])) >= TASK_BYTES:
             yield task(name)
+        if reading.is_due:
+            yield reading.piece()
     yield from (task(name) for name in SPLITS if waiting[name])
     yield reading.piece({"digests": digests.all(), "skipped": skipped.packed()})

@@ -7,6 +7,7 @@ others. Any other failure, and the last of several, ends in one line with the ad
 import difflib
 import errno
 import io
+import logging
 import random
 import re
 import sys
@@ -25,6 +26,9 @@ BLOCK_BYTES = 4 << 20
 ATTEMPTS = 7
 FIRST_WAIT = 0.5
 """Seconds between the first two attempts, at most; twice as long before each further one, so half a minute in all."""
+
+GIVE_UP_SECONDS = 60.0
+"""After which nothing is tried again: some backends, such as gcsfs, try for most of a minute before they fail."""
 
 T = TypeVar("T")
 
@@ -205,13 +209,14 @@ class RemotePath:
 
     def request(self, operation: str, call: Callable[[Any, str], T]) -> T:
         """The result of `call` with fsspec's file system and the file's name there. operation: a participle."""
+        begin = time.monotonic()
         for attempt in range(1, ATTEMPTS + 1):
             try:
                 return call(*self._backend())
             except FileNotFoundError as e:
                 raise FileNotFoundError(errno.ENOENT, "there is no such file, bucket or repository", self.url) from e
             except Exception as e:
-                if not _may_pass(e) or attempt == ATTEMPTS:
+                if not _may_pass(e) or attempt == ATTEMPTS or time.monotonic() - begin > GIVE_UP_SECONDS:
                     raise self._named(e, operation, attempt) from e
                 print(f"{self} could not be {operation} ({_cause(e)}); trying again", file=sys.stderr)
             # Waits of different lengths, so that many readers do not come back at the same time.
@@ -221,6 +226,7 @@ class RemotePath:
     def _backend(self) -> tuple[Any, str]:
         from fsspec.core import url_to_fs  # It takes 60 ms, which local files need not wait for.
 
+        logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # It logs each of its attempts with a traceback.
         # Listings are not kept, since others write there, too.
         return url_to_fs(self.url, use_listings_cache=False)
 
@@ -237,8 +243,9 @@ class RemotePath:
         if isinstance(e, PermissionError) or "Credential" in type(e).__name__:
             hint = f"; {scheme.credentials}" if scheme else ""
             return UserError(f"{what}: access was denied ({cause}){hint}")
-        if attempts == ATTEMPTS:
-            return UserError(f"{what} in {attempts} attempts ({cause}); try again later")
+        if _may_pass(e):
+            tried = f"{attempts} attempt{'s' * (attempts > 1)}"
+            return UserError(f"{what} in {tried} ({cause}); try again later")
         is_of_library = type(e).__module__.partition(".")[0] in LIBRARIES
         return UserError(f"{what} ({cause})") if isinstance(e, OSError) or is_of_library else e
 

@@ -230,6 +230,17 @@ def _content(message: Mapping[str, Any], where: str) -> str:
     return "\n".join(texts)
 
 
+def syntax_error(template: str) -> str:
+    """What is wrong with a template, and where; empty if it can be compiled."""
+    import jinja2
+
+    try:
+        _compiled(template)
+    except jinja2.TemplateSyntaxError as e:
+        return f"{e.message}, in line {e.lineno}"
+    return ""
+
+
 @functools.lru_cache(maxsize=8)
 def _compiled(template: str) -> Any:
     """The template compiled for the environment publishers expect: Jinja's sandbox, with transformers' additions."""

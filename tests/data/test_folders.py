@@ -108,6 +108,7 @@ def test_what_cannot_be_mixed_is_named(root: Path, tmp_path: Path) -> None:
             opened(root, mixture=tuple(f.format(w) for f, w in zip(both, weights, strict=True))).batches(T, SEED)
     with pytest.raises(UserError, match=r"training split of chat has .* tokens, and no window of model.context_length"):
         opened(root, dir=str(root / "chat")).batches(5, SEED)
+    opened(root, mixture=(f"{root / 'prepared'}=1", f"{root / 'chat'}=0")).batches(5, SEED)  # It is not needed.
 
 
 @pytest.mark.parametrize(
@@ -124,6 +125,12 @@ def test_what_cannot_be_mixed_is_named(root: Path, tmp_path: Path) -> None:
             r"data.curriculum = 'x:1,2' is not possible: it must",
         ),
         ({"mixture": ("a=1", "b=1"), "curriculum": ("5:1,z",)}, r"data.curriculum = '5:1,z' is not possible"),
+        (
+            {"mixture": ("a=1", "b=1"), "curriculum": ("2147483648:1,2",)},
+            r"data.curriculum = '2147483648:1,2' .* a step below 2\*\*31",
+        ),
+        ({"mixture": ("a=1", "b=1"), "curriculum": (f"{9**99}:1,2",)}, "a step below"),
+        ({"mixture": ("a/b=1", "a//./b=2")}, r"data.mixture = .* it must be of different folders"),
         ({"packing": "tight"}, r"data.packing = 'tight' is not possible: it must be auto or stream or documents"),
     ],
     ids=str,

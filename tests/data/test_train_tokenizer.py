@@ -4,6 +4,7 @@ import itertools
 import json
 import signal
 import time
+from collections import Counter
 from types import FrameType
 
 import pytest
@@ -41,10 +42,9 @@ def test_a_long_text_is_thinned_out_evenly(max_bytes: int) -> None:
     st.lists(st.integers(0, 40), min_size=1, max_size=30),
     st.integers(1, 30),
     st.integers(1_000, 60_000),
-    st.booleans(),
 )
-def test_samples_of_parts_make_that_of_the_whole(sizes: list[int], in_part: int, max_bytes: int, known: bool) -> None:
-    """sizes: texts of each source. in_part: sources of a part. known: a part knows how long the whole is."""
+def test_samples_of_parts_make_that_of_the_whole(sizes: list[int], in_part: int, max_bytes: int) -> None:
+    """sizes: texts of each source. in_part: sources of a part."""
     sources = [[f"source {i}, text {n} ".encode() * 30 for n in range(size)] for i, size in enumerate(sizes)]
     n_bytes = sum(len(text) for texts in sources for text in texts)
 
@@ -57,12 +57,24 @@ def test_samples_of_parts_make_that_of_the_whole(sizes: list[int], in_part: int,
 
     whole, merged = add(TextSample(max_bytes), 0, len(sources)), TextSample(max_bytes)
     for first in range(0, len(sources), in_part):
-        header, content = add(TextSample(max_bytes, n_bytes * known), first, in_part).packed()
+        header, content = add(TextSample(max_bytes), first, in_part).packed()
         merged.merge(json.loads(json.dumps(header)), content)
     assert list(merged) == list(whole)
     assert whole.n_bytes == merged.n_bytes <= max_bytes
     if n_bytes <= max_bytes:
         assert whole.n_bytes == n_bytes
+
+
+@pytest.mark.parametrize("kinds", [["", "text"], ["one", "two"], ["a", "b", "c", "d"]])
+def test_short_sources_that_alternate_are_all_in_the_sample(kinds: list[str]) -> None:
+    sample = TextSample(20_000)
+    for i in range(8000):
+        sample.begin(i)
+        sample.add(kinds[i % len(kinds)].encode() * 10)
+    counts = Counter(sample)
+    assert len(counts) == len({*kinds} - {""})
+    assert max(counts.values()) < 1.5 * min(counts.values())
+    assert 8_000 < sample.n_bytes <= 20_000
 
 
 @pytest.mark.parametrize("model_type", ["bpe", "char"])

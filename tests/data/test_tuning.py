@@ -102,6 +102,27 @@ def test_calls_and_tools_are_written_in_the_order_of_their_fields(tmp_path: Path
     assert json.dumps(call["function"], ensure_ascii=False) in text
 
 
+def test_messages_in_a_field_with_another_name(tmp_path: Path) -> None:
+    rows = conversations(20)
+    named = write(tmp_path / "named.jsonl", [{"talk": messages, "text": "no"} for messages in rows])
+    plain = write(tmp_path / "plain.jsonl", [{"messages": messages} for messages in rows])
+    meta = prepared(named, tmp_path / "named", messages_field="talk")
+    assert meta.report["format"] == "chat (talk)"
+    assert meta.source_fingerprint == prepared(plain, tmp_path / "plain").source_fingerprint
+    refused_here("prepare", plain, "--out", tmp_path / "x", "--format", "text", "--messages-field", "talk")
+
+
+def test_what_does_not_fit_is_said_before_anything_is_read(tmp_path: Path) -> None:
+    chat = write(tmp_path / "chat.jsonl", [{"messages": messages} for messages in conversations(4)])
+    (tmp_path / "wrong.jinja").write_text("{{ messages[0].content }}\n{% if %}")
+    flags = ["prepare", chat, "--out", tmp_path / "out", "--tokenizer", "bytes"]
+    error = refused_here(*flags, "--template", tmp_path / "wrong.jinja")
+    assert "wrong.jinja cannot be used: Expected an expression, got 'end of statement block', in line 2" in error
+    (tmp_path / "text.jsonl").write_text('{"text": "a"}\n{')
+    error = refused_here("prepare", tmp_path / "text.jsonl", *flags[2:], "--skip-broken")
+    assert "skip_broken = True is not possible: it must be left out with texts" in error
+
+
 def test_copies_are_on_one_side(tmp_path: Path) -> None:
     rows = conversations(61)
     source = write(tmp_path / "chat.jsonl", [{"messages": messages} for messages in rows * 3])

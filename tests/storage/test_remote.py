@@ -173,6 +173,16 @@ def test_a_file_that_comes_short_is_read_again(memory: RemotePath, monkeypatch: 
     assert path.read_range(3, 9) == CONTENT[3:9]
 
 
+def test_a_backend_that_takes_long_to_fail_is_not_asked_seven_times(
+    memory: RemotePath, failing: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seconds = iter(range(0, 1000, 25))
+    failing(lambda n: TimeoutError("no answer"))
+    monkeypatch.setattr(remote.time, "monotonic", lambda: next(seconds))
+    with pytest.raises(UserError, match=r"could not be read in 3 attempts \(no answer\); try again later"):
+        (memory / "a").read_bytes()
+
+
 def test_a_failure_that_lasts_ends_in_one_line(memory: RemotePath, failing: Any) -> None:
     calls, waits = failing(lambda n: TimeoutError("no answer"))
     with pytest.raises(UserError) as e:
