@@ -59,7 +59,7 @@ class Parsing:
 
     def _named(self, record: Record) -> Record:
         name, value = self.messages_field, record.value
-        return record._replace(value={**value, "messages": value[name]}) if name in value else record
+        return record._replace(value={**value, "messages": value[name]}) if name and name in value else record
 
     def _changed(self, found: Content) -> Content:
         """What was found, with the contents of messages that `trim` and `clean` ask for."""
