@@ -69,6 +69,14 @@ def arguments(data: object, out: object, steps: int = STEPS) -> list[object]:
     return [*TINY, *SAVES, f"--train.steps={steps}", f"--data.dir={data}", f"--out-dir={out}"]
 
 
+def data_there(tiny_data: Path, folder: str) -> str:
+    """The address of what `tiny_data` is, prepared there of texts that are there."""
+    for text in tiny_data.parent.glob("*.txt"):
+        RemotePath(f"{folder}/texts/{text.name}").upload(text)
+    run_here("prepare", f"{folder}/texts", "--out", f"{folder}/data", "--tokenizer", "bytes")
+    return f"{folder}/data"
+
+
 @pytest.fixture(scope="module")
 def local(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run in a local folder."""
@@ -142,8 +150,9 @@ def test_a_run_that_cannot_write_any_more_goes_on_from_its_last_whole_checkpoint
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick_commands")
 def test_a_killed_process_and_an_interrupted_one(server: Server, s3: str, tiny_data: Path, tmp_path: Path) -> None:
+    """With texts, tokens and checkpoints there."""
     run("train", *arguments(tiny_data, tmp_path / "run", 40))
-    training = ["train", "--auto-resume", *arguments(tiny_data, f"{s3}/run", 40)]
+    training = ["train", "--auto-resume", *arguments(data_there(tiny_data, s3), f"{s3}/run", 40)]
     process = start(*training)
     with server.stopped_after(300, process):
         assert process.wait(120) == -signal.SIGKILL
@@ -158,12 +167,15 @@ def test_a_killed_process_and_an_interrupted_one(server: Server, s3: str, tiny_d
     assert killed_after < latest_step(location(f"{s3}/run/checkpoints")) < 40
     run(*training)
     assert contents(f"{s3}/run") == contents(tmp_path / "run")
+    texts = [run_here("sample", "--run", place, "--prompt", "the cat") for place in (f"{s3}/run", tmp_path / "run")]
+    assert texts[0] == texts[1]
 
 
 @pytest.mark.slow
 def test_a_server_that_is_busy_every_fifth_time(local: Path, tiny_data: Path) -> None:
     with s3_server(lambda n: n > 5 and n % 5 == 0) as bucket:
-        run_here("train", *arguments(tiny_data, f"{bucket}/run"), f"--train.checkpoint-every={STEPS}")
+        data = data_there(tiny_data, bucket)
+        run_here("train", *arguments(data, f"{bucket}/run"), f"--train.checkpoint-every={STEPS}")
         assert contents(f"{bucket}/run") == contents(local)
 
 
