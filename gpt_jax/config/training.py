@@ -53,7 +53,7 @@ class DataConfig(TextConfig):
         check(self.batch_size >= 1, "data.batch_size", self.batch_size, "1 or more")
         check(self.microbatch_size >= 0, "data.microbatch_size", self.microbatch_size, "0 (the whole share) or more")
         check(self.packing in get_args(PackingName), "data.packing", self.packing, " or ".join(get_args(PackingName)))
-        paths = [normpath(folder) for folder in self.folders]
+        paths = [normpath(folder) for folder in self.folders if folder]  # They are empty where runs are compared.
         check(len(paths) == len({*paths}), "data.mixture", self.mixture, "of different folders")
         no_stages = not self.curriculum or len(self.mixture) > 1
         check(no_stages, "data.curriculum", self.curriculum, "empty without a data.mixture of several folders")
