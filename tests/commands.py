@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +62,14 @@ def run(*args: object, status: int = 0) -> tuple[str, str]:
     out, err = process.communicate(timeout=300)
     assert process.returncode == status, f"exit status {process.returncode}\n{out}\n{err}"
     return out, err
+
+
+def wait_for(condition: Callable[[], object]) -> None:
+    """Returns once it holds, within two minutes."""
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def run_here(*args: object, status: int = 0, cwd: Path = ROOT) -> tuple[str, str]:

@@ -8,8 +8,6 @@ import resource
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ from gpt_jax.data.shards import Dataset, Meta, open_dataset
 from gpt_jax.data.train_tokenizer import train_sentencepiece
 from gpt_jax.errors import UserError
 from gpt_jax.storage.files import locked
+from tests.commands import wait_for
 
 
 def prepare(source: Path, out: Path, **settings: Any) -> Meta:
@@ -215,13 +214,6 @@ def start(corpus: Path, out: Path, *flags: str, **options: object) -> "subproces
     command = [sys.executable, "-m", "gpt_jax", "prepare", str(corpus / "corpus.txt"), "--out", str(out)]
     command += ["--tokenizer", str(corpus), *flags]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, **options)  # type: ignore[call-overload]
-
-
-def wait_for(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def is_tokenizing(out: Path) -> bool:

@@ -27,6 +27,7 @@ from gpt_jax.data.sources import open_corpus
 from gpt_jax.data.worker import JOBS
 from gpt_jax.errors import UserError
 from gpt_jax.tokenizer.bytes import ByteTokenizer
+from tests.commands import wait_for
 from tests.storage.s3 import s3_server
 
 ray = pytest.importorskip("ray")
@@ -92,13 +93,6 @@ def command_lines() -> dict[int, bytes]:
         with contextlib.suppress(OSError):  # It has just ended.
             found[int(process.parent.name)] = process.read_bytes()
     return found
-
-
-def wait_for(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def dies_once(marker: Path) -> None:
