@@ -155,8 +155,21 @@ class Placement:
 
         return jax.tree.map(share, batch)
 
-    def jit(self, step: Callable[..., Any], donate: bool) -> Any:
-        """`step(state, batch)` compiled for these devices; the state is donated if `donate`."""
+    def gather(self, x: jax.Array) -> np.ndarray:
+        """What a step compiled as `divided` computed of the rows of a batch in microbatches, those of all hosts, in the
+        order of the global batch: (rows, ...)."""
+        if self.n_devices == 1:
+            return np.asarray(x).reshape(-1, *x.shape[2:])
+        local = np.asarray(x).reshape(-1, *x.shape[3:])
+        if jax.process_count() == 1:
+            return local
+        n_micro, batch_size = x.shape[1], len(local) * self.n_devices // len(self.local_indices)
+        rows, values = multihost_utils.process_allgather((self.rows(batch_size, n_micro), local), tiled=True)
+        return np.asarray(values)[np.argsort(rows)]
+
+    def jit(self, step: Callable[..., Any], donate: bool, divided: bool = False) -> Any:
+        """`step(state, batch)` compiled for these devices; the state is donated if `donate`. divided: it computes
+        something of each row, which stays on the device of the row, as `split` puts rows there; else, a state."""
         donated = (0,) if donate else ()
         if self.n_devices == 1:
             return jax.jit(step, donate_argnums=donated)
@@ -164,7 +177,7 @@ class Placement:
             step,
             axis_name=AXIS,
             in_axes=(None, 0),
-            out_axes=None,
+            out_axes=0 if divided else None,
             donate_argnums=donated,
             devices=self.devices if jax.process_count() == 1 else None,  # With several hosts, pmap takes all devices.
         )
@@ -258,11 +271,16 @@ class MeshPlacement(Placement):
 
         return jax.tree.map(share, batch)
 
-    def jit(self, step: Callable[..., Any], donate: bool) -> Any:
+    def gather(self, x: jax.Array) -> np.ndarray:
+        """See Placement."""
+        whole = x if jax.process_count() == 1 else multihost_utils.process_allgather(x, tiled=True)
+        return np.asarray(whole).reshape(-1, *x.shape[2:])
+
+    def jit(self, step: Callable[..., Any], donate: bool, divided: bool = False) -> Any:
         """See Placement."""
 
         def step_to_storage(*args: Any) -> Any:
-            return sharding.to_storage(step(*args))  # The state keeps its shardings.
+            return step(*args) if divided else sharding.to_storage(step(*args))  # The state keeps its shardings.
 
         return OnMesh(jax.jit(step_to_storage, donate_argnums=(0,) if donate else ()), self.mesh)
 

@@ -24,6 +24,7 @@ from gpt_jax.config.model import (
     RopeScalingName,
     StoredDType,
 )
+from gpt_jax.config.objective import DpoConfig, GrpoConfig, ObjectiveConfig, ObjectiveName
 from gpt_jax.config.training import (
     DataConfig,
     OptimizerConfig,
@@ -44,10 +45,14 @@ __all__ = [
     "DTypeName",
     "DataConfig",
     "DedupName",
+    "DpoConfig",
+    "GrpoConfig",
     "LoraConfig",
     "ModelConfig",
     "NormName",
     "NormalizeName",
+    "ObjectiveConfig",
+    "ObjectiveName",
     "OptimizerConfig",
     "ParallelConfig",
     "PositionsName",

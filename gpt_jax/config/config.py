@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 
 from gpt_jax.config.check import check
 from gpt_jax.config.model import ModelConfig
+from gpt_jax.config.objective import ObjectiveConfig
 from gpt_jax.config.training import DataConfig, OptimizerConfig, ParallelConfig, TrainConfig
 
 
@@ -17,6 +18,7 @@ class Config:
     init_from: str = ""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
@@ -24,6 +26,21 @@ class Config:
     def __post_init__(self) -> None:
         has_base = self.model.lora.rank == 0 or self.init_from != ""
         check(has_base, "model.lora.rank", self.model.lora.rank, "0 without init_from, a model to put adapters on")
+        name = self.objective.name
+        check(name == "next_token" or self.init_from != "", "objective.name", name, "next_token without init_from")
+        if name == "grpo":
+            self._check_grpo()
+
+    def _check_grpo(self) -> None:
+        grpo, model = self.objective.grpo, self.model
+        drops = model.dropout or (model.lora.rank and model.lora.dropout)
+        check(not drops, "dropout", drops, "0 with grpo: answers are drawn without it, by another policy")
+        for name in ("steps", "eval_every", "checkpoint_every", "sample_every"):
+            value, allowed = getattr(self.train, name), f"a multiple of objective.grpo.iterations = {grpo.iterations}"
+            check(value % grpo.iterations == 0, f"train.{name}", value, allowed)
+        is_filtered = grpo.top_p < 1 or grpo.top_k > 0
+        allowed = "1 with objective.grpo.top_p or top_k, which need all logits of a token on one device"
+        check(not is_filtered or self.parallel.tensor <= 1, "parallel.tensor", self.parallel.tensor, allowed)
 
 
 def with_vocabulary(config: Config, n_tokens: int) -> Config:

@@ -8,20 +8,17 @@ first token is no target.
 import bisect
 import contextlib
 import dataclasses
-import json
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from gpt_jax.data.batch import Batch
 from gpt_jax.data.rows import Tokens
 from gpt_jax.data.shards import SplitName
-from gpt_jax.storage.files import replacing
+from gpt_jax.storage.arrays import load_array, save_array
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CHUNK_TOKENS = 1 << 24
 """Tokens whose mask is read at one time when all of it is counted."""
 
@@ -172,44 +169,16 @@ def open_packing(folder: Path, name: SplitName, tokens: Tokens, fingerprint: str
     """
     file = folder / f"{name}-packing-{context_length}.bin"
     key = [FORMAT_VERSION, fingerprint, tokens.masked, len(tokens), len(tokens.document_starts), context_length]
-    if fingerprint and (saved := _load(file, key)):
-        return saved
+    if fingerprint and (saved := load_array(file, key)):
+        counts = PackingCounts(**saved[0])
+        return Packing(counts, *np.split(saved[1], np.cumsum([counts.rows + 1, counts.pieces])))
     packing = pack(tokens, context_length)
     if fingerprint:
         # On a read-only folder or a full disk, the packing is made anew each time, to the same effect.
         with contextlib.suppress(OSError):
-            _save(file, key, packing)
+            values = np.concatenate((packing.row_starts, packing.starts, packing.lengths)).astype(np.int64)
+            save_array(file, key, dataclasses.asdict(packing.counts), values)
     return packing
-
-
-def _save(file: Path, key: list[Any], packing: Packing) -> None:
-    """Writes a line of JSON, padded to a multiple of 8 bytes; then, as int64, little endian, the three arrays and the
-    CRC-32 of all before it."""
-    header = json.dumps({"key": key, "counts": dataclasses.asdict(packing.counts)})
-    line = f"{header}{' ' * (-(len(header) + 1) % 8)}\n".encode()
-    values = np.concatenate((packing.row_starts, packing.starts, packing.lengths)).astype("<i8")
-    with replacing(file) as temporary, temporary.open("wb") as f:
-        f.write(line)
-        f.write(values.data)
-        f.write(_checksum(line, values).to_bytes(8, "little"))
-
-
-def _load(file: Path, key: list[Any]) -> Packing | None:
-    """The packing in a file, memory-mapped; None when there is none with this key, or when it is damaged."""
-    try:
-        with file.open("rb") as f:
-            line = f.readline(1 << 16)
-        values = np.memmap(file, "<i8", "r", offset=len(line)).view(np.ndarray)
-    except (OSError, ValueError):
-        return None
-    if values[-1] != _checksum(line, values[:-1]) or (header := json.loads(line))["key"] != key:
-        return None
-    counts = PackingCounts(**header["counts"])
-    return Packing(counts, *np.split(values[:-1], np.cumsum([counts.rows + 1, counts.pieces])))
-
-
-def _checksum(line: bytes, values: np.ndarray) -> int:
-    return zlib.crc32(values.data, zlib.crc32(line))
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ for each pair.
 
 import functools
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -19,7 +19,7 @@ from gpt_jax.data.conversations import Example, count_answers, examples
 from gpt_jax.data.encoded import Document, Encoded
 from gpt_jax.data.loader import draw, samples_of
 from gpt_jax.data.records import RecordError
-from gpt_jax.data.shards import Dataset, SplitName, map_file
+from gpt_jax.data.shards import SPLITS, Dataset, Meta, SplitName, map_file
 from gpt_jax.errors import UserError
 from gpt_jax.tokenizer.chat_template import Chat
 from gpt_jax.tokenizer.tokenizer import Tokenizer
@@ -181,11 +181,18 @@ class PairRows:
         """Number of pairs that fit."""
         return len(self.numbers)
 
-    def row(self, index: int) -> Batch:
+    @functools.cached_property
+    def longest(self) -> np.ndarray:
+        """The tokens of the longer row of each pair that fits, int64 (pairs that fit,)."""
+        prompt, chosen, rejected = self.pairs.lengths[self.numbers].T
+        longest: np.ndarray = prompt + np.maximum(chosen, rejected)
+        return longest
+
+    def row(self, index: int, size: int | None = None) -> Batch:
         """Both rows of a pair that fits: a batch of two rows, (2, T + 1) tokens, chosen first. Padding is token 0, no
-        target, and a segment of its own."""
+        target, and a segment of its own. size: T, if it is less than the context length."""
         prompt, *answers = self.pairs.pair(int(self.numbers[index]))
-        shape = (2, self.context_length + 1)
+        shape = (2, (size or self.context_length) + 1)
         tokens, learnt, segments = np.zeros(shape, np.int32), np.zeros(shape, bool), np.ones(shape, np.int32)
         positions = np.tile(np.arange(shape[1], dtype=np.int32), (2, 1))
         for i, (answer, mask) in enumerate(zip(answers[:2], answers[2:], strict=True)):
@@ -200,15 +207,19 @@ class PairRows:
 @dataclass(frozen=True)
 class PreferenceBatches:
     """The batches of a training run on pairs: `batches(step)` has B of them, with an axis for the answers after that of
-    the pairs, tokens (B, 2, T + 1), so that no microbatch and no device parts a pair; see `chosen_first`.
+    the pairs, tokens (B, 2, T + 1), chosen first, so that no microbatch and no device parts a pair.
 
     `batches(step, rows)` has only the given pairs of that batch, those of one host. Each epoch has every pair that fits
     once. Raises UserError when none does.
+
+    sizes: values of T, ascending, the last of which is the context length; a batch has the first that all of its pairs
+    fit into. Empty: the context length.
     """
 
     rows: PairRows
     batch_size: int
     seed: int
+    sizes: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if not len(self.rows):
@@ -218,25 +229,69 @@ class PreferenceBatches:
             )
 
     def __call__(self, step: int, rows: np.ndarray | None = None) -> Batch:
-        drawn = draw(len(self.rows), samples_of(step, self.batch_size, rows), self.seed)
-        return _stack([self.rows.row(i) for i, _ in drawn])
+        size = fitting_size(self.sizes, self.rows.longest[self.drawn(step)])  # The same on all hosts.
+        return _stack([self.rows.row(i, size) for i in self.drawn(step, rows)])
+
+    def drawn(self, step: int, rows: np.ndarray | None = None) -> list[int]:
+        """Which of the pairs that fit each pair of a batch, or of its given ones, is."""
+        return [i for i, _ in draw(len(self.rows), samples_of(step, self.batch_size, rows), self.seed)]
 
 
-def preference_eval_batches(rows: PairRows, batch_size: int) -> Iterator[Batch]:
-    """All pairs that fit in order, as `PreferenceBatches` has them. Pairs without a target fill up the last batch."""
-    T = rows.context_length
-    row = np.zeros((2, T), np.int32)
-    filler = Batch(np.zeros((2, T + 1), np.int32), row.astype(bool), row, row + np.arange(T, dtype=np.int32))
+@dataclass(frozen=True, eq=False)
+class PairFolder:
+    """The preference set that a run is trained on, open for reading. Raises UserError when it is none."""
+
+    data: Dataset
+
+    def __post_init__(self) -> None:
+        self.data.check_format("dpo")
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Theirs, with its chat template."""
+        return self.data.tokenizer
+
+    @property
+    def metas(self) -> list[Meta]:
+        """The content of its meta.json."""
+        return [self.data.meta]
+
+    @functools.cache  # noqa: B019
+    def rows(self, split: SplitName, context_length: int) -> PairRows:
+        """The rows of a split."""
+        return PairRows(PreferenceFiles(self.data, split), context_length)
+
+    def describe(self, context_length: int) -> list[str]:
+        """A line for each split: its pairs, and how they fit."""
+        lines = []
+        for split in SPLITS:
+            counts = self.rows(split, context_length).counts
+            line = f"{self.data.folder}, {split}: {counts.pairs - counts.dropped:,} pairs, {counts.fill:.1%} full"
+            lines.append(line + f", {counts.dropped:,} dropped ({counts.lost:,} tokens)" * bool(counts.dropped))
+        return lines
+
+
+def preference_eval_batches(
+    rows: PairRows, batch_size: int, sizes: tuple[int, ...] = ()
+) -> Iterator[tuple[np.ndarray, Batch]]:
+    """All pairs that fit, shortest first, as `PreferenceBatches` has them, and which ones they are, int64 (pairs,).
+    Pairs without a target fill up the last batch."""
+    order = np.argsort(rows.longest, kind="stable")
     for first in range(0, len(rows), batch_size):
-        found = [rows.row(index) for index in range(first, min(first + batch_size, len(rows)))]
-        yield _stack([*found, *[filler] * (batch_size - len(found))])
+        numbers = order[first : first + batch_size]
+        size = fitting_size(sizes, rows.longest[numbers]) or rows.context_length
+        row = np.zeros((2, size), np.int32)
+        positions = row + np.arange(size, dtype=np.int32)
+        filler = Batch(np.zeros((2, size + 1), np.int32), row.astype(bool), row, positions)
+        found = [rows.row(index, size) for index in numbers.tolist()]
+        yield numbers, _stack([*found, *[filler] * (batch_size - len(found))])
 
 
-def chosen_first(batch: Batch) -> Batch:
-    """The 2B rows of a batch of B pairs, tokens (2B, T + 1), for the model: the chosen ones, then the rejected ones in
-    the same order. NumPy or JAX arrays."""
-    return Batch(*(x.swapaxes(0, 1).reshape(-1, x.shape[-1]) for x in batch))
+def fitting_size(sizes: Sequence[int], lengths: np.ndarray) -> int | None:
+    """The first size T with which rows of T + 1 hold sequences of these lengths; None when there is none."""
+    return next((size for size in sizes if size + 1 >= lengths.max()), None)
 
 
 def _stack(pairs: list[Batch]) -> Batch:
-    return Batch(*map(np.stack, zip(*pairs, strict=True)))
+    fields = ("tokens", "mask", "segments", "positions")
+    return Batch(*(np.stack([getattr(pair, name) for pair in pairs]) for name in fields))

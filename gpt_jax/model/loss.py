@@ -1,6 +1,7 @@
 """The negative log-likelihood of tokens in nats, float32, without ever holding the logits of all tokens."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,6 +12,9 @@ from jax.typing import DTypeLike
 from gpt_jax.model.head import head_logits, head_product_gradients
 from gpt_jax.model.loss_kernel import BLOCK, LARGEST, nats_and_gradient_by_kernel
 from gpt_jax.model.sharding import BATCH_AXES, TOKEN_AXES, mesh_is_set
+
+Adjust = Callable[[jax.Array, jax.Array], jax.Array]
+"""`(logits_NV, targets_N)` to logits of the same shape."""
 
 
 def nats_N(
@@ -97,6 +101,27 @@ def sum_of_nats(
     )
 
 
+def nats_of_tokens(
+    hidden_BTD: jax.Array,
+    head_VD: jax.Array,
+    targets_BT: jax.Array,
+    vocab_size: int,
+    chunk: int,
+    adjust: Adjust | None = None,
+) -> jax.Array:
+    """The nats of each target, float32 (B, T), differentiable by hidden states and head: for losses that are no
+    weighted sum of them. Otherwise as `sum_of_nats`. adjust: changes the logits; filters need those of all tokens."""
+    if not mesh_is_set():
+        return nats_in_chunks(hidden_BTD, head_VD, targets_BT, vocab_size, chunk, adjust=adjust)
+
+    def on_one_device(hidden_BTD: jax.Array, head_VD: jax.Array, targets_BT: jax.Array) -> jax.Array:
+        tokens = *shared(hidden_BTD, head_VD), targets_BT
+        return nats_in_chunks(*tokens, vocab_size, chunk, "tensor", adjust)
+
+    in_specs = (TOKENS, PartitionSpec("tensor"), TOKENS)
+    return jax.shard_map(on_one_device, in_specs=in_specs, out_specs=TOKENS)(hidden_BTD, head_VD, targets_BT)
+
+
 TOKENS = PartitionSpec(BATCH_AXES, "context")
 """How arrays (B, T) and (B, T, D) are divided."""
 
@@ -114,6 +139,7 @@ def nats_in_chunks(
     vocab_size: int,
     chunk: int,
     vocabulary_axis: str | None = None,
+    adjust: Adjust | None = None,
 ) -> jax.Array:
     """The nats of each target, float32 (B, T), of the tokens of one device. Differentiable, for losses of other forms:
     the backward pass computes the logits of a chunk again. vocabulary_axis: the mapped axis that divides the head's
@@ -121,6 +147,7 @@ def nats_in_chunks(
 
     def nats(hidden_ND: jax.Array, targets_N: jax.Array) -> jax.Array:
         logits_NV, first = logits_and_first(hidden_ND, head_VD, vocab_size, vocabulary_axis)
+        logits_NV = adjust(logits_NV, targets_N) if adjust else logits_NV
         return nats_N(logits_NV, targets_N, first, vocabulary_axis)
 
     n = targets_BT.size

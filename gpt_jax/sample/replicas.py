@@ -56,3 +56,10 @@ def engine_on(
     n_slots = min(most_slots, -(-n_texts // len(replicas)))
     engines = [Engine(model, own, n_slots, **options) for own in replicas]
     return engines[0] if len(engines) == 1 else Replicas(engines)
+
+
+def replace_params(engine: Engine | Replicas, placement: Placement, params: Params) -> None:
+    """Gives other weights, placed like those before, to what `engine_on` made."""
+    engines = engine.engines if isinstance(engine, Replicas) else [engine]
+    for one, own in zip(engines, placement.replicas(params).values(), strict=False):
+        one.replace_params(own)

@@ -31,12 +31,7 @@ def make_evaluate(
                 f"the validation split of {name} has {len(folder.val)} tokens, and none to be predicted in a window of "
                 f"model.context_length + 1 = {T + 1}; prepare it with more text"
             )
-    default = config.data.microbatch_size * placement.n_shares or config.data.batch_size
-    batch_size = config.train.eval_batch_size or default
-    if batch_size % placement.n_shares:
-        raise UserError(
-            f"train.eval_batch_size = {batch_size} does not divide over {placement.n_shares} {placement.shares_label}"
-        )
+    batch_size = eval_batch_size(config, placement)
     rows = placement.rows(batch_size)
     eval_step = placement.jit(make_eval_step(next_token, model, placement.axis_name), donate=False)
 
@@ -60,3 +55,14 @@ def make_evaluate(
         }
 
     return evaluate
+
+
+def eval_batch_size(config: Config, placement: Placement) -> int:
+    """Rows that are evaluated at one time, over all devices. Raises UserError when they do not divide over these."""
+    default = config.data.microbatch_size * placement.n_shares or config.data.batch_size
+    batch_size = config.train.eval_batch_size or default
+    if batch_size % placement.n_shares:
+        raise UserError(
+            f"train.eval_batch_size = {batch_size} does not divide over {placement.n_shares} {placement.shares_label}"
+        )
+    return batch_size

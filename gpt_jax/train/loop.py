@@ -9,28 +9,24 @@ import jax
 
 from gpt_jax import hosts, runtime
 from gpt_jax.config import Config, config_to_dict
-from gpt_jax.data.folders import DataFolders
-from gpt_jax.data.loader import Prefetch
 from gpt_jax.model import lora
 from gpt_jax.model.backend import resolve_for, resolved_to
 from gpt_jax.model.flops import FLOPS_FORMULA, flops_per_token
 from gpt_jax.model.forward import init_params
-from gpt_jax.model.gpt import GPT, Params
+from gpt_jax.model.gpt import GPT
 from gpt_jax.placement import Placement, choose_placement
-from gpt_jax.run.checkpoint import Checkpoints, data_facts
+from gpt_jax.run.checkpoint import Checkpoints
 from gpt_jax.run.folder import RunFolder, run_folder
 from gpt_jax.run.load import fingerprint_of, open_source
-from gpt_jax.sample.generate import encode_prompt, generate
-from gpt_jax.sample.settings import Settings
 from gpt_jax.system import command_line
-from gpt_jax.train.evaluate import make_evaluate
 from gpt_jax.train.metrics import Recorder
-from gpt_jax.train.objectives.next_token import next_token
 from gpt_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from gpt_jax.train.profile import Trace
 from gpt_jax.train.state import first_state, load_pretrained_params, restore
 from gpt_jax.train.step import make_train_step
 from gpt_jax.train.stop import StopSignals
+from gpt_jax.train.tasks import Source, make_task
+from gpt_jax.train.tasks.task import FeedError, Task
 
 
 class Interrupted(BaseException):
@@ -41,8 +37,8 @@ class Interrupted(BaseException):
         self.signum = signum
 
 
-def train(config: Config, data: DataFolders, resume: bool = False, profile: bool = False) -> None:
-    """Trains the model that `config` describes on `data`, in the folder `config.out_dir`.
+def train(config: Config, data: Source, resume: bool = False, profile: bool = False) -> None:
+    """Trains the model that `config` describes on what `set_up` opened for it, in the folder `config.out_dir`.
 
     The runtime must be set up, and the configuration must have a vocabulary size. With several hosts, all of them call
     this; each writes its shards of the checkpoints, and the first one writes all other files.
@@ -52,26 +48,20 @@ def train(config: Config, data: DataFolders, resume: bool = False, profile: bool
     """
     run, seed = run_folder(config.out_dir), config.train.seed
     placement = choose_placement(config.parallel, config.model, runtime.choose_devices(config.parallel))
-    n_micro = placement.microbatches(config.data.batch_size, config.data.microbatch_size)
-    rows = placement.rows(config.data.batch_size, n_micro)  # Those that this host loads.
-    hosts.on_first(lambda: data.batches(config.model.context_length, seed))  # Packs documents once, for all hosts.
-    batches = data.batches(config.model.context_length, seed)
-
     model = GPT(resolve_for(config.model, placement.devices[0], placement.context))
+    task = make_task(config, data, model, placement)
     schedule = learning_rate_schedule(config.optimizer, config.train.steps)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
-    step_fn = make_train_step(next_token, model, optimizer, schedule, seed, placement.axis_name)
+    step_fn = make_train_step(task.objective, model, optimizer, schedule, seed, placement.axis_name)
     train_step = placement.jit(step_fn, donate=True)
-    evaluate = make_evaluate(model, placement, data, config)
 
     hosts.on_first(lambda: run.check_usable(resume))
     peak = runtime.peak_flops(placement.devices[0].device_kind)
     full_peak = peak and peak * placement.n_devices
-    describe_run(config, data, model, placement, n_micro, peak)
-    meta: dict[str, Any] = {"config": config_to_dict(config), **data_facts(*data.metas)}
+    describe_run(config, task, model, placement, peak)
+    meta: dict[str, Any] = {"config": config_to_dict(config), **task.facts}
     shards = json.dumps([meta["data"], meta["splits"], *(folder.settings for folder in data.metas)])
     hosts.check_alike(data=shards, tokenizer=meta["tokenizer"], configuration=json.dumps(meta["config"]))
-    encode_prompt(config.train.sample_prompt, data.tokenizer, config.model.context_length)  # Raises now, not later.
 
     with (
         run.locked(),
@@ -79,24 +69,41 @@ def train(config: Config, data: DataFolders, resume: bool = False, profile: bool
         Checkpoints(run.checkpoints, config.train.keep_checkpoints) as checkpoints,
     ):
         pretrained = load_pretrained_params(config, model, placement, bool(resume and checkpoints.steps()))
-        if model.config.lora.rank and pretrained:
+        if pretrained and (model.config.lora.rank or config.objective.name != "next_token"):
             meta["base"] = fingerprint_of(open_source(config.init_from), pretrained)
-        state = restore(checkpoints, model, optimizer, placement, meta, pretrained) if resume else None
-        if state is None:
-            state = first_state(model, optimizer, seed, placement, pretrained)
-        del pretrained  # The state holds these arrays, and the first step donates them.
+        found = restore(checkpoints, model, optimizer, placement, meta, pretrained) if resume else None
+        state = found or first_state(model, optimizer, seed, placement, pretrained)
+        del found, pretrained  # The state holds these arrays, and the first step donates them.
         steps = range(int(state.step), config.train.steps)
         if steps:  # What trains nothing leaves the run as it is.
             hosts.on_first(lambda: run.write(config, data.tokenizer))
+            task.begin(state, meta)
 
         with (
-            Recorder(run, config, steps.start, full_peak, hosts.is_first(), batches.epochs) as recorder,
+            Recorder(
+                run, config, steps.start, full_peak, hosts.is_first(), task.epochs, task.tokens_per_step
+            ) as recorder,
             Trace(run.profile if profile and hosts.is_first() else None, steps) as trace,
-            Prefetch(lambda step: placement.split(batches(step, rows), n_micro), steps) as prefetched,
+            task.feed(steps) as feed,
         ):
-            for step, batch in enumerate(prefetched, steps.start + 1):  # `step` counts the steps, this one included.
+
+            def save(step: int) -> None:
+                recorder.sync()
+                params, opt_state = placement.to_checkpoint((state.params, state.opt_state))
+                checkpoints.save(step, params, opt_state, meta, recorder.val_loss(step))
+                recorder.plot()
+
+            last_save = steps.start
+            for step in range(steps.start + 1, steps.stop + 1):  # `step` counts the steps, this one included.
+                try:
+                    batch, facts = feed(step - 1, state)
+                except FeedError:
+                    if step - 1 > last_save:
+                        recorder.settle()
+                        save(step - 1)
+                    raise
                 state, metrics = train_step(state, batch)
-                recorder.submit(step, metrics)
+                recorder.submit(step, metrics, facts)
                 if placement.must_wait:
                     jax.block_until_ready(state)
                     recorder.settle()
@@ -104,20 +111,17 @@ def train(config: Config, data: DataFolders, resume: bool = False, profile: bool
 
                 stopping = stop.after(step)
                 evaluates, samples, saves = events(config, step)
-                if not (evaluates or samples or saves or stopping):
+                if step % task.steps_a_batch or not (evaluates or samples or saves or stopping):
                     continue
                 recorder.settle()  # Raises when the loss is not finite, so that no such state is saved.
                 with recorder.off_the_clock():
                     if evaluates:
-                        recorder.add_evaluation(**evaluate(state.all_params()))
+                        recorder.add_evaluation(**task.evaluate(state.all_params(), step))
                     if saves or stopping:
-                        recorder.sync()
-                        params, opt_state = placement.to_checkpoint((state.params, state.opt_state))
-                        checkpoints.save(step, params, opt_state, meta, recorder.val_loss(step))
-                        del params, opt_state  # The next step donates their memory.
-                        recorder.plot()
+                        save(step)
+                        last_save = step
                     if samples:
-                        recorder.say(write_sample(model, placement, state.all_params(), data, config))
+                        recorder.say(task.sample(state.all_params(), step))
                 if stopping:
                     raise Interrupted(stopping)
             if not steps:
@@ -137,19 +141,17 @@ def events(config: Config, step: int) -> tuple[bool, bool, bool]:
     return evaluates, every(config.train.sample_every), saves
 
 
-def describe_run(
-    config: Config, data: DataFolders, model: GPT, placement: Placement, n_micro: int, peak: float | None
-) -> None:
+def describe_run(config: Config, task: Task, model: GPT, placement: Placement, peak: float | None) -> None:
     """Prints a table before training: data, model, compute type, devices, and the formula of MFU."""
     c, n, device = model.config, placement.n_devices, placement.devices[0]
     rows = {
-        "data": f"\n{'':9}".join(data.describe(c.context_length)),
+        **task.describe(),
         "model": f"{c.n_layer} layers, {c.n_head} heads, width {c.d_model}, context {c.context_length}, "
         f"vocabulary {c.vocab_size:,}: {c.n_params / 1e6:,.2f} M parameters",
         "compute": f"{resolved_to(c, runtime.hardware(device), placement.context)}, "
         f"layers {'unrolled' if c.unroll else 'scanned'}, rematerialised: {c.remat}",
-        "devices": f"{n} x {device.device_kind} by {placement}, each {n_micro} x "
-        f"{config.data.batch_size // placement.n_shares // n_micro} sequences{placement.part_of_each} a step",
+        "devices": f"{n} x {device.device_kind} by {placement}, each {task.n_micro} x "
+        f"{config.data.batch_size // placement.n_shares // task.n_micro} {task.unit}{placement.part_of_each} a step",
         "run": config.out_dir,
     }
     if c.lora.rank:
@@ -161,17 +163,6 @@ def describe_run(
     for name, text in rows.items():
         print(f"{name:8} {text}")
     sys.stdout.flush()
-
-
-def write_sample(model: GPT, placement: Placement, params: Params, data: DataFolders, config: Config) -> str:
-    """The model's continuation of the configured prompt, between two rules; empty on all hosts but the first. The
-    first replica of the parameters writes it, on all hosts that take part in that."""
-    first = placement.replicas(params).get(0)
-    if first is None:
-        return ""
-    settings = Settings(max_new_tokens=config.train.sample_tokens, seed=config.train.seed)
-    [result] = generate(model, first, data.tokenizer, [config.train.sample_prompt], settings)
-    return f"--- sample\n{config.train.sample_prompt}{result.text}\n---" if hosts.is_first() else ""
 
 
 def conclude(run: RunFolder, recorder: Recorder) -> None:

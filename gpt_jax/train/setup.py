@@ -11,22 +11,25 @@ from typing import Any, NamedTuple
 
 from gpt_jax import hosts
 from gpt_jax.config import Config, DataConfig, ModelConfig, check, with_vocabulary
-from gpt_jax.data.folders import DataFolders, together
+from gpt_jax.data.folders import together
+from gpt_jax.data.preferences import PairFolder
 from gpt_jax.data.prepare import PrepareArgs, prepare, print_summary
 from gpt_jax.data.shards import Dataset, missing, open_dataset
+from gpt_jax.environments.environment import open_environment
 from gpt_jax.errors import UserError
 from gpt_jax.interop.load import named_tokenizer
 from gpt_jax.run.folder import run_folder
 from gpt_jax.run.load import KEPT_FIELDS, adopt, open_source, stands_for
 from gpt_jax.storage.remote import location
 from gpt_jax.tokenizer.tokenizer import Tokenizer
+from gpt_jax.train.tasks import RewardSource, Source
 
 
 class Setup(NamedTuple):
-    """A complete configuration, and the data to train on."""
+    """A complete configuration, and what to learn from."""
 
     config: Config
-    data: DataFolders
+    data: Source
 
 
 def set_up(config: Config, given: Set[str] = frozenset(), resume: bool = False) -> Setup:
@@ -45,11 +48,15 @@ def set_up(config: Config, given: Set[str] = frozenset(), resume: bool = False) 
             config = dataclasses.replace(config, init_from=saved)
     elif config.init_from:
         config, tokenizer = start_from(config, given)
-    if config.data.mixture:
-        datasets = [open_folder(folder, tokenizer) for folder in config.data.folders]
+    if config.objective.name == "grpo":
+        data: Source = open_environment_of(config, given, tokenizer, resume)
+    elif config.objective.name == "dpo":
+        check(not config.data.mixture, "data.mixture", config.data.mixture, "empty with dpo, which takes one folder")
+        data = PairFolder(open_or_prepare(config.data, given, tokenizer, config.init_from, resume))
+    elif config.data.mixture:
+        data = together([open_folder(folder, tokenizer) for folder in config.data.folders], config.data)
     else:
-        datasets = [open_or_prepare(config.data, given, tokenizer, config.init_from, resume)]
-    data = together(datasets, config.data)
+        data = together([open_or_prepare(config.data, given, tokenizer, config.init_from, resume)], config.data)
     return Setup(with_vocabulary(config, data.tokenizer.vocab_size), data)
 
 
@@ -83,6 +90,19 @@ def start_from(config: Config, given: Set[str] = frozenset()) -> tuple[Config, T
     tokenizer = source.tokenizer()
     source.check()
     return dataclasses.replace(config, model=model, init_from=source.pinned), tokenizer
+
+
+def open_environment_of(config: Config, given: Set[str], tokenizer: Tokenizer | None, resume: bool) -> RewardSource:
+    """The environment of a run with rewards. Of a prepared problem set, the folder is `data.dir`. Raises UserError when
+    it cannot be opened."""
+    grpo, folder = config.objective.grpo, ""
+    assert tokenizer is not None  # There is a model to start from.
+    metas = []
+    if grpo.environment == "problems":
+        data = open_or_prepare(config.data, given, tokenizer, config.init_from, resume)
+        data.check_format("grpo")
+        tokenizer, metas, folder = data.tokenizer, [data.meta], config.data.dir
+    return RewardSource(grpo, open_environment(grpo.environment, grpo.options, folder), tokenizer, metas, folder)
 
 
 def open_or_prepare(

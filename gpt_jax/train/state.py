@@ -46,7 +46,8 @@ def restore(
 ) -> TrainState | None:
     """The state of the newest undamaged checkpoint, on this run's devices; None when there is no checkpoint yet.
 
-    pretrained: the parameters that adapters are trained on, which are not in the checkpoint.
+    pretrained: the parameters that adapters are trained on, which are not in the checkpoint. meta: takes over what the
+    checkpoint says of the model to start from, if that is not loaded.
 
     Damaged checkpoints are reported and skipped. Raises UserError when one does not fit the configuration or the
     tokenizer, or all are damaged.
@@ -55,7 +56,8 @@ def restore(
     damaged = []
     for step in reversed(checkpoints.steps()):
         try:
-            check_fits(checkpoints.folder / str(step), checkpoints.meta(step), meta, pretrained)
+            saved = checkpoints.meta(step)
+            check_fits(checkpoints.folder / str(step), saved, meta, pretrained)
             params = placement.from_checkpoint(checkpoints.restore(step, "params", target.params))
             opt_state = placement.from_checkpoint(checkpoints.restore(step, "opt_state", target.opt_state))
         except DamagedCheckpointError as e:
@@ -66,6 +68,8 @@ def restore(
             hosts.on_first(functools.partial(checkpoints.set_aside, later))
             checkpoints.reload()
         print(f"resuming after step {step}")
+        if pretrained is None and "base" in saved:
+            meta["base"] = saved["base"]
         frozen = (pretrained or {}) if model.config.lora.rank else {}
         return TrainState(placement.make(jnp.int32, step), params, opt_state, frozen)
     if damaged:
@@ -90,7 +94,7 @@ def check_fits(where: AnyPath, saved: dict[str, Any], meta: dict[str, Any], pret
     the other differences. pretrained: the parameters that adapters are trained on."""
     check_data(where, saved, meta)
     # Earlier versions always saved the fingerprint of the values.
-    if saved.get("base") != meta.get("base") and saved.get("base") != tree_fingerprint(pretrained):
+    if pretrained and saved.get("base") != meta.get("base") and saved.get("base") != tree_fingerprint(pretrained):
         raise UserError(f"the adapters in checkpoint {where} were trained on another model than init_from now is")
     configs = [config_from_dict(facts["config"], str(where)) for facts in (saved, meta)]
     deciding = [config.model.deciding() for config in configs]

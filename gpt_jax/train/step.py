@@ -12,7 +12,7 @@ from gpt_jax.model import lora
 from gpt_jax.model.forward import init_params
 from gpt_jax.model.gpt import GPT, Params
 from gpt_jax.model.sharding import to_storage
-from gpt_jax.train.objectives import Objective, Sums
+from gpt_jax.train.objectives import Objective, Sums, or_one
 
 
 class TrainState(NamedTuple):
@@ -49,9 +49,10 @@ def init_state(model: GPT, optimizer: optax.GradientTransformation, seed: int) -
     return TrainState(jnp.int32(0), params, optimizer.init(params), {})
 
 
-def sum_over(axis_name: str | None, x: Any) -> Any:
-    """The sum of `x` over the devices of a mapped axis; `x` itself where there is none."""
-    return x if axis_name is None else jax.lax.psum(x, axis_name)
+def sum_over(axis_name: str | None, totals: tuple[Sums, Params]) -> tuple[Sums, Params]:
+    """The totals over the devices of a mapped axis; themselves where there is none."""
+    sums, grads = totals
+    return totals if axis_name is None else (sums.over(axis_name), jax.lax.psum(grads, axis_name))
 
 
 def make_train_step(
@@ -97,9 +98,12 @@ def make_train_step(
             totals = microbatch(0)
         else:
             zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(microbatch, 0))
-            totals, _ = jax.lax.scan(
-                lambda total, i: (jax.tree.map(jnp.add, total, microbatch(i)), None), zeros, jnp.arange(A)
-            )
+
+            def add(totals: tuple[Sums, Params], i: jax.Array) -> tuple[tuple[Sums, Params], None]:
+                sums, grads = microbatch(i)
+                return (totals[0].plus(sums), jax.tree.map(jnp.add, totals[1], grads)), None
+
+            totals, _ = jax.lax.scan(add, zeros, jnp.arange(A))
         sums, grads = sum_over(axis_name, totals)
         may_be_empty = batch.mask is not None
         count = or_one(sums.denominator) if may_be_empty else sums.denominator
@@ -108,7 +112,7 @@ def make_train_step(
             sums.numerator / count,
             optax.tree.norm(grads),
             jnp.asarray(schedule(state.step), jnp.float32),
-            {name: total / or_one(count) for name, (total, count) in sums.logged.items()},
+            sums.values(),
         )
 
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -121,14 +125,9 @@ def make_train_step(
     return train_step
 
 
-def or_one(count: jax.Array) -> jax.Array:
-    """`count`, or 1 where it is 0: a divisor for sums that are 0 in that case."""
-    return jnp.where(count == 0, 1, count)
-
-
 def make_eval_step(objective: Objective, model: GPT, axis_name: str | None) -> Callable[[Params, Batch], Sums]:
     """The evaluation step: `(params, batch)` to the objective's sums over all devices, without dropout.
 
     batch: this device's share, without an axis of microbatches.
     """
-    return lambda params, batch: sum_over(axis_name, objective(model, params, batch, None))
+    return lambda params, batch: objective(model, params, batch, None).over(axis_name)

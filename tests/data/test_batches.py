@@ -42,7 +42,7 @@ def test_hosts_share_out_the_global_batch(step: int, n_hosts: int, seed: int) ->
     batches = MixedBatches(sources("text", "packed"), [Stage(0, (1, 2)), Stage(1000, (5, 1))], 8, seed)
     whole = batches(step)
     shares = [batches(step, rows) for rows in np.split(np.arange(8), n_hosts)]
-    for expected, *parts in zip(whole, *shares, strict=True):
+    for expected, *parts in zip(whole[:4], *(share[:4] for share in shares), strict=True):
         assert np.array_equal(np.concatenate(parts), expected)
 
 
@@ -147,7 +147,7 @@ def test_evaluation_has_every_row_once(split: Split, T: int, B: int) -> None:
     rows = PackedRows(split, pack(split, T))
     batches = list(packed_eval_batches(rows, B))
     assert len(batches) == -(-len(rows) // B)
-    found = [Batch(*(x[b] for x in batch)) for batch in batches for b in range(B)]
+    found = [Batch(*(x[b] for x in batch[:4])) for batch in batches for b in range(B)]
     for index, row in enumerate(found):
         if index < len(rows):
             assert all(np.array_equal(a, b) for a, b in zip(row, rows.row(index, 0), strict=True))

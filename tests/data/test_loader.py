@@ -67,7 +67,7 @@ def test_an_epoch_visits_every_window_once(loader: tuple[MixedBatches, Stream], 
 def test_a_window_is_consecutive_tokens_of_the_ring(loader: tuple[MixedBatches, Stream], step: int) -> None:
     batches, stream = loader
     rows, *rest = batches(step)
-    assert rest == [None, None, None]  # Every token is a target, and a row is one document.
+    assert rest == [None] * 4  # Every token is a target, and a row is one document.
     assert rows.dtype == np.int32
     assert rows.shape == (batches.batch_size, stream.context_length + 1)
     assert np.array_equal(rows[:, 1:], rows[:, :-1] % len(stream.tokens) + 1)
@@ -125,7 +125,7 @@ def test_a_split_smaller_than_a_window_is_refused() -> None:
 @given(n=st.integers(2, 300), T=st.integers(1, 20), B=st.integers(1, 8))
 def test_evaluation_asks_for_every_token_but_the_first_once(n: int, T: int, B: int) -> None:
     targets = []
-    for tokens, mask, segments, positions in eval_batches(Split([n]), T, B):
+    for tokens, mask, segments, positions, _ in eval_batches(Split([n]), T, B):
         assert segments is positions is None
         assert tokens.shape == (B, T + 1)
         assert np.array_equal(tokens[:, 1:][mask], tokens[:, :-1][mask] + 1)

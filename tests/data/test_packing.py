@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from gpt_jax.data import packing
 from gpt_jax.data.packing import PackedRows, Packing, best_fit_decreasing, open_packing, pack
+from gpt_jax.storage import arrays
 from tests.data.splits import Split, splits, texts
 
 lengths_of = st.integers(1, 20)
@@ -66,7 +67,7 @@ def test_a_row_says_what_belongs_together(split: Split, T: int) -> None:
     rows = PackedRows(split, packed)
     targets: list[int] = []
     for index in range(len(rows)):
-        tokens, mask, segments, positions = rows.row(index, 0)
+        tokens, mask, segments, positions, _ = rows.row(index, 0)
         assert (tokens.dtype, mask.dtype, segments.dtype, positions.dtype) == (np.int32, bool, np.int32, np.int32)
         assert (tokens.shape, mask.shape, segments.shape, positions.shape) == ((T + 1,), (T,), (T,), (T,))
         here = slice(packed.row_starts[index], packed.row_starts[index + 1])
@@ -214,7 +215,7 @@ def test_a_folder_that_cannot_be_written_is_read_all_the_same(tmp_path: Path, mo
     def refuse(path: Path) -> None:
         raise OSError(errno.EROFS, "Read-only file system", str(path))
 
-    monkeypatch.setattr(packing, "replacing", refuse)
+    monkeypatch.setattr(arrays, "replacing", refuse)
     split = Split([5, 3, 4])
     assert_same(open_packing(tmp_path, "train", split, "abc", 7), pack(split, 7))
     assert not [*tmp_path.iterdir()]

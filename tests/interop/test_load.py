@@ -12,6 +12,7 @@ import pytest
 from gpt_jax.api import Model
 from gpt_jax.cli.parse import given_fields
 from gpt_jax.config import Config, DataConfig, LoraConfig, ModelConfig, RopeConfig, RopeScalingName
+from gpt_jax.data.folders import DataFolders
 from gpt_jax.errors import UserError
 from gpt_jax.interop.families import family_for
 from gpt_jax.interop.load import aligned, check_tokenizer, load_params, open_named, their_config
@@ -295,6 +296,7 @@ def test_training_from_a_model_whose_tokenizer_has_more(llama: tuple[Path, Param
     config, data = set_up(config, {"data.source", "data.dir"})
     assert config.model.vocab_size == 261
     assert data.tokenizer.vocab_size == 262
+    assert isinstance(data, DataFolders)
     [folder_data] = data.by_name.values()
     assert folder_data.train.read(0, len(folder_data.train)).max() < 261
 

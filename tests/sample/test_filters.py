@@ -35,7 +35,8 @@ from gpt_jax.sample.filters import (
 )
 from gpt_jax.sample.generate import Result
 from gpt_jax.sample.settings import Filters, Settings, changed
-from gpt_jax.train import loop
+from gpt_jax.tokenizer.bytes import ByteTokenizer
+from gpt_jax.train.tasks import texts
 from tests import tiny
 
 # Distinct by a good margin: with ties, or sums at the edge of p, float32 and float64 may rightly disagree.
@@ -365,9 +366,11 @@ def test_there_is_one_default_of_each_filter(monkeypatch: pytest.MonkeyPatch) ->
         used.append(args[-1])
         return [Result([])]
 
-    monkeypatch.setattr(loop, "generate", generate)
-    placement: Any = SimpleNamespace(replicas=lambda params: {0: params})
-    loop.write_sample(GPT(tiny.GPT2), placement, {}, SimpleNamespace(tokenizer=None), Config())  # type: ignore[arg-type]
+    monkeypatch.setattr(texts, "generate_tokens", generate)
+    placement = SimpleNamespace(replicas=lambda params: {0: params})
+    data = SimpleNamespace(tokenizer=ByteTokenizer(), by_name={})
+    task: Any = SimpleNamespace(placement=placement, config=Config(), data=data, model=GPT(tiny.GPT2))
+    texts.TextTask.sample(task, {}, 0)
     command = parse(SampleArgs, [], "sample").settings
     assert used[0].filters == command.filters == changed(Settings(), {}).filters == Filters()
     assert Filters().top_p == 0.95

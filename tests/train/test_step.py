@@ -96,7 +96,7 @@ def test_dropout_does_not_depend_on_devices_and_microbatches(one_device: Any) ->
 def test_dropout_is_drawn_anew_for_every_seed_and_step() -> None:
     def objective(model: GPT, params: Any, batch: Batch, keys_B: Any) -> Sums:
         one = jnp.float32(1)
-        return Sums(0 * jnp.sum(params["tokens_VD"]), one, {"drawn": (jax.random.uniform(keys_B[0]), one)})
+        return Sums(0 * jnp.sum(params["tokens_VD"]), one, {"drawn": (jax.random.uniform(keys_B[0]), one)}, {})
 
     model, optimizer = GPT(dataclasses.replace(CONFIG, dropout=0.2)), make_optimizer(OPTIMIZER, STEPS)
     batch = Batch(np.zeros((1, 2, CONFIG.context_length + 1), np.int32))
@@ -153,7 +153,7 @@ def test_evaluation_counts_only_what_is_not_masked(rng: np.random.Generator, n_d
     tokens = rng.integers(0, CONFIG.vocab_size, (8, 17), dtype=np.int32)
     mask = rng.random((8, 16)) < 0.5
     eval_step = placement.jit(make_eval_step(next_token, model, placement.axis_name), donate=False)
-    total, count, _ = eval_step(params, placement.split(Batch(tokens, mask)))
+    total, count, *_ = eval_step(params, placement.split(Batch(tokens, mask)))
 
     @jax.jit
     def losses(params: Any) -> jax.Array:
@@ -243,7 +243,7 @@ def test_what_an_objective_logs_is_divided_after_it_is_added_up() -> None:
             "mean_even": (jnp.sum(targets, where=even), n_even),
             "nothing": (jnp.float32(0), jnp.float32(0)),
         }
-        return Sums(jnp.sum(params["tokens_VD"][batch.tokens]), jnp.float32(batch.tokens.size), logged)
+        return Sums(jnp.sum(params["tokens_VD"][batch.tokens]), jnp.float32(batch.tokens.size), logged, {})
 
     batch = some_targets(1)
     targets = batch.tokens[:, 1:]

@@ -20,4 +20,4 @@ def next_token(model: GPT, params: Params, batch: Batch, keys_B: jax.Array | Non
     c = model.config
     mask_BT = jnp.ones(targets_BT.shape) if batch.mask is None else batch.mask.astype(jnp.float32)
     loss = sum_of_nats(hidden_BTD, head_VD(params), targets_BT, mask_BT, c.vocab_size, c.loss_chunk)
-    return Sums(loss, jnp.sum(mask_BT), logged={})
+    return Sums(loss, jnp.sum(mask_BT), logged={}, largest={})

@@ -1,0 +1,1 @@
+"""Where problems come from, and what judges the answers to them. Nothing here imports JAX."""

@@ -1,0 +1,255 @@
+"""Problems, the answers that the model in training writes to them, and the rewards of these."""
+
+import dataclasses
+import os
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from gpt_jax import hosts
+from gpt_jax.config import Config, GrpoConfig
+from gpt_jax.data.batch import Batch
+from gpt_jax.data.loader import draw, samples_of
+from gpt_jax.data.shards import SPLITS, Meta, SplitName
+from gpt_jax.environments.environment import Environment, Problem
+from gpt_jax.environments.judges import Judges, JudgingError
+from gpt_jax.errors import UserError
+from gpt_jax.model.gpt import GPT, Params
+from gpt_jax.placement import Placement
+from gpt_jax.run.checkpoint import data_facts
+from gpt_jax.sample.decode import bucket
+from gpt_jax.sample.generate import Row
+from gpt_jax.sample.settings import Filters, Settings
+from gpt_jax.tokenizer.tokenizer import Tokenizer
+from gpt_jax.train.logprobs import make_logprobs_step
+from gpt_jax.train.objectives.grpo import NO_SPREAD, Rewarded, advantages, as_drawn, filters, make_grpo
+from gpt_jax.train.references import reference_model
+from gpt_jax.train.rollouts import EVALUATION, Rollouts, prompt_tokens
+from gpt_jax.train.step import TrainState
+from gpt_jax.train.tasks.task import Feed, FeedError
+
+STEPS_TO_WARN = 10
+"""Steps with equal rewards, from the start of a run, after which it says so."""
+
+
+@dataclass(frozen=True)
+class RewardSource:
+    """The environment of a run, and the tokenizer of the model that is tuned."""
+
+    config: GrpoConfig
+    environment: Environment
+    tokenizer: Tokenizer
+    metas: list[Meta]  # Of the prepared problem set, if it is one.
+    folder: str = ""  # That set.
+
+    def problem(self, split: SplitName, number: int) -> Problem:
+        """A problem. Raises FeedError when the environment does not give it."""
+        try:
+            return self.environment.problems(split)[number]
+        except Exception as e:
+            what = f"{type(e).__name__}: {e}".rstrip(": ")
+            raise FeedError(
+                f"problem {number} of {split}: the environment {self.config.environment} raised {what}"
+            ) from e
+
+
+class RewardTask:
+    """See Task. Each batch has `group_size` answers to each of `data.batch_size` problems."""
+
+    unit, tokens_per_step = "problems", 0
+
+    def __init__(self, config: Config, source: RewardSource, model: GPT, placement: Placement) -> None:
+        if hosts.several():
+            raise UserError("objective.name = grpo runs on one host; leave out --coordinator")
+        self.config, self.source, self.model, self.placement = config, source, model, placement
+        self.grpo = grpo = config.objective.grpo
+        self.size, self.steps_a_batch = config.data.batch_size, grpo.iterations
+        self.n_micro = placement.microbatches(self.size, config.data.microbatch_size)
+        n_tokens = source.tokenizer.vocab_size
+        self.objective = make_grpo(grpo, n_tokens)
+        n_answers = self.size * grpo.group_size
+        self.rollouts = Rollouts(model, placement, source.tokenizer, grpo, config.train.seed, n_answers)
+        self.settings = Settings(max_new_tokens=grpo.max_new_tokens, stop=grpo.stop, filters=filters(grpo))
+        self.logprobs_step = placement.jit(make_logprobs_step(model, n_tokens, as_drawn(grpo)), False, divided=True)
+        self.n_train, self.n_val = (len(source.environment.problems(split)) for split in SPLITS)
+        for split in SPLITS:
+            if not len(source.environment.problems(split)):
+                raise UserError(f"the environment {grpo.environment} has no problem in {split}")
+            prompt_tokens(source.problem(split, 0), source.tokenizer)  # Raises now, not later.
+        self.n_evaluated = min(grpo.eval_problems, self.n_val)
+        own = {
+            "tokenizer": source.tokenizer.fingerprint,
+            "data": " ".join((grpo.environment, *grpo.options)),
+            "splits": {},
+        }
+        self.facts = data_facts(*source.metas) if source.metas else own
+        self.reference_params: Params | None = None
+        self.equal_steps: int | None = 0  # None: some rewards were different.
+        self.first_reward = 0.0
+
+    def describe(self) -> dict[str, str]:
+        """See Task."""
+        g, name = self.grpo, " ".join((self.grpo.environment, *self.grpo.options))
+        return {
+            "data": f"{name}: {self.n_train:,} training and {self.n_val:,} held-out problems",
+            "rewards": f"{g.loss}, {self.size} x {g.group_size} answers of up to {g.max_new_tokens} tokens a step",
+        }
+
+    def begin(self, state: TrainState, meta: dict[str, Any]) -> None:
+        """See Task."""
+        if self.grpo.kl_beta:
+            run = self.config, self.model, self.placement, state
+            model, self.reference_params = reference_model(*run, meta["base"], keep=True)
+            step = make_logprobs_step(model, self.source.tokenizer.vocab_size, as_drawn(self.grpo))
+            self.reference_step = self.placement.jit(step, False, divided=True)
+
+    @contextmanager
+    def feed(self, steps: range) -> Iterator[Feed]:
+        """See Task."""
+        g = self.grpo
+        n_judges = g.judges or max(1, (os.cpu_count() or 2) - 1)
+        batch: Batch | None = None
+
+        def feed(step: int, state: TrainState) -> tuple[Batch, dict[str, float]]:
+            nonlocal batch
+            if step % g.iterations:
+                assert batch is not None
+                return batch, {}
+            batch, facts = self.collect(step, state.all_params())
+            return batch, facts
+
+        with Judges(g.environment, g.options, self.source.folder, n_judges, g.judge_timeout) as judges:
+            self.judges = judges
+            yield feed
+
+    def collect(self, step: int, params: Params) -> tuple[Batch, dict[str, float]]:
+        """The answers of a step with their rewards, on the devices, and what is to be logged of them."""
+        g, begin = self.grpo, time.perf_counter()
+        P, G, T = self.size, g.group_size, g.max_prompt_tokens + g.max_new_tokens
+        numbers = [i for i, _ in draw(self.n_train, samples_of(step // g.iterations, P, None), self.config.train.seed)]
+        prompts = [prompt_tokens(self.source.problem("train", number), self.source.tokenizer) for number in numbers]
+        fits = [place for place, prompt in enumerate(prompts) if len(prompt) <= g.max_prompt_tokens]
+        if not fits:
+            raise FeedError(
+                f"problem {numbers[0]} of train has a prompt of {len(prompts[0])} tokens, and no problem of this step "
+                f"has one of objective.grpo.max_prompt_tokens = {g.max_prompt_tokens} or less; raise it"
+            )
+        rows, futures = {}, {}
+        for place, sample, row in self.rollouts(params, [prompts[i] for i in fits], G, self.settings, step):
+            where = fits[place], sample
+            rows[where], futures[where] = row, self.judges.submit("train", numbers[where[0]], row.result.text)
+        written = time.perf_counter()
+        rewards_PG = np.zeros((P, G))
+        for where, future in futures.items():
+            rewards_PG[where] = judged(future)
+        waited = time.perf_counter()
+
+        longest = max(len(row.result.prompt_tokens) + len(row.result.tokens) for row in rows.values())
+        T = bucket(longest - 1, self.model.config.context_length, self.placement.context * 32)
+        tokens_PGT, mask_PGT = np.zeros((P, G, T + 1), np.int32), np.zeros((P, G, T), bool)
+        drawn_PGT, is_cut_PG = np.zeros((P, G, T), np.float32), np.zeros((P, G), bool)
+        for where, row in rows.items():
+            prompt, answer = row.result.prompt_tokens, row.result.tokens
+            begin_at, end = len(prompt), len(prompt) + len(answer)
+            tokens_PGT[where][:end] = prompt + answer
+            mask_PGT[where][begin_at - 1 : end - 1] = True
+            drawn_PGT[where][begin_at - 1 : end - 1] = row.result.drawn_logprobs
+            is_cut_PG[where] = row.result.finish_reason == "length"
+        advantages_PG, has_spread_P = np.zeros((P, G), np.float32), np.zeros(P, bool)
+        advantages_PG[fits], has_spread_P[fits] = advantages(rewards_PG[fits], g)
+        counts_PG = has_spread_P[:, None] & ~(is_cut_PG & (g.overlong == "mask"))
+        batch = Batch(tokens_PGT, mask_PGT, extra=Rewarded(advantages_PG, counts_PG, drawn_PGT))
+        batch = self.placement.split(batch, self.n_micro)
+        bare = batch._replace(extra=None)
+        if self.reference_params is not None:
+            said = self.logprobs(self.reference_step, self.reference_params, bare)
+            batch = batch._replace(extra=batch.extra._replace(reference=said))
+        if g.iterations > 1:
+            said = self.logprobs(self.logprobs_step, params, bare)
+            batch = batch._replace(extra=batch.extra._replace(old=said))
+
+        self.notice_equal_rewards(rewards_PG[fits])
+        return batch, {
+            "reward": float(rewards_PG[fits].mean()),
+            "step_tokens": int(mask_PGT.sum()),
+            "answer_tokens": float(mask_PGT[fits].sum(axis=2).mean()),
+            "overlong": int(is_cut_PG.sum()),
+            "without_spread": int((~has_spread_P[fits]).sum()),
+            "too_long": P - len(fits),
+            "rollout_ms": (written - begin) * 1e3,
+            "judging_ms": (waited - written) * 1e3,
+        }
+
+    def logprobs(self, step: Any, params: Params, batch: Batch) -> jax.Array:
+        """The log-probabilities of drawn tokens. Several CPU devices can deadlock when programs with sums queue up."""
+        found = step(params, batch)
+        return jax.block_until_ready(found) if self.placement.must_wait else found
+
+    def notice_equal_rewards(self, rewards: np.ndarray) -> None:
+        """Says that nothing can be learnt when all rewards of a run's first steps are the same."""
+        if self.equal_steps is None:
+            return
+        self.first_reward = rewards.flat[0] if self.equal_steps == 0 else self.first_reward
+        self.equal_steps = self.equal_steps + 1 if np.all(np.abs(rewards - self.first_reward) <= NO_SPREAD) else None
+        if self.equal_steps == STEPS_TO_WARN:
+            print(
+                f"all rewards of the first {STEPS_TO_WARN} steps are {self.first_reward:g}, from which nothing is "
+                "learnt: make the problems easier or harder, or tune the model on answers to them first",
+                file=sys.stderr,
+            )
+
+    def epochs(self, step: int) -> dict[str, float]:
+        """See Task."""
+        return {"problems": -(-step // self.grpo.iterations) * self.size / self.n_train}
+
+    def evaluate(self, params: Params, step: int) -> dict[str, float]:
+        """See Task: the mean reward of one answer to each of the first held-out problems. The loss is what it lacks
+        to 1."""
+        rewards, lengths = [], []
+        for row, reward in self.answer_held_out(params, range(self.n_evaluated), step):
+            rewards.append(reward)
+            lengths.append(len(row.result.tokens))
+        if not rewards:
+            raise UserError(
+                f"no held-out problem has a prompt of objective.grpo.max_prompt_tokens = {self.grpo.max_prompt_tokens} "
+                "tokens or less; raise it"
+            )
+        mean = float(np.mean(rewards))
+        return {"val_loss": 1 - mean, "val_reward": mean, "val_answer_tokens": float(np.mean(lengths))}
+
+    def answer_held_out(self, params: Params, numbers: range, step: int) -> Iterator[tuple[Row, float]]:
+        """Answers to those of the held-out problems whose prompts are short enough, with their rewards, in order."""
+        prompts = {i: prompt_tokens(self.source.problem("val", i), self.source.tokenizer) for i in numbers}
+        fits = [i for i, prompt in prompts.items() if len(prompt) <= self.grpo.max_prompt_tokens]
+        settings = dataclasses.replace(self.settings, filters=Filters(self.grpo.eval_temperature, top_p=1.0))
+        found = {}
+        for place, _, row in self.rollouts(params, [prompts[i] for i in fits], 1, settings, EVALUATION + step):
+            found[place] = row, self.judges.submit("val", fits[place], row.result.text)
+        for place in range(len(fits)):
+            row, future = found[place]
+            yield row, judged(future)
+
+    def sample(self, params: Params, step: int) -> str:
+        """See Task: a held-out problem, another one each time, with an answer and its reward."""
+        number = step // max(1, self.config.train.sample_every) % self.n_evaluated
+        decode = self.source.tokenizer.decode
+        texts = [
+            f"{decode(row.result.prompt_tokens)}{row.result.text}\n--- reward {reward:g}"
+            for row, reward in self.answer_held_out(params, range(number, number + 1), step)
+        ]
+        return "--- sample\n" + "\n".join(texts)
+
+
+def judged(future: Future[float]) -> float:
+    """A reward. Raises FeedError when there is none."""
+    try:
+        return future.result()
+    except JudgingError as e:
+        raise FeedError(str(e)) from e
