@@ -1,1 +1,0 @@
-"""Where problems come from, and what judges the answers to them. Nothing here imports JAX."""
