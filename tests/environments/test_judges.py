@@ -15,6 +15,7 @@ from gpt_jax.environments import judges as judges_module
 from gpt_jax.environments.environment import Problem, open_environment
 from gpt_jax.environments.judges import Judges, JudgingError
 from gpt_jax.errors import UserError
+from tests.commands import ROOT
 
 ODD = """
 import os, signal, subprocess, sys, time
@@ -249,7 +250,11 @@ with Judges(sys.argv[1], [], "", 2) as judges:
 
 def start_parent(odd: str, answer: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", PARENT, odd, answer], stderr=subprocess.PIPE, text=True, start_new_session=True
+        [sys.executable, "-c", PARENT, odd, answer],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # So that a test can interrupt all of its group, as a terminal does.
     )
 
 
@@ -275,4 +280,5 @@ def test_an_interrupt_is_for_the_parent(odd: str, pid_file: Path) -> None:
 
 def test_the_processes_import_no_jax() -> None:
     code = "import sys, gpt_jax.environments.worker; print(sorted({'jax', 'flax', 'optax'} & {*sys.modules}))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "[]\n"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
