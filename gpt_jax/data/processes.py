@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,13 @@ from gpt_jax.errors import UserError
 
 
 class WorkerProcess:
-    """See Worker. It does one of `worker.JOBS`, made of `argument`."""
+    """See Worker. It runs a module of this package, by default the one that does one of `worker.JOBS`."""
 
-    def __init__(self, job: str, argument: str) -> None:
+    def __init__(self, *arguments: str, module: str = worker.__name__) -> None:
         package = str(Path(worker.__file__).parents[2])
         search_path = os.pathsep.join(filter(None, [package, os.environ.get("PYTHONPATH")]))
         self._process: Any = subprocess.Popen(
-            [sys.executable, "-m", worker.__name__, job, argument],
+            [sys.executable, "-m", module, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": search_path},
@@ -47,7 +48,9 @@ class WorkerProcess:
 
     def kill(self) -> None:
         """See Worker."""
-        self._process.kill()
+        if self._process.returncode is None:  # Then the number is still its own.
+            with suppress(ProcessLookupError, PermissionError):  # macOS denies the group of one that has just ended.
+                os.killpg(self._process.pid, signal.SIGKILL)  # With what it has started.
 
     def close(self) -> None:
         """See Worker."""

@@ -134,7 +134,8 @@ class RewardTask:
         g, begin = self.grpo, time.perf_counter()
         P, G, T = self.size, g.group_size, g.max_prompt_tokens + g.max_new_tokens
         numbers = [i for i, _ in draw(self.n_train, samples_of(step // g.iterations, P, None), self.config.train.seed)]
-        prompts = [prompt_tokens(self.source.problem("train", number), self.source.tokenizer) for number in numbers]
+        problems = [self.source.problem("train", number) for number in numbers]
+        prompts = [prompt_tokens(problem, self.source.tokenizer) for problem in problems]
         fits = [place for place, prompt in enumerate(prompts) if len(prompt) <= g.max_prompt_tokens]
         if not fits:
             raise FeedError(
@@ -144,7 +145,8 @@ class RewardTask:
         rows, futures = {}, {}
         for place, sample, row in self.rollouts(params, [prompts[i] for i in fits], G, self.settings, step):
             where = fits[place], sample
-            rows[where], futures[where] = row, self.judges.submit("train", numbers[where[0]], row.result.text)
+            rows[where] = row
+            futures[where] = self.judges.submit("train", numbers[fits[place]], row.result.text, problems[fits[place]])
         written = time.perf_counter()
         rewards_PG = np.zeros((P, G))
         for where, future in futures.items():
@@ -226,12 +228,14 @@ class RewardTask:
 
     def answer_held_out(self, params: Params, numbers: range, step: int) -> Iterator[tuple[Row, float]]:
         """Answers to those of the held-out problems whose prompts are short enough, with their rewards, in order."""
-        prompts = {i: prompt_tokens(self.source.problem("val", i), self.source.tokenizer) for i in numbers}
+        problems = {i: self.source.problem("val", i) for i in numbers}
+        prompts = {i: prompt_tokens(problem, self.source.tokenizer) for i, problem in problems.items()}
         fits = [i for i, prompt in prompts.items() if len(prompt) <= self.grpo.max_prompt_tokens]
         settings = dataclasses.replace(self.settings, filters=Filters(self.grpo.eval_temperature, top_p=1.0))
         found = {}
         for place, _, row in self.rollouts(params, [prompts[i] for i in fits], 1, settings, EVALUATION + step):
-            found[place] = row, self.judges.submit("val", fits[place], row.result.text)
+            number = fits[place]
+            found[place] = row, self.judges.submit("val", number, row.result.text, problems[number])
         for place in range(len(fits)):
             row, future = found[place]
             yield row, judged(future)

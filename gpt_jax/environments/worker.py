@@ -1,0 +1,97 @@
+"""A process that judges answers to the problems of one environment, which it opens itself.
+
+Its argument is JSON: the name, the options and the data of `open_environment`. Requests and replies are JSON, in the
+messages of `gpt_jax.data.worker`. The first request, null, is answered when the environment is open; any other one,
+[split, number, answer, `prompt_key` or ""], when the answer is judged. A reply has a `reward`, an `error`, or,
+when the environment could not be opened, `refused`.
+"""
+
+import hashlib
+import json
+import os
+import queue
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from gpt_jax.data.shards import SplitName
+from gpt_jax.data.worker import receive, send
+from gpt_jax.environments.environment import Environment, Problem, open_environment, raised
+from gpt_jax.errors import UserError
+
+
+def prompt_key(problem: Problem) -> str:
+    """A hash of the prompt, by which two processes tell whether they have made the same problem."""
+    prompt = problem.prompt.tolist() if isinstance(problem.prompt, np.ndarray) else problem.prompt
+    return hashlib.blake2b(json.dumps(prompt, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+class Judge:
+    """Judges answers by an environment of a name."""
+
+    def __init__(self, environment: Environment, name: str) -> None:
+        self._environment = environment
+        self._name = name
+        self._problems: dict[SplitName, Sequence[Problem]] = {}
+
+    def __call__(self, split: SplitName, number: int, answer: str, key: str) -> dict[str, Any]:
+        """The reply to a request. Whatever the environment does becomes an error in it."""
+        try:
+            if split not in self._problems:
+                self._problems[split] = self._environment.problems(split)
+            problem = self._problems[split][number]
+            if key and prompt_key(problem) != key:
+                return {"error": f"the environment {self._name} makes other problems in every process"}
+            reward: object = self._environment.reward(problem, answer)
+            if isinstance(reward, bool | int | float | np.bool_ | np.integer | np.floating) and 0 <= reward <= 1:
+                return {"reward": float(reward)}
+            shown = " ".join(f"{reward!r:.100}".split())
+            return {"error": f"the environment {self._name} returned {shown}, which is no number from 0 to 1"}
+        except UserError as e:
+            return {"error": str(e)}
+        except BaseException as e:  # Also SystemExit.
+            return {"error": f"the environment {self._name} raised {raised(e)}"}
+
+
+def main() -> None:
+    """Answers until stdin is closed, which also happens when the parent dies."""
+    requests, replies = take_pipes()
+    tasks: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+    threading.Thread(target=_read, args=(requests, tasks), daemon=True).start()
+    name, options, data = json.loads(sys.argv[1])
+    try:
+        judge = Judge(open_environment(name, options, data), name)
+        opened = {}
+    except UserError as e:
+        opened = {"refused": str(e)}
+    while True:
+        task = json.loads(tasks.get())
+        send(replies, json.dumps(judge(*task) if task else opened).encode())
+
+
+def take_pipes() -> tuple[BinaryIO, BinaryIO]:
+    """Stdin and stdout, for this process alone: what an environment prints goes to stderr, and it reads nothing."""
+    requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    os.dup2(2, 1)
+    sys.stdout = sys.stderr  # Not stdout, which would hold back what is printed.
+    return requests, replies
+
+
+def _read(requests: BinaryIO, tasks: "queue.SimpleQueue[bytes]") -> None:
+    """Reads while an answer is judged, too, so that this process ends with its parent even where that hangs."""
+    try:
+        while True:
+            tasks.put(receive(requests))
+    except EOFError:
+        os.killpg(os.getpid(), signal.SIGKILL)  # With what the environment has started, in the session of this process.
+
+
+if __name__ == "__main__":
+    main()
