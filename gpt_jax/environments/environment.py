@@ -188,7 +188,7 @@ def _attribute(module: ModuleType, attribute: str, name: str) -> Callable[..., A
         hint = f"; did you mean {near[0]}?" if near else ""
         raise UserError(f"the environment {name}: the module has no {attribute}{hint}")
     if not callable(make):
-        raise UserError(f"the environment {name}: {attribute} is no class or function, but a {type(make).__name__}")
+        raise UserError(f"the environment {name}: {attribute} is of type {type(make).__name__}, no class or function")
     return cast(Callable[..., Any], make)
 
 

@@ -2,7 +2,11 @@
 
 The answers are judged by its own rules, as they are. Most give a part of the reward to an answer that has the right one
 in it, some 0.01 or 0.05 to any answer, and game_of_life_halting all of it to a text without a verdict where "False" is
-right. Those of algebra and puzzle24 read answers by SymPy's parser, which evaluates them as Python.
+right.
+
+Nine tasks evaluate answers as Python: string_insertion, spiral_matrix, binary_matrix and n_queens by eval, countdown,
+puzzle24, polynomial_multiplication and the two of integration by SymPy's parser. Judge what an untrusted model writes
+to them where it can do no harm. An answer such as 9**9**9**9 hangs there, which is an error of `Judges`.
 """
 
 import dataclasses
@@ -60,7 +64,7 @@ class ReasoningGym:
         for name, n in (("n_train", n_train), ("n_val", n_val)):
             check(type(n) is int and 1 <= n <= MAX_PROBLEMS, name, n, f"1 to {MAX_PROBLEMS:,}")
         check(type(seed) is int and 0 <= seed <= MAX_PROBLEMS, "seed", seed, f"0 to {MAX_PROBLEMS:,}")
-        if task in BY_HASH_ORDER and os.environ.get("PYTHONHASHSEED", "random") == "random":
+        if task in BY_HASH_ORDER and (os.environ.get("PYTHONHASHSEED") or "random") == "random":
             raise UserError(f"{task} makes other problems in every process; set PYTHONHASHSEED=0, and start again")
         self._tags = tags
         self._splits = {

@@ -6,6 +6,7 @@ messages of `gpt_jax.data.worker`. The first request, null, is answered when the
 when the environment could not be opened, `refused`.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -70,7 +71,9 @@ def main() -> None:
         opened = {"refused": str(e)}
     while True:
         task = json.loads(tasks.get())
-        send(replies, json.dumps(judge(*task) if task else opened).encode())
+        reply = judge(*task) if task else opened
+        with contextlib.suppress(BrokenPipeError):  # The parent is gone, and `_read` ends this process.
+            send(replies, json.dumps(reply).encode())
 
 
 def take_pipes() -> tuple[BinaryIO, BinaryIO]:

@@ -161,7 +161,7 @@ def test_what_is_refused(name: str, options: list[str], message: str) -> None:
         ("exits", [], " raised SystemExit: 3 (mine.py, line 26) when it was made"),
         ("needs", [], " needs the option path; give it as path=VALUE"),
         ("Mine", ["m=1"], ": there is no option m; it takes n, text"),
-        ("number", [], ": number is no class or function, but a int"),
+        ("number", [], ": number is of type int, no class or function"),
         ("half", [], " is a function without a method reward; it needs problems and reward"),
     ],
 )
