@@ -4,9 +4,9 @@ The answers are judged by its own rules, as they are. Most give a part of the re
 in it, some 0.01 or 0.05 to any answer, and game_of_life_halting all of it to a text without a verdict where "False" is
 right.
 
-Nine tasks evaluate answers as Python: string_insertion, spiral_matrix, binary_matrix and n_queens by eval, countdown,
-puzzle24, polynomial_multiplication and the two of integration by SymPy's parser. Judge what an untrusted model writes
-to them where it can do no harm. An answer such as 9**9**9**9 hangs there, which is an error of `Judges`.
+Nine tasks evaluate answers as Python, by eval or by SymPy's parser. They are refused unless the option `evaluates` is
+true: what a model writes to them should be judged where it can do no harm. An answer such as 9**9**9**9 hangs there,
+which is an error of `Judges`.
 """
 
 import dataclasses
@@ -33,6 +33,12 @@ HOW_TO_ANSWER = "Write the final answer between <answer> and </answer>."
 
 TASKS = sorted({*factory.DATASETS} - {"composite"})  # Which is made of others, by objects that are no options.
 
+EVALUATING = (
+    *("binary_matrix", "n_queens", "spiral_matrix", "string_insertion"),
+    *("countdown", "intermediate_integration", "polynomial_multiplication", "puzzle24", "simple_integration"),
+)
+"""Tasks that evaluate answers: the first line by eval, the second one by SymPy."""
+
 BY_HASH_ORDER = (
     *("codeio", "isomorphic_strings", "knight_swap", "list_functions", "polynomial_multiplication", "ransom_note"),
     "word_ladder",
@@ -52,10 +58,12 @@ class ReasoningGym:
         n_train: int = 100_000,
         n_val: int = 1_000,
         seed: int = 0,
+        evaluates: bool = False,
         **options: Any,
     ) -> None:
-        """tags: whether the final answer stands between <answer> and </answer>; else it is the whole answer. options:
-        those of the task itself. Raises UserError for an unknown task, and for options that it does not take."""
+        """tags: whether the final answer stands between <answer> and </answer>; else it is the whole answer. evaluates:
+        whether the task may evaluate answers as Python. options: those of the task itself. Raises UserError for an
+        unknown task, and for options that it does not take."""
         if task not in TASKS:
             near = difflib.get_close_matches(task, TASKS, n=3)
             hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(TASKS)}"
@@ -64,6 +72,9 @@ class ReasoningGym:
         for name, n in (("n_train", n_train), ("n_val", n_val)):
             check(type(n) is int and 1 <= n <= MAX_PROBLEMS, name, n, f"1 to {MAX_PROBLEMS:,}")
         check(type(seed) is int and 0 <= seed <= MAX_PROBLEMS, "seed", seed, f"0 to {MAX_PROBLEMS:,}")
+        check(type(evaluates) is bool, "evaluates", evaluates, "true or false")
+        if task in EVALUATING and not evaluates:
+            raise UserError(f"{task} runs what the model answers as Python; allow it by the option evaluates=true")
         if task in BY_HASH_ORDER and (os.environ.get("PYTHONHASHSEED") or "random") == "random":
             raise UserError(f"{task} makes other problems in every process; set PYTHONHASHSEED=0, and start again")
         self._tags = tags
@@ -103,7 +114,7 @@ def _dataset(task: str, options: dict[str, Any], seed: int, size: int) -> Any:
     taken = [field.name for field in dataclasses.fields(config) if field.name not in ("seed", "size")]
     for option in options:
         if option not in taken:
-            raise unknown_option(option, ["tags", "n_train", "n_val", "seed", *taken])
+            raise unknown_option(option, ["tags", "n_train", "n_val", "seed", "evaluates", *taken])
     try:
         dataset = make(config(**options, seed=seed, size=size))
         entry = dataset[0]

@@ -29,21 +29,24 @@ FORMAT_VERSION = 1
 
 def reference_model(
     config: Config, model: GPT, placement: Placement, state: TrainState, fingerprint: str, keep: bool
-) -> tuple[GPT, Params]:
-    """The model to start from, and its parameters on this run's devices. Those below adapters are there, and before the
-    first step so are all, unless they are to be kept. Otherwise they are loaded, beside the trained ones.
+) -> tuple[GPT, Callable[[TrainState], Params]]:
+    """The model to start from, and what gives its parameters on this run's devices, at any state of the run; with
+    keep=False, only at the present one.
+
+    Those below adapters are part of the state, and before the first step so are all. Otherwise they are loaded, and lie
+    beside the trained ones.
 
     fingerprint: what the run's checkpoints say of that model. Raises UserError when it is missing or has changed.
     """
     if model.config.lora.rank:
-        return without_adapters(model), state.frozen
+        return without_adapters(model), lambda state: state.frozen
     if int(state.step) == 0 and not keep:
-        return model, state.params
+        return model, lambda state: state.params
     source = open_source(config.init_from)
     params = source.load_params(model.config, placement)
     if fingerprint_of(source, params) != fingerprint:
         raise UserError(f"the run began with another model than {config.init_from} now is, and is compared with it")
-    return model, params
+    return model, lambda state: params
 
 
 def without_adapters(model: GPT) -> GPT:

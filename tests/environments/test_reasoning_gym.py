@@ -49,7 +49,7 @@ import json, os, sys
 from gpt_jax.environments.reasoning_gym import ReasoningGym
 asked = []
 for task in sys.argv[1:]:
-    problems = ReasoningGym(task, n_train=100).problems("train")
+    problems = ReasoningGym(task, n_train=100, evaluates=True).problems("train")
     by_number = {i: problems[i].prompt for i in (99, 0, 3)[:: int(os.environ["STEP"])]}
     asked.append([by_number[i] for i in sorted(by_number)])
 print()  # Some tasks print dots.
@@ -98,7 +98,7 @@ def test_every_task_gives_all_for_its_own_answer() -> None:
     for task in TASKS:
         if task in (*BY_HASH_ORDER, "acre"):
             continue
-        environment = ReasoningGym(task, n_train=100, n_val=100)
+        environment = ReasoningGym(task, n_train=100, n_val=100, evaluates=True)
         for split in SPLITS:
             problem = environment.problems(split)[0]
             before = repr(problem)
@@ -117,10 +117,10 @@ def test_a_text_that_the_task_cannot_read_gets_nothing() -> None:
 
 
 def test_processes_judge_the_same() -> None:
-    environment = open_environment("reasoning-gym:countdown", ["n_val=9"])
+    environment = open_environment("reasoning-gym:countdown", ["n_val=9", "evaluates=true"])
     problems = environment.problems("val")
     answers = [f"<answer>{problems[i].fields['answer'] if i % 2 else '1 + 1'}</answer>" for i in range(9)]
-    with Judges("reasoning-gym:countdown", ["n_val=9"], "", 2) as judges:
+    with Judges("reasoning-gym:countdown", ["n_val=9", "evaluates=true"], "", 2) as judges:
         futures = [judges.submit("val", i, answer, problems[i]) for i, answer in enumerate(answers)]
         assert [f.result() for f in futures] == [environment.reward(problems[i], a) for i, a in enumerate(answers)]
 
@@ -132,7 +132,7 @@ def test_processes_judge_the_same() -> None:
         ("qqqq", [], "reasoning-gym has no task 'qqqq'; there are ab, acre, "),
         ("composite", [], "reasoning-gym has no task 'composite'; "),
         ("chain_sum", ["max_term=3"], "there is no option max_term; did you mean max_terms"),
-        ("chain_sum", ["size=3"], "there is no option size; it takes tags, n_train, n_val, seed, min_terms"),
+        ("chain_sum", ["size=3"], "there is no option size; it takes tags, n_train, n_val, seed, evaluates, min_terms"),
         ("chain_sum", ["task=ab"], "there is no option task; "),
         ("chain_sum", ["tags=1"], "tags = 1 is not possible: it must be true or false"),
         ("chain_sum", ["n_val=0"], "n_val = 0 is not possible: it must be 1 to 1,073,741,824"),
@@ -142,6 +142,8 @@ def test_processes_judge_the_same() -> None:
             ["max_terms=1"],
             "the task chain_sum does not work with these options: AssertionError: ",
         ),
+        ("countdown", [], "countdown runs what the model answers as Python; allow it by the option evaluates=true"),
+        ("countdown", ["evaluates=1"], "evaluates = 1 is not possible: it must be true or false"),
         ("chain_sum", ["max_terms=two"], "the task chain_sum does not work with these options: TypeError: "),
     ],
 )

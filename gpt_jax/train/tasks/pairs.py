@@ -2,7 +2,7 @@
 
 import functools
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -61,8 +61,12 @@ class PairTask:
         keep = self.config.objective.dpo.reference == "model"
 
         @functools.cache
-        def load() -> tuple[GPT, Params]:
+        def load() -> tuple[GPT, Callable[[TrainState], Params]]:
             return reference_model(self.config, self.model, self.placement, state, meta["base"], keep)
+
+        def loaded() -> tuple[GPT, Params]:
+            model, params = load()
+            return model, params(state)
 
         def logprobs(split: SplitName) -> np.ndarray:
             fingerprint = f"{meta['base']} {self.data.metas[0].splits[split].fingerprint}"
@@ -71,7 +75,9 @@ class PairTask:
             name = hashlib.sha256(fingerprint.encode()).hexdigest()[:16]
             file = folder / f"{split}-reference-{self.config.model.context_length}-{name}.bin"
             rows = self.data.rows(split, self.config.model.context_length)
-            return pair_logprobs(file, fingerprint, rows, self.eval_size, self.sizes, self.placement, load, self.model)
+            return pair_logprobs(
+                file, fingerprint, rows, self.eval_size, self.sizes, self.placement, loaded, self.model
+            )
 
         self.val_logprobs = logprobs("val")
         self.train_logprobs = None if keep else logprobs("train")
@@ -96,7 +102,7 @@ class PairTask:
             def feed(step: int, state: TrainState) -> tuple[Batch, dict[str, float]]:
                 batch = next(batches)
                 if batch.extra is None:
-                    said = self.reference_step(self.reference_params, batch)
+                    said = self.reference_step(self.reference_params(state), batch)
                     if self.placement.must_wait:
                         jax.block_until_ready(said)
                     batch = batch._replace(extra=Reference(said))

@@ -4,7 +4,7 @@ import dataclasses
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -72,6 +72,12 @@ class RewardTask:
         self.grpo = grpo = config.objective.grpo
         self.size, self.steps_a_batch = config.data.batch_size, grpo.iterations
         self.n_micro = placement.microbatches(self.size, config.data.microbatch_size)
+        most, T = grpo.max_prompt_tokens + grpo.max_new_tokens, model.config.context_length
+        if most > T + 1:
+            raise UserError(
+                f"objective.grpo.max_prompt_tokens + max_new_tokens = {most} are more than model.context_length + 1 = "
+                f"{T + 1}; shorten the answers, or leave out longer problems"
+            )
         n_tokens = source.tokenizer.vocab_size
         self.objective = make_grpo(grpo, n_tokens)
         n_answers = self.size * grpo.group_size
@@ -90,7 +96,7 @@ class RewardTask:
             "splits": {},
         }
         self.facts = data_facts(*source.metas) if source.metas else own
-        self.reference_params: Params | None = None
+        self.reference_params: Callable[[TrainState], Params] | None = None
         self.equal_steps: int | None = 0  # None: some rewards were different.
         self.first_reward = 0.0
 
@@ -122,16 +128,16 @@ class RewardTask:
             if step % g.iterations:
                 assert batch is not None
                 return batch, {}
-            batch, facts = self.collect(step, state.all_params())
+            batch, facts = self.collect(step, state)
             return batch, facts
 
         with Judges(g.environment, g.options, self.source.folder, n_judges, g.judge_timeout) as judges:
             self.judges = judges
             yield feed
 
-    def collect(self, step: int, params: Params) -> tuple[Batch, dict[str, float]]:
+    def collect(self, step: int, state: TrainState) -> tuple[Batch, dict[str, float]]:
         """The answers of a step with their rewards, on the devices, and what is to be logged of them."""
-        g, begin = self.grpo, time.perf_counter()
+        g, params, begin = self.grpo, state.all_params(), time.perf_counter()
         P, G, T = self.size, g.group_size, g.max_prompt_tokens + g.max_new_tokens
         numbers = [i for i, _ in draw(self.n_train, samples_of(step // g.iterations, P, None), self.config.train.seed)]
         problems = [self.source.problem("train", number) for number in numbers]
@@ -171,7 +177,7 @@ class RewardTask:
         batch = self.placement.split(batch, self.n_micro)
         bare = batch._replace(extra=None)
         if self.reference_params is not None:
-            said = self.logprobs(self.reference_step, self.reference_params, bare)
+            said = self.logprobs(self.reference_step, self.reference_params(state), bare)
             batch = batch._replace(extra=batch.extra._replace(reference=said))
         if g.iterations > 1:
             said = self.logprobs(self.logprobs_step, params, bare)
