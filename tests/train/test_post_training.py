@@ -306,3 +306,20 @@ def test_another_tokenizer_than_the_references_is_refused(place: Path, tmp_path:
         "train", *arguments(place, "dpo"), f"--data.dir={tmp_path / 'pairs'}", f"--out-dir={tmp_path}/run"
     )
     assert "was not prepared with the tokenizer of the model in init_from" in error
+
+
+def test_answers_differ_from_step_to_step(place: Path, tmp_path: Path) -> None:
+    """Where nothing is learnt, the same problem gets other answers each time, and another seed gives others."""
+    flags = [*arguments(place, "grpo"), "--train.steps=2", "--objective.grpo.iterations=1", "--parallel.devices=1"]
+    flags += ["--data.batch-size=50", "--objective.grpo.kl-beta=0", "--optimizer.learning-rate=1e-30"]
+    found = []
+    for seed in (0, 1):
+        run_here("train", *flags, f"--train.seed={seed}", f"--out-dir={tmp_path / str(seed)}")
+        found += [record["entropy"] for record in records(tmp_path / str(seed))]
+    assert len(set(found)) == 4
+
+
+def test_other_epochs_have_the_same_problems(place: Path, tmp_path: Path) -> None:
+    flags = [*arguments(place, "grpo"), "--train.steps=4", "--parallel.devices=1"]
+    run_here("train", *flags, f"--out-dir={tmp_path / 'run'}")
+    assert [r["epoch"] for r in records(tmp_path / "run")] == [4 / 50, 4 / 50, 8 / 50, 8 / 50]
