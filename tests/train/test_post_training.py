@@ -158,7 +158,7 @@ def test_a_stopped_run_goes_on_and_devices_do_not_matter(place: Path, tmp_path: 
 def test_preferences_are_learnt(place: Path, tmp_path: Path) -> None:
     """The first loss is ln 2, all variants lower it, and adapters, full tuning and both references agree at first."""
     flags = [*arguments(place, "dpo"), "--parallel.devices=1", "--train.steps=20", "--optimizer.learning-rate=1e-2"]
-    lora = ["--model.lora.rank=2", "--objective.dpo.reference=model"]
+    lora = ["--model.lora.rank=2", "--objective.dpo.reference=model", "--optimizer.learning-rate=5e-2"]
     for name, more in {
         "file": [],
         "model": ["--objective.dpo.reference=model"],
