@@ -21,13 +21,9 @@ class DpoConfig:
     # sigmoid (Rafailov et al. 2023), sigmoid_norm (log-probabilities a token; Lambert et al. 2024), ipo (Azar et al.
     # 2023).
     loss: PreferenceLossName = "sigmoid"
-    beta: float = (
-        0.1  # How much a change of log-probability counts; with ipo, the margin a token to reach is 1 / (2 beta).
-    )
+    beta: float = 0.1  # How much a change of log-probability counts; with ipo, 1 / (2 beta) a token is to be reached.
     label_smoothing: float = 0.0  # Probability that a pair is the wrong way round (conservative DPO); not with ipo.
-    sft_weight: float = (
-        0.0  # Weight of the chosen answer's nats a token, which are added to the loss (Pang et al. 2024).
-    )
+    sft_weight: float = 0.0  # Weight of the chosen answer's nats a token, added to the loss (Pang et al. 2024).
     # Log-probabilities of the model to start from: computed once, to a file beside the data, or by that model at each
     # step, which with adapters takes no memory.
     reference: ReferenceName = "file"

@@ -21,17 +21,10 @@ from gpt_jax.data.shards import SplitName
 from gpt_jax.environments.environment import Made, Problem, raised, unknown_option
 from gpt_jax.errors import UserError
 
-try:
-    from reasoning_gym import factory
-except ModuleNotFoundError as e:
-    raise UserError(f"reasoning-gym is not installed ({e}): pip install 'gpt-jax[rl]'") from None
-
 MAX_PROBLEMS = 1 << 30
 """In a split. The tasks seed problem i with seed + i, so the seeds of the splits must be so far apart."""
 
 HOW_TO_ANSWER = "Write the final answer between <answer> and </answer>."
-
-TASKS = sorted({*factory.DATASETS} - {"composite"})  # Which is made of others, by objects that are no options.
 
 EVALUATING = (
     *("binary_matrix", "n_queens", "spiral_matrix", "string_insertion"),
@@ -64,9 +57,9 @@ class ReasoningGym:
         """tags: whether the final answer stands between <answer> and </answer>; else it is the whole answer. evaluates:
         whether the task may evaluate answers as Python. options: those of the task itself. Raises UserError for an
         unknown task, and for options that it does not take."""
-        if task not in TASKS:
-            near = difflib.get_close_matches(task, TASKS, n=3)
-            hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(TASKS)}"
+        if task not in (known := tasks()):
+            near = difflib.get_close_matches(task, known, n=3)
+            hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(known)}"
             raise UserError(f"reasoning-gym has no task {task!r}; {hint}")
         check(type(tags) is bool, "tags", tags, "true or false")
         for name, n in (("n_train", n_train), ("n_val", n_val)):
@@ -109,8 +102,22 @@ class ReasoningGym:
         return min(max(float(score), 0.0), 1.0)
 
 
+def tasks() -> list[str]:
+    """The names of the tasks, but for the one that is made of others, by objects that are no options."""
+    return sorted({*registered()} - {"composite"})
+
+
+def registered() -> dict[str, Any]:
+    """The package's own table. It is imported here, since it changes how warnings are filtered."""
+    try:
+        from reasoning_gym import factory
+    except ModuleNotFoundError as e:
+        raise UserError(f"reasoning-gym is not installed ({e}): pip install 'gpt-jax[rl]'") from None
+    return dict(factory.DATASETS)
+
+
 def _dataset(task: str, options: dict[str, Any], seed: int, size: int) -> Any:
-    make, config = factory.DATASETS[task]
+    make, config = registered()[task]
     taken = [field.name for field in dataclasses.fields(config) if field.name not in ("seed", "size")]
     for option in options:
         if option not in taken:

@@ -12,10 +12,10 @@ from jax.sharding import PartitionSpec
 from gpt_jax.data.batch import Batch
 from gpt_jax.errors import UserError
 from gpt_jax.evaluate.windows import Window, batches
+from gpt_jax.model.backend import least_length
 from gpt_jax.model.forward import forward
 from gpt_jax.model.gpt import GPT, Params
 from gpt_jax.model.head import head_VD, hide_padding
-from gpt_jax.model.kernels import SPLASH_BLOCKS
 from gpt_jax.model.loss import nats_N
 from gpt_jax.model.sharding import BATCH_AXES, mesh_is_set
 from gpt_jax.model.weight import decoding_product
@@ -111,8 +111,7 @@ class Scorer:
     def __call__(self, windows: Iterable[Window]) -> Iterator[Score]:
         """The score of each window, as soon as windows of its length fill a batch. Raises UserError as `read` does."""
         previous: tuple[list[int], Any] = [], ()
-        fused = self.model.config.attention in ("cudnn", "splash")  # They work on whole blocks.
-        least = (SPLASH_BLOCKS[-1] if fused else 16) * self.placement.context
+        least = least_length(self.model.config) * self.placement.context
         for numbers, batch in batches(windows, self.batch_size, self.model.config.context_length, least):
             result = self.step(self.params, self.placement.split(batch))
             if self.placement.must_wait:

@@ -123,3 +123,9 @@ def resolved_to(config: ModelConfig, on: Hardware, context: int = 1) -> str:
     why = fallback(config, on, context)
     dtype = f"{config.dtype}{' (the GPU does not multiply bfloat16)' if slow else ''}"
     return f"{dtype}, attention {config.attention}{f' ({why})' if why else ''}"
+
+
+def least_length(config: ModelConfig) -> int:
+    """Lengths of sequences that are multiples of this suit the attention of a resolved configuration: those of cuDNN
+    and Splash work on whole blocks. Where devices divide a sequence, each part must be such a length."""
+    return SPLASH_BLOCKS[-1] if config.attention in ("cudnn", "splash") else 16

@@ -16,8 +16,8 @@ from gpt_jax.data.loader import Prefetch
 from gpt_jax.data.preferences import PairFolder, PreferenceBatches, preference_eval_batches
 from gpt_jax.data.shards import SplitName
 from gpt_jax.errors import UserError
+from gpt_jax.model.backend import least_length
 from gpt_jax.model.gpt import GPT, Params
-from gpt_jax.model.kernels import SPLASH_BLOCKS
 from gpt_jax.placement import Placement
 from gpt_jax.run.checkpoint import data_facts
 from gpt_jax.run.folder import run_folder
@@ -147,5 +147,5 @@ def row_sizes(model: GPT, placement: Placement) -> tuple[int, ...]:
     """The lengths of rows for which programs are compiled: quarters of the context, as far as the attention and the
     devices that divide a sequence can have them."""
     T = model.config.context_length
-    least = (SPLASH_BLOCKS[-1] if model.config.attention in ("cudnn", "splash") else 16) * placement.context
+    least = least_length(model.config) * placement.context
     return tuple(T * i // 4 for i in (1, 2, 3, 4) if i == 4 or (T % 4 == 0 and T * i // 4 % least == 0))

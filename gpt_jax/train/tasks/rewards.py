@@ -4,7 +4,7 @@ import dataclasses
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +21,7 @@ from gpt_jax.data.shards import SPLITS, Meta, SplitName
 from gpt_jax.environments.environment import Environment, Problem
 from gpt_jax.environments.judges import Judges, JudgingError
 from gpt_jax.errors import UserError
+from gpt_jax.model.backend import least_length
 from gpt_jax.model.gpt import GPT, Params
 from gpt_jax.placement import Placement
 from gpt_jax.run.checkpoint import data_facts
@@ -120,6 +121,7 @@ class RewardTask:
     def feed(self, steps: range) -> Iterator[Feed]:
         """See Task."""
         g = self.grpo
+        self.equal_steps = 0 if steps.start == 0 else None
         n_judges = g.judges or max(1, (os.cpu_count() or 2) - 1)
         batch: Batch | None = None
 
@@ -137,8 +139,8 @@ class RewardTask:
 
     def collect(self, step: int, state: TrainState) -> tuple[Batch, dict[str, float]]:
         """The answers of a step with their rewards, on the devices, and what is to be logged of them."""
-        g, params, begin = self.grpo, state.all_params(), time.perf_counter()
-        P, G, T = self.size, g.group_size, g.max_prompt_tokens + g.max_new_tokens
+        g, begin = self.grpo, time.perf_counter()
+        P, G = self.size, g.group_size
         numbers = [i for i, _ in draw(self.n_train, samples_of(step // g.iterations, P, None), self.config.train.seed)]
         problems = [self.source.problem("train", number) for number in numbers]
         prompts = [prompt_tokens(problem, self.source.tokenizer) for problem in problems]
@@ -149,10 +151,11 @@ class RewardTask:
                 f"has one of objective.grpo.max_prompt_tokens = {g.max_prompt_tokens} or less; raise it"
             )
         rows, futures = {}, {}
-        for place, sample, row in self.rollouts(params, [prompts[i] for i in fits], G, self.settings, step):
-            where = fits[place], sample
-            rows[where] = row
-            futures[where] = self.judges.submit("train", numbers[fits[place]], row.result.text, problems[fits[place]])
+        for i, sample, row in self.rollouts(state.all_params(), [prompts[i] for i in fits], G, self.settings, step):
+            place = fits[i]
+            rows[place, sample] = row
+            # While others are written, other processes judge this one.
+            futures[place, sample] = self.judges.submit("train", numbers[place], row.result.text, problems[place])
         written = time.perf_counter()
         rewards_PG = np.zeros((P, G))
         for where, future in futures.items():
@@ -160,40 +163,35 @@ class RewardTask:
         waited = time.perf_counter()
 
         longest = max(len(row.result.prompt_tokens) + len(row.result.tokens) for row in rows.values())
-        T = bucket(longest - 1, self.model.config.context_length, self.placement.context * 32)
-        tokens_PGT, mask_PGT = np.zeros((P, G, T + 1), np.int32), np.zeros((P, G, T), bool)
-        drawn_PGT, is_cut_PG = np.zeros((P, G, T), np.float32), np.zeros((P, G), bool)
-        for where, row in rows.items():
-            prompt, answer = row.result.prompt_tokens, row.result.tokens
-            begin_at, end = len(prompt), len(prompt) + len(answer)
-            tokens_PGT[where][:end] = prompt + answer
-            mask_PGT[where][begin_at - 1 : end - 1] = True
-            drawn_PGT[where][begin_at - 1 : end - 1] = row.result.drawn_logprobs
-            is_cut_PG[where] = row.result.finish_reason == "length"
+        least = max(32, least_length(self.model.config)) * self.placement.context
+        batch, is_cut_PG = answers(rows, (P, G, bucket(longest - 1, self.model.config.context_length, least)))
         advantages_PG, has_spread_P = np.zeros((P, G), np.float32), np.zeros(P, bool)
         advantages_PG[fits], has_spread_P[fits] = advantages(rewards_PG[fits], g)
         counts_PG = has_spread_P[:, None] & ~(is_cut_PG & (g.overlong == "mask"))
-        batch = Batch(tokens_PGT, mask_PGT, extra=Rewarded(advantages_PG, counts_PG, drawn_PGT))
-        batch = self.placement.split(batch, self.n_micro)
-        bare = batch._replace(extra=None)
-        if self.reference_params is not None:
-            said = self.logprobs(self.reference_step, self.reference_params(state), bare)
-            batch = batch._replace(extra=batch.extra._replace(reference=said))
-        if g.iterations > 1:
-            said = self.logprobs(self.logprobs_step, params, bare)
-            batch = batch._replace(extra=batch.extra._replace(old=said))
-
+        rewarded = Rewarded(advantages_PG, counts_PG, batch.extra)
         self.notice_equal_rewards(rewards_PG[fits])
-        return batch, {
+        return self.on_devices(batch._replace(extra=rewarded), state), {
             "reward": float(rewards_PG[fits].mean()),
-            "step_tokens": int(mask_PGT.sum()),
-            "answer_tokens": float(mask_PGT[fits].sum(axis=2).mean()),
+            "step_tokens": int(batch.mask.sum()),
+            "answer_tokens": float(batch.mask[fits].sum(axis=2).mean()),
             "overlong": int(is_cut_PG.sum()),
             "without_spread": int((~has_spread_P[fits]).sum()),
             "too_long": P - len(fits),
             "rollout_ms": (written - begin) * 1e3,
             "judging_ms": (waited - written) * 1e3,
         }
+
+    def on_devices(self, batch: Batch, state: TrainState) -> Batch:
+        """The batch on the devices, with the log-probabilities that are needed of other parameters than those of each
+        step: the reference's and, where several steps take the same answers, those that drew them."""
+        batch = self.placement.split(batch, self.n_micro)
+        bare, rewarded = batch._replace(extra=None), batch.extra
+        if self.reference_params is not None:
+            said = self.logprobs(self.reference_step, self.reference_params(state), bare)
+            rewarded = rewarded._replace(reference=said)
+        if self.grpo.iterations > 1:
+            rewarded = rewarded._replace(old=self.logprobs(self.logprobs_step, state.all_params(), bare))
+        return batch._replace(extra=rewarded)
 
     def logprobs(self, step: Any, params: Params, batch: Batch) -> jax.Array:
         """The log-probabilities of drawn tokens. Several CPU devices can deadlock when programs with sums queue up."""
@@ -255,6 +253,22 @@ class RewardTask:
             for row, reward in self.answer_held_out(params, range(number, number + 1), step)
         ]
         return "--- sample\n" + "\n".join(texts)
+
+
+def answers(rows: Mapping[tuple[int, int], Row], shape: tuple[int, int, int]) -> tuple[Batch, np.ndarray]:
+    """A batch (P, G, T) of answers by their places, with the tokens that were drawn as its mask and their
+    log-probabilities, float32 (P, G, T), as `extra`; and which answers were cut, bool (P, G)."""
+    P, G, T = shape
+    tokens_PGT, mask_PGT = np.zeros((P, G, T + 1), np.int32), np.zeros(shape, bool)
+    drawn_PGT, is_cut_PG = np.zeros(shape, np.float32), np.zeros((P, G), bool)
+    for where, row in rows.items():
+        prompt, answer = row.result.prompt_tokens, row.result.tokens
+        targets = slice(len(prompt) - 1, len(prompt) + len(answer) - 1)  # Target t is token t + 1.
+        tokens_PGT[where][: targets.stop + 1] = prompt + answer
+        mask_PGT[where][targets] = True
+        drawn_PGT[where][targets] = row.result.drawn_logprobs
+        is_cut_PG[where] = row.result.finish_reason == "length"
+    return Batch(tokens_PGT, mask_PGT, extra=drawn_PGT), is_cut_PG
 
 
 def judged(future: Future[float]) -> float:
