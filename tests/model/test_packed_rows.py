@@ -41,7 +41,7 @@ def make_split(rng: np.random.Generator, kind: str) -> Split:
 def packed_batch(split: Split) -> Batch:
     """All packed rows of a split."""
     rows = PackedRows(split, pack(split, T))
-    return Batch(*(np.stack(field) for field in zip(*(rows.row(i, 0) for i in range(len(rows))), strict=True)))
+    return Batch(*(np.stack(field) for field in zip(*(rows.row(i, 0)[:4] for i in range(len(rows))), strict=True)))
 
 
 def alone(split: Split) -> Batch:

@@ -185,15 +185,17 @@ def test_preferences_are_learnt(place: Path, tmp_path: Path) -> None:
 
 def test_a_reference_file_belongs_to_its_weights(place: Path, tmp_path: Path) -> None:
     """It is read again by the next run, and made anew where it is damaged, or the weights are others."""
-    flags = [*arguments(place, "dpo"), "--parallel.devices=1", "--train.steps=1"]
+    pairs = tmp_path / "pairs"
+    run_here("prepare", place / "pairs.jsonl", "--out", pairs, "--tokenizer=bytes", "--format=preference")
+    flags = [*arguments(place, "dpo"), f"--data.dir={pairs}", "--parallel.devices=1", "--train.steps=1"]
     run_here("train", *flags, f"--out-dir={tmp_path / 'one'}")
-    files = {path: path.read_bytes() for path in (place / "pairs").glob("*-reference-*")}
+    files = {path: path.read_bytes() for path in pairs.glob("*-reference-*")}
     path, content = next(iter(files.items()))
     path.write_bytes(content[:-20] + bytes([content[-20] ^ 1]) + content[-19:])
     run_here("train", *flags, f"--out-dir={tmp_path / 'two'}")
     assert path.read_bytes() == content
     run_here("train", *flags, f"--init-from={tmp_path / 'one'}", f"--out-dir={tmp_path / 'three'}")
-    assert len(list((place / "pairs").glob("*-reference-*"))) == len(files) + 2
+    assert len(list(pairs.glob("*-reference-*"))) == len(files) + 2
     assert records(tmp_path / "three")[0]["loss"] == pytest.approx(np.log(2), abs=1e-6)
 
 
