@@ -56,7 +56,9 @@ def make_dpo(config: DpoConfig) -> Objective:
             losses_B -= config.sft_weight * logprobs_B2[:, 0] / jnp.maximum(lengths_B2[:, 0], 1)
         is_pair_B = jnp.any(batch.mask, axis=(1, 2))
         n = jnp.sum(is_pair_B, dtype=jnp.float32)
-        is_right_B = jnp.sign(margins_B) / 2 + 0.5  # A tie is half right, as at the start, where all are ties.
+        # A tie is half right. At the start all are ties, but for the rounding of two sums of log-probabilities.
+        rounding_B = config.beta * 1e-6 * jnp.sum(jnp.abs(logprobs_B2), axis=1)
+        is_right_B = jnp.where(jnp.abs(margins_B) <= rounding_B, 0.5, margins_B > 0)
         values = {
             "accuracy": is_right_B,
             "margin": margins_B,
