@@ -33,8 +33,9 @@ class Config:
 
     def _check_grpo(self) -> None:
         grpo, model = self.objective.grpo, self.model
-        drops = model.dropout or (model.lora.rank and model.lora.dropout)
-        check(not drops, "dropout", drops, "0 with grpo: answers are drawn without it, by another policy")
+        check(not self.data.mixture, "data.mixture", self.data.mixture, "empty with grpo, whose data are problems")
+        for dropout_name, dropout in (("model.dropout", model.dropout), ("model.lora.dropout", model.lora.dropout)):
+            check(not dropout, dropout_name, dropout, "0 with grpo: answers are drawn without it, by another policy")
         for name in ("steps", "eval_every", "checkpoint_every", "sample_every"):
             value, allowed = getattr(self.train, name), f"a multiple of objective.grpo.iterations = {grpo.iterations}"
             check(value % grpo.iterations == 0, f"train.{name}", value, allowed)

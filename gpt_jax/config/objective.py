@@ -95,6 +95,8 @@ class ObjectiveConfig:
 
     def __post_init__(self) -> None:
         check(self.name in get_args(ObjectiveName), "objective.name", self.name, " or ".join(get_args(ObjectiveName)))
-        has_environment = self.name != "grpo" or self.grpo.environment != ""
         allowed = "what gives problems and rewards: arithmetic, reasoning-gym:TASK, problems, MODULE:NAME"
-        check(has_environment, "objective.grpo.environment", self.grpo.environment, allowed)
+        if self.name != "grpo":
+            allowed = "empty without --objective.name grpo"
+        fits = (self.name == "grpo") == (self.grpo.environment != "")
+        check(fits, "objective.grpo.environment", self.grpo.environment, allowed)

@@ -5,18 +5,15 @@ have an object a line for each, with the other fields of its record, and `train-
 places where these lines begin, in bytes, and where the last one ends, uint64, little endian.
 """
 
-import functools
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from gpt_jax.data.encoded import Document, Encoded
-from gpt_jax.data.loader import draw, samples_of
 from gpt_jax.data.records import RecordError
 from gpt_jax.data.shards import Dataset, SplitName, map_file
 from gpt_jax.errors import UserError
@@ -71,17 +68,6 @@ class Problem(NamedTuple):
     fields: dict[str, Any]  # Of its record, besides the prompt.
 
 
-class Problems(Protocol):
-    """Problems with random access."""
-
-    @property
-    def lengths(self) -> np.ndarray:
-        """The tokens of each prompt, int64 (problems,)."""
-
-    def problem(self, index: int) -> Problem:
-        """One of them. Raises IndexError outside of 0 to problems - 1."""
-
-
 class ProblemFiles:
     """The problems of one split of a data folder."""
 
@@ -101,7 +87,7 @@ class ProblemFiles:
         return len(self._starts)
 
     def problem(self, index: int) -> Problem:
-        """See Problems."""
+        """One of them. Raises IndexError outside of 0 to problems - 1."""
         if not 0 <= index < len(self):
             raise IndexError(f"problem {index} of {len(self)}")
         [fields] = self._fields(index, index + 1)
@@ -121,50 +107,3 @@ class ProblemFiles:
                 yield json.loads(line)
             except ValueError as e:
                 raise UserError(f"{self._file}, line {index + 1}, is damaged ({e}); prepare the data again") from e
-
-
-@dataclass(frozen=True)
-class ProblemRows:
-    """The problems whose prompts have at most so many tokens. The others are dropped, and nothing is cut."""
-
-    problems: Problems
-    max_prompt: int
-
-    @functools.cached_property
-    def numbers(self) -> np.ndarray:
-        """The numbers of these problems, ascending, int64 (problems that fit,)."""
-        return np.flatnonzero(self.problems.lengths <= self.max_prompt)
-
-    @property
-    def dropped(self) -> int:
-        """The number of the others."""
-        return len(self.problems.lengths) - len(self)
-
-    def __len__(self) -> int:
-        """Number of problems that fit."""
-        return len(self.numbers)
-
-    def row(self, index: int) -> Problem:
-        """A problem that fits."""
-        return self.problems.problem(int(self.numbers[index]))
-
-
-@dataclass(frozen=True)
-class ProblemBatches:
-    """The problems of each step of a training run, B of them. `batches(step, rows)` has only the given ones, those of
-    one host. Each epoch has every problem that fits once. Raises UserError when none does."""
-
-    rows: ProblemRows
-    batch_size: int
-    seed: int
-
-    def __post_init__(self) -> None:
-        if not len(self.rows):
-            raise UserError(
-                f"none of {self.rows.dropped:,} training problems has a prompt of {self.rows.max_prompt} tokens or "
-                "less; use a longer context, or leave more of it to the prompt"
-            )
-
-    def __call__(self, step: int, rows: np.ndarray | None = None) -> list[Problem]:
-        drawn = draw(len(self.rows), samples_of(step, self.batch_size, rows), self.seed)
-        return [self.rows.row(i) for i, _ in drawn]

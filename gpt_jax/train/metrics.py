@@ -190,7 +190,7 @@ class Recorder:
 
     def plot(self) -> None:
         """Draws loss.png, if matplotlib is installed."""
-        if self.writes and importlib.util.find_spec("matplotlib") is not None:
+        if self.writes and self.records and importlib.util.find_spec("matplotlib") is not None:
             plot_curve(self.records, self.run.loss_curve)
 
 

@@ -16,6 +16,7 @@ from gpt_jax import hosts
 from gpt_jax.config import Config, LoraConfig
 from gpt_jax.data.batch import Batch
 from gpt_jax.data.preferences import PairRows, preference_eval_batches
+from gpt_jax.data.shards import SplitName
 from gpt_jax.errors import UserError
 from gpt_jax.model.gpt import GPT, Params
 from gpt_jax.placement import Placement
@@ -62,7 +63,8 @@ def make_answer_logprobs(model: GPT) -> Callable[[Params, Batch], jax.Array]:
 
 
 def pair_logprobs(
-    file: Path,
+    folder: Path,
+    split: SplitName,
     fingerprint: str,
     rows: PairRows,
     batch_size: int,
@@ -73,11 +75,11 @@ def pair_logprobs(
 ) -> np.ndarray:
     """The log-probabilities of both answers of all pairs that fit, under the reference model, float32 (pairs, 2).
 
-    They are read from `file` if they are there, of these pairs and these weights, and else computed and written there,
-    if that can be. fingerprint: that of the weights and of the pairs. model: how it is computed.
+    They are read from a file in the folder if they are there, of these pairs and these weights, and else computed and
+    written there, if that can be. fingerprint: that of the weights and of the pairs. model: how it is computed.
     """
-    how = dataclasses.asdict(without_adapters(model).config)
-    key = [FORMAT_VERSION, fingerprint, len(rows), hashlib.sha256(json.dumps(how).encode()).hexdigest()]
+    key = [FORMAT_VERSION, fingerprint, len(rows), json.dumps(dataclasses.asdict(without_adapters(model).config))]
+    file = folder / f"{split}-reference-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.bin"
     saved = load_array(file, key)
     if hosts.any_of(saved is None):
         computed = compute_pair_logprobs(rows, batch_size, sizes, placement, *reference())

@@ -86,7 +86,10 @@ def load_pretrained_params(config: Config, model: GPT, placement: Placement, res
     return open_source(config.init_from).load_params(model.config, placement)
 
 
-DECIDE_THE_DATA_ORDER = ("data.batch_size", "data.packing", "data.mixture", "data.curriculum", "train.seed")
+DECIDE_THE_DATA_ORDER = (
+    *("data.batch_size", "data.packing", "data.mixture", "data.curriculum", "train.seed"),
+    *("objective.name", "objective.grpo.iterations"),
+)
 
 
 def check_fits(where: AnyPath, saved: dict[str, Any], meta: dict[str, Any], pretrained: Params | None = None) -> None:
@@ -111,14 +114,20 @@ def check_fits(where: AnyPath, saved: dict[str, Any], meta: dict[str, Any], pret
         )
     # Where the data lie does not matter; they were compared.
     then, now = (dataclasses.replace(config, data=config.data.with_folders(lambda _: "")) for config in configs)
-    saved_values = dataclasses.asdict(then)
-    for section, values in dataclasses.asdict(now).items():
-        for name, value in values.items() if isinstance(values, dict) else []:
-            full_name, before = f"{section}.{name}", saved_values[section][name]
-            if before == value:
-                continue
-            if full_name in DECIDE_THE_DATA_ORDER:
-                raise UserError(
-                    f"{full_name} is {before} in checkpoint {where} and {value} here: another order of the data"
-                )
-            print(f"changed since step {where.name}: {full_name} from {before} to {value}")
+    saved_values, values = (full_names(dataclasses.asdict(config)) for config in (then, now))
+    for name, value in values.items():
+        before = saved_values[name]
+        if before == value or "." not in name:  # out_dir may be another, and init_from was compared.
+            continue
+        if name in DECIDE_THE_DATA_ORDER:
+            raise UserError(f"{name} is {before} in checkpoint {where} and {value} here: another order of the data")
+        print(f"changed since step {where.name}: {name} from {before} to {value}")
+
+
+def full_names(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The fields of nested sections by their full names, such as model.lora.rank."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        full = f"{prefix}{name}"
+        found |= full_names(value, f"{full}.") if isinstance(value, dict) else {full: value}
+    return found

@@ -1,13 +1,12 @@
-"""Problems: the prompt as sampling makes it, and the fields of the record, each problem once an epoch."""
+"""Problems: the prompt as sampling makes it, and the fields of the record."""
 
 import json
 import random
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import given
 from hypothesis import strategies as st
 
 pytest.importorskip("tokenizers")
@@ -17,7 +16,7 @@ from gpt_jax.cli.prepare import command
 from gpt_jax.config import DataConfig
 from gpt_jax.data import tuning
 from gpt_jax.data.folders import together
-from gpt_jax.data.problems import Problem, ProblemBatches, ProblemFiles, ProblemRows, documents
+from gpt_jax.data.problems import ProblemFiles, documents
 from gpt_jax.data.records import RecordError
 from gpt_jax.errors import UserError
 from gpt_jax.tokenizer.bytes import ByteTokenizer
@@ -189,52 +188,3 @@ def test_problems_of_reasoning_gym(tmp_path: Path) -> None:
     for item in made:
         fields = answers[tuple(OURS.encode_chat([{"role": "user", "content": item["question"]}]))]
         assert fields == json.loads(json.dumps({name: item[name] for name in ("answer", "metadata")}))
-
-
-# From here on, batches.
-
-
-class InMemory:
-    """Problems whose prompts have these lengths."""
-
-    def __init__(self, lengths: list[int]) -> None:
-        self.lengths = np.array(lengths, np.int64)
-
-    def problem(self, index: int) -> Problem:
-        return Problem(index, np.full(self.lengths[index], index, np.int32), {"answer": index})
-
-
-problems = st.lists(st.integers(1, 20), min_size=1, max_size=20).map(InMemory)
-seeds = st.integers(0, 2**31 - 1)
-
-
-@given(problems, st.integers(1, 5), seeds, st.integers(1, 20))
-def test_every_problem_that_fits_once_an_epoch(source: InMemory, batch_size: int, seed: int, max_prompt: int) -> None:
-    rows = ProblemRows(source, max_prompt)
-    fits = [i for i, length in enumerate(source.lengths.tolist()) if length <= max_prompt]
-    assert (rows.numbers.tolist(), rows.dropped) == (fits, len(source.lengths) - len(fits))
-    assume(fits)
-    batches, n = ProblemBatches(rows, batch_size, seed), len(fits)
-    drawn = [problem.number for step in range(-(-3 * n // batch_size)) for problem in batches(step)]
-    for epoch in range(3):
-        assert sorted(drawn[epoch * n : (epoch + 1) * n]) == fits
-
-
-@given(st.integers(0, 10**6), st.sampled_from([1, 2, 4]), seeds)
-def test_a_step_is_the_same_on_any_number_of_hosts(step: int, n_hosts: int, seed: int) -> None:
-    batches = ProblemBatches(ProblemRows(InMemory([3] * 13), 3), 8, seed)
-    shares = [batches(step, share) for share in np.split(np.arange(8), n_hosts)]
-    again = ProblemBatches(ProblemRows(InMemory([3] * 13), 3), 8, seed)(step)  # As a run that resumes makes it.
-    numbers = [problem.number for problem in batches(step)]
-    assert numbers == [problem.number for problem in again] == [problem.number for part in shares for problem in part]
-
-
-def test_epochs_and_seeds_have_orders_of_their_own() -> None:
-    rows = ProblemRows(InMemory([1] * 50), 1)
-    both = ProblemBatches(rows, 50, 0), ProblemBatches(rows, 50, 1)
-    assert len({tuple(problem.number for problem in batches(step)) for batches in both for step in range(2)}) == 4
-
-
-def test_prompts_that_are_all_too_long() -> None:
-    with pytest.raises(UserError, match="none of 2 training problems has a prompt of 3 tokens or less; use a longer"):
-        ProblemBatches(ProblemRows(InMemory([4, 5]), 3), 2, 0)

@@ -1,7 +1,6 @@
 """Pairs of a chosen and a rejected answer, which are compared with what the model said to them before."""
 
 import functools
-import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -72,11 +71,9 @@ class PairTask:
             fingerprint = f"{meta['base']} {self.data.metas[0].splits[split].fingerprint}"
             own = self.data.data.folder
             folder = own if isinstance(own, Path) else run_folder(self.config.out_dir).path
-            name = hashlib.sha256(fingerprint.encode()).hexdigest()[:16]
-            file = folder / f"{split}-reference-{self.config.model.context_length}-{name}.bin"
             rows = self.data.rows(split, self.config.model.context_length)
             return pair_logprobs(
-                file, fingerprint, rows, self.eval_size, self.sizes, self.placement, loaded, self.model
+                folder, split, fingerprint, rows, self.eval_size, self.sizes, self.placement, loaded, self.model
             )
 
         self.val_logprobs = logprobs("val")

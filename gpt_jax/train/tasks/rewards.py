@@ -1,10 +1,10 @@
 """Problems, the answers that the model in training writes to them, and the rewards of these."""
 
 import dataclasses
-import os
+import functools
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from gpt_jax.config import Config, GrpoConfig
 from gpt_jax.data.batch import Batch
 from gpt_jax.data.loader import draw, samples_of
 from gpt_jax.data.shards import SPLITS, Meta, SplitName
-from gpt_jax.environments.environment import Environment, Problem
+from gpt_jax.environments.environment import Environment, Problem, raised
 from gpt_jax.environments.judges import Judges, JudgingError
 from gpt_jax.errors import UserError
 from gpt_jax.model.backend import least_length
@@ -28,6 +28,7 @@ from gpt_jax.run.checkpoint import data_facts
 from gpt_jax.sample.decode import bucket
 from gpt_jax.sample.generate import Row
 from gpt_jax.sample.settings import Filters, Settings
+from gpt_jax.system import available_cores
 from gpt_jax.tokenizer.tokenizer import Tokenizer
 from gpt_jax.train.logprobs import make_logprobs_step
 from gpt_jax.train.objectives.grpo import NO_SPREAD, Rewarded, advantages, as_drawn, filters, make_grpo
@@ -50,15 +51,24 @@ class RewardSource:
     metas: list[Meta]  # Of the prepared problem set, if it is one.
     folder: str = ""  # That set.
 
-    def problem(self, split: SplitName, number: int) -> Problem:
-        """A problem. Raises FeedError when the environment does not give it."""
+    @functools.cached_property
+    def problems(self) -> dict[SplitName, Sequence[Problem]]:
+        """The problems of each split. Raises UserError when the environment does not give them."""
         try:
-            return self.environment.problems(split)[number]
+            return {split: self.environment.problems(split) for split in SPLITS}
         except Exception as e:
-            what = f"{type(e).__name__}: {e}".rstrip(": ")
-            raise FeedError(
-                f"problem {number} of {split}: the environment {self.config.environment} raised {what}"
-            ) from e
+            raise UserError(f"the environment {self.config.environment} raised {raised(e)}") from e
+
+    def prompt(self, split: SplitName, number: int) -> tuple[Problem, list[int]]:
+        """A problem, and the tokens of its prompt. Raises FeedError when the environment does not give it, or its
+        prompt is none."""
+        try:
+            problem = self.problems[split][number]
+            return problem, prompt_tokens(problem, self.tokenizer)
+        except Exception as e:
+            what = str(e) if isinstance(e, UserError) else f"raised {raised(e)}"
+            name = self.config.environment
+            raise FeedError(f"problem {number} of {split}: the environment {name}: {what}") from e
 
 
 class RewardTask:
@@ -85,11 +95,11 @@ class RewardTask:
         self.rollouts = Rollouts(model, placement, source.tokenizer, grpo, config.train.seed, n_answers)
         self.settings = Settings(max_new_tokens=grpo.max_new_tokens, stop=grpo.stop, filters=filters(grpo))
         self.logprobs_step = placement.jit(make_logprobs_step(model, n_tokens, as_drawn(grpo)), False, divided=True)
-        self.n_train, self.n_val = (len(source.environment.problems(split)) for split in SPLITS)
+        self.n_train, self.n_val = (len(source.problems[split]) for split in SPLITS)
         for split in SPLITS:
-            if not len(source.environment.problems(split)):
+            if not len(source.problems[split]):
                 raise UserError(f"the environment {grpo.environment} has no problem in {split}")
-            prompt_tokens(source.problem(split, 0), source.tokenizer)  # Raises now, not later.
+            source.prompt(split, 0)  # Raises now, not later.
         self.n_evaluated = min(grpo.eval_problems, self.n_val)
         own = {
             "tokenizer": source.tokenizer.fingerprint,
@@ -122,16 +132,16 @@ class RewardTask:
         """See Task."""
         g = self.grpo
         self.equal_steps = 0 if steps.start == 0 else None
-        n_judges = g.judges or max(1, (os.cpu_count() or 2) - 1)
+        n_judges = g.judges or max(1, available_cores() - 1)
         batch: Batch | None = None
+        facts: dict[str, float] = {}
 
         def feed(step: int, state: TrainState) -> tuple[Batch, dict[str, float]]:
-            nonlocal batch
-            if step % g.iterations:
-                assert batch is not None
-                return batch, {}
-            batch, facts = self.collect(step, state)
-            return batch, facts
+            nonlocal batch, facts
+            if batch is None or step % g.iterations == 0:
+                batch, facts = self.collect(step, state)
+                return batch, facts
+            return batch, {**facts, "step_tokens": 0, "rollout_ms": 0.0, "judging_ms": 0.0}
 
         with Judges(g.environment, g.options, self.source.folder, n_judges, g.judge_timeout) as judges:
             self.judges = judges
@@ -142,8 +152,7 @@ class RewardTask:
         g, begin = self.grpo, time.perf_counter()
         P, G = self.size, g.group_size
         numbers = [i for i, _ in draw(self.n_train, samples_of(step // g.iterations, P, None), self.config.train.seed)]
-        problems = [self.source.problem("train", number) for number in numbers]
-        prompts = [prompt_tokens(problem, self.source.tokenizer) for problem in problems]
+        problems, prompts = zip(*(self.source.prompt("train", number) for number in numbers), strict=True)
         fits = [place for place, prompt in enumerate(prompts) if len(prompt) <= g.max_prompt_tokens]
         if not fits:
             raise FeedError(
@@ -232,14 +241,13 @@ class RewardTask:
 
     def answer_held_out(self, params: Params, numbers: range, step: int) -> Iterator[tuple[Row, float]]:
         """Answers to those of the held-out problems whose prompts are short enough, with their rewards, in order."""
-        problems = {i: self.source.problem("val", i) for i in numbers}
-        prompts = {i: prompt_tokens(problem, self.source.tokenizer) for i, problem in problems.items()}
-        fits = [i for i, prompt in prompts.items() if len(prompt) <= self.grpo.max_prompt_tokens]
+        asked = {i: self.source.prompt("val", i) for i in numbers}
+        fits = [i for i, (_, prompt) in asked.items() if len(prompt) <= self.grpo.max_prompt_tokens]
         settings = dataclasses.replace(self.settings, filters=Filters(self.grpo.eval_temperature, top_p=1.0))
         found = {}
-        for place, _, row in self.rollouts(params, [prompts[i] for i in fits], 1, settings, EVALUATION + step):
+        for place, _, row in self.rollouts(params, [asked[i][1] for i in fits], 1, settings, EVALUATION + step):
             number = fits[place]
-            found[place] = row, self.judges.submit("val", number, row.result.text, problems[number])
+            found[place] = row, self.judges.submit("val", number, row.result.text, asked[number][0])
         for place in range(len(fits)):
             row, future = found[place]
             yield row, judged(future)
