@@ -33,12 +33,14 @@ USAGE = """usage: gpt-jax COMMAND [OPTIONS]
   train     train a GPT on them
   sample    let a trained GPT write
   eval      tell how well a GPT predicts a text
+  examples  write problems of an environment with their answers, to learn from
+  solve     tell how many problems of an environment a GPT solves
   export    write a run as a folder that transformers loads
   plan      tell whether a training run fits TPUs or GPUs that are not here, and what bounds its time
 
 gpt-jax COMMAND --help tells the options of each."""
 
-COMMANDS = ("prepare", "inspect", "train", "sample", "eval", "export", "plan")
+COMMANDS = ("prepare", "inspect", "train", "sample", "eval", "examples", "solve", "export", "plan")
 """Each one is a module of this package, which is imported when the command runs."""
 
 

@@ -14,13 +14,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NamedTuple, NoReturn, Protocol, cast
+from typing import Any, NamedTuple, NoReturn, Protocol, TypeVar, cast
 
 import numpy as np
 
 from gpt_jax.data.messages import Message
 from gpt_jax.data.shards import SplitName
 from gpt_jax.errors import UserError
+
+R = TypeVar("R")
 
 
 class Problem(NamedTuple):
@@ -55,6 +57,41 @@ class Made(Sequence[Problem]):
         if not 0 <= number < self.n:
             raise IndexError(f"problem {number} of {self.n}")
         return self.make(number)
+
+
+class ProblemError(UserError):
+    """A problem that cannot be asked, or an answer to it that cannot be judged. The message names it."""
+
+
+class Problems:
+    """The problems of an environment. What that raises becomes an error of one line."""
+
+    def __init__(self, environment: Environment, name: str) -> None:
+        self._environment, self._name = environment, name
+        self._of: dict[SplitName, Sequence[Problem]] = {}
+
+    def count(self, split: SplitName) -> int:
+        """The number of problems in a split. Raises UserError when the environment does not tell, or there is none."""
+        try:
+            self._of[split] = self._environment.problems(split)
+            n = len(self._of[split])
+        except Exception as e:
+            raise UserError(f"the environment {self._name} raised {raised(e)}") from e
+        if not n:
+            raise UserError(f"the environment {self._name} has no problem in {split}")
+        return n
+
+    def ask(self, split: SplitName, number: int, read: Callable[[Problem], R]) -> tuple[Problem, R]:
+        """A problem, and what `read` makes of it. Raises ProblemError when the environment does not give the problem,
+        or `read` fails on it."""
+        if split not in self._of:
+            self.count(split)
+        try:
+            problem = self._of[split][number]
+            return problem, read(problem)
+        except Exception as e:
+            what = str(e) if isinstance(e, UserError) else f"raised {raised(e)}"
+            raise ProblemError(f"problem {number} of {split}: the environment {self._name}: {what}") from e
 
 
 BUILT_IN = {

@@ -10,15 +10,11 @@ from gpt_jax.data.pool import WorkerDeathError, WorkerPool
 from gpt_jax.data.processes import WorkerProcess
 from gpt_jax.data.shards import SplitName
 from gpt_jax.environments import worker
-from gpt_jax.environments.environment import Problem
+from gpt_jax.environments.environment import Problem, ProblemError
 from gpt_jax.errors import UserError
 
 OPENING_SECONDS = 600.0
 """Within which a process opens its environment, which may read a large file or import a large package."""
-
-
-class JudgingError(UserError):
-    """An answer could not be judged. The message names the problem, and what happened."""
 
 
 class Judges(WorkerPool):
@@ -32,7 +28,7 @@ class Judges(WorkerPool):
     def submit(self, split: SplitName, number: int, answer: str, problem: Problem | None = None) -> "Future[float]":
         """The reward, later. problem: the problem itself, with which that of the process is compared.
 
-        The future raises JudgingError, and UserError when the environment cannot be opened.
+        The future raises ProblemError, and UserError when the environment cannot be opened.
         """
         key = "" if problem is None else worker.prompt_key(problem)
         return self._threads.submit(self._reward, split, number, answer, key)
@@ -41,11 +37,11 @@ class Judges(WorkerPool):
         try:
             reply = json.loads(self._result(json.dumps([split, number, answer, key]).encode()))
         except UserError as e:
-            raise JudgingError(f"problem {number} of {split}: {e}") from e
+            raise ProblemError(f"problem {number} of {split}: {e}") from e
         if "refused" in reply:
             raise UserError(reply["refused"])
         if "error" in reply:
-            raise JudgingError(f"problem {number} of {split}: {reply['error']}")
+            raise ProblemError(f"problem {number} of {split}: {reply['error']}")
         return float(reply["reward"])
 
 

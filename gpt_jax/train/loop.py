@@ -9,6 +9,7 @@ import jax
 
 from gpt_jax import hosts, runtime
 from gpt_jax.config import Config, config_to_dict
+from gpt_jax.environments.environment import ProblemError
 from gpt_jax.model import lora
 from gpt_jax.model.backend import resolve_for, resolved_to
 from gpt_jax.model.flops import FLOPS_FORMULA, flops_per_token
@@ -26,7 +27,7 @@ from gpt_jax.train.state import first_state, load_pretrained_params, restore
 from gpt_jax.train.step import make_train_step
 from gpt_jax.train.stop import StopSignals
 from gpt_jax.train.tasks import Source, make_task
-from gpt_jax.train.tasks.task import FeedError, Task
+from gpt_jax.train.tasks.task import Task
 
 
 class Interrupted(BaseException):
@@ -86,44 +87,46 @@ def train(config: Config, data: Source, resume: bool = False, profile: bool = Fa
             Trace(run.profile if profile and hosts.is_first() else None, steps) as trace,
             task.feed(steps) as feed,
         ):
+            last_save = steps.start
 
             def save(step: int) -> None:
+                nonlocal last_save
+                if step == last_save:
+                    return
+                last_save = step
                 recorder.sync()
                 params, opt_state = placement.to_checkpoint((state.params, state.opt_state))
                 checkpoints.save(step, params, opt_state, meta, recorder.val_loss(step))
                 recorder.plot()
 
-            last_save = steps.start
-            for step in range(steps.start + 1, steps.stop + 1):  # `step` counts the steps, this one included.
-                try:
+            try:
+                for step in range(steps.start + 1, steps.stop + 1):  # `step` counts the steps, this one included.
                     batch, facts = feed(step - 1, state)
-                except FeedError:
-                    if step - 1 > last_save:
+                    state, metrics = train_step(state, batch)
+                    recorder.submit(step, metrics, facts)
+                    if placement.must_wait:
+                        jax.block_until_ready(state)
                         recorder.settle()
-                        save(step - 1)
-                    raise
-                state, metrics = train_step(state, batch)
-                recorder.submit(step, metrics, facts)
-                if placement.must_wait:
-                    jax.block_until_ready(state)
-                    recorder.settle()
-                trace.after(step, state)
+                    trace.after(step, state)
 
-                stopping = stop.after(step)
-                evaluates, samples, saves = events(config, step)
-                if step % task.steps_a_batch or not (evaluates or samples or saves or stopping):
-                    continue
-                recorder.settle()  # Raises when the loss is not finite, so that no such state is saved.
-                with recorder.off_the_clock():
-                    if evaluates:
-                        recorder.add_evaluation(**task.evaluate(state.all_params(), step))
-                    if saves or stopping:
-                        save(step)
-                        last_save = step
-                    if samples:
-                        recorder.say(task.sample(state.all_params(), step))
-                if stopping:
-                    raise Interrupted(stopping)
+                    stopping = stop.after(step)
+                    evaluates, samples, saves = events(config, step)
+                    if step % task.steps_a_batch or not (evaluates or samples or saves or stopping):
+                        continue
+                    recorder.settle()  # Raises when the loss is not finite, so that no such state is saved.
+                    with recorder.off_the_clock():
+                        if evaluates:
+                            recorder.add_evaluation(**task.evaluate(state.all_params(), step))
+                        if saves or stopping:
+                            save(step)
+                        if samples:
+                            recorder.say(task.sample(state.all_params(), step))
+                    if stopping:
+                        raise Interrupted(stopping)
+            except ProblemError:  # Through no fault of the state, which is worth saving.
+                recorder.settle()
+                save(int(state.step))
+                raise
             if not steps:
                 recorder.say(f"{run} has already been trained for {steps.start} steps; raise train.steps to go on")
     conclude(run, recorder)

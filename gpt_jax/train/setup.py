@@ -15,7 +15,7 @@ from gpt_jax.data.folders import together
 from gpt_jax.data.preferences import PairFolder
 from gpt_jax.data.prepare import PrepareArgs, prepare, print_summary
 from gpt_jax.data.shards import Dataset, missing, open_dataset
-from gpt_jax.environments.environment import open_environment
+from gpt_jax.environments.environment import Problems, open_environment
 from gpt_jax.errors import UserError
 from gpt_jax.interop.load import named_tokenizer
 from gpt_jax.run.folder import run_folder
@@ -102,7 +102,8 @@ def open_environment_of(config: Config, given: Set[str], tokenizer: Tokenizer | 
         data = open_or_prepare(config.data, given, tokenizer, config.init_from, resume)
         data.check_format("grpo")
         tokenizer, metas, folder = data.tokenizer, [data.meta], config.data.dir
-    return RewardSource(grpo, open_environment(grpo.environment, grpo.options, folder), tokenizer, metas, folder)
+    environment = open_environment(grpo.environment, grpo.options, folder)
+    return RewardSource(grpo, Problems(environment, grpo.environment), tokenizer, metas, folder)
 
 
 def open_or_prepare(

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from gpt_jax.environments import judges as judges_module
-from gpt_jax.environments.environment import Problem, open_environment
-from gpt_jax.environments.judges import Judges, JudgingError
+from gpt_jax.environments.environment import Problem, ProblemError, open_environment
+from gpt_jax.environments.judges import Judges
 from gpt_jax.errors import UserError
 from tests.commands import ROOT
 
@@ -104,14 +104,14 @@ def test_numbers_from_0_to_1_are_rewards(odd: str, answer: str, reward: float) -
 )
 def test_what_is_no_reward_is_an_error(odd: str, answer: str, message: str) -> None:
     with Judges(odd, [], "", 1) as judges:
-        with pytest.raises(JudgingError) as e:
+        with pytest.raises(ProblemError) as e:
             judges.submit("val", 7, answer).result()
         assert str(e.value) == f"problem 7 of val: the environment {odd} {message}"
         assert judges.submit("val", 7, "1").result() == 1.0  # The process goes on.
 
 
 def test_a_problem_that_there_is_not_is_an_error(odd: str) -> None:
-    with Judges(odd, [], "", 1) as judges, pytest.raises(JudgingError, match=r"^problem 9 of val: .* IndexError: list"):
+    with Judges(odd, [], "", 1) as judges, pytest.raises(ProblemError, match=r"^problem 9 of val: .* IndexError: list"):
         judges.submit("val", 9, "1").result()
 
 
@@ -119,7 +119,7 @@ def test_another_problem_is_not_judged(odd: str) -> None:
     """As where an environment draws its problems without a seed."""
     with Judges(odd, [], "", 1) as judges:
         assert judges.submit("val", 3, "1", Problem("val 3", {})).result() == 1.0
-        with pytest.raises(JudgingError, match=r"^problem 4 of val: .* makes other problems in every process"):
+        with pytest.raises(ProblemError, match=r"^problem 4 of val: .* makes other problems in every process"):
             judges.submit("val", 4, "1", Problem("val 3", {})).result()
 
 
@@ -143,7 +143,7 @@ def test_two_processes_overlap(odd: str) -> None:
 
 def test_a_hang_is_an_error(odd: str, capfd: pytest.CaptureFixture[str]) -> None:
     with Judges(odd, [], "", 1, timeout=0.5) as judges:
-        with pytest.raises(JudgingError) as e:
+        with pytest.raises(ProblemError) as e:
             judges.submit("train", 2, "time.sleep(1000)").result()
         assert str(e.value) == f"problem 2 of train: the environment {odd} did not return within 0.5 s"
         assert judges.submit("train", 2, "1").result() == 1.0
@@ -169,7 +169,7 @@ def test_opening_ends_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_a_process_that_is_killed_is_an_error(odd: str, capfd: pytest.CaptureFixture[str]) -> None:
     """When no other one does better."""
     with Judges(odd, [], "", 2) as judges:
-        with pytest.raises(JudgingError, match=r"^problem 1 of train: a worker process was killed by SIGKILL \(is mem"):
+        with pytest.raises(ProblemError, match=r"^problem 1 of train: a worker process was killed by SIGKILL \(is mem"):
             judges.submit("train", 1, "os.kill(os.getpid(), signal.SIGKILL)").result()
         assert judges.submit("train", 1, "1").result() == 1.0
     assert capfd.readouterr().err.count("another one is started") >= 2
@@ -177,7 +177,7 @@ def test_a_process_that_is_killed_is_an_error(odd: str, capfd: pytest.CaptureFix
 
 def test_a_process_that_ends_is_an_error(odd: str) -> None:
     message = r"^problem 1 of train: a worker process ended with status 3$"
-    with Judges(odd, [], "", 1) as judges, pytest.raises(JudgingError, match=message):
+    with Judges(odd, [], "", 1) as judges, pytest.raises(ProblemError, match=message):
         judges.submit("train", 1, "os._exit(3)").result()
 
 
@@ -234,7 +234,7 @@ def test_leaving_ends_all_at_once(odd: str, pid_file: Path) -> None:
         start = time.monotonic()
     assert time.monotonic() - start < 2
     wait_until(lambda: not children(pid))
-    with pytest.raises(JudgingError):
+    with pytest.raises(ProblemError):
         hanging.result()
     with pytest.raises(CancelledError):
         waiting.result()

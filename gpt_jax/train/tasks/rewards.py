@@ -4,8 +4,7 @@ import dataclasses
 import functools
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,25 +16,26 @@ from gpt_jax import hosts
 from gpt_jax.config import Config, GrpoConfig
 from gpt_jax.data.batch import Batch
 from gpt_jax.data.loader import draw, samples_of
-from gpt_jax.data.shards import SPLITS, Meta, SplitName
-from gpt_jax.environments.environment import Environment, Problem, raised
-from gpt_jax.environments.judges import Judges, JudgingError
+from gpt_jax.data.shards import SPLITS, Meta
+from gpt_jax.environments.environment import ProblemError, Problems
+from gpt_jax.environments.judges import Judges
 from gpt_jax.errors import UserError
+from gpt_jax.evaluate.solve import Answered, answer_problems
 from gpt_jax.model.backend import least_length
 from gpt_jax.model.gpt import GPT, Params
 from gpt_jax.placement import Placement
 from gpt_jax.run.checkpoint import data_facts
 from gpt_jax.sample.decode import bucket
 from gpt_jax.sample.generate import Row
+from gpt_jax.sample.rollouts import EVALUATION, Rollouts, prompt_tokens
 from gpt_jax.sample.settings import Filters, Settings
 from gpt_jax.system import available_cores
 from gpt_jax.tokenizer.tokenizer import Tokenizer
 from gpt_jax.train.logprobs import make_logprobs_step
 from gpt_jax.train.objectives.grpo import NO_SPREAD, Rewarded, advantages, as_drawn, filters, make_grpo
 from gpt_jax.train.references import reference_model
-from gpt_jax.train.rollouts import EVALUATION, Rollouts, prompt_tokens
 from gpt_jax.train.step import TrainState
-from gpt_jax.train.tasks.task import Feed, FeedError
+from gpt_jax.train.tasks.task import Feed
 
 STEPS_TO_WARN = 10
 """Steps with equal rewards, from the start of a run, after which it says so."""
@@ -46,29 +46,10 @@ class RewardSource:
     """The environment of a run, and the tokenizer of the model that is tuned."""
 
     config: GrpoConfig
-    environment: Environment
+    problems: Problems
     tokenizer: Tokenizer
     metas: list[Meta]  # Of the prepared problem set, if it is one.
     folder: str = ""  # That set.
-
-    @functools.cached_property
-    def problems(self) -> dict[SplitName, Sequence[Problem]]:
-        """The problems of each split. Raises UserError when the environment does not give them."""
-        try:
-            return {split: self.environment.problems(split) for split in SPLITS}
-        except Exception as e:
-            raise UserError(f"the environment {self.config.environment} raised {raised(e)}") from e
-
-    def prompt(self, split: SplitName, number: int) -> tuple[Problem, list[int]]:
-        """A problem, and the tokens of its prompt. Raises FeedError when the environment does not give it, or its
-        prompt is none."""
-        try:
-            problem = self.problems[split][number]
-            return problem, prompt_tokens(problem, self.tokenizer)
-        except Exception as e:
-            what = str(e) if isinstance(e, UserError) else f"raised {raised(e)}"
-            name = self.config.environment
-            raise FeedError(f"problem {number} of {split}: the environment {name}: {what}") from e
 
 
 class RewardTask:
@@ -91,15 +72,14 @@ class RewardTask:
             )
         n_tokens = source.tokenizer.vocab_size
         self.objective = make_grpo(grpo, n_tokens)
-        n_answers = self.size * grpo.group_size
-        self.rollouts = Rollouts(model, placement, source.tokenizer, grpo, config.train.seed, n_answers)
+        n_answers, seed = self.size * grpo.group_size, config.train.seed
+        self.rollouts = Rollouts(model, placement, source.tokenizer, seed, n_answers, grpo.slots, most)
         self.settings = Settings(max_new_tokens=grpo.max_new_tokens, stop=grpo.stop, filters=filters(grpo))
         self.logprobs_step = placement.jit(make_logprobs_step(model, n_tokens, as_drawn(grpo)), False, divided=True)
-        self.n_train, self.n_val = (len(source.problems[split]) for split in SPLITS)
+        self.read = functools.partial(prompt_tokens, tokenizer=source.tokenizer)
+        self.n_train, self.n_val = (source.problems.count(split) for split in SPLITS)
         for split in SPLITS:
-            if not len(source.problems[split]):
-                raise UserError(f"the environment {grpo.environment} has no problem in {split}")
-            source.prompt(split, 0)  # Raises now, not later.
+            source.problems.ask(split, 0, self.read)  # Raises now, not later.
         self.n_evaluated = min(grpo.eval_problems, self.n_val)
         own = {
             "tokenizer": source.tokenizer.fingerprint,
@@ -152,10 +132,10 @@ class RewardTask:
         g, begin = self.grpo, time.perf_counter()
         P, G = self.size, g.group_size
         numbers = [i for i, _ in draw(self.n_train, samples_of(step // g.iterations, P, None), self.config.train.seed)]
-        problems, prompts = zip(*(self.source.prompt("train", number) for number in numbers), strict=True)
+        problems, prompts = zip(*(self.source.problems.ask("train", n, self.read) for n in numbers), strict=True)
         fits = [place for place, prompt in enumerate(prompts) if len(prompt) <= g.max_prompt_tokens]
         if not fits:
-            raise FeedError(
+            raise ProblemError(
                 f"problem {numbers[0]} of train has a prompt of {len(prompts[0])} tokens, and no problem of this step "
                 f"has one of objective.grpo.max_prompt_tokens = {g.max_prompt_tokens} or less; raise it"
             )
@@ -168,7 +148,7 @@ class RewardTask:
         written = time.perf_counter()
         rewards_PG = np.zeros((P, G))
         for where, future in futures.items():
-            rewards_PG[where] = judged(future)
+            rewards_PG[where] = future.result()
         waited = time.perf_counter()
 
         longest = max(len(row.result.prompt_tokens) + len(row.result.tokens) for row in rows.values())
@@ -227,38 +207,32 @@ class RewardTask:
     def evaluate(self, params: Params, step: int) -> dict[str, float]:
         """See Task: the mean reward of one answer to each of the first held-out problems. The loss is what it lacks
         to 1."""
-        rewards, lengths = [], []
-        for row, reward in self.answer_held_out(params, range(self.n_evaluated), step):
-            rewards.append(reward)
-            lengths.append(len(row.result.tokens))
-        if not rewards:
+        answered = list(self.answer_held_out(params, range(self.n_evaluated), step))
+        if not answered:
             raise UserError(
                 f"no held-out problem has a prompt of objective.grpo.max_prompt_tokens = {self.grpo.max_prompt_tokens} "
                 "tokens or less; raise it"
             )
-        mean = float(np.mean(rewards))
-        return {"val_loss": 1 - mean, "val_reward": mean, "val_answer_tokens": float(np.mean(lengths))}
+        reward = float(np.mean([one.reward for one in answered]))
+        length = float(np.mean([len(one.row.result.tokens) for one in answered]))
+        return {"val_loss": 1 - reward, "val_reward": reward, "val_answer_tokens": length}
 
-    def answer_held_out(self, params: Params, numbers: range, step: int) -> Iterator[tuple[Row, float]]:
-        """Answers to those of the held-out problems whose prompts are short enough, with their rewards, in order."""
-        asked = {i: self.source.prompt("val", i) for i in numbers}
-        fits = [i for i, (_, prompt) in asked.items() if len(prompt) <= self.grpo.max_prompt_tokens]
+    def answer_held_out(self, params: Params, numbers: range, step: int) -> Iterator[Answered]:
+        """Answers to those of the held-out problems whose prompts are short enough, in order."""
         settings = dataclasses.replace(self.settings, filters=Filters(self.grpo.eval_temperature, top_p=1.0))
-        found = {}
-        for place, _, row in self.rollouts(params, [asked[i][1] for i in fits], 1, settings, EVALUATION + step):
-            number = fits[place]
-            found[place] = row, self.judges.submit("val", number, row.result.text, asked[number][0])
-        for place in range(len(fits)):
-            row, future = found[place]
-            yield row, judged(future)
+        problems, most = self.source.problems, self.grpo.max_prompt_tokens
+        asked = answer_problems(
+            self.rollouts, params, problems, self.judges, "val", numbers, 1, settings, most, EVALUATION + step
+        )
+        yield from (answered for [answered] in asked)
 
     def sample(self, params: Params, step: int) -> str:
         """See Task: a held-out problem, another one each time, with an answer and its reward."""
         number = step // max(1, self.config.train.sample_every) % self.n_evaluated
         decode = self.source.tokenizer.decode
         texts = [
-            f"{decode(row.result.prompt_tokens)}{row.result.text}\n--- reward {reward:g}"
-            for row, reward in self.answer_held_out(params, range(number, number + 1), step)
+            f"{decode(one.row.result.prompt_tokens)}{one.row.result.text}\n--- reward {one.reward:g}"
+            for one in self.answer_held_out(params, range(number, number + 1), step)
         ]
         return "--- sample\n" + "\n".join(texts)
 
@@ -277,11 +251,3 @@ def answers(rows: Mapping[tuple[int, int], Row], shape: tuple[int, int, int]) ->
         drawn_PGT[where][targets] = row.result.drawn_logprobs
         is_cut_PG[where] = row.result.finish_reason == "length"
     return Batch(tokens_PGT, mask_PGT, extra=drawn_PGT), is_cut_PG
-
-
-def judged(future: Future[float]) -> float:
-    """A reward. Raises FeedError when there is none."""
-    try:
-        return future.result()
-    except JudgingError as e:
-        raise FeedError(str(e)) from e

@@ -5,7 +5,6 @@ from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from gpt_jax.data.batch import Batch
-from gpt_jax.errors import UserError
 from gpt_jax.model.gpt import Params
 from gpt_jax.train.objectives import Objective
 from gpt_jax.train.step import TrainState
@@ -13,10 +12,6 @@ from gpt_jax.train.step import TrainState
 Feed = Callable[[int, TrainState], tuple[Batch, dict[str, float]]]
 """`(step, state)` to the batch of a step, counted from 0, on the devices, and what is to be logged of it. Called once
 for each step, in order."""
-
-
-class FeedError(UserError):
-    """A batch that cannot be made, through no fault of the state, which is worth saving."""
 
 
 class Task(Protocol):

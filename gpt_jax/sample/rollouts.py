@@ -1,10 +1,9 @@
-"""Answers that the model in training writes to problems, by the engine that samples, where the parameters lie."""
+"""Answers to problems, under parameters that may change from call to call: for rewards, and for evaluation."""
 
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from gpt_jax.config import GrpoConfig
 from gpt_jax.environments.environment import Problem
 from gpt_jax.model.gpt import GPT, Params
 from gpt_jax.placement import Placement
@@ -19,18 +18,26 @@ EVALUATION = 2**31
 
 
 class Rollouts:
-    """What writes answers under parameters that change from call to call.
+    """What writes answers where the parameters lie.
 
     An answer depends on the parameters, its prompt, the settings, and its seed, which is made of the run's seed, a
     number of the call, and its own number in it; not on the slots, nor on what else is written at that time.
     """
 
     def __init__(
-        self, model: GPT, placement: Placement, tokenizer: Tokenizer, config: GrpoConfig, seed: int, n_answers: int
+        self,
+        model: GPT,
+        placement: Placement,
+        tokenizer: Tokenizer,
+        seed: int,
+        n_answers: int,
+        most_slots: int,
+        most_tokens: int,
     ) -> None:
-        """n_answers: those of a step."""
-        self.model, self.placement, self.tokenizer, self.config = model, placement, tokenizer, config
-        self.seed, self.n_answers = seed, n_answers
+        """n_answers: those of a call, as a rule. most_slots: those that each replica of the parameters writes at one
+        time. most_tokens: those of a prompt and its answer."""
+        self.model, self.placement, self.tokenizer, self.seed = model, placement, tokenizer, seed
+        self.n_answers, self.most_slots, self.most_tokens = n_answers, most_slots, most_tokens
         self.engine: Engine | Replicas | None = None
 
     def __call__(
@@ -44,12 +51,11 @@ class Rollouts:
                 self.model,
                 params,
                 self.n_answers,
-                self.config.slots,
+                self.most_slots,
                 n_tokens=self.tokenizer.vocab_size,
                 chunks_a_turn=ALL_CHUNKS,
             )
-            most = self.config.max_prompt_tokens + self.config.max_new_tokens
-            self.engine.reserve(min(most, self.model.config.context_length))
+            self.engine.reserve(min(self.most_tokens, self.model.config.context_length))
         else:
             replace_params(self.engine, self.placement, params)
 
