@@ -48,19 +48,20 @@ def test_examples_are_texts_or_conversations(place: Path, tmp_path: Path) -> Non
 
 
 def test_what_is_solved_is_counted(place: Path) -> None:
-    """Of rewards that are known: all, none; of several answers, in the same numbers on one device and on two."""
+    """Of rewards that are known: all, none; of several answers, the same each time, and others by another seed."""
     run = ["--run", place / "run", "--max-new-tokens=4", "--json"]
     echo = [f"--environment={place / 'echo.py'}:Echo", "--n-problems=10"]
     out, _ = run_here("solve", *run, *echo, "--options", 'right=""')
     report = json.loads(out)
     assert (report["reward"], report["pass@1"], report["problems"], report["pass@1_high"]) == (1, 1, 10, 1)
     assert json.loads(run_here("solve", *run, *echo, "--options", "right=zzzzz")[0])["pass@1"] == 0
-    several = [*run, *echo, "--options", "right=1", "--num-samples=4", "--temperature=1", "--slots=20"]
+    several = [*run, *echo, "--options", 'right="1"', "--num-samples=4", "--temperature=1", "--slots=20"]
     first = json.loads(run_here("solve", *several)[0])
     assert first["pass@1"] <= first["pass@4"]
     assert first["answers"] == 40
     assert json.loads(run_here("solve", *several)[0]) == first
-    assert json.loads(run_here("solve", *several, "--seed=1")[0])["answer_tokens"] != first["answer_tokens"]
+    shown = [run_here("solve", *several, "--show=5", f"--seed={seed}")[1] for seed in (0, 0, 1)]
+    assert shown[0] == shown[1] != shown[2]
 
 
 def test_the_table_and_examples_of_answers(place: Path) -> None:
