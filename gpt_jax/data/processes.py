@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -33,10 +34,15 @@ class WorkerProcess:
 
     def __call__(self, task: bytes) -> bytes:
         """See Worker."""
+        return next(self.results(task))
+
+    def results(self, task: bytes) -> Iterator[bytes]:
+        """The results of a task that has several, without end. Raises as a call does."""
         idle = self._process.poll() is not None
         try:
             worker.send(self._process.stdin, task)
-            return worker.receive(self._process.stdout)
+            while True:
+                yield worker.receive(self._process.stdout)
         except (EOFError, BrokenPipeError):
             status = self._process.wait()
             if status >= 0:

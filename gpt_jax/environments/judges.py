@@ -2,9 +2,13 @@
 
 import json
 import threading
-from collections.abc import Sequence
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from contextlib import contextmanager
 from functools import partial
+from typing import Any, NamedTuple
 
 from gpt_jax.data.pool import WorkerDeathError, WorkerPool
 from gpt_jax.data.processes import WorkerProcess
@@ -17,6 +21,23 @@ OPENING_SECONDS = 600.0
 """Within which a process opens its environment, which may read a large file or import a large package."""
 
 
+class Asked(NamedTuple):
+    """An answer that is to be judged."""
+
+    request: tuple[SplitName, int, str, str]  # See `worker`.
+    reward: "Future[float]"
+
+    def settle(self, reply: dict[str, Any]) -> None:
+        """Takes a reply of `worker`."""
+        split, number, *_ = self.request
+        if "refused" in reply:
+            self.reward.set_exception(UserError(reply["refused"]))
+        elif "error" in reply:
+            self.reward.set_exception(ProblemError(f"problem {number} of {split}: {reply['error']}"))
+        else:
+            self.reward.set_result(float(reply["reward"]))
+
+
 class Judges(WorkerPool):
     """Processes that judge answers, each of which opens the environment by itself. Use it in a `with` block, which ends
     them. A reward depends on the problem and the answer only, not on the number of processes, nor on time."""
@@ -24,6 +45,13 @@ class Judges(WorkerPool):
     def __init__(self, name: str, options: Sequence[str], data: str, n_workers: int, timeout: float = 60.0) -> None:
         """name, options, data: see `open_environment`. timeout: seconds that an answer may take."""
         super().__init__(partial(JudgeProcess, name, options, data, timeout), n_workers)
+        self._waiting: deque[Asked] = deque()
+        self._taking = threading.Lock()
+
+    def __exit__(self, *exception: object) -> None:
+        super().__exit__(*exception)
+        for asked in self._waiting:
+            asked.reward.cancel()
 
     def submit(self, split: SplitName, number: int, answer: str, problem: Problem | None = None) -> "Future[float]":
         """The reward, later. problem: the problem itself, with which that of the process is compared.
@@ -31,22 +59,35 @@ class Judges(WorkerPool):
         The future raises ProblemError, and UserError when the environment cannot be opened.
         """
         key = "" if problem is None else worker.prompt_key(problem)
-        return self._threads.submit(self._reward, split, number, answer, key)
+        asked = Asked((split, number, answer, key), Future())
+        self._waiting.append(asked)
+        self._threads.submit(self._judge_some)
+        return asked.reward
 
-    def _reward(self, split: SplitName, number: int, answer: str, key: str) -> float:
+    def _judge_some(self) -> None:
+        """Has some of those judged that wait: many of many, which saves messages, and few of few, so that all processes
+        end at about the same time."""
+        with self._taking:
+            n = -(-len(self._waiting) // (2 * self._n_workers))
+            some = [self._waiting.popleft() for _ in range(n)]
+        while some:
+            replies = self._replies(some)
+            for asked, reply in zip(some, replies, strict=False):
+                asked.settle(reply)
+            del some[: len(replies)]
+
+    def _replies(self, some: Sequence[Asked]) -> list[dict[str, Any]]:
+        """The replies to the first ones, one at least."""
         try:
-            reply = json.loads(self._result(json.dumps([split, number, answer, key]).encode()))
-        except UserError as e:
-            raise ProblemError(f"problem {number} of {split}: {e}") from e
-        if "refused" in reply:
-            raise UserError(reply["refused"])
-        if "error" in reply:
-            raise ProblemError(f"problem {number} of {split}: {reply['error']}")
-        return float(reply["reward"])
+            replies: list[dict[str, Any]] = json.loads(self._result(json.dumps([a.request for a in some]).encode()))
+            return replies
+        except UserError as e:  # With fewer of them, to find the one that it comes from.
+            return self._replies(some[: len(some) // 2]) if len(some) > 1 else [{"error": str(e)}]
 
 
 class JudgeProcess:
-    """See Worker. Its tasks and results are the requests and replies of `worker`, and their time is limited."""
+    """See Worker. A task is a list of answers, see `worker`. The result is a list of the replies to the first of them,
+    and its last one may be an error: that the time of an answer has passed."""
 
     def __init__(self, name: str, options: Sequence[str], data: str, timeout: float) -> None:
         self._name, self._timeout = name, timeout
@@ -58,29 +99,30 @@ class JudgeProcess:
         if self._hung:
             raise WorkerDeathError("a worker process that hung was ended", idle=True)
         if not self._opened:
-            opened = self._within(OPENING_SECONDS, b"null", "was not open")
-            if json.loads(opened):
-                return opened
+            [opened] = self._within(OPENING_SECONDS, b"null", 1, "was not open")
+            if opened:
+                return json.dumps([opened]).encode()
             self._opened = True
-        return self._within(self._timeout, task, "did not return")
+        n = len(json.loads(task))
+        return json.dumps(self._within(self._timeout, task, n, "did not return")).encode()
 
-    def _within(self, seconds: float, task: bytes, failure: str) -> bytes:
-        """The result of a task, or UserError after that time."""
+    def _within(self, seconds: float, task: bytes, n: int, failure: str) -> list[dict[str, Any]]:
+        """The n replies to a task, or those that came, each within that time, and an error."""
+        replies: list[dict[str, Any]] = []
+        with deadline(seconds, self._give_up) as move:
+            try:
+                for _, reply in zip(range(n), self._process.results(task), strict=False):
+                    replies.append(json.loads(reply))
+                    move()
+            except WorkerDeathError:
+                if not self._hung:
+                    raise
+                replies.append({"error": f"the environment {self._name} {failure} within {seconds:g} s"})
+        return replies
 
-        def give_up() -> None:
-            self._hung = True
-            self.kill()
-
-        timer = threading.Timer(seconds, give_up)
-        timer.start()
-        try:
-            return self._process(task)
-        except WorkerDeathError:
-            if not self._hung:
-                raise
-            raise UserError(f"the environment {self._name} {failure} within {seconds:g} s") from None
-        finally:
-            timer.cancel()
+    def _give_up(self) -> None:
+        self._hung = True
+        self.kill()
 
     def kill(self) -> None:
         """See Worker."""
@@ -89,3 +131,27 @@ class JudgeProcess:
     def close(self) -> None:
         """See Worker."""
         self._process.close()
+
+
+@contextmanager
+def deadline(seconds: float, give_up: Callable[[], None]) -> Iterator[Callable[[], None]]:
+    """Calls `give_up`, in another thread, after so many seconds without a call of what it yields."""
+    ends, done = time.monotonic() + seconds, threading.Event()
+
+    def move() -> None:
+        nonlocal ends
+        ends = time.monotonic() + seconds
+
+    def watch() -> None:
+        while not done.wait(max(0.0, ends - time.monotonic())):
+            if time.monotonic() >= ends:
+                give_up()
+                return
+
+    watching = threading.Thread(target=watch, daemon=True)
+    watching.start()
+    try:
+        yield move
+    finally:
+        done.set()
+        watching.join()

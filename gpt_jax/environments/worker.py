@@ -1,9 +1,9 @@
 """A process that judges answers to the problems of one environment, which it opens itself.
 
 Its argument is JSON: the name, the options and the data of `open_environment`. Requests and replies are JSON, in the
-messages of `gpt_jax.data.worker`. The first request, null, is answered when the environment is open; any other one,
-[split, number, answer, `prompt_key` or ""], when the answer is judged. A reply has a `reward`, an `error`, or,
-when the environment could not be opened, `refused`.
+messages of `gpt_jax.data.worker`. The first request, null, is answered when the environment is open; any other one is
+a list of [split, number, answer, `prompt_key` or ""], and each answer has a reply as soon as it is judged: with a
+`reward`, an `error`, or, when the environment could not be opened, `refused`.
 """
 
 import contextlib
@@ -70,10 +70,10 @@ def main() -> None:
     except UserError as e:
         opened = {"refused": str(e)}
     while True:
-        task = json.loads(tasks.get())
-        reply = judge(*task) if task else opened
-        with contextlib.suppress(BrokenPipeError):  # The parent is gone, and `_read` ends this process.
-            send(replies, json.dumps(reply).encode())
+        asked = json.loads(tasks.get())
+        for reply in [opened] if asked is None else (judge(*one) for one in asked):
+            with contextlib.suppress(BrokenPipeError):  # The parent is gone, and `_read` ends this process.
+                send(replies, json.dumps(reply).encode())
 
 
 def take_pipes() -> tuple[BinaryIO, BinaryIO]:

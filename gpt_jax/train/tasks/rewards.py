@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -64,6 +64,7 @@ class RewardTask:
         self.grpo = grpo = config.objective.grpo
         self.size, self.steps_a_batch = config.data.batch_size, grpo.iterations
         self.n_micro = placement.microbatches(self.size, config.data.microbatch_size)
+        self.sizes = batch_sizes(self.size, placement.n_shares * self.n_micro)
         most, T = grpo.max_prompt_tokens + grpo.max_new_tokens, model.config.context_length
         if most > T + 1:
             raise UserError(
@@ -151,24 +152,46 @@ class RewardTask:
             rewards_PG[where] = future.result()
         waited = time.perf_counter()
 
-        longest = max(len(row.result.prompt_tokens) + len(row.result.tokens) for row in rows.values())
-        least = max(32, least_length(self.model.config)) * self.placement.context
-        batch, is_cut_PG = answers(rows, (P, G, bucket(longest - 1, self.model.config.context_length, least)))
+        lengths_PG, is_cut_PG = np.zeros((P, G), int), np.zeros((P, G), bool)
+        for where, row in rows.items():
+            lengths_PG[where], is_cut_PG[where] = len(row.result.tokens), row.result.finish_reason == "length"
         advantages_PG, has_spread_P = np.zeros((P, G), np.float32), np.zeros(P, bool)
         advantages_PG[fits], has_spread_P[fits] = advantages(rewards_PG[fits], g)
         counts_PG = has_spread_P[:, None] & ~(is_cut_PG & (g.overlong == "mask"))
-        rewarded = Rewarded(advantages_PG, counts_PG, batch.extra)
         self.notice_equal_rewards(rewards_PG[fits])
-        return self.on_devices(batch._replace(extra=rewarded), state), {
+
+        # Groups that do not count are not computed, except for those that fill up the batch.
+        counts_P = counts_PG.any(axis=1)
+        places = np.argsort(~counts_P, kind="stable")[: next(n for n in self.sizes if n >= counts_P.sum())]
+        batch = self.batch([[rows.get((place, sample)) for sample in range(G)] for place in places.tolist()])
+        batch = batch._replace(extra=Rewarded(advantages_PG[places], counts_PG[places], batch.extra))
+        return self.on_devices(batch, state), {
             "reward": float(rewards_PG[fits].mean()),
-            "step_tokens": int(batch.mask.sum()),
-            "answer_tokens": float(batch.mask[fits].sum(axis=2).mean()),
+            "step_tokens": int(lengths_PG.sum()),
+            "answer_tokens": float(lengths_PG[fits].mean()),
             "overlong": int(is_cut_PG.sum()),
             "without_spread": int((~has_spread_P[fits]).sum()),
             "too_long": P - len(fits),
             "rollout_ms": (written - begin) * 1e3,
             "judging_ms": (waited - written) * 1e3,
         }
+
+    def batch(self, rows_PG: Sequence[Sequence[Row | None]]) -> Batch:
+        """A batch (P, G, T) of answers, with the tokens that were drawn as its mask and their log-probabilities,
+        float32 (P, G, T), as `extra`. T is a power of two or the context."""
+        results = {(i, k): row.result for i, group in enumerate(rows_PG) for k, row in enumerate(group) if row}
+        longest = max((len(result.prompt_tokens) + len(result.tokens) for result in results.values()), default=2)
+        least = least_length(self.model.config) * self.placement.context
+        P, G, T = len(rows_PG), self.grpo.group_size, bucket(longest - 1, self.model.config.context_length, least)
+        tokens_PGT, drawn_PGT = np.zeros((P, G, T + 1), np.int32), np.zeros((P, G, T), np.float32)
+        mask_PGT = np.zeros((P, G, T), bool)
+        for where, result in results.items():
+            prompt, answer = result.prompt_tokens, result.tokens
+            targets = slice(len(prompt) - 1, len(prompt) + len(answer) - 1)  # Target t is token t + 1.
+            tokens_PGT[where][: targets.stop + 1] = prompt + answer
+            mask_PGT[where][targets] = True
+            drawn_PGT[where][targets] = result.drawn_logprobs
+        return Batch(tokens_PGT, mask_PGT, extra=drawn_PGT)
 
     def on_devices(self, batch: Batch, state: TrainState) -> Batch:
         """The batch on the devices, with the log-probabilities that are needed of other parameters than those of each
@@ -237,17 +260,7 @@ class RewardTask:
         return "--- sample\n" + "\n".join(texts)
 
 
-def answers(rows: Mapping[tuple[int, int], Row], shape: tuple[int, int, int]) -> tuple[Batch, np.ndarray]:
-    """A batch (P, G, T) of answers by their places, with the tokens that were drawn as its mask and their
-    log-probabilities, float32 (P, G, T), as `extra`; and which answers were cut, bool (P, G)."""
-    P, G, T = shape
-    tokens_PGT, mask_PGT = np.zeros((P, G, T + 1), np.int32), np.zeros(shape, bool)
-    drawn_PGT, is_cut_PG = np.zeros(shape, np.float32), np.zeros((P, G), bool)
-    for where, row in rows.items():
-        prompt, answer = row.result.prompt_tokens, row.result.tokens
-        targets = slice(len(prompt) - 1, len(prompt) + len(answer) - 1)  # Target t is token t + 1.
-        tokens_PGT[where][: targets.stop + 1] = prompt + answer
-        mask_PGT[where][targets] = True
-        drawn_PGT[where][targets] = row.result.drawn_logprobs
-        is_cut_PG[where] = row.result.finish_reason == "length"
-    return Batch(tokens_PGT, mask_PGT, extra=drawn_PGT), is_cut_PG
+def batch_sizes(batch_size: int, n_parts: int) -> list[int]:
+    """Numbers of groups, rising, that a step may have so that there are programs for few: all, half of them, a quarter.
+    n_parts: the microbatches of all devices, into which each of them divides."""
+    return [n for n in (batch_size // 4, batch_size // 2) if n and n % n_parts == 0] + [batch_size]
