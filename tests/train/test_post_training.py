@@ -10,8 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from gpt_jax.data.batch import Batch
 from gpt_jax.environments.arithmetic import Arithmetic
 from gpt_jax.run.checkpoint import Checkpoints
+from gpt_jax.train.tasks.rewards import RewardTask, batch_sizes
 from tests.commands import TINY, records, refused_here, run, run_here, start
 
 STEPS, KILLS = 40, 10
@@ -144,9 +146,7 @@ def test_a_stopped_run_goes_on_and_devices_do_not_matter(place: Path, tmp_path: 
     run_here("train", *flags, f"--out-dir={tmp_path / 'whole'}", "--train.steps=8", "--optimizer.schedule=constant")
     expected = logged(tmp_path / "whole")
     assert len(expected) == 8
-    if (
-        objective == "grpo"
-    ):  # On policy, the ratios of two programs are 1 to rounding; the second step on a batch moves.
+    if objective == "grpo":  # On policy, ratios of two programs are 1 to rounding; the second step on a batch moves.
         assert expected[0]["clipped"] == 0
         assert abs(expected[0]["loss"]) < 1e-5
         assert [r["reward"] for r in expected[::2]] == [r["reward"] for r in expected[1::2]]
@@ -159,6 +159,59 @@ def test_a_stopped_run_goes_on_and_devices_do_not_matter(place: Path, tmp_path: 
         for ours, theirs in zip(logged(tmp_path / name)[:3], expected[:3], strict=True):
             assert ours.keys() == theirs.keys()
             np.testing.assert_allclose([*ours.values()], [*theirs.values()], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("objective", "more"),
+    [
+        ("dpo", ["--parallel.devices=1"]),
+        ("dpo", ["--objective.dpo.reference=model"]),
+        ("dpo", ["--model.lora.rank=2", "--objective.dpo.reference=model"]),
+        ("grpo", ["--parallel.devices=1"]),
+        ("grpo", ["--objective.grpo.iterations=1", "--objective.grpo.top-k=20", "--objective.grpo.top-p=0.9"]),
+        ("grpo", ["--model.lora.rank=2", "--objective.grpo.temperature=0.8"]),
+    ],
+)
+def test_microbatches_do_not_matter(place: Path, tmp_path: Path, objective: str, more: list[str]) -> None:
+    """Nor, with adapters, filters or references: what the sampler says to a token, training says, too."""
+    flags = [*arguments(place, objective), "--train.steps=4", "--data.batch-size=8", *more]
+    for name, size in (("whole", 0), ("parts", 2)):
+        run_here("train", *flags, f"--data.microbatch-size={size}", f"--out-dir={tmp_path / name}")
+    for ours, theirs in zip(logged(tmp_path / "parts"), logged(tmp_path / "whole"), strict=True):
+        assert ours.keys() == theirs.keys()
+        np.testing.assert_allclose([*ours.values()], [*theirs.values()], rtol=1e-5, atol=1e-5)
+        assert ours.get("sampler_difference", 0) < 1e-4
+
+
+@pytest.mark.parametrize("loss", ["dapo", "dr_grpo"])
+def test_groups_that_do_not_count_need_not_be_computed(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: str
+) -> None:
+    """Most answers of two tokens are worth nothing, so that a quarter of the groups is enough in some steps."""
+    computed = []
+    flags = [*arguments(place, "grpo"), "--data.batch-size=16", "--objective.grpo.max-new-tokens=2", "--train.steps=10"]
+    flags += [f"--objective.grpo.loss={loss}", "--objective.grpo.scale=none"]
+
+    def batch(task: RewardTask, rows: Any) -> Batch:
+        computed.append(len(rows))
+        return whole(task, rows)
+
+    whole = RewardTask.batch
+    monkeypatch.setattr(RewardTask, "batch", batch)
+    run_here("train", *flags, f"--out-dir={tmp_path / 'few'}")
+    assert min(computed) < 16
+    monkeypatch.setattr("gpt_jax.train.tasks.rewards.batch_sizes", lambda size, n_parts: [size])
+    run_here("train", *flags, f"--out-dir={tmp_path / 'all'}")
+    assert computed[-1] == 16
+    for ours, theirs in zip(logged(tmp_path / "few"), logged(tmp_path / "all"), strict=True):
+        np.testing.assert_allclose([*ours.values()], [*theirs.values()], rtol=1e-5, atol=1e-5)
+
+
+def test_the_sizes_of_batches() -> None:
+    assert batch_sizes(16, 2) == [4, 8, 16]
+    assert batch_sizes(16, 8) == [8, 16]
+    assert batch_sizes(6, 2) == [6]
+    assert batch_sizes(1, 1) == [1]
 
 
 def test_preferences_are_learnt(place: Path, tmp_path: Path) -> None:
