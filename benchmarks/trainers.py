@@ -76,30 +76,23 @@ class Conversing(Tuning):
         super().__init__(preset)
         self.conversations, self.at = conversations, 0  # The next batch.
 
-    def rows(self, first: int, count: int) -> Conversations:
-        """Those of so many batches."""
+    def rows(self, first: int, count: int) -> list[dict[str, torch.Tensor]]:
+        """Those of so many batches, as the model takes them."""
         B = self.preset.batch_size
-        return self.conversations[first * B : (first + count) * B]
+        return [
+            {
+                "input_ids": torch.from_numpy(tokens).long(),
+                "labels": torch.from_numpy(np.where(learnt, tokens, NOT_LEARNT)).long(),
+            }
+            for tokens, learnt in self.conversations[first * B : (first + count) * B]
+        ]
 
     def train(self, first: int, count: int, **settings: Any) -> tuple[Trainer, Clock]:
         """Trains on so many batches."""
-        rows, clock = self.rows(first, count), Clock(self.wait)
-        arguments = TrainingArguments(
-            **self.settings(self.preset.batch_size, count), train_sampling_strategy="sequential", **settings
-        )
-        trainer = Trainer(
-            self.model.gpt2,
-            arguments,
-            data_collator=padded,
-            train_dataset=[
-                {
-                    "input_ids": torch.from_numpy(tokens).long(),
-                    "labels": torch.from_numpy(np.where(learnt, tokens, NOT_LEARNT)).long(),
-                }
-                for tokens, learnt in rows
-            ],
-            callbacks=[clock],
-        )
+        clock, B = Clock(self.wait), self.preset.batch_size
+        arguments = TrainingArguments(**self.settings(B, count), train_sampling_strategy="sequential", **settings)
+        rows = self.rows(first, count)
+        trainer = Trainer(self.model.gpt2, arguments, data_collator=padded, train_dataset=rows, callbacks=[clock])
         trainer.train()
         return trainer, clock
 
@@ -119,9 +112,9 @@ class Conversing(Tuning):
         _, clock = self.train(self.at, 1 + count, logging_strategy="no")
         B, rows = self.preset.batch_size, self.rows(self.at + 1, count)
         self.at += 1 + count
-        lengths = [len(tokens) for tokens, _ in rows]
+        lengths = [len(row["labels"]) for row in rows]
         places = sum(B * max(lengths[at : at + B]) for at in range(0, len(rows), B))
-        learnt = sum(int(learnt[1:].sum()) for _, learnt in rows)
+        learnt = sum(int((row["labels"][1:] != NOT_LEARNT).sum()) for row in rows)
         return Tuned(clock.ends[-1] - clock.ends[0], learnt, sum(lengths), places)
 
 
