@@ -46,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--gguf", nargs="+", type=Path, default=[], metavar="FILE", help=gguf)
     programs = "of serve: where llama-bench and llama-batched-bench are (default: PATH)"
     parser.add_argument("--llama-cpp", type=Path, metavar="FOLDER", help=programs)
-    chats = "of data and tune: conversations to pack, beside docstrings or in their place"
+    chats = "conversations: of data, to pack beside docstrings; of tune, to tune on in their place"
     parser.add_argument("--conversations", nargs="+", type=Path, default=[], metavar="FILE", help=chats)
     published = "of data: a published tokenizer with ChatML's tokens to prepare them with, as its folder or GGUF file"
     parser.add_argument("--tokenizer", type=Path, metavar="PATH", help=published)

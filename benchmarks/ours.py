@@ -237,7 +237,7 @@ class Rewards:
         name, tokenizer = "benchmarks.letters:Letters", ByteTokenizer()
         grpo = GrpoConfig(name, (), answers, max_prompt_tokens=PROMPT, max_new_tokens=new, overlong="keep")
         config = Config(
-            init_from="the same parameters for all",
+            init_from="none",  # Which there must be, and nothing here reads.
             model=preset.model,
             data=DataConfig(batch_size=preset.batch_size),
             objective=ObjectiveConfig("grpo", grpo=grpo),

@@ -30,6 +30,7 @@ from benchmarks.results import Results, Row
 from benchmarks.train import as_chosen
 from gpt_jax.config import ModelConfig
 from gpt_jax.data.shards import open_dataset
+from gpt_jax.errors import UserError
 from gpt_jax.tokenizer.bytes import ByteTokenizer
 
 PADDED, TRL = "gpt_jax, padded", "TRL"
@@ -123,17 +124,20 @@ def tune_conversations(preset: Preset, machine: Row, rounds: int, files: Sequenc
     notes = [
         f"{preset.describe()}; rows of gpt_jax, padded, have a quarter, half, three quarters or all of the context, "
         "those of transformers the length of the longest of their batch",
-        "counted are the tokens that are learnt, from the end of a turn's first step to the end of its last one; the "
-        "shares are of all places of the batches; transformers is its own Trainer",
+        "tokens learnt are counted from the end of a turn's first step to the end of its last one; learnt and text are "
+        "the shares of the places of all batches whose target is learnt, and that hold a token of a conversation",
+        "transformers is its own Trainer; all start with the same parameters",
     ]
     return {"dtype": model.dtype, "parity": differences, **row, "notes": notes}
 
 
 def conversations_in(folder: Path, most: int) -> Conversations:
-    """The training conversations of a prepared folder that have so many tokens at most."""
+    """The training conversations of a prepared folder that have so many tokens at most. Raises UserError for none."""
     split = open_dataset(folder).train
     begins = [*split.document_starts.tolist(), len(split)]
     places = [(begin, end - begin) for begin, end in pairwise(begins) if end - begin <= most]
+    if not places:
+        raise UserError(f"no conversation has {most} tokens or fewer")
     return [(split.read(*place), split.read_learnt(*place)) for place in places]
 
 
@@ -205,7 +209,8 @@ def tune_rewards(preset: Preset, machine: Row, rounds: int, sizes: Sizes) -> Row
     notes = [
         f"{preset.describe()}, {counted}; the median step of a turn without its first one, from the end of a step to "
         "the end of the next: answers, rewards and training",
-        "the shares and the tokens of answers a second are of other steps, each part of which is waited for",
+        "the shares of answers, waiting for rewards and training, and the tokens of answers a second, are of steps of "
+        "their own, each part of which is waited for; without judges, the same answers are only written",
     ]
     if TRL in found:
         notes.append(
