@@ -1,8 +1,8 @@
 """The same GPT in PyTorch and in JAX on this machine: python -m benchmarks [PART ...]
 
-The parts, each runnable alone: train, decode, serve, on a GPU largest, learn, variants, scale, startup and data (all of
-them without a name, the most telling first), and report, which writes the documents' tables and the plots from what was
-measured.
+The parts, each runnable alone: train, decode, serve, tune, on a GPU largest, learn, variants, scale, startup and data
+(all of them without a name, the most telling first), and report, which writes the documents' tables and the plots from
+what was measured.
 What has been measured already, with the same versions and flags, is not measured again, so an interrupted run
 continues. A row that cannot be measured is reported, and the others go on; the exit status is 1 then.
 """
@@ -15,13 +15,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import data, decode, learn, machine, report, results, scale, serve, startup, train, worker
+from benchmarks import data, decode, learn, machine, report, results, scale, serve, startup, train, tune, worker
 from gpt_jax.errors import UserError
 
 PARTS: dict[str, Callable[[results.Results, results.Row, Any], None]] = {
     "train": lambda measured, here, args: train.run(measured, here, args.rounds, args.preset),
     "decode": lambda measured, here, args: decode.run(measured, here, args.rounds, args.batch),
     "serve": lambda measured, here, args: serve.run(measured, here, args.rounds, args.gguf, args.llama_cpp),
+    "tune": lambda measured, here, args: tune.run(measured, here, args.rounds, args.conversations),
     "largest": lambda measured, here, args: train.run_largest(measured, here, args.rounds),
     "learn": lambda measured, here, args: learn.run(measured, here, args.rounds, path=args.text),
     "variants": lambda measured, here, args: train.run_variants(measured, here, args.rounds, args.preset),
@@ -45,7 +46,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--gguf", nargs="+", type=Path, default=[], metavar="FILE", help=gguf)
     programs = "of serve: where llama-bench and llama-batched-bench are (default: PATH)"
     parser.add_argument("--llama-cpp", type=Path, metavar="FOLDER", help=programs)
-    chats = "of data: conversations to pack, beside docstrings"
+    chats = "conversations: of data, to pack beside docstrings; of tune, to tune on in their place"
     parser.add_argument("--conversations", nargs="+", type=Path, default=[], metavar="FILE", help=chats)
     published = "of data: a published tokenizer with ChatML's tokens to prepare them with, as its folder or GGUF file"
     parser.add_argument("--tokenizer", type=Path, metavar="PATH", help=published)

@@ -3,7 +3,7 @@
 import time
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,6 +17,9 @@ MODES = {"greedy": 0, "top_50": 50}
 Asked = Sequence[tuple[list[int], int]]
 """Requests: the tokens of each prompt, and how many its answer has."""
 
+Conversations = Sequence[tuple[np.ndarray, np.ndarray]]
+"""The tokens of each, int32 (n,), and which of them are to be learnt, bool (n,)."""
+
 Arrays = dict[str, np.ndarray]
 """Parameters, or their gradients, by their path in gpt_jax's tree: "layers/mlp/up/kernel" (L, D, F)."""
 
@@ -24,6 +27,15 @@ Arrays = dict[str, np.ndarray]
 def prompts(vocab_size: int, batch: int, length: int) -> np.ndarray:
     """Random prompts, int32 (B, T); the same for all contestants."""
     return np.random.default_rng(0).integers(0, vocab_size, (batch, length), dtype=np.int32)
+
+
+class Tuned(NamedTuple):
+    """Seconds of training, and what was trained on then."""
+
+    seconds: float
+    learnt: int  # Targets that count.
+    text: int  # Places that hold a token of a conversation.
+    places: int  # Those of all rows, padding included.
 
 
 class Contestant:

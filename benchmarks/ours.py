@@ -3,9 +3,11 @@
 What learning does not need is imported where it is used: the time of imports is a part of what is measured there.
 """
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -15,7 +17,7 @@ import optax
 from flax import traverse_util
 
 from benchmarks import contestants
-from benchmarks.contestants import Arrays, Asked, prompts
+from benchmarks.contestants import Arrays, Asked, Conversations, Tuned, prompts
 from benchmarks.measure import memory_of_libraries, peak_memory
 from benchmarks.presets import Preset
 from gpt_jax import runtime
@@ -121,6 +123,203 @@ class Training(contestants.Training):
         temporaries = temporary_bytes(self.train_step, self.state, self.numbered(0)) * self.placement.n_devices
         kinds = {"libraries": self.libraries, "state": bytes_of(self.state), "temporaries": temporaries}
         return {"peak_bytes": peak, "memory": kinds}
+
+
+class Tuning(Training):
+    """Tunes on prepared conversations. A subclass makes the batches."""
+
+    at = 0  # The next batch.
+
+    def made(self, step: int) -> tuple[Batch, int]:
+        """The batch of a step, and its places that hold text."""
+        raise NotImplementedError
+
+    def shapes(self) -> list[Batch]:
+        """A batch of each shape that there is."""
+        raise NotImplementedError
+
+    def warm(self) -> None:
+        """Compiles for all shapes."""
+        for batch in self.shapes():
+            self.train(self.placement.split(batch, 1))
+        self.wait()
+
+    def losses(self, parameters: Arrays, count: int) -> list[float]:
+        """Those of the first steps; starts anew before and after."""
+        self.start(parameters)
+        losses = [float(self.train(self.placement.split(self.made(step)[0], 1))) for step in range(count)]
+        self.start(parameters)
+        return losses
+
+    def tune(self, count: int) -> Tuned:
+        """Trains on the next batch, and then on so many as the loop of a run does, which alone are counted."""
+        from gpt_jax.data.loader import Prefetch
+
+        def ready(step: int) -> tuple[Batch, np.ndarray]:
+            batch, text = self.made(step)
+            return self.placement.split(batch, 1), np.array([batch.mask.sum(), text, batch.mask.size])
+
+        counts, steps = np.zeros(3, int), range(self.at, self.at + 1 + count)
+        self.at = steps.stop
+        with Prefetch(ready, steps) as prefetched:
+            batches = iter(prefetched)
+            self.train(next(batches)[0])
+            self.wait()
+            begin = time.perf_counter()
+            for batch, counted in batches:
+                self.train(batch)
+                counts += counted
+            self.wait()
+            return Tuned(time.perf_counter() - begin, *counts.tolist())
+
+
+class Packed(Tuning):
+    """Its rows are packed, as a run packs conversations."""
+
+    def __init__(self, preset: Preset, parallel: ParallelConfig, folder: str) -> None:
+        """folder: of prepared conversations."""
+        from gpt_jax.data.folders import together
+        from gpt_jax.data.shards import open_dataset
+
+        super().__init__(preset, parallel)
+        config = DataConfig(dir=folder, batch_size=preset.batch_size, packing="documents")
+        self.batches = together([open_dataset(Path(folder))], config).batches(preset.model.context_length, seed=0)
+
+    def made(self, step: int) -> tuple[Batch, int]:
+        [(_, rows)], T = self.batches.sources, self.preset.model.context_length
+        lengths = [sum(n for _, n in rows.places(row, shift)) for _, row, shift in self.batches.drawn(step)]
+        return self.batches(step), sum(min(length, T) for length in lengths)
+
+    def shapes(self) -> list[Batch]:
+        return [self.batches(0)]
+
+
+class Padded(Tuning):
+    """Each row is a conversation."""
+
+    def __init__(self, preset: Preset, parallel: ParallelConfig, conversations: Conversations) -> None:
+        """conversations: in the order in which they are trained on."""
+        super().__init__(preset, parallel)
+        self.conversations = conversations
+        self.lengths = [preset.model.context_length * quarters // 4 for quarters in (1, 2, 3, 4)]
+
+    def made(self, step: int) -> tuple[Batch, int]:
+        B = self.preset.batch_size
+        rows = self.conversations[step * B : (step + 1) * B]
+        lengths = [len(tokens) for tokens, _ in rows]
+        T = next(T for T in self.lengths if max(lengths) <= T + 1)
+        return self.padded(rows, T), sum(min(length, T) for length in lengths)
+
+    def padded(self, rows: Conversations, T: int) -> Batch:
+        """Rows of T places, and empty ones that fill up the batch."""
+        B = self.preset.batch_size
+        tokens_BS, mask_BT = np.zeros((B, T + 1), np.int32), np.zeros((B, T), bool)
+        for b, (tokens, learnt) in enumerate(rows):
+            tokens_BS[b, : len(tokens)] = tokens
+            mask_BT[b, : len(tokens) - 1] = learnt[1:]
+        return Batch(tokens_BS, mask_BT)
+
+    def shapes(self) -> list[Batch]:
+        return [self.padded([], T) for T in self.lengths]
+
+
+class Rewards:
+    """Tunes on the rewards of its own answers, built and called as the loop of a run does it."""
+
+    def __init__(self, preset: Preset, parallel: ParallelConfig, answers: int, new: int) -> None:
+        """preset: its batch is of problems; answers: to each of them, of so many new tokens."""
+        from benchmarks.letters import PROMPT
+        from gpt_jax.config import GrpoConfig, ObjectiveConfig
+        from gpt_jax.environments.environment import Problems, open_environment
+        from gpt_jax.tokenizer.bytes import ByteTokenizer
+        from gpt_jax.train.tasks.rewards import RewardSource, RewardTask
+
+        name, tokenizer = "benchmarks.letters:Letters", ByteTokenizer()
+        grpo = GrpoConfig(name, (), answers, max_prompt_tokens=PROMPT, max_new_tokens=new, overlong="keep")
+        config = Config(
+            init_from="none",  # Which there must be, and nothing here reads.
+            model=preset.model,
+            data=DataConfig(batch_size=preset.batch_size),
+            objective=ObjectiveConfig("grpo", grpo=grpo),
+            optimizer=preset.optimizer,
+            parallel=parallel,
+        )
+        runtime.setup(runtime.choose_cpu_devices(config))
+        self.placement = choose_placement(parallel, preset.model, runtime.choose_devices(parallel))
+        self.model = GPT(resolve_for(preset.model, self.placement.devices[0]))
+        source = RewardSource(grpo, Problems(open_environment(name), name), tokenizer, [])
+        self.task = task = RewardTask(config, source, self.model, self.placement)
+        bias = tuple((token, -100.0) for token in sorted(tokenizer.stop_ids))  # Every answer is as long as it may be.
+        filters = dataclasses.replace(task.settings.filters, logit_bias=bias)
+        task.settings = dataclasses.replace(task.settings, filters=filters)
+        schedule = learning_rate_schedule(preset.optimizer, config.train.steps)
+        optimizer = make_optimizer(preset.optimizer, config.train.steps)
+        step = make_train_step(task.objective, self.model, optimizer, schedule, 0, self.placement.axis_name)
+        self.train_step = self.placement.jit(step, donate=True)
+        self.state: TrainState = self.placement.make(lambda: init_state(self.model, optimizer, 0))
+
+    def initial(self) -> Arrays:
+        """The parameters to start from."""
+        return arrays_of(self.state.params)
+
+    def start(self, parameters: Arrays) -> None:
+        """Nothing to do: the others start from these parameters, which are ours."""
+
+    def logprobs(self, tokens: np.ndarray) -> np.ndarray:
+        """The log-probabilities of all tokens but the first, float32 (B, T), of int32 (B, T + 1)."""
+        tokens_B1S = tokens[:, None]
+        batch = self.placement.split(Batch(tokens_B1S, np.ones_like(tokens_B1S[..., 1:], bool)), 1)
+        return self.placement.gather(self.task.logprobs(self.task.logprobs_step, self.state.all_params(), batch))[:, 0]
+
+    def seconds(self, first: int, count: int) -> list[float]:
+        """Seconds of each of so many steps, after one that is not timed."""
+        ends = []
+        with self.task.feed(range(first, first + 1 + count)) as feed:
+            for step in range(first, first + 1 + count):
+                batch, _ = feed(step, self.state)
+                self.state, _ = self.train_step(self.state, batch)
+                if self.placement.must_wait:
+                    jax.block_until_ready(self.state)
+                ends.append(time.perf_counter())
+        return np.diff(ends).tolist()
+
+    def parts(self, first: int, count: int) -> dict[str, float]:
+        """What a step is made of, medians of so many steps after one that is not timed: the shares of the time that
+        answers, waiting for their rewards, and training take, each waited for, and the tokens of answers a second, in
+        the step and for the same answers without judges."""
+        found = []
+        with self.task.feed(range(first, first + 1 + count)) as feed:
+            for step in range(first, first + 1 + count):
+                prompts = self.prompts(step)
+                begin = time.perf_counter()
+                for _ in self.task.rollouts(
+                    self.state.all_params(), prompts, self.task.grpo.group_size, self.task.settings, step
+                ):
+                    pass
+                alone = time.perf_counter() - begin
+                batch, facts = jax.block_until_ready(feed(step, self.state))
+                trains = time.perf_counter()
+                self.state, _ = jax.block_until_ready(self.train_step(self.state, batch))
+                end = time.perf_counter()
+                total, rollout = end - begin - alone, facts["rollout_ms"] / 1e3
+                found.append(
+                    {
+                        "rollout_share": rollout / total,
+                        "judging_share": facts["judging_ms"] / 1e3 / total,
+                        "training_share": (end - trains) / total,
+                        "answer_tokens_per_second": facts["step_tokens"] / rollout,
+                        "answer_tokens_per_second_alone": facts["step_tokens"] / alone,
+                    }
+                )
+        return {key: float(np.median([each[key] for each in found[1:]])) for key in found[0]}
+
+    def prompts(self, step: int) -> list[list[int]]:
+        """The prompts of a step."""
+        from gpt_jax.data.loader import draw, samples_of
+
+        task = self.task
+        numbers = draw(task.n_train, samples_of(step, task.size, None), task.config.train.seed)
+        return [task.source.problems.ask("train", number, task.read)[1] for number, _ in numbers]
 
 
 class Decoding(contestants.Decoding):

@@ -102,6 +102,7 @@ MEANING_OF_COMPILING = (
     "not counted"
 )
 COMPILING = Column("s to compile", figure("compile_seconds"))
+SHARES_OF_A_STEP = {"answers": "rollout", "waiting for rewards": "judging", "training": "training"}
 STEP = Column("ms a step", figure("step_ms"), best=min)
 
 
@@ -238,6 +239,28 @@ def serve(rows: Rows) -> list[str]:
     return [table("serving", races, columns), notes(races)]
 
 
+def tune(rows: Rows) -> list[str]:
+    """Tokens learnt a second of conversations, and steps of tuning on rewards."""
+    shares = [Column(title, figure(f"{name}_share"), md.percent) for title, name in SHARES_OF_A_STEP.items()]
+    kinds = {
+        "conversations": [
+            Column("tokens learnt/s", figure("learnt_per_second"), best=max),
+            Column("ms a step", figure("step_ms")),
+            Column("learnt", figure("learnt_share"), md.percent),
+            Column("text", figure("text_share"), md.percent),
+        ],
+        "rewards": [
+            STEP,
+            *shares,
+            Column("tokens of answers/s", figure("answer_tokens_per_second")),
+            Column("without judges", figure("answer_tokens_per_second_alone")),
+        ],
+    }
+    found = {kind: of_part(rows, f"tune/{kind}") for kind in kinds}
+    tables = ((table(f"tuning on {kind}", found[kind], columns), notes(found[kind])) for kind, columns in kinds.items())
+    return [block for blocks in tables for block in blocks]
+
+
 def learn(rows: Rows) -> list[str]:
     """Seconds to the loss aimed at, everything included."""
     parts: list[str] = []
@@ -309,7 +332,7 @@ def machine(rows: Rows) -> list[str]:
 
 PARTS = {
     make.__name__: make
-    for make in (summary, ratios, train, variants, decode, serve, learn, scale, startup, data, machine)
+    for make in (summary, ratios, train, variants, decode, serve, tune, learn, scale, startup, data, machine)
 }
 """The tables of a machine's file of results."""
 
