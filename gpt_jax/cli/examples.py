@@ -30,9 +30,11 @@ class ExamplesArgs:
     n: int = 10_000  # The first problems of the split, at most.
     field: str = "answer"  # Field of a problem with the right answer.
     template: str = "{answer}"  # What is answered, such as "<answer>{answer}</answer>".
+    wrong: float = 0.0  # Share of the examples that have the answer of another problem, as a text with mistakes has.
 
     def __post_init__(self) -> None:
         check(self.n >= 1, "n", self.n, "1 or more")
+        check(0 <= self.wrong <= 1, "wrong", self.wrong, "between 0 and 1")
         check("{answer}" in self.template, "template", self.template, "a text with {answer} in it")
         for name in ("environment", "out"):
             check(getattr(self, name) != "", name, "", "given")
@@ -43,26 +45,34 @@ def command(argv: Sequence[str]) -> int:
     args = parse(ExamplesArgs, argv, "examples")
     problems = Problems(open_environment(args.environment, args.options), args.environment)
     n = min(args.n, problems.count(args.split))
-    make = functools.partial(example, args)
+    rng = np.random.default_rng(0)
+    of_another = np.where(rng.random(n) < args.wrong, rng.integers(0, n, n), np.arange(n)).tolist()
+    answer_of = functools.partial(answer, args)
     out = Path(args.out)
     if not out.parent.is_dir():
         raise UserError(f"{out} cannot be written: there is no folder {out.parent}")
     with replacing(out) as temporary, temporary.open("w", encoding="utf-8") as f:
         for i in range(n):
-            f.write(json.dumps(problems.ask(args.split, i, make)[1], ensure_ascii=False) + "\n")
+            text = problems.ask(args.split, of_another[i], answer_of)[1]
+            made = problems.ask(args.split, i, functools.partial(example, answer=text))[1]
+            f.write(json.dumps(made, ensure_ascii=False) + "\n")
     print(f"{n:,} examples in {out}; next: {command_line('prepare', out, '--out', 'DIR')}")
     return 0
 
 
-def example(args: ExamplesArgs, problem: Problem) -> dict[str, Any]:
-    """A problem and its answer. Raises UserError when it has none, or is not given as a text or a conversation."""
-    answer = problem.fields.get(args.field)
-    if answer is None:
+def answer(args: ExamplesArgs, problem: Problem) -> str:
+    """What is answered to a problem. Raises UserError when it does not say."""
+    found = problem.fields.get(args.field)
+    if found is None:
         fields = ", ".join(problem.fields) or "none"
         raise UserError(f"there is no {args.field}, only {fields}: name one by --field")
-    text = args.template.replace("{answer}", str(answer))
+    return args.template.replace("{answer}", str(found))
+
+
+def example(problem: Problem, answer: str) -> dict[str, Any]:
+    """A problem with an answer. Raises UserError when it is not given as a text or a conversation."""
     if isinstance(problem.prompt, str):
-        return {"text": problem.prompt + text}
+        return {"text": problem.prompt + answer}
     if isinstance(problem.prompt, np.ndarray):
         raise UserError("it is of tokens; prepare the texts that they were made of")
-    return {"messages": [*problem.prompt, {"role": "assistant", "content": text}]}
+    return {"messages": [*problem.prompt, {"role": "assistant", "content": answer}]}

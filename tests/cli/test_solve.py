@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from gpt_jax.data.shards import open_dataset
@@ -42,6 +43,9 @@ def test_examples_are_texts_or_conversations(place: Path, tmp_path: Path) -> Non
     run_here("examples", *SUMS, "chat=true", "--n=20", "--template=It is {answer}.", f"--out={out}")
     user, assistant = json.loads(out.read_text().splitlines()[0])["messages"]
     assert user["content"].startswith("What is ")
+    run_here("examples", *SUMS, "--n=300", "--wrong=0.5", f"--out={tmp_path / 'wrong.jsonl'}")
+    some = [json.loads(line)["text"].partition("=") for line in (tmp_path / "wrong.jsonl").read_text().splitlines()]
+    assert 0.4 < np.mean([int(text) == eval(sum_) for sum_, _, text in some]) < 0.65  # A few answers are the same.
     assert assistant["content"].startswith("It is ")
     run_here("prepare", out, "--out", tmp_path / "chats", "--tokenizer=bytes")
     assert open_dataset(tmp_path / "chats").train.masked

@@ -178,11 +178,12 @@ class RewardTask:
 
     def batch(self, rows_PG: Sequence[Sequence[Row | None]]) -> Batch:
         """A batch (P, G, T) of answers, with the tokens that were drawn as its mask and their log-probabilities,
-        float32 (P, G, T), as `extra`. T is a power of two or the context."""
+        float32 (P, G, T), as `extra`. T is a power of two, or what the longest answer that may be needs."""
         results = {(i, k): row.result for i, group in enumerate(rows_PG) for k, row in enumerate(group) if row}
         longest = max((len(result.prompt_tokens) + len(result.tokens) for result in results.values()), default=2)
         least = least_length(self.model.config) * self.placement.context
-        P, G, T = len(rows_PG), self.grpo.group_size, bucket(longest - 1, self.model.config.context_length, least)
+        most = -(-(self.grpo.max_prompt_tokens + self.grpo.max_new_tokens - 1) // least) * least
+        P, G, T = len(rows_PG), self.grpo.group_size, bucket(longest - 1, most, least)
         tokens_PGT, drawn_PGT = np.zeros((P, G, T + 1), np.int32), np.zeros((P, G, T), np.float32)
         mask_PGT = np.zeros((P, G, T), bool)
         for where, result in results.items():
