@@ -1,0 +1,100 @@
+"""Rewards on arithmetic, as a user would learn from them: python -m tests.benchmarks.rewarding FOLDER [SEEDS]
+
+Trains configs/arithmetic.py on a text in which most sums are wrong, then configs/grpo_arithmetic.py with each seed, and
+has all of them solve the 1,000 held-out problems, with the most probable answers and with drawn ones. What is in FOLDER
+already is not trained again. Writes benchmarks/results/arithmetic.json, and the curves beside it.
+"""
+
+import json
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from benchmarks.measure import run_command
+from benchmarks.plots import make_figure
+from benchmarks.results import FOLDER, Row
+from benchmarks.worker import ROOT
+from gpt_jax.run.records import read_records
+from gpt_jax.storage.files import replacing, save_json
+
+PROBLEMS = ("--environment=arithmetic", "--options", "digits=1", "terms=3")
+
+
+def gpt_jax(command: str, *arguments: object) -> list[str]:
+    """The lines that a command prints."""
+    return [line for _, line in run_command("-m", "gpt_jax", command, *map(str, arguments)).lines]
+
+
+def solved(run: Path, temperature: float) -> Row:
+    """What `solve` tells of a run."""
+    flags = ("--n-problems=1000", "--max-new-tokens=4", f"--temperature={temperature}", "--json")
+    [line] = gpt_jax("solve", "--run", run, *PROBLEMS, *flags)
+    found: Row = json.loads(line)
+    return found
+
+
+def trained(run: Path, configuration: str, *flags: object) -> float:
+    """Trains a run, unless it is there. The seconds that its steps took, evaluations left out."""
+    if not (run / "checkpoints").exists():
+        gpt_jax("train", ROOT / "configs" / configuration, f"--out-dir={run}", *flags)
+    records = read_records(run / "metrics.jsonl")
+    return sum(r["step_ms"] / 1e3 * (r["step"] - before["step"]) for before, r in pairwise(records))
+
+
+def main(folder: Path, seeds: int) -> None:
+    """Trains and measures what is missing."""
+    data, base = folder / "data" / "sums", folder / "runs" / "arithmetic"
+    folder.mkdir(parents=True, exist_ok=True)
+    if not data.exists():
+        gpt_jax("examples", *PROBLEMS, "--n=8000", "--wrong=0.6", f"--out={folder / 'sums.jsonl'}")
+        gpt_jax("prepare", folder / "sums.jsonl", f"--out={data}", "--tokenizer=bytes")
+    runs = {"before": (base, trained(base, "arithmetic.py", f"--data.dir={data}"))}
+    for seed in range(seeds):
+        run = folder / "runs" / f"grpo{seed}"
+        seconds = trained(run, "grpo_arithmetic.py", f"--init-from={base}", f"--train.seed={seed}")
+        runs[f"seed {seed}"] = run, seconds
+    rows = {
+        name: {"seconds": seconds, "greedy": solved(run, 0), "drawn": solved(run, 1)}
+        for name, (run, seconds) in runs.items()
+    }
+    save_json(FOLDER / "arithmetic.json", {"rows": rows, "table": table(rows)})
+    with replacing(FOLDER / "arithmetic.png") as temporary:
+        draw({name: run for name, (run, _) in runs.items() if name != "before"}, rows["before"]).savefig(
+            temporary, format="png", dpi=120, metadata={"Software": None}
+        )
+
+
+def table(rows: dict[str, Row]) -> list[list[str]]:
+    """The cells of the table in docs/post-training.md."""
+
+    def rate(found: Row) -> str:
+        return f"{found['pass@1']:.1%} ({found['pass@1_low']:.1%} to {found['pass@1_high']:.1%})"
+
+    title = "1,000 held-out problems: pass@1 (95%)"
+    lines = [[title, "most probable answers", "drawn answers", "seconds of training steps"]]
+    return lines + [[name, rate(r["greedy"]), rate(r["drawn"]), f"{r['seconds']:.0f}"] for name, r in rows.items()]
+
+
+def draw(runs: dict[str, Path], before: Row) -> Any:
+    """The rewards of each run: of the problems that it learns from, and of held-out ones."""
+    figure = make_figure(figsize=(9, 3.6))
+    axes = figure.subplots(1, 2, sharey=True)
+    for name, run in runs.items():
+        records = read_records(run / "metrics.jsonl")
+        means = [records[max(0, i - 9) : i + 1] for i in range(len(records))]
+        axes[0].plot([r["step"] for r in records], [sum(r["reward"] for r in some) / len(some) for some in means])
+        held_out = [r for r in records if "val_reward" in r]
+        steps, rewards = [0], [before["greedy"]["pass@1"]]
+        axes[1].plot(steps + [r["step"] for r in held_out], rewards + [r["val_reward"] for r in held_out], label=name)
+    axes[0].set(title="drawn answers, mean of ten records", xlabel="step", ylabel="reward")
+    axes[1].set(title="held out, most probable answers", xlabel="step")
+    for each in axes:
+        each.set_ylim(bottom=0)
+        each.grid(alpha=0.3)
+    axes[1].legend()
+    return figure
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]).absolute(), int(sys.argv[2]) if len(sys.argv) > 2 else 3)
