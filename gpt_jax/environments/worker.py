@@ -10,10 +10,9 @@ import contextlib
 import hashlib
 import json
 import os
-import queue
+import select
 import signal
 import sys
-import threading
 from collections.abc import Sequence
 from typing import Any, BinaryIO
 
@@ -60,9 +59,8 @@ class Judge:
 
 def main() -> None:
     """Answers until stdin is closed, which also happens when the parent dies."""
+    end_with_stdin()
     requests, replies = take_pipes()
-    tasks: queue.SimpleQueue[bytes] = queue.SimpleQueue()
-    threading.Thread(target=_read, args=(requests, tasks), daemon=True).start()
     name, options, data = json.loads(sys.argv[1])
     try:
         judge = Judge(open_environment(name, options, data), name)
@@ -70,9 +68,12 @@ def main() -> None:
     except UserError as e:
         opened = {"refused": str(e)}
     while True:
-        asked = json.loads(tasks.get())
+        try:
+            asked = json.loads(receive(requests))
+        except EOFError:
+            os.killpg(os.getpid(), signal.SIGKILL)
         for reply in [opened] if asked is None else (judge(*one) for one in asked):
-            with contextlib.suppress(BrokenPipeError):  # The parent is gone, and `_read` ends this process.
+            with contextlib.suppress(BrokenPipeError):  # The parent is gone, and this process about to be ended.
                 send(replies, json.dumps(reply).encode())
 
 
@@ -87,13 +88,21 @@ def take_pipes() -> tuple[BinaryIO, BinaryIO]:
     return requests, replies
 
 
-def _read(requests: BinaryIO, tasks: "queue.SimpleQueue[bytes]") -> None:
-    """Reads while an answer is judged, too, so that this process ends with its parent even where that hangs."""
-    try:
-        while True:
-            tasks.put(receive(requests))
-    except EOFError:
-        os.killpg(os.getpid(), signal.SIGKILL)  # With what the environment has started, in the session of this process.
+def end_with_stdin() -> None:
+    """Starts a process that ends the session of this one, with what the environment has started, when stdin is closed:
+    even where that hangs and holds the interpreter's lock, as some regular expressions do."""
+    judge = os.getpid()
+    if os.fork():
+        return
+    nothing = os.open(os.devnull, os.O_RDWR)
+    os.dup2(nothing, 1)  # So that the parent sees the end of the one that judges.
+    os.dup2(nothing, 2)
+    pipe = select.poll()
+    pipe.register(0, 0)  # Of the end of a pipe, all are told.
+    while os.getppid() == judge:
+        if pipe.poll(1000):
+            os.killpg(judge, signal.SIGKILL)
+    os._exit(0)
 
 
 if __name__ == "__main__":

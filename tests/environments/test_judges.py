@@ -18,7 +18,7 @@ from gpt_jax.errors import UserError
 from tests.commands import ROOT
 
 ODD = """
-import os, signal, subprocess, sys, time
+import os, re, signal, subprocess, sys, time
 import numpy as np
 from gpt_jax.environments.environment import Problem
 
@@ -209,6 +209,10 @@ def children(group: int) -> list[int]:
     return [int(pid) for pid, pgid, stat in rows if int(pgid) == group and not stat.startswith("Z")]
 
 
+TWO, THREE = 2, 3
+"""A process that judges has one beside it; it may start another one."""
+
+
 @pytest.fixture
 def pid_file(tmp_path: Path) -> Path:
     return tmp_path / "pid"
@@ -230,7 +234,7 @@ def test_leaving_ends_all_at_once(odd: str, pid_file: Path) -> None:
         hanging = judges.submit("train", 0, writes_pid(pid_file, "orphan()"))
         waiting = judges.submit("train", 1, "1")
         pid = read_pid(pid_file)
-        wait_until(lambda: len(children(pid)) == 2)
+        wait_until(lambda: len(children(pid)) == THREE)
         start = time.monotonic()
     assert time.monotonic() - start < 2
     wait_until(lambda: not children(pid))
@@ -258,12 +262,21 @@ def start_parent(odd: str, answer: str) -> subprocess.Popen[str]:
     )
 
 
-def test_the_processes_end_with_their_parent(odd: str, pid_file: Path) -> None:
-    """Also one that hangs, with what it has started."""
-    with start_parent(odd, writes_pid(pid_file, "orphan()")) as parent:
+@pytest.mark.parametrize(("hangs", "n"), [("orphan()", THREE), ("re.match('(a+)+$', 'a' * 60 + 'b')", TWO)])
+def test_the_processes_end_with_their_parent(odd: str, pid_file: Path, hangs: str, n: int) -> None:
+    """Also one that hangs, with what it has started, or in code that holds the interpreter's lock."""
+    with start_parent(odd, writes_pid(pid_file, hangs)) as parent:
         pid = read_pid(pid_file)
-        wait_until(lambda: len(children(pid)) == 2)
+        wait_until(lambda: len(children(pid)) == n)
         parent.kill()
+        wait_until(lambda: not children(pid))
+
+
+def test_what_is_beside_a_process_ends_with_it(odd: str, pid_file: Path) -> None:
+    with Judges(odd, [], "", 1) as judges:
+        with pytest.raises(ProblemError):
+            judges.submit("train", 1, writes_pid(pid_file, "os._exit(3)")).result()
+        pid = read_pid(pid_file)
         wait_until(lambda: not children(pid))
 
 
