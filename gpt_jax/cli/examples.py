@@ -30,7 +30,7 @@ class ExamplesArgs:
     n: int = 10_000  # The first problems of the split, at most.
     field: str = "answer"  # Field of a problem with the right answer.
     template: str = "{answer}"  # What is answered, such as "<answer>{answer}</answer>".
-    wrong: float = 0.0  # Share of the examples that have the answer of another problem, as a text with mistakes has.
+    wrong: float = 0.0  # Share that has the answer of any problem, as a text with mistakes may; few are right.
 
     def __post_init__(self) -> None:
         check(self.n >= 1, "n", self.n, "1 or more")
@@ -47,15 +47,15 @@ def command(argv: Sequence[str]) -> int:
     n = min(args.n, problems.count(args.split))
     rng = np.random.default_rng(0)
     of_another = np.where(rng.random(n) < args.wrong, rng.integers(0, n, n), np.arange(n)).tolist()
-    answer_of = functools.partial(answer, args)
     out = Path(args.out)
     if not out.parent.is_dir():
         raise UserError(f"{out} cannot be written: there is no folder {out.parent}")
     with replacing(out) as temporary, temporary.open("w", encoding="utf-8") as f:
         for i in range(n):
-            text = problems.ask(args.split, of_another[i], answer_of)[1]
-            made = problems.ask(args.split, i, functools.partial(example, answer=text))[1]
-            f.write(json.dumps(made, ensure_ascii=False) + "\n")
+            problem, text = problems.ask(args.split, of_another[i], functools.partial(answer, args))
+            if of_another[i] != i:
+                problem, _ = problems.ask(args.split, i, lambda problem: None)
+            f.write(json.dumps(example(problem, text), ensure_ascii=False) + "\n")
     print(f"{n:,} examples in {out}; next: {command_line('prepare', out, '--out', 'DIR')}")
     return 0
 

@@ -31,7 +31,7 @@ class Asked(NamedTuple):
         """Takes a reply of `worker`."""
         split, number, *_ = self.request
         if "refused" in reply:
-            self.reward.set_exception(UserError(reply["refused"]))
+            self.reward.set_exception(ProblemError(reply["refused"]))
         elif "error" in reply:
             self.reward.set_exception(ProblemError(f"problem {number} of {split}: {reply['error']}"))
         else:
@@ -56,7 +56,7 @@ class Judges(WorkerPool):
     def submit(self, split: SplitName, number: int, answer: str, problem: Problem | None = None) -> "Future[float]":
         """The reward, later. problem: the problem itself, with which that of the process is compared.
 
-        The future raises ProblemError, and UserError when the environment cannot be opened.
+        The future raises ProblemError, also when the environment cannot be opened.
         """
         key = "" if problem is None else worker.prompt_key(problem)
         asked = Asked((split, number, answer, key), Future())
@@ -70,34 +70,37 @@ class Judges(WorkerPool):
         with self._taking:
             n = -(-len(self._waiting) // (2 * self._n_workers))
             some = [self._waiting.popleft() for _ in range(n)]
-        while some:
-            replies = self._replies(some)
-            for asked, reply in zip(some, replies, strict=False):
-                asked.settle(reply)
-            del some[: len(replies)]
+        try:
+            while some:
+                for reply in self._replies(some):
+                    some.pop(0).settle(reply)
+        except BaseException as e:  # Such as that there is no memory for another process: nobody is to wait for ever.
+            for asked in some:
+                asked.reward.set_exception(e)
 
     def _replies(self, some: Sequence[Asked]) -> list[dict[str, Any]]:
         """The replies to the first ones, one at least."""
         try:
             replies: list[dict[str, Any]] = json.loads(self._result(json.dumps([a.request for a in some]).encode()))
             return replies
-        except UserError as e:  # With fewer of them, to find the one that it comes from.
-            return self._replies(some[: len(some) // 2]) if len(some) > 1 else [{"error": str(e)}]
+        except UserError as e:  # Of the first one: what was judged before has its replies.
+            return [{"error": str(e)}]
 
 
 class JudgeProcess:
     """See Worker. A task is a list of answers, see `worker`. The result is a list of the replies to the first of them,
-    and its last one may be an error: that the time of an answer has passed."""
+    up to the one at which the process ended, or whose time has passed, which is an error in it."""
 
     def __init__(self, name: str, options: Sequence[str], data: str, timeout: float) -> None:
         self._name, self._timeout = name, timeout
         self._process = WorkerProcess(json.dumps([name, [*options], data]), module=worker.__name__)
         self._opened = self._hung = False
+        self._gone = ""  # How it has ended, if it has.
 
     def __call__(self, task: bytes) -> bytes:
         """See Worker."""
-        if self._hung:
-            raise WorkerDeathError("a worker process that hung was ended", idle=True)
+        if self._gone:
+            raise WorkerDeathError(self._gone, idle=True)
         if not self._opened:
             [opened] = self._within(OPENING_SECONDS, b"null", 1, "was not open")
             if opened:
@@ -114,10 +117,12 @@ class JudgeProcess:
                 for _, reply in zip(range(n), self._process.results(task), strict=False):
                     replies.append(json.loads(reply))
                     move()
-            except WorkerDeathError:
-                if not self._hung:
-                    raise
-                replies.append({"error": f"the environment {self._name} {failure} within {seconds:g} s"})
+            except (WorkerDeathError, UserError) as e:
+                self._gone = "a worker process that hung was ended" if self._hung else str(e)
+                if self._hung:
+                    replies.append({"error": f"the environment {self._name} {failure} within {seconds:g} s"})
+                elif not replies:
+                    raise WorkerDeathError(self._gone) from None
         return replies
 
     def _give_up(self) -> None:

@@ -73,6 +73,8 @@ def main() -> None:
         except EOFError:
             os.killpg(os.getpid(), signal.SIGKILL)
         for reply in [opened] if asked is None else (judge(*one) for one in asked):
+            if os.getpid() != os.getsid(0):  # A process that the environment has forked, and did not end.
+                os._exit(1)
             with contextlib.suppress(BrokenPipeError):  # The parent is gone, and this process about to be ended.
                 send(replies, json.dumps(reply).encode())
 
@@ -90,7 +92,8 @@ def take_pipes() -> tuple[BinaryIO, BinaryIO]:
 
 def end_with_stdin() -> None:
     """Starts a process that ends the session of this one, with what the environment has started, when stdin is closed:
-    even where that hangs and holds the interpreter's lock, as some regular expressions do."""
+    even where that hangs and holds the interpreter's lock, as some regular expressions do; or when this one has ended.
+    """
     judge = os.getpid()
     if os.fork():
         return
@@ -98,11 +101,10 @@ def end_with_stdin() -> None:
     os.dup2(nothing, 1)  # So that the parent sees the end of the one that judges.
     os.dup2(nothing, 2)
     pipe = select.poll()
-    pipe.register(0, 0)  # Of the end of a pipe, all are told.
-    while os.getppid() == judge:
-        if pipe.poll(1000):
-            os.killpg(judge, signal.SIGKILL)
-    os._exit(0)
+    pipe.register(0, select.POLLHUP)  # Of the end of a pipe, all are told.
+    while os.getppid() == judge and not pipe.poll(1000):
+        pass
+    os.killpg(judge, signal.SIGKILL)
 
 
 if __name__ == "__main__":

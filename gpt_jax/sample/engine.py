@@ -45,8 +45,8 @@ from gpt_jax.sample.settings import Filters
 MOVES = 64
 """Chunks that are copied in one call."""
 
-INSERTS = 16
-"""Sequences that are put into their slots in one call."""
+INSERTS = (1, 4, 16)
+"""Sequences that are put into their slots in one call, for each of which there is a program."""
 
 ALL_CHUNKS = 2**31
 """For `chunks_a_turn`: prompts are read as long as there are slots."""
@@ -296,8 +296,8 @@ class Engine:
             read = [task for task in map(self._task, self.scheduler.reading) if self._is_read(task.prompt)]
             for is_short in (False, True):
                 some = [task for task in read if (self._rows(len(task.prompt)) > 1) == is_short]
-                for at in range(0, len(some), INSERTS):
-                    self._insert(some[at : at + INSERTS], is_short)
+                for at in range(0, len(some), INSERTS[-1]):
+                    self._insert(some[at : at + INSERTS[-1]], is_short)
 
     def _task(self, ticket: Ticket) -> Task:
         return self.tasks[ticket.id]
@@ -374,11 +374,11 @@ class Engine:
             setattr(self, target, moved)
 
     def _insert(self, tasks: list[Task], is_short: bool) -> None:
-        """Puts sequences that were read, into the cache of short prompts or the other one, into their slots, to write.
-        There are programs for one, and for INSERTS."""
+        """Puts sequences that were read, into the cache of short prompts or the other one, into their slots, to
+        write."""
         self.reserve(max(task.request.places for task in tasks))
         cache = self.short_cache if is_short else self.prompt_cache
-        places_N3 = np.full((1 if len(tasks) == 1 else INSERTS, 3), self.n_slots, np.int32)  # See `insert`.
+        places_N3 = np.full((next(n for n in INSERTS if n >= len(tasks)), 3), self.n_slots, np.int32)  # See `insert`.
         for i, task in enumerate(tasks):
             slot, length = task.ticket.slot, len(task.prompt)
             at = self.short_held.index(task.prompt) if is_short else 0

@@ -20,24 +20,26 @@ from gpt_jax.storage.files import replacing, save_json
 
 PROBLEMS = ("--environment=arithmetic", "--options", "digits=1", "terms=3")
 
+EVALUATED = 400
+"""The held-out problems of the configuration's evaluations."""
+
 
 def gpt_jax(command: str, *arguments: object) -> list[str]:
     """The lines that a command prints."""
     return [line for _, line in run_command("-m", "gpt_jax", command, *map(str, arguments)).lines]
 
 
-def solved(run: Path, temperature: float) -> Row:
+def solved(run: Path, temperature: float, n: int = 1000) -> Row:
     """What `solve` tells of a run."""
-    flags = ("--n-problems=1000", "--max-new-tokens=4", f"--temperature={temperature}", "--json")
+    flags = (f"--n-problems={n}", "--max-new-tokens=4", f"--temperature={temperature}", "--json")
     [line] = gpt_jax("solve", "--run", run, *PROBLEMS, *flags)
     found: Row = json.loads(line)
     return found
 
 
 def trained(run: Path, configuration: str, *flags: object) -> float:
-    """Trains a run, unless it is there. The seconds that its steps took, evaluations left out."""
-    if not (run / "checkpoints").exists():
-        gpt_jax("train", ROOT / "configs" / configuration, f"--out-dir={run}", *flags)
+    """Trains a run to its end. The seconds that its steps took, evaluations left out."""
+    gpt_jax("train", ROOT / "configs" / configuration, "--auto-resume", f"--out-dir={run}", *flags)
     records = read_records(run / "metrics.jsonl")
     return sum(r["step_ms"] / 1e3 * (r["step"] - before["step"]) for before, r in pairwise(records))
 
@@ -60,7 +62,8 @@ def main(folder: Path, seeds: int) -> None:
     }
     save_json(FOLDER / "arithmetic.json", {"rows": rows, "table": table(rows)})
     with replacing(FOLDER / "arithmetic.png") as temporary:
-        draw({name: run for name, (run, _) in runs.items() if name != "before"}, rows["before"]).savefig(
+        before = solved(base, 0, EVALUATED)["pass@1"]
+        draw({name: run for name, (run, _) in runs.items() if name != "before"}, before).savefig(
             temporary, format="png", dpi=120, metadata={"Software": None}
         )
 
@@ -76,8 +79,8 @@ def table(rows: dict[str, Row]) -> list[list[str]]:
     return lines + [[name, rate(r["greedy"]), rate(r["drawn"]), f"{r['seconds']:.0f}"] for name, r in rows.items()]
 
 
-def draw(runs: dict[str, Path], before: Row) -> Any:
-    """The rewards of each run: of the problems that it learns from, and of held-out ones."""
+def draw(runs: dict[str, Path], before: float) -> Any:
+    """The rewards of each run: of the problems that it learns from, and of held-out ones, which were so much before."""
     figure = make_figure(figsize=(9, 3.6))
     axes = figure.subplots(1, 2, sharey=True)
     for name, run in runs.items():
@@ -85,7 +88,7 @@ def draw(runs: dict[str, Path], before: Row) -> Any:
         means = [records[max(0, i - 9) : i + 1] for i in range(len(records))]
         axes[0].plot([r["step"] for r in records], [sum(r["reward"] for r in some) / len(some) for some in means])
         held_out = [r for r in records if "val_reward" in r]
-        steps, rewards = [0], [before["greedy"]["pass@1"]]
+        steps, rewards = [0], [before]
         axes[1].plot(steps + [r["step"] for r in held_out], rewards + [r["val_reward"] for r in held_out], label=name)
     axes[0].set(title="drawn answers, mean of ten records", xlabel="step", ylabel="reward")
     axes[1].set(title="held out, most probable answers", xlabel="step")

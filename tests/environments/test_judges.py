@@ -176,9 +176,37 @@ def test_a_process_that_is_killed_is_an_error(odd: str, capfd: pytest.CaptureFix
 
 
 def test_a_process_that_ends_is_an_error(odd: str) -> None:
-    message = r"^problem 1 of train: a worker process ended with status 3$"
-    with Judges(odd, [], "", 1) as judges, pytest.raises(ProblemError, match=message):
-        judges.submit("train", 1, "os._exit(3)").result()
+    """It is that of the problem at which it ended, and others are judged."""
+    with Judges(odd, [], "", 2) as judges:
+        futures = [judges.submit("train", i, "os._exit(3)" if i == 7 else "0.5") for i in (*range(9),) * 3]
+        for i, future in enumerate(futures):
+            if i % 9 != 7:
+                assert future.result() == 0.5
+                continue
+            with pytest.raises(
+                ProblemError, match=r"^problem 7 of train: a worker process ended with status 3, number"
+            ):
+                future.result()
+
+
+def test_no_other_process_can_be_started(odd: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where there is no memory: nobody waits for ever."""
+    with Judges(odd, [], "", 1) as judges:
+        assert judges.submit("train", 1, "1").result() == 1.0
+
+        def start() -> None:
+            raise OSError("no memory")
+
+        monkeypatch.setattr(judges, "_start", start)
+        futures = [judges.submit("train", i, "os.kill(os.getpid(), signal.SIGKILL)") for i in range(8)]
+        for future in futures:
+            assert future.exception(timeout=20) is not None
+
+
+def test_a_process_that_an_environment_forks_is_no_judge(odd: str) -> None:
+    with Judges(odd, [], "", 1) as judges:
+        for _ in range(3):
+            assert judges.submit("train", 1, "0.25 if os.fork() else 0.5").result() == 0.25
 
 
 def test_an_environment_that_cannot_be_opened_is_the_error_itself(odd: str) -> None:
@@ -189,7 +217,7 @@ def test_an_environment_that_cannot_be_opened_is_the_error_itself(odd: str) -> N
         for _ in range(2):
             with pytest.raises(UserError) as e:
                 judges.submit("train", 0, "1").result()
-            assert (str(e.value), type(e.value)) == (message, UserError)
+            assert str(e.value) == message
     assert str(here.value) == message
 
 
@@ -273,9 +301,11 @@ def test_the_processes_end_with_their_parent(odd: str, pid_file: Path, hangs: st
 
 
 def test_what_is_beside_a_process_ends_with_it(odd: str, pid_file: Path) -> None:
+    """Also what the environment has started."""
+    answer = writes_pid(pid_file, "(subprocess.Popen(['sleep', '1000']), os._exit(3))[1]")
     with Judges(odd, [], "", 1) as judges:
         with pytest.raises(ProblemError):
-            judges.submit("train", 1, writes_pid(pid_file, "os._exit(3)")).result()
+            judges.submit("train", 1, answer).result()
         pid = read_pid(pid_file)
         wait_until(lambda: not children(pid))
 

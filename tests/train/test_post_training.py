@@ -200,18 +200,27 @@ def test_groups_that_do_not_count_need_not_be_computed(
     monkeypatch.setattr(RewardTask, "batch", batch)
     run_here("train", *flags, f"--out-dir={tmp_path / 'few'}")
     assert min(computed) < 16
-    monkeypatch.setattr("gpt_jax.train.tasks.rewards.batch_sizes", lambda size, n_parts: [size])
+    monkeypatch.setattr("gpt_jax.train.tasks.rewards.batch_sizes", lambda size, n_shares, n_micro: {size: 1})
     run_here("train", *flags, f"--out-dir={tmp_path / 'all'}")
     assert computed[-1] == 16
     for ours, theirs in zip(logged(tmp_path / "few"), logged(tmp_path / "all"), strict=True):
         np.testing.assert_allclose([*ours.values()], [*theirs.values()], rtol=1e-5, atol=1e-5)
 
 
+def test_answers_may_fill_a_context_of_any_length(place: Path, tmp_path: Path) -> None:
+    """Learned positions end there, and rows of answers do, too."""
+    flags = [*arguments(place, "grpo"), "--train.steps=2", "--parallel.devices=1", "--model.context-length=21"]
+    run_here("train", *flags, "--objective.grpo.max-new-tokens=18", f"--out-dir={tmp_path / 'run'}")
+    assert records(tmp_path / "run")[0]["overlong"] > 0
+
+
 def test_the_sizes_of_batches() -> None:
-    assert batch_sizes(16, 2) == [4, 8, 16]
-    assert batch_sizes(16, 8) == [8, 16]
-    assert batch_sizes(6, 2) == [6]
-    assert batch_sizes(1, 1) == [1]
+    assert batch_sizes(16, 2, 1) == {4: 1, 8: 1, 16: 1}
+    assert batch_sizes(16, 8, 1) == {8: 1, 16: 1}
+    assert batch_sizes(16, 1, 16) == {4: 4, 8: 8, 16: 16}
+    assert batch_sizes(16, 2, 2) == {4: 1, 8: 1, 16: 2}
+    assert batch_sizes(6, 2, 1) == {6: 1}
+    assert batch_sizes(1, 1, 1) == {1: 1}
 
 
 def test_preferences_are_learnt(place: Path, tmp_path: Path) -> None:

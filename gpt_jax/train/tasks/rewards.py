@@ -64,7 +64,7 @@ class RewardTask:
         self.grpo = grpo = config.objective.grpo
         self.size, self.steps_a_batch = config.data.batch_size, grpo.iterations
         self.n_micro = placement.microbatches(self.size, config.data.microbatch_size)
-        self.sizes = batch_sizes(self.size, placement.n_shares * self.n_micro)
+        self.sizes = batch_sizes(self.size, placement.n_shares, self.n_micro)
         most, T = grpo.max_prompt_tokens + grpo.max_new_tokens, model.config.context_length
         if most > T + 1:
             raise UserError(
@@ -183,6 +183,7 @@ class RewardTask:
         longest = max((len(result.prompt_tokens) + len(result.tokens) for result in results.values()), default=2)
         least = least_length(self.model.config) * self.placement.context
         most = -(-(self.grpo.max_prompt_tokens + self.grpo.max_new_tokens - 1) // least) * least
+        most = min(most, self.model.config.context_length)
         P, G, T = len(rows_PG), self.grpo.group_size, bucket(longest - 1, most, least)
         tokens_PGT, drawn_PGT = np.zeros((P, G, T + 1), np.int32), np.zeros((P, G, T), np.float32)
         mask_PGT = np.zeros((P, G, T), bool)
@@ -197,7 +198,7 @@ class RewardTask:
     def on_devices(self, batch: Batch, state: TrainState) -> Batch:
         """The batch on the devices, with the log-probabilities that are needed of other parameters than those of each
         step: the reference's and, where several steps take the same answers, those that drew them."""
-        batch = self.placement.split(batch, self.n_micro)
+        batch = self.placement.split(batch, self.sizes[len(batch.tokens)])
         bare, rewarded = batch._replace(extra=None), batch.extra
         if self.reference_params is not None:
             said = self.logprobs(self.reference_step, self.reference_params(state), bare)
@@ -233,7 +234,7 @@ class RewardTask:
         to 1."""
         answered = list(self.answer_held_out(params, range(self.n_evaluated), step))
         if not answered:
-            raise UserError(
+            raise ProblemError(
                 f"no held-out problem has a prompt of objective.grpo.max_prompt_tokens = {self.grpo.max_prompt_tokens} "
                 "tokens or less; raise it"
             )
@@ -261,7 +262,10 @@ class RewardTask:
         return "--- sample\n" + "\n".join(texts)
 
 
-def batch_sizes(batch_size: int, n_parts: int) -> list[int]:
-    """Numbers of groups, rising, that a step may have so that there are programs for few: all, half of them, a quarter.
-    n_parts: the microbatches of all devices, into which each of them divides."""
-    return [n for n in (batch_size // 4, batch_size // 2) if n and n % n_parts == 0] + [batch_size]
+def batch_sizes(batch_size: int, n_shares: int, n_micro: int) -> dict[int, int]:
+    """Numbers of groups, rising, that a step may have so that there are programs for few: a quarter, half of them, all.
+    With each, the microbatches of a share, which are no larger than those of the whole batch."""
+    rows = batch_size // n_shares // n_micro
+    sizes = [n for n in (batch_size // 4, batch_size // 2, batch_size) if n and n % n_shares == 0]
+    counts = {n: -(-n // n_shares // rows) for n in sizes}
+    return {n: count for n, count in counts.items() if n // n_shares % count == 0}
