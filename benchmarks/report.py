@@ -17,7 +17,7 @@ from benchmarks.worker import ROOT
 from gpt_jax.errors import UserError
 from gpt_jax.storage.files import replacing
 
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "speed.md")
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "speed.md", ROOT / "docs" / "post-training.md")
 NOT_MEASURED = "not measured yet"
 
 BLOCK = re.compile(r"^(<!-- benchmarks: ([^\n]*?) -->\n)((?:(?!<!--).)*?^<!-- end -->$)?", re.MULTILINE | re.DOTALL)

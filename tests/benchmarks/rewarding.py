@@ -34,6 +34,7 @@ def solved(run: Path, temperature: float, n: int = 1000) -> Row:
     flags = (f"--n-problems={n}", "--max-new-tokens=4", f"--temperature={temperature}", "--json")
     [line] = gpt_jax("solve", "--run", run, *PROBLEMS, *flags)
     found: Row = json.loads(line)
+    del found["model"]  # A path of this machine.
     return found
 
 
