@@ -13,6 +13,6 @@ config = Config(
     model=ModelConfig(context_length=512, lora=LoraConfig(rank=8, alpha=16.0)),
     data=DataConfig(dir="data/pairs", batch_size=8, microbatch_size=1),
     objective=ObjectiveConfig(name="dpo"),
-    optimizer=OptimizerConfig(learning_rate=2e-4, schedule="linear", warmup_steps=5, weight_decay=0.0),
+    optimizer=OptimizerConfig(learning_rate=2e-4, warmup_steps=5, weight_decay=0.0),
     train=TrainConfig(steps=50, eval_every=25, log_every=1),
 )
