@@ -345,6 +345,7 @@ UNLIKE_NUMBERS: dict[str, tuple[Any, ...]] = {
     "objective.grpo.clip_low": (0.01, 1.0),
     "objective.grpo.group_size": (2, 64),
     "objective.grpo.top_p": (0.1, 1.0),
+    "objective.grpo.iterations": (1, 2),
     "optimizer.final_fraction": (0.0, 1.0),
     "optimizer.decay_fraction": (0.0, 1.0),
     "optimizer.beta1": (0.0, 0.999),
