@@ -196,34 +196,30 @@ def prefill_short(model: GPT, params: Params, tokens_PT: jax.Array) -> kv.Cache:
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="state")
 def insert(
-    model: GPT, state: DecodeState, slots_N: jax.Array, rows: Row, cache: kv.Cache, at_N: jax.Array, chunks_N: jax.Array
+    model: GPT, state: DecodeState, slot: jax.Array, row: Row, cache: kv.Cache, at: jax.Array, n_chunks: jax.Array
 ) -> DecodeState:
-    """Puts N sequences into slots; those for slot S, which there is not, are left out. cache: of prompts, of whose row
-    `at` so many chunks of the longest size are copied, or all that it has, or the slot has room for, if that is less.
-    rows: with the axis N in front; slots_N, at_N, chunks_N: int32."""
+    """Puts a sequence into a slot. cache: of prompts, of whose row `at` n_chunks of the longest size are copied, or all
+    that it has, or the slot has room for, if that is less."""
     places = min(chunk_sizes(model.config)[-1], cache[0].k_XSK.shape[1], state.cache[0].k_XSK.shape[1])
     heads, is_divided = model.config.kv_heads // n_parts("tensor"), mesh_is_set()
 
     def on_one_device(
-        slots: kv.Cache, all_rows: Row, slots_N: Any, rows: Row, cache: kv.Cache, at_N: Any, chunks_N: Any
+        slots: kv.Cache, rows: Row, slot: jax.Array, row: Row, cache: kv.Cache, at: jax.Array, n_chunks: jax.Array
     ) -> tuple[kv.Cache, Row]:
-        S = all_rows.left.shape[0]
-        if is_divided:  # The slots' numbers among those of this device; to those of others, nothing is copied.
-            slots_N = slots_N - jax.lax.axis_index(BATCH_AXES) * S
-            slots_N = jnp.where(slots_N >= 0, slots_N, S)
-        chunks_N = jnp.where(slots_N < S, chunks_N, 0)
+        if is_divided:  # The slot's number among those of this device; if it is another's, nothing is copied.
+            n = rows.left.shape[0]
+            slot = slot - jax.lax.axis_index(BATCH_AXES) * n
+            is_own = (slot >= 0) & (slot < n)
+            slot, n_chunks = jnp.where(is_own, slot, n), jnp.where(is_own, n_chunks, 0)
 
-        def put(n: jax.Array, target: kv.Cache) -> kv.Cache:
-            def copy(i: jax.Array, target: kv.Cache) -> kv.Cache:
-                return copy_chunk(heads, target, (slots_N[n], i * places), cache, (at_N[n], i * places), places)
+        def copy(i: jax.Array, target: kv.Cache) -> kv.Cache:
+            return copy_chunk(heads, target, (slot, i * places), cache, (at, i * places), places)
 
-            return jax.lax.fori_loop(0, chunks_N[n], copy, target)
-
-        slots = jax.lax.fori_loop(0, len(slots_N), put, slots)
-        return slots, jax.tree.map(lambda to, some: to.at[slots_N].set(some, mode="drop"), all_rows, rows)
+        slots = jax.lax.fori_loop(0, n_chunks, copy, slots)
+        return slots, jax.tree.map(lambda rows, one: rows.at[slot].set(one, mode="drop"), rows, row)
 
     put = in_parts(on_one_device, (SLOTS, ROWS, WHOLE, WHOLE, PROMPTS, WHOLE, WHOLE), (SLOTS, ROWS))
-    return DecodeState(*put(state.cache, state.rows, slots_N, rows, cache, at_N, chunks_N))
+    return DecodeState(*put(state.cache, state.rows, slot, row, cache, at, n_chunks))
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="target")

@@ -25,7 +25,6 @@ from gpt_jax.sample.decode import (
     BLOCK,
     STOP_IDS,
     Block,
-    Row,
     bucket,
     chunk_sizes,
     decode_n,
@@ -44,9 +43,6 @@ from gpt_jax.sample.settings import Filters
 
 MOVES = 64
 """Chunks that are copied in one call."""
-
-INSERTS = (1, 4, 16)
-"""Sequences that are put into their slots in one call, for each of which there is a program."""
 
 ALL_CHUNKS = 2**31
 """For `chunks_a_turn`: prompts are read as long as there are slots."""
@@ -293,14 +289,9 @@ class Engine:
                     self.reserve(len(task.prompt))
                     task.computed += self._read_chunk(task.prompt)
                 n_chunks += 1
-            read = [task for task in map(self._task, self.scheduler.reading) if self._is_read(task.prompt)]
-            for is_short in (False, True):
-                some = [task for task in read if (self._rows(len(task.prompt)) > 1) == is_short]
-                for at in range(0, len(some), INSERTS[-1]):
-                    self._insert(some[at : at + INSERTS[-1]], is_short)
-
-    def _task(self, ticket: Ticket) -> Task:
-        return self.tasks[ticket.id]
+            for ticket in list(self.scheduler.reading):
+                if self._is_read(self.tasks[ticket.id].prompt):
+                    self._insert(self.tasks[ticket.id])
 
     def _is_read(self, tokens: list[int]) -> bool:
         """True when the tokens are in the cache of prompts of their length."""
@@ -373,30 +364,10 @@ class Engine:
             moved = self._call(move_chunks, getattr(self, target), getattr(self, source), moves_N4, len(some))
             setattr(self, target, moved)
 
-    def _insert(self, tasks: list[Task], is_short: bool) -> None:
-        """Puts sequences that were read, into the cache of short prompts or the other one, into their slots, to
-        write."""
-        self.reserve(max(task.request.places for task in tasks))
-        cache = self.short_cache if is_short else self.prompt_cache
-        places_N3 = np.full((next(n for n in INSERTS if n >= len(tasks)), 3), self.n_slots, np.int32)  # See `insert`.
-        for i, task in enumerate(tasks):
-            slot, length = task.ticket.slot, len(task.prompt)
-            at = self.short_held.index(task.prompt) if is_short else 0
-            places_N3[i] = slot, at, -(-length // self.chunk)
-            self.filled[slot], self.ends[slot] = length, task.request.places
-            self.dropped[slot], self.is_new = False, True
-            self.counts.prompt_tokens += length
-            self.counts.reused_tokens += length - task.computed
-            self.scheduler.write(task.ticket)
-        rows = [self._row(task.request) for task in tasks]
-        rows += rows[:1] * (len(places_N3) - len(tasks))
-        slots_N, at_N, chunks_N = places_N3.T
-        stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
-        self.state = self._call(insert, self.state, slots_N, stacked, cache, at_N, chunks_N)
-
-    def _row(self, request: Request) -> Row:
-        """How a request begins to write."""
-        return make_row(
+    def _insert(self, task: Task) -> None:
+        """Puts the sequence that was read into its slot, to write."""
+        request, slot = task.request, task.ticket.slot
+        row = make_row(
             self.model.config,
             request.tokens,
             len(request.tokens) if request.n_prompt is None else request.n_prompt,
@@ -407,6 +378,17 @@ class Engine:
             seed=fresh_seed() if request.seed is None else request.seed,
             alternatives=request.alternatives,
         )
+        length = int(row.length)
+        self.reserve(request.places)
+        cache, at, n_chunks = self.prompt_cache, 0, -(-length // self.chunk)
+        if self._rows(length) > 1:
+            cache, at = self.short_cache, self.short_held.index(task.prompt)
+        self.state = self._call(insert, self.state, np.int32(slot), row, cache, np.int32(at), np.int32(n_chunks))
+        self.filled[slot], self.ends[slot] = length, request.places
+        self.dropped[slot], self.is_new = False, True
+        self.counts.prompt_tokens += length
+        self.counts.reused_tokens += length - task.computed
+        self.scheduler.write(task.ticket)
 
     def _decode(self) -> tuple[Block, list[Task]] | None:
         """Starts a block on the device, if someone writes."""
