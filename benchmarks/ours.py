@@ -126,17 +126,12 @@ class Training(contestants.Training):
 
 
 class Tuning(Training):
-    """Tunes on prepared conversations. A subclass makes the batches."""
+    """Tunes on prepared conversations. A subclass has the methods that are declared here."""
+
+    made: Any  # (step) -> Batch, int: the batch of a step, and its places that hold text.
+    shapes: Any  # () -> list of Batch: one of each shape that there is.
 
     at = 0  # The next batch.
-
-    def made(self, step: int) -> tuple[Batch, int]:
-        """The batch of a step, and its places that hold text."""
-        raise NotImplementedError
-
-    def shapes(self) -> list[Batch]:
-        """A batch of each shape that there is."""
-        raise NotImplementedError
 
     def warm(self) -> None:
         """Compiles for all shapes."""
@@ -315,11 +310,8 @@ class Rewards:
 
     def prompts(self, step: int) -> list[list[int]]:
         """The prompts of a step."""
-        from gpt_jax.data.loader import draw, samples_of
-
-        task = self.task
-        numbers = draw(task.n_train, samples_of(step, task.size, None), task.config.train.seed)
-        return [task.source.problems.ask("train", number, task.read)[1] for number, _ in numbers]
+        ask, read = self.task.source.problems.ask, self.task.rollouts.prompt_tokens
+        return [ask("train", number, read)[1] for number in self.task.drawn(step)]
 
 
 class Decoding(contestants.Decoding):

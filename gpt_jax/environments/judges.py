@@ -94,7 +94,7 @@ class JudgeProcess:
     def __init__(self, name: str, options: Sequence[str], data: str, timeout: float) -> None:
         self._name, self._timeout = name, timeout
         self._process = WorkerProcess(json.dumps([name, [*options], data]), module=worker.__name__)
-        self._opened = self._hung = False
+        self._opened = False
         self._gone = ""  # How it has ended, if it has.
 
     def __call__(self, task: bytes) -> bytes:
@@ -118,15 +118,16 @@ class JudgeProcess:
                     replies.append(json.loads(reply))
                     move()
             except (WorkerDeathError, UserError) as e:
-                self._gone = "a worker process that hung was ended" if self._hung else str(e)
-                if self._hung:
+                if self._gone:
                     replies.append({"error": f"the environment {self._name} {failure} within {seconds:g} s"})
-                elif not replies:
+                    return replies
+                self._gone = str(e)
+                if not replies:
                     raise WorkerDeathError(self._gone) from None
         return replies
 
     def _give_up(self) -> None:
-        self._hung = True
+        self._gone = "a worker process that hung was ended"
         self.kill()
 
     def kill(self) -> None:

@@ -1,6 +1,5 @@
 """How many problems of an environment a model solves: rewards, pass@1 with its interval, pass@k."""
 
-import functools
 import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
@@ -13,7 +12,7 @@ from gpt_jax.environments.environment import Problems
 from gpt_jax.environments.judges import Judges
 from gpt_jax.model.gpt import Params
 from gpt_jax.sample.generate import Row
-from gpt_jax.sample.rollouts import Rollouts, prompt_tokens
+from gpt_jax.sample.rollouts import Rollouts
 from gpt_jax.sample.settings import Settings
 
 SOLVED = 1 - 1e-6
@@ -43,8 +42,7 @@ def answer_problems(
 ) -> Iterator[list[Answered]]:
     """The answers to each of the problems of a split with these numbers, in order, as far as their prompts have at most
     so many tokens. call: what tells these answers from others of the same seed. Raises ProblemError."""
-    read = functools.partial(prompt_tokens, tokenizer=rollouts.tokenizer)
-    asked = {number: problems.ask(split, number, read) for number in numbers}
+    asked = {number: problems.ask(split, number, rollouts.prompt_tokens) for number in numbers}
     fits = [number for number, (_, prompt) in asked.items() if len(prompt) <= max_prompt_tokens]
     found: dict[tuple[int, int], tuple[Row, Future[float]]] = {}
     for i, sample, row in rollouts(params, [asked[number][1] for number in fits], n_samples, settings, call):

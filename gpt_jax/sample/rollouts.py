@@ -67,13 +67,12 @@ class Rollouts:
         for number, written in write(self.engine, map(row, range(len(prompts) * n))):
             yield *divmod(number, n), written
 
-
-def prompt_tokens(problem: Problem, tokenizer: Tokenizer) -> list[int]:
-    """The tokens of a problem, up to where its answer begins. Raises UserError for a conversation that the template
-    does not take."""
-    if isinstance(problem.prompt, np.ndarray):
-        return list(problem.prompt.tolist())
-    if isinstance(problem.prompt, str):
-        begin = [] if tokenizer.begin_of_text is None else [tokenizer.begin_of_text]
-        return [*begin, *tokenizer.encode(problem.prompt)] or [tokenizer.end_of_text]
-    return tokenizer.encode_chat(problem.prompt)
+    def prompt_tokens(self, problem: Problem) -> list[int]:
+        """The tokens of a problem, up to where its answer begins. Raises UserError for a conversation that the template
+        does not take."""
+        if isinstance(problem.prompt, np.ndarray):
+            return list(problem.prompt.tolist())
+        if isinstance(problem.prompt, str):
+            begin = [] if self.tokenizer.begin_of_text is None else [self.tokenizer.begin_of_text]
+            return [*begin, *self.tokenizer.encode(problem.prompt)] or [self.tokenizer.end_of_text]
+        return self.tokenizer.encode_chat(problem.prompt)

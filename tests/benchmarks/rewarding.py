@@ -15,13 +15,13 @@ from benchmarks.measure import run_command
 from benchmarks.plots import make_figure
 from benchmarks.results import FOLDER, Row
 from benchmarks.worker import ROOT
+from gpt_jax.config.files import load_config
 from gpt_jax.run.records import read_records
 from gpt_jax.storage.files import replacing, save_json
 
-PROBLEMS = ("--environment=arithmetic", "--options", "digits=1", "terms=3")
-
-EVALUATED = 400
-"""The held-out problems of the configuration's evaluations."""
+REWARDED = ROOT / "configs" / "grpo_arithmetic.py"
+GRPO = load_config(REWARDED).objective.grpo
+PROBLEMS = (f"--environment={GRPO.environment}", "--options", *GRPO.options)
 
 
 def gpt_jax(command: str, *arguments: object) -> list[str]:
@@ -31,16 +31,16 @@ def gpt_jax(command: str, *arguments: object) -> list[str]:
 
 def solved(run: Path, temperature: float, n: int = 1000) -> Row:
     """What `solve` tells of a run."""
-    flags = (f"--n-problems={n}", "--max-new-tokens=4", f"--temperature={temperature}", "--json")
+    flags = (f"--n-problems={n}", f"--max-new-tokens={GRPO.max_new_tokens}", f"--temperature={temperature}", "--json")
     [line] = gpt_jax("solve", "--run", run, *PROBLEMS, *flags)
     found: Row = json.loads(line)
     del found["model"]  # A path of this machine.
     return found
 
 
-def trained(run: Path, configuration: str, *flags: object) -> float:
+def trained(run: Path, configuration: Path, *flags: object) -> float:
     """Trains a run to its end. The seconds that its steps took, evaluations left out."""
-    gpt_jax("train", ROOT / "configs" / configuration, "--auto-resume", f"--out-dir={run}", *flags)
+    gpt_jax("train", configuration, "--auto-resume", f"--out-dir={run}", *flags)
     records = read_records(run / "metrics.jsonl")
     return sum(r["step_ms"] / 1e3 * (r["step"] - before["step"]) for before, r in pairwise(records))
 
@@ -52,10 +52,10 @@ def main(folder: Path, seeds: int) -> None:
     if not data.exists():
         gpt_jax("examples", *PROBLEMS, "--n=8000", "--wrong=0.6", f"--out={folder / 'sums.jsonl'}")
         gpt_jax("prepare", folder / "sums.jsonl", f"--out={data}", "--tokenizer=bytes")
-    runs = {"before": (base, trained(base, "arithmetic.py", f"--data.dir={data}"))}
+    runs = {"before": (base, trained(base, REWARDED.with_name("arithmetic.py"), f"--data.dir={data}"))}
     for seed in range(seeds):
         run = folder / "runs" / f"grpo{seed}"
-        seconds = trained(run, "grpo_arithmetic.py", f"--init-from={base}", f"--train.seed={seed}")
+        seconds = trained(run, REWARDED, f"--init-from={base}", f"--train.seed={seed}")
         runs[f"seed {seed}"] = run, seconds
     rows = {
         name: {"seconds": seconds, "greedy": solved(run, 0), "drawn": solved(run, 1)}
@@ -63,7 +63,7 @@ def main(folder: Path, seeds: int) -> None:
     }
     save_json(FOLDER / "arithmetic.json", {"rows": rows, "table": table(rows)})
     with replacing(FOLDER / "arithmetic.png") as temporary:
-        before = solved(base, 0, EVALUATED)["pass@1"]
+        before = solved(base, 0, GRPO.eval_problems)["pass@1"]
         draw({name: run for name, (run, _) in runs.items() if name != "before"}, before).savefig(
             temporary, format="png", dpi=120, metadata={"Software": None}
         )

@@ -237,10 +237,6 @@ def children(group: int) -> list[int]:
     return [int(pid) for pid, pgid, stat in rows if int(pgid) == group and not stat.startswith("Z")]
 
 
-TWO, THREE = 2, 3
-"""A process that judges has one beside it; it may start another one."""
-
-
 @pytest.fixture
 def pid_file(tmp_path: Path) -> Path:
     return tmp_path / "pid"
@@ -262,7 +258,7 @@ def test_leaving_ends_all_at_once(odd: str, pid_file: Path) -> None:
         hanging = judges.submit("train", 0, writes_pid(pid_file, "orphan()"))
         waiting = judges.submit("train", 1, "1")
         pid = read_pid(pid_file)
-        wait_until(lambda: len(children(pid)) == THREE)
+        wait_until(lambda: len(children(pid)) == 3)  # It has one beside it, and has started one.
         start = time.monotonic()
     assert time.monotonic() - start < 2
     wait_until(lambda: not children(pid))
@@ -290,9 +286,10 @@ def start_parent(odd: str, answer: str) -> subprocess.Popen[str]:
     )
 
 
-@pytest.mark.parametrize(("hangs", "n"), [("orphan()", THREE), ("re.match('(a+)+$', 'a' * 60 + 'b')", TWO)])
+@pytest.mark.parametrize(("hangs", "n"), [("orphan()", 3), ("re.match('(a+)+$', 'a' * 60 + 'b')", 2)])
 def test_the_processes_end_with_their_parent(odd: str, pid_file: Path, hangs: str, n: int) -> None:
-    """Also one that hangs, with what it has started, or in code that holds the interpreter's lock."""
+    """Also one that hangs, with what it has started, or in code that holds the interpreter's lock. Each has one beside
+    it."""
     with start_parent(odd, writes_pid(pid_file, hangs)) as parent:
         pid = read_pid(pid_file)
         wait_until(lambda: len(children(pid)) == n)

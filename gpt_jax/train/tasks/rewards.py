@@ -1,7 +1,6 @@
 """Problems, the answers that the model in training writes to them, and the rewards of these."""
 
 import dataclasses
-import functools
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +26,7 @@ from gpt_jax.placement import Placement
 from gpt_jax.run.checkpoint import data_facts
 from gpt_jax.sample.decode import bucket
 from gpt_jax.sample.generate import Row
-from gpt_jax.sample.rollouts import EVALUATION, Rollouts, prompt_tokens
+from gpt_jax.sample.rollouts import EVALUATION, Rollouts
 from gpt_jax.sample.settings import Filters, Settings
 from gpt_jax.system import available_cores
 from gpt_jax.tokenizer.tokenizer import Tokenizer
@@ -77,10 +76,9 @@ class RewardTask:
         self.rollouts = Rollouts(model, placement, source.tokenizer, seed, n_answers, grpo.slots, most)
         self.settings = Settings(max_new_tokens=grpo.max_new_tokens, stop=grpo.stop, filters=filters(grpo))
         self.logprobs_step = placement.jit(make_logprobs_step(model, n_tokens, as_drawn(grpo)), False, divided=True)
-        self.read = functools.partial(prompt_tokens, tokenizer=source.tokenizer)
         self.n_train, self.n_val = (source.problems.count(split) for split in SPLITS)
         for split in SPLITS:
-            source.problems.ask(split, 0, self.read)  # Raises now, not later.
+            source.problems.ask(split, 0, self.rollouts.prompt_tokens)  # Raises now, not later.
         self.n_evaluated = min(grpo.eval_problems, self.n_val)
         own = {
             "tokenizer": source.tokenizer.fingerprint,
@@ -128,12 +126,17 @@ class RewardTask:
             self.judges = judges
             yield feed
 
+    def drawn(self, step: int) -> list[int]:
+        """The numbers of a step's problems."""
+        samples = samples_of(step // self.grpo.iterations, self.size, None)
+        return [number for number, _ in draw(self.n_train, samples, self.config.train.seed)]
+
     def collect(self, step: int, state: TrainState) -> tuple[Batch, dict[str, float]]:
         """The answers of a step with their rewards, on the devices, and what is to be logged of them."""
         g, begin = self.grpo, time.perf_counter()
         P, G = self.size, g.group_size
-        numbers = [i for i, _ in draw(self.n_train, samples_of(step // g.iterations, P, None), self.config.train.seed)]
-        problems, prompts = zip(*(self.source.problems.ask("train", n, self.read) for n in numbers), strict=True)
+        numbers, ask, read = self.drawn(step), self.source.problems.ask, self.rollouts.prompt_tokens
+        problems, prompts = zip(*(ask("train", number, read) for number in numbers), strict=True)
         fits = [place for place, prompt in enumerate(prompts) if len(prompt) <= g.max_prompt_tokens]
         if not fits:
             raise ProblemError(
@@ -178,13 +181,14 @@ class RewardTask:
 
     def batch(self, rows_PG: Sequence[Sequence[Row | None]]) -> Batch:
         """A batch (P, G, T) of answers, with the tokens that were drawn as its mask and their log-probabilities,
-        float32 (P, G, T), as `extra`. T is a power of two, or what the longest answer that may be needs."""
+        float32 (P, G, T), as `extra`. T is a power of two times what suits the attention, or what the longest answer
+        that may be needs."""
         results = {(i, k): row.result for i, group in enumerate(rows_PG) for k, row in enumerate(group) if row}
         longest = max((len(result.prompt_tokens) + len(result.tokens) for result in results.values()), default=2)
         least = least_length(self.model.config) * self.placement.context
-        most = -(-(self.grpo.max_prompt_tokens + self.grpo.max_new_tokens - 1) // least) * least
-        most = min(most, self.model.config.context_length)
-        P, G, T = len(rows_PG), self.grpo.group_size, bucket(longest - 1, most, least)
+        most = -(-(self.grpo.max_prompt_tokens + self.grpo.max_new_tokens - 1) // least)
+        T = min(least * bucket(-(-(longest - 1) // least), most, 1), self.model.config.context_length)
+        P, G = len(rows_PG), self.grpo.group_size
         tokens_PGT, drawn_PGT = np.zeros((P, G, T + 1), np.int32), np.zeros((P, G, T), np.float32)
         mask_PGT = np.zeros((P, G, T), bool)
         for where, result in results.items():
