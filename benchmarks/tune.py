@@ -39,14 +39,16 @@ PARITY_STEPS = 3
 """Optimizer steps whose losses must be the same."""
 
 
+ANSWERS = 8
+"""To each problem, which is TRL's default, too."""
+
+
 @dataclass(frozen=True)
 class Sizes:
-    """How much is measured."""
+    """How much is measured of conversations."""
 
-    text: int = 700_000  # Bytes of the conversations that are made.
+    text: int = 700_000  # Bytes of those that are made.
     vocab_size: int = 4096
-    answers: int = 8  # To each problem.
-    new: int = 64  # Tokens of an answer.
 
 
 def run(
@@ -59,9 +61,9 @@ def run(
     results.measure(
         f"tune/conversations/{name}", line, tune_conversations, preset, machine, rounds, conversations, sizes
     )
-    for preset in rewarded(machine["platform"]):
-        line = f"{preset.batch_size} problems x {sizes.answers} answers of {sizes.new} tokens, {preset.describe()}"
-        results.measure(f"tune/rewards/{preset.name}", line, tune_rewards, preset, machine, rounds, sizes)
+    for preset, new in rewarded(machine["platform"]):
+        line = f"problems: {preset.batch_size}, answers to each: {ANSWERS} of {new} tokens, {preset.describe()}"
+        results.measure(f"tune/rewards/{preset.name}", line, tune_rewards, preset, machine, rounds, ANSWERS, new)
 
 
 def conversing(platform: str, vocab_size: int) -> Preset:
@@ -69,12 +71,14 @@ def conversing(platform: str, vocab_size: int) -> Preset:
     return Preset("conversations", gpt2(platform, vocab_size, 4, 4, 256, 512), 8, 10 if platform == "cpu" else 100)
 
 
-def rewarded(platform: str) -> list[Preset]:
-    """The models that are tuned on rewards; their batches are of problems."""
+def rewarded(platform: str) -> list[tuple[Preset, int]]:
+    """The models that are tuned on rewards, whose batches are of problems, and the tokens of an answer: many short
+    answers, and as few and long ones as are TRL's defaults, one problem and 512 tokens."""
     steps, V = 5 if platform == "cpu" else 20, ByteTokenizer().vocab_size
     return [
-        Preset("tiny", gpt2(platform, V, 4, 4, 128, 128), 8, steps),
-        Preset("baby", gpt2(platform, V, 6, 6, 384, 128), 8, steps),
+        (Preset("tiny", gpt2(platform, V, 4, 4, 128, 128), 8, steps), 64),
+        (Preset("tiny-long", gpt2(platform, V, 4, 4, 128, 528), 1, steps), 512),
+        (Preset("baby", gpt2(platform, V, 6, 6, 384, 128), 8, steps), 64),
     ]
 
 
@@ -184,11 +188,11 @@ def times_of_tuning(contest: Contest, rounds: int, steps: int) -> Row:
     }
 
 
-def tune_rewards(preset: Preset, machine: Row, rounds: int, sizes: Sizes) -> Row:
-    """The row of a model that is tuned on rewards. Raises UserError where log-probabilities differ, and as
-    `Contest.turns`."""
+def tune_rewards(preset: Preset, machine: Row, rounds: int, answers: int, new: int) -> Row:
+    """The row of a model that is tuned on rewards; answers: to each problem, of so many new tokens. Raises UserError
+    where log-probabilities differ, and as `Contest.turns`."""
     steps = preset.steps
-    how: Row = {"preset": preset, "answers": sizes.answers, "new": sizes.new}
+    how: Row = {"preset": preset, "answers": answers, "new": new}
     with Contest() as contest:
         ours = contest.add(OURS, "benchmarks.ours:Rewards", parallel=as_chosen(machine), **how)
         if machine["platform"] != "tpu":
@@ -205,7 +209,7 @@ def tune_rewards(preset: Preset, machine: Row, rounds: int, sizes: Sizes) -> Row
     medians = {name: [float(np.median(seconds)) for seconds in turn] for name, turn in turns.items()}
     found = {name: {"step_ms": spread([1e3 * each for each in of])} for name, of in medians.items()}
     found[OURS] |= parts
-    counted = f"{preset.batch_size} problems of {PROMPT} tokens x {sizes.answers} answers of {sizes.new} tokens a step"
+    counted = f"problems a step: {preset.batch_size} of {PROMPT} tokens; answers to each: {answers} of {new} tokens"
     notes = [
         f"{preset.describe()}, {counted}; the median step of a turn without its first one, from the end of a step to "
         "the end of the next: answers, rewards and training",

@@ -75,7 +75,7 @@ def command(argv: Sequence[str]) -> int:
     model, params, tokenizer = load_model(source, args.context_length, placement)
     T, new = model.config.context_length, args.settings.max_new_tokens
     check(new <= T, "max_new_tokens", new, f"at most the context of {T} tokens")
-    rollouts = Rollouts(model, placement, tokenizer, args.settings.seed, n * args.num_samples, args.slots, T)
+    rollouts = Rollouts(model, placement, tokenizer, args.settings.seed, n * args.num_samples, args.slots)
     n_judges = args.judges or max(1, available_cores() - 1)
     with Judges(args.environment, args.options, args.data, n_judges, args.judge_timeout) as judges:
         asked = rollouts, params, problems, judges, args.split, range(n)

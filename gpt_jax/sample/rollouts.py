@@ -32,10 +32,10 @@ class Rollouts:
         seed: int,
         n_answers: int,
         most_slots: int,
-        most_tokens: int,
+        most_tokens: int = 0,
     ) -> None:
         """n_answers: those of a call, as a rule. most_slots: those that each replica of the parameters writes at one
-        time. most_tokens: those of a prompt and its answer."""
+        time. most_tokens: those of a prompt and its answer in any call; 0: as many as the first call needs."""
         self.model, self.placement, self.tokenizer, self.seed = model, placement, tokenizer, seed
         self.n_answers, self.most_slots, self.most_tokens = n_answers, most_slots, most_tokens
         self.engine: Engine | Replicas | None = None
@@ -55,7 +55,8 @@ class Rollouts:
                 n_tokens=self.tokenizer.vocab_size,
                 chunks_a_turn=ALL_CHUNKS,
             )
-            self.engine.reserve(min(self.most_tokens, self.model.config.context_length))
+            longest = max(map(len, prompts), default=0) + settings.max_new_tokens
+            self.engine.reserve(min(max(self.most_tokens, longest), self.model.config.context_length))
         else:
             replace_params(self.engine, self.placement, params)
 

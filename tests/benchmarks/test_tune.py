@@ -15,7 +15,7 @@ from gpt_jax.errors import UserError
 pytestmark = [pytest.mark.parity, pytest.mark.usefixtures("quick_contestants")]
 
 MACHINE = {"platform": "cpu", "cores": 2, "devices": 1}
-SIZES = tune.Sizes(text=60_000, vocab_size=400, answers=4, new=4)
+SIZES = tune.Sizes(text=60_000, vocab_size=400)
 
 
 def preset(context_length: int, batch_size: int) -> Preset:
@@ -38,7 +38,7 @@ def test_conversations_are_learnt_by_all() -> None:
 
 
 def test_answers_are_rewarded_by_all() -> None:
-    row = tune.tune_rewards(preset(32, batch_size=2), MACHINE, 1, SIZES)
+    row = tune.tune_rewards(preset(32, batch_size=2), MACHINE, 1, answers=4, new=4)
     assert row["failed"] == {}
     assert set(row["contestants"]) == {"gpt_jax", "TRL"}
     assert row["parity"]["TRL"]["log-probabilities"] < 1e-4
