@@ -72,12 +72,13 @@ def conversing(platform: str, vocab_size: int) -> Preset:
 
 
 def rewarded(platform: str) -> list[tuple[Preset, int]]:
-    """The models that are tuned on rewards, whose batches are of problems, and the tokens of an answer: many short
-    answers, and as few and long ones as are TRL's defaults, one problem and 512 tokens."""
+    """The models that are tuned on rewards, whose batches are of problems, and the tokens of an answer. A batch of one
+    problem is TRL's default, as are 512 tokens."""
     steps, V = 5 if platform == "cpu" else 20, ByteTokenizer().vocab_size
     return [
-        (Preset("tiny", gpt2(platform, V, 4, 4, 128, 128), 8, steps), 64),
+        (Preset("nano", gpt2(platform, V, 4, 4, 64, 128), 1, 8 * steps), 64),
         (Preset("tiny-long", gpt2(platform, V, 4, 4, 128, 528), 1, steps), 512),
+        (Preset("tiny", gpt2(platform, V, 4, 4, 128, 128), 8, steps), 64),
         (Preset("baby", gpt2(platform, V, 6, 6, 384, 128), 8, steps), 64),
     ]
 
