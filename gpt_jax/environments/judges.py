@@ -66,9 +66,9 @@ class Judges(WorkerPool):
 
     def _judge_some(self) -> None:
         """Has some of those judged that wait: many of many, which saves messages, and few of few, so that all processes
-        end at about the same time."""
+        end at about the same time; one process takes all."""
         with self._taking:
-            n = -(-len(self._waiting) // (2 * self._n_workers))
+            n = -(-len(self._waiting) // (2 * self._n_workers if self._n_workers > 1 else 1))
             some = [self._waiting.popleft() for _ in range(n)]
         try:
             while some:

@@ -258,7 +258,11 @@ class Engine:
     def replace_params(self, params: Params) -> None:
         """Takes other weights, placed like those before. Forgets all requests, and all that was read."""
         self.params = prepare_params(params, self.model.config)
-        self.reset()
+        if self.tasks:
+            self.reset()
+        else:  # The slots hold nothing that will be read.
+            self.pending = None
+            self.forget()
 
     def reserve(self, places: int) -> None:
         """Makes room for sequences of so many tokens."""

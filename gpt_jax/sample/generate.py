@@ -98,16 +98,17 @@ class Row:
         if token in self.stop_ids:
             return self.finish("end_of_text")
         self.held += self.decoder.push(token)
+        uncertain = 0
         if self.settings.stop:
             text = self.held + self.decoder.held()
             cut = min((i for i in (text.find(s) for s in self.settings.stop) if i >= 0), default=-1)
             if cut >= 0:
                 self.held = text[:cut]
                 return self.finish("stop", flush=False)
+            uncertain = longest_overlap(self.held, self.settings.stop)
         if len(result.tokens) == self.settings.max_new_tokens:
             return self.finish("length")
-        certain = len(self.held) - longest_overlap(self.held, self.settings.stop)
-        return self.release(certain)
+        return self.release(len(self.held) - uncertain)
 
     def release(self, n: int) -> str:
         """Moves the first n held characters to the result."""
