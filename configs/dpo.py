@@ -10,9 +10,9 @@ from gpt_jax.config import Config, DataConfig, LoraConfig, ModelConfig, Objectiv
 
 config = Config(
     init_from="HuggingFaceTB/SmolLM2-135M-Instruct",
-    model=ModelConfig(context_length=512, lora=LoraConfig(rank=8, alpha=16.0)),
-    data=DataConfig(dir="data/pairs", batch_size=8, microbatch_size=1),
+    model=ModelConfig(context_length=1024, lora=LoraConfig(rank=8, alpha=16.0)),
+    data=DataConfig(dir="data/pairs", batch_size=4, microbatch_size=1),
     objective=ObjectiveConfig(name="dpo"),
     optimizer=OptimizerConfig(learning_rate=2e-4, warmup_steps=5, weight_decay=0.0),
-    train=TrainConfig(steps=50, eval_every=25, log_every=1),
+    train=TrainConfig(steps=40, eval_every=20, log_every=1),
 )
