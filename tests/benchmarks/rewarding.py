@@ -6,33 +6,40 @@ already is not trained again. Writes benchmarks/results/arithmetic.json, and the
 """
 
 import json
+import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import run_command
 from benchmarks.plots import make_figure
 from benchmarks.results import FOLDER, Row
 from benchmarks.worker import ROOT
+from gpt_jax.config import GrpoConfig
 from gpt_jax.config.files import load_config
 from gpt_jax.run.records import read_records
 from gpt_jax.storage.files import replacing, save_json
 
 REWARDED = ROOT / "configs" / "grpo_arithmetic.py"
 GRPO = load_config(REWARDED).objective.grpo
-PROBLEMS = (f"--environment={GRPO.environment}", "--options", *GRPO.options)
+TEMPERATURES = {"greedy": 0, "drawn": 1}
+
+
+def problems(grpo: GrpoConfig) -> tuple[str, ...]:
+    """The arguments that name the problems."""
+    return (f"--environment={grpo.environment}", "--options", *grpo.options)
 
 
 def gpt_jax(command: str, *arguments: object) -> list[str]:
     """The lines that a command prints."""
-    return [line for _, line in run_command("-m", "gpt_jax", command, *map(str, arguments)).lines]
+    line = [sys.executable, "-m", "gpt_jax", command, *map(str, arguments)]
+    return subprocess.run(line, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()
 
 
-def solved(run: Path, temperature: float, n: int = 1000) -> Row:
-    """What `solve` tells of a run."""
-    flags = (f"--n-problems={n}", f"--max-new-tokens={GRPO.max_new_tokens}", f"--temperature={temperature}", "--json")
-    [line] = gpt_jax("solve", "--run", run, *PROBLEMS, *flags)
+def solved(model: str, grpo: GrpoConfig, temperature: float, n: int = 1000) -> Row:
+    """What `solve` tells of a model, which is named by --run=FOLDER or --model=PATH."""
+    flags = (f"--n-problems={n}", f"--max-new-tokens={grpo.max_new_tokens}", f"--temperature={temperature}", "--json")
+    [line] = gpt_jax("solve", model, *problems(grpo), *flags)
     found: Row = json.loads(line)
     del found["model"]  # A path of this machine.
     return found
@@ -50,7 +57,7 @@ def main(folder: Path, seeds: int) -> None:
     data, base = folder / "data" / "sums", folder / "runs" / "arithmetic"
     folder.mkdir(parents=True, exist_ok=True)
     if not data.exists():
-        gpt_jax("examples", *PROBLEMS, "--n=8000", "--wrong=0.6", f"--out={folder / 'sums.jsonl'}")
+        gpt_jax("examples", *problems(GRPO), "--n=8000", "--wrong=0.6", f"--out={folder / 'sums.jsonl'}")
         gpt_jax("prepare", folder / "sums.jsonl", f"--out={data}", "--tokenizer=bytes")
     runs = {"before": (base, trained(base, REWARDED.with_name("arithmetic.py"), f"--data.dir={data}"))}
     for seed in range(seeds):
@@ -58,19 +65,19 @@ def main(folder: Path, seeds: int) -> None:
         seconds = trained(run, REWARDED, f"--init-from={base}", f"--train.seed={seed}")
         runs[f"seed {seed}"] = run, seconds
     rows = {
-        name: {"seconds": seconds, "greedy": solved(run, 0), "drawn": solved(run, 1)}
+        name: {"seconds": seconds, **{how: solved(f"--run={run}", GRPO, t) for how, t in TEMPERATURES.items()}}
         for name, (run, seconds) in runs.items()
     }
     save_json(FOLDER / "arithmetic.json", {"rows": rows, "table": table(rows)})
     with replacing(FOLDER / "arithmetic.png") as temporary:
-        before = solved(base, 0, GRPO.eval_problems)["pass@1"]
+        before = solved(f"--run={base}", GRPO, 0, GRPO.eval_problems)["pass@1"]
         draw({name: run for name, (run, _) in runs.items() if name != "before"}, before).savefig(
             temporary, format="png", dpi=120, metadata={"Software": None}
         )
 
 
 def table(rows: dict[str, Row]) -> list[list[str]]:
-    """The cells of the table in docs/post-training.md."""
+    """The cells of a table in docs/post-training.md."""
 
     def rate(found: Row) -> str:
         return f"{found['pass@1']:.1%} ({found['pass@1_low']:.1%} to {found['pass@1_high']:.1%})"
@@ -86,8 +93,7 @@ def draw(runs: dict[str, Path], before: float) -> Any:
     axes = figure.subplots(1, 2, sharey=True)
     for name, run in runs.items():
         records = read_records(run / "metrics.jsonl")
-        means = [records[max(0, i - 9) : i + 1] for i in range(len(records))]
-        axes[0].plot([r["step"] for r in records], [sum(r["reward"] for r in some) / len(some) for some in means])
+        axes[0].plot([r["step"] for r in records], means_of_ten(records, "reward"))
         held_out = [r for r in records if "val_reward" in r]
         steps, rewards = [0], [before]
         axes[1].plot(steps + [r["step"] for r in held_out], rewards + [r["val_reward"] for r in held_out], label=name)
@@ -98,6 +104,13 @@ def draw(runs: dict[str, Path], before: float) -> Any:
         each.grid(alpha=0.3)
     axes[1].legend()
     return figure
+
+
+def means_of_ten(records: list[Row], name: str) -> list[float]:
+    """At each record, the mean of a number over it and the nine before."""
+    return [
+        sum(r[name] for r in some) / len(some) for i in range(len(records)) for some in [records[max(0, i - 9) : i + 1]]
+    ]
 
 
 if __name__ == "__main__":
