@@ -38,7 +38,6 @@ PADDED, TRL = "gpt_jax, padded", "TRL"
 PARITY_STEPS = 3
 """Optimizer steps whose losses must be the same."""
 
-
 ANSWERS = 8
 """To each problem, which is TRL's default, too."""
 

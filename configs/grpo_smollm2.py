@@ -1,10 +1,11 @@
-"""Rewards: SmolLM2-135M-Instruct learns to add and subtract, by adapters, from a task of reasoning-gym.
+"""Rewards: SmolLM2-135M-Instruct learns to add and subtract, by adapters, from a task of reasoning-gym, which is
+installed by pip install 'gpt-jax[rl]'.
 
-First it learns from examples to write its answer between tags, since without them it gets no reward. Name the model, a
-folder, a .gguf file, or a name on the hub (pip install 'gpt-jax[rl]'):
+First it learns from examples to write its answer between tags, since an answer without tags gets no reward. Name the
+model, a folder, a .gguf file, or a name on the hub:
 
-T="--environment reasoning-gym:chain_sum --options min_terms=2 max_terms=2 min_digits=1 max_digits=2"
-gpt-jax examples $T --template "<answer>{answer}</answer>" --n 400 --out sums.jsonl
+gpt-jax examples --environment reasoning-gym:chain_sum --options min_terms=2 max_terms=2 min_digits=1 max_digits=2 \
+    --template "<answer>{answer}</answer>" --n 400 --out sums.jsonl
 gpt-jax prepare sums.jsonl --out data/sums --tokenizer MODEL
 python train.py configs/sft_chat.py --init-from MODEL --model.lora.rank 8 --data.dir data/sums --data.batch-size 2 \
     --train.steps 20 --optimizer.warmup-steps 3 --out-dir runs/sums

@@ -17,6 +17,9 @@ from gpt_jax.environments import worker
 from gpt_jax.environments.environment import Problem, ProblemError
 from gpt_jax.errors import UserError
 
+MOST_AT_ONCE = 256
+"""Answers in a message. Where a process ends, the rest of its message is sent again."""
+
 OPENING_SECONDS = 600.0
 """Within which a process opens its environment, which may read a large file or import a large package."""
 
@@ -66,10 +69,10 @@ class Judges(WorkerPool):
 
     def _judge_some(self) -> None:
         """Has some of those judged that wait: many of many, which saves messages, and few of few, so that all processes
-        end at about the same time; one process takes all."""
+        end at about the same time; one process takes all that a message may have."""
         with self._taking:
             n = -(-len(self._waiting) // (2 * self._n_workers if self._n_workers > 1 else 1))
-            some = [self._waiting.popleft() for _ in range(n)]
+            some = [self._waiting.popleft() for _ in range(min(n, MOST_AT_ONCE))]
         try:
             while some:
                 for reply in self._replies(some):

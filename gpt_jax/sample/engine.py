@@ -260,8 +260,8 @@ class Engine:
         self.params = prepare_params(params, self.model.config)
         if self.tasks:
             self.reset()
-        else:  # The slots hold nothing that will be read.
-            self.pending = None
+        else:  # The slots hold nothing that will be read, and are taken in the order of a new engine.
+            self.scheduler, self.pending = Scheduler(self.n_slots, *self.limits), None
             self.forget()
 
     def reserve(self, places: int) -> None:

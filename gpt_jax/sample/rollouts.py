@@ -55,8 +55,9 @@ class Rollouts:
                 n_tokens=self.tokenizer.vocab_size,
                 chunks_a_turn=ALL_CHUNKS,
             )
-            longest = max(map(len, prompts), default=0) + settings.max_new_tokens
-            self.engine.reserve(min(max(self.most_tokens, longest), self.model.config.context_length))
+            longest = max(map(len, prompts), default=1) + settings.max_new_tokens
+            places = max(self.most_tokens, longest) - 1  # The last token is never read.
+            self.engine.reserve(min(places, self.model.config.context_length))
         else:
             replace_params(self.engine, self.placement, params)
 

@@ -21,7 +21,7 @@ from gpt_jax.data.shards import open_dataset
 from gpt_jax.evaluate.solve import interval
 from gpt_jax.run.records import read_records
 from gpt_jax.storage.files import replacing, save_json
-from tests.benchmarks.rewarding import TEMPERATURES, gpt_jax, means_of_ten, problems, solved, table, trained
+from tests.benchmarks.rewarding import gpt_jax, held_out, means_of_ten, measured, problems, solved, table, trained
 
 CONFIGS = ROOT / "configs"
 GRPO = load_config(CONFIGS / "grpo_smollm2.py").objective.grpo
@@ -31,7 +31,38 @@ VALIDATION = 0.4
 
 def main(folder: Path, model: str, pairs: Path) -> None:
     """Trains and measures what is missing."""
-    data, runs = folder / "data", folder / "runs"
+    folder.mkdir(parents=True, exist_ok=True)
+    prepare(folder, model, pairs)
+    runs = folder / "runs"
+    few = ("--data.batch-size=2", "--train.steps=20", "--optimizer.warmup-steps=3", "--model.lora.rank=8")
+    sums = (f"--init-from={model}", f"--data.dir={folder / 'data' / 'sums'}", *few)
+    imitating = trained(runs / "sums", CONFIGS / "sft_chat.py", *sums)
+    rewarded = trained(runs / "rl", CONFIGS / "grpo_smollm2.py", f"--init-from={runs / 'sums'}")
+    models = {
+        "as published": (f"--model={model}", 0.0),
+        "after 20 steps on examples": (f"--run={runs / 'sums'}", imitating),
+        "after 80 steps on rewards": (f"--run={runs / 'rl'}", rewarded),
+    }
+    dpo = (f"--init-from={model}", f"--data.dir={folder / 'data' / 'pairs'}")
+    seconds = trained(runs / "dpo", CONFIGS / "dpo.py", *dpo)
+    preferring = read_records(runs / "dpo" / "metrics.jsonl")
+
+    rows = measured(models, GRPO)
+    save_json(FOLDER / "smollm2-rewards.json", {"rows": rows, "table": table(rows)})
+    context_length = load_config(CONFIGS / "dpo.py").model.context_length
+    n_pairs = len(PairFolder(open_dataset(folder / "data" / "pairs")).rows("val", context_length))
+    evaluated = [record for record in preferring if "val_accuracy" in record]
+    found = {"pairs": n_pairs, "seconds": seconds, "rows": evaluated, "table": preferences_table(evaluated, n_pairs)}
+    save_json(FOLDER / "smollm2-preferences.json", found)
+    before = solved(f"--run={runs / 'sums'}", GRPO, 0, GRPO.eval_problems)["reward"]
+    with replacing(FOLDER / "smollm2.png") as temporary:
+        figure = draw(read_records(runs / "rl" / "metrics.jsonl"), before, preferring)
+        figure.savefig(temporary, format="png", dpi=120, metadata={"Software": None})
+
+
+def prepare(folder: Path, model: str, pairs: Path) -> None:
+    """Prepares examples of the problems, and the pairs, if they are not there."""
+    data = folder / "data"
     if not (data / "sums").exists():
         examples = ("--template=<answer>{answer}</answer>", "--n=400", f"--out={folder / 'sums.jsonl'}")
         gpt_jax("examples", *problems(GRPO), *examples)
@@ -39,39 +70,11 @@ def main(folder: Path, model: str, pairs: Path) -> None:
     if not (data / "pairs").exists():
         flags = ("--format=preference", f"--out={data / 'pairs'}", f"--tokenizer={model}")
         gpt_jax("prepare", pairs, *flags, f"--val-fraction={VALIDATION}")
-    few = ("--data.batch-size=2", "--train.steps=20", "--optimizer.warmup-steps=3", "--model.lora.rank=8")
-    sums = (f"--init-from={model}", f"--data.dir={data / 'sums'}", *few)
-    dpo = (f"--init-from={model}", f"--data.dir={data / 'pairs'}")
-    seconds = {
-        "sums": trained(runs / "sums", CONFIGS / "sft_chat.py", *sums),
-        "rl": trained(runs / "rl", CONFIGS / "grpo_smollm2.py", f"--init-from={runs / 'sums'}"),
-        "dpo": trained(runs / "dpo", CONFIGS / "dpo.py", *dpo),
-    }
-    named = {
-        "as published": (f"--model={model}", 0.0),
-        "after 20 steps on examples": (f"--run={runs / 'sums'}", seconds["sums"]),
-        "after 80 steps on rewards": (f"--run={runs / 'rl'}", seconds["rl"]),
-    }
-    rows = {
-        name: {"seconds": spent, **{how: solved(which, GRPO, t) for how, t in TEMPERATURES.items()}}
-        for name, (which, spent) in named.items()
-    }
-    save_json(FOLDER / "smollm2-rewards.json", {"rows": rows, "table": table(rows)})
-    context_length = load_config(CONFIGS / "dpo.py").model.context_length
-    n = len(PairFolder(open_dataset(data / "pairs")).rows("val", context_length))
-    preferring = read_records(runs / "dpo" / "metrics.jsonl")
-    evaluated = [record for record in preferring if "val_accuracy" in record]
-    told = {"pairs": n, "seconds": seconds["dpo"], "rows": evaluated, "table": preferences(evaluated, n)}
-    save_json(FOLDER / "smollm2-preferences.json", told)
-    before = solved(f"--run={runs / 'sums'}", GRPO, 0, GRPO.eval_problems)["pass@1"]
-    with replacing(FOLDER / "smollm2.png") as temporary:
-        figure = draw(read_records(runs / "rl" / "metrics.jsonl"), before, preferring)
-        figure.savefig(temporary, format="png", dpi=120, metadata={"Software": None})
 
 
-def preferences(evaluated: list[Row], n: int) -> list[list[str]]:
+def preferences_table(evaluated: list[Row], n: int) -> list[list[str]]:
     """The cells of the table of n held-out pairs. Before the first step, nothing has drifted, and every pair is a
-    tie."""
+    tie; after it, none is."""
     names = ("val_loss", "val_margin", "val_chosen_drift", "val_rejected_drift")
     title = f"{n} held-out pairs: step"
     lines = [[title, "accuracy (95%)", "loss", "margin", "nats the chosen answer gained", "the rejected one"]]
@@ -90,14 +93,7 @@ def draw(rewarded: list[Row], before: float, preferring: list[Row]) -> Any:
     figure = make_figure(figsize=(9, 3.6))
     left, right = figure.subplots(1, 2)
     left.plot([r["step"] for r in rewarded], means_of_ten(rewarded, "reward"), label="drawn answers, mean of ten steps")
-    held_out = [r for r in rewarded if "val_reward" in r]
-    steps, rewards = [0], [before]
-    left.plot(
-        steps + [r["step"] for r in held_out],
-        rewards + [r["val_reward"] for r in held_out],
-        marker="o",
-        label="held out, most probable answers",
-    )
+    left.plot(*held_out(rewarded, before), marker="o", label="held out, most probable answers")
     left.set(title="rewards", xlabel="step", ylabel="reward")
     left.set_ylim(bottom=0)
     for kind in ("chosen", "rejected"):
@@ -106,10 +102,10 @@ def draw(rewarded: list[Row], before: float, preferring: list[Row]) -> Any:
             means_of_ten(preferring, f"{kind}_drift"),
             label=f"{kind}, mean of ten steps",
         )
-        held_out = [r for r in preferring if f"val_{kind}_drift" in r]
+        evaluated = [r for r in preferring if f"val_{kind}_drift" in r]
         right.plot(
-            [r["step"] for r in held_out],
-            [r[f"val_{kind}_drift"] for r in held_out],
+            [r["step"] for r in evaluated],
+            [r[f"val_{kind}_drift"] for r in evaluated],
             "o",
             color=line.get_color(),
             label=f"{kind}, held out",

@@ -12,6 +12,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from benchmarks.plots import make_figure
 from benchmarks.results import FOLDER, Row
 from benchmarks.worker import ROOT
@@ -45,6 +47,14 @@ def solved(model: str, grpo: GrpoConfig, temperature: float, n: int = 1000) -> R
     return found
 
 
+def measured(models: dict[str, tuple[str, float]], grpo: GrpoConfig) -> dict[str, Row]:
+    """What models solve, greedily and with drawn answers. models: see `solved`, and the seconds of their training."""
+    return {
+        name: {"seconds": seconds, **{how: solved(model, grpo, t) for how, t in TEMPERATURES.items()}}
+        for name, (model, seconds) in models.items()
+    }
+
+
 def trained(run: Path, configuration: Path, *flags: object) -> float:
     """Trains a run to its end. The seconds that its steps took, evaluations left out."""
     gpt_jax("train", configuration, "--auto-resume", f"--out-dir={run}", *flags)
@@ -64,13 +74,10 @@ def main(folder: Path, seeds: int) -> None:
         run = folder / "runs" / f"grpo{seed}"
         seconds = trained(run, REWARDED, f"--init-from={base}", f"--train.seed={seed}")
         runs[f"seed {seed}"] = run, seconds
-    rows = {
-        name: {"seconds": seconds, **{how: solved(f"--run={run}", GRPO, t) for how, t in TEMPERATURES.items()}}
-        for name, (run, seconds) in runs.items()
-    }
+    rows = measured({name: (f"--run={run}", seconds) for name, (run, seconds) in runs.items()}, GRPO)
     save_json(FOLDER / "arithmetic.json", {"rows": rows, "table": table(rows)})
     with replacing(FOLDER / "arithmetic.png") as temporary:
-        before = solved(f"--run={base}", GRPO, 0, GRPO.eval_problems)["pass@1"]
+        before = solved(f"--run={base}", GRPO, 0, GRPO.eval_problems)["reward"]
         draw({name: run for name, (run, _) in runs.items() if name != "before"}, before).savefig(
             temporary, format="png", dpi=120, metadata={"Software": None}
         )
@@ -94,9 +101,7 @@ def draw(runs: dict[str, Path], before: float) -> Any:
     for name, run in runs.items():
         records = read_records(run / "metrics.jsonl")
         axes[0].plot([r["step"] for r in records], means_of_ten(records, "reward"))
-        held_out = [r for r in records if "val_reward" in r]
-        steps, rewards = [0], [before]
-        axes[1].plot(steps + [r["step"] for r in held_out], rewards + [r["val_reward"] for r in held_out], label=name)
+        axes[1].plot(*held_out(records, before), label=name)
     axes[0].set(title="drawn answers, mean of ten records", xlabel="step", ylabel="reward")
     axes[1].set(title="held out, most probable answers", xlabel="step")
     for each in axes:
@@ -107,10 +112,15 @@ def draw(runs: dict[str, Path], before: float) -> Any:
 
 
 def means_of_ten(records: list[Row], name: str) -> list[float]:
-    """At each record, the mean of a number over it and the nine before."""
-    return [
-        sum(r[name] for r in some) / len(some) for i in range(len(records)) for some in [records[max(0, i - 9) : i + 1]]
-    ]
+    """At each record, the mean of a number over it and up to nine before."""
+    values = [record[name] for record in records]
+    return [float(np.mean(values[max(0, i - 9) : i + 1])) for i in range(len(values))]
+
+
+def held_out(records: list[Row], before: float) -> tuple[list[int], list[float]]:
+    """Steps, and the rewards of held-out problems, which were so much before the first one."""
+    found = [record for record in records if "val_reward" in record]
+    return [0, *(record["step"] for record in found)], [before, *(record["val_reward"] for record in found)]
 
 
 if __name__ == "__main__":

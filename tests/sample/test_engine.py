@@ -139,14 +139,14 @@ def test_what_was_read_before_is_not_read_again() -> None:
     assert chunks_for(first[:129]) == 0  # All but the last token are the kept chunk.
 
 
-@pytest.mark.parametrize("other", ["", "written", "cancelled"])
+@pytest.mark.parametrize("other", ["nothing", "written", "cancelled"])
 def test_other_weights_have_read_nothing(other: str) -> None:
     """Nor do they go on with what was asked of those before, or say what those have drawn."""
     e = engine_of("gpt2")
     request = Request(list(range(200)), 5, GREEDY)
     [before] = Answers(e).all([request])
     doubled = jax.tree.map(lambda x: 2 * x, e.params)
-    if other:
+    if other != "nothing":
         id = e.submit(Request([7] * 300, 100, GREEDY))
         while not e.turn():  # Until it has begun to write.
             pass

@@ -18,7 +18,7 @@ def test_the_cache_is_as_long_as_answers_need() -> None:
     the memory."""
     config = dataclasses.replace(tiny.LLAMA, context_length=8192)
     placement = choose_placement(ParallelConfig(), config, choose_devices(ParallelConfig())[:1])
-    params, prompts, settings = tiny.initial_params(config), [[72, 105, 33], [72] * 300], Settings(max_new_tokens=5)
+    params, prompts, settings = tiny.initial_params(config), [[72] * 60, [72] * 300], Settings(max_new_tokens=5)
     for n, most_tokens, places in ((1, 0, 64), (2, 0, 512), (1, 1000, 1024), (1, 100_000, 8192)):
         rollouts = Rollouts(GPT(config), placement, ByteTokenizer(), 0, 2 * n, 4, most_tokens)
         written = list(rollouts(params, prompts[:n], 2, settings, EVALUATION))
