@@ -33,7 +33,7 @@ def problems(grpo: GrpoConfig) -> tuple[str, ...]:
 
 
 def gpt_jax(command: str, *arguments: object) -> list[str]:
-    """The lines that a command prints."""
+    """The lines that a command prints. `run_command` would end one that trains for longer than a contestant may."""
     line = [sys.executable, "-m", "gpt_jax", command, *map(str, arguments)]
     return subprocess.run(line, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()
 

@@ -13,7 +13,7 @@ import pytest
 
 from gpt_jax.environments import judges as judges_module
 from gpt_jax.environments.environment import Problem, ProblemError, open_environment
-from gpt_jax.environments.judges import Judges
+from gpt_jax.environments.judges import MOST_AT_ONCE, Judges
 from gpt_jax.errors import UserError
 from tests.commands import ROOT
 
@@ -55,16 +55,18 @@ def odd(tmp_path: Path) -> str:
     return f"{tmp_path / 'odd.py'}:Odd"
 
 
-def test_rewards_are_those_of_a_call() -> None:
-    options = ["digits=1", "n_val=50"]
+@pytest.mark.parametrize(("n_processes", "n_answers"), [(2, 50), (1, 3 * MOST_AT_ONCE)])
+def test_rewards_are_those_of_a_call(n_processes: int, n_answers: int) -> None:
+    """Also of more answers to one process than a message has."""
+    options = ["digits=1", f"n_val={n_answers}"]
     environment = open_environment("arithmetic", options)
     problems = environment.problems("val")
-    answers = [f"{problems[i].fields['answer'] + i % 2}" for i in range(50)]
-    with Judges("arithmetic", options, "", 2) as judges:
+    answers = [f"{problems[i].fields['answer'] + i % 2}" for i in range(n_answers)]
+    with Judges("arithmetic", options, "", n_processes) as judges:
         futures = [judges.submit("val", i, answer, problems[i]) for i, answer in enumerate(answers)]
         rewards = [future.result() for future in futures]
     assert rewards == [environment.reward(problems[i], answer) for i, answer in enumerate(answers)]
-    assert sum(rewards) == 25
+    assert sum(rewards) == n_answers / 2
 
 
 @pytest.mark.parametrize("text", ["\ud800", "\x00\n\xff", "\U0001f600" * 100_000], ids=["half", "bytes", "long"])
@@ -270,7 +272,7 @@ def test_leaving_ends_all_at_once(odd: str, pid_file: Path) -> None:
 
 PARENT = """
 import sys
-from gpt_jax.environments.judges import Judges
+from gpt_jax.environments.judges import MOST_AT_ONCE, Judges
 with Judges(sys.argv[1], [], "", 2) as judges:
     print(judges.submit("train", 0, sys.argv[2]).result())
 """
