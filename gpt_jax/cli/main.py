@@ -7,7 +7,6 @@ other errors, and 128 + the signal's number after a signal.
 import contextlib
 import difflib
 import errno
-import gc
 import importlib
 import io
 import os
@@ -102,7 +101,13 @@ def interrupted(e: KeyboardInterrupt) -> int:
     """Says that the command was interrupted, if somebody reads it; returns the exit status."""
     with contextlib.suppress(OSError):
         print("\ninterrupted", file=sys.stderr, flush=True)
-    return 128 + (e.args[0] if e.args else signal.SIGINT)
+    return 128 + signal_of(e)
+
+
+def signal_of(e: KeyboardInterrupt) -> int:
+    """The signal because of which it was raised."""
+    signum: int = e.args[0] if e.args else signal.SIGINT
+    return signum
 
 
 def interrupt_behind(e: BaseException | None) -> KeyboardInterrupt | None:
@@ -115,19 +120,19 @@ noticed = threading.Event()
 
 
 def interrupt(signum: int, frame: FrameType | None) -> None:
-    """A handler of signals that raises KeyboardInterrupt(signum), but not where it would be lost.
-
-    Python prints and drops exceptions that are raised in destructors and in callbacks of its garbage collector, of
-    which JAX has one. There, the handler sends the signal again a little later.
-    """
+    """A handler of signals that raises KeyboardInterrupt(signum), of which `interrupt_again` takes care, too."""
     noticed.set()
-    callbacks = [getattr(callback, "__code__", None) for callback in gc.callbacks]
-    while frame is not None:
-        if frame.f_code in callbacks or frame.f_code.co_name == "__del__":
-            threading.Timer(0.01, os.kill, (os.getpid(), signum)).start()
-            return
-        frame = frame.f_back
     raise KeyboardInterrupt(signum)
+
+
+def interrupt_again(dropped: "sys.UnraisableHookArgs") -> None:
+    """Python's hook for exceptions that it drops: those that are raised in destructors, in callbacks of weak
+    references, and in callbacks of its garbage collector, of which JAX has one. After an interrupt, sends the signal
+    again a little later."""
+    if isinstance(dropped.exc_value, KeyboardInterrupt):
+        threading.Timer(0.01, os.kill, (os.getpid(), signal_of(dropped.exc_value))).start()
+    else:
+        sys.__unraisablehook__(dropped)
 
 
 SECONDS_TO_NOTICE = 2.0
@@ -162,6 +167,7 @@ def run(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # Background jobs ignore SIGINT.
         signal.signal(signal.SIGINT, interrupt)
+    sys.unraisablehook = interrupt_again
     if argv and argv[0] == "train":
         restart_with_huge_pages()
         if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:

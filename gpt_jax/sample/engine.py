@@ -160,18 +160,24 @@ class Engine:
         self.reset()
 
     def reset(self) -> None:
-        """Forgets all requests, and all that was read."""
-        c, n_slots = self.model.config, self.n_slots
-        self.scheduler = Scheduler(n_slots, *self.limits)
-        self.tasks: dict[int, Task] = {}  # By id.
+        """Forgets all requests, and all that was read, and makes its arrays anew."""
+        c = self.model.config
+        self._forget_requests()
         self.forget()
         with self._where_it_is():
             self.prompt_cache = self._placed(init_prompts(c, 1, max(self.places, self.chunk)))
             self.kept = self._placed(init_prompts(c, self.n_kept, self.chunk)) if self.n_kept else ()
-            self.state = self._placed(init_state(c, n_slots, self.places))
-        self.dropped = np.zeros(n_slots, bool)  # Slots that the device has to make idle.
-        self.ends = np.zeros(n_slots, np.int64)  # The places that the sequence in a slot will need at most.
-        self.filled = np.zeros(n_slots, np.int64)  # The places that it may need after the blocks that were started.
+            self.state = self._placed(init_state(c, self.n_slots, self.places))
+
+    def _forget_requests(self) -> None:
+        """Forgets all requests. What their slots hold is never read again, and the next block makes them idle."""
+        self.scheduler = Scheduler(self.n_slots, *self.limits)
+        self.tasks: dict[int, Task] = {}  # By id.
+        self.dropped = np.ones(self.n_slots, bool)  # Slots that the device has to make idle.
+        self.ends = np.zeros(self.n_slots, np.int64)  # The places that the sequence in a slot will need at most.
+        self.filled = np.zeros(
+            self.n_slots, np.int64
+        )  # The places that it may need after the blocks that were started.
         self.is_new = False  # True when a sequence was inserted since the last block.
         self.pending: tuple[Block, list[Task]] | None = None
 
@@ -258,11 +264,8 @@ class Engine:
     def replace_params(self, params: Params) -> None:
         """Takes other weights, placed like those before. Forgets all requests, and all that was read."""
         self.params = prepare_params(params, self.model.config)
-        if self.tasks:
-            self.reset()
-        else:  # The slots hold nothing that will be read, and are taken in the order of a new engine.
-            self.scheduler, self.pending = Scheduler(self.n_slots, *self.limits), None
-            self.forget()
+        self._forget_requests()
+        self.forget()
 
     def reserve(self, places: int) -> None:
         """Makes room for sequences of so many tokens."""

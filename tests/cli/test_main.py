@@ -1,6 +1,5 @@
 """The commands as a user meets them: what they make, and the one line that they say to what cannot be."""
 
-import gc
 import json
 import re
 import shutil
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from gpt_jax.cli.main import interrupt, main
+from gpt_jax.cli.main import main
 from gpt_jax.cli.parse import default_config_path
 from gpt_jax.cli.train import train_arguments
 from tests.commands import ROOT, TINY, environment, records, refused, refused_here, run, run_here, start
@@ -143,44 +142,57 @@ def test_ctrl_c_while_sampling_ends_quietly(trained: Path) -> None:
     assert (process.returncode, err.strip()) == (130, "interrupted")
 
 
-@pytest.mark.parametrize("where", ["callback", "called by a callback", "destructor"])
+DROPPED_IN = {
+    "a destructor": """
+class Dropped:
+    def __del__(self):
+        signal.raise_signal(signal.SIGTERM)
+Dropped()
+""",
+    "a callback of a weak reference": """
+class Dropped:
+    pass
+x = Dropped()
+reference = weakref.ref(x, lambda reference: signal.raise_signal(signal.SIGTERM))
+del x
+""",
+    "a callback of the garbage collector": """
+def callback(phase, info):
+    gc.callbacks.remove(callback)
+    signal.raise_signal(signal.SIGTERM)
+gc.callbacks.append(callback)
+gc.collect()
+""",
+}
+
+
+def run_as_train(code: str) -> subprocess.CompletedProcess[str]:
+    """Runs code in the place of the training command, in a process of its own."""
+    program = f"""
+import gc, signal, sys, time, types, weakref
+from gpt_jax.cli import main
+sys.modules["gpt_jax.cli.train"] = types.SimpleNamespace(command=lambda argv: exec({code!r}, globals()))
+main.run(["train"])
+"""
+    return subprocess.run([sys.executable, "-c", program], env=environment(), capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("where", DROPPED_IN)
 def test_an_interrupt_is_not_lost_where_python_drops_what_is_raised(where: str) -> None:
-    """In callbacks of the garbage collector, and in destructors."""
-    inside = []
+    process = run_as_train(DROPPED_IN[where] + "print('goes on', flush=True); time.sleep(100)")
+    assert (process.returncode, process.stdout, process.stderr) == (143, "goes on\n", "\ninterrupted\n")
 
-    def send() -> None:
-        inside.append(where)
-        signal.raise_signal(signal.SIGINT)
 
-    def callback(phase: str, info: dict[str, int]) -> None:
-        if phase == "start" and where == "callback":
-            inside.append(where)
-            signal.raise_signal(signal.SIGINT)
-        elif phase == "start":
-            send()
-
-    class Dropped:
-        def __del__(self) -> None:
-            send()
-
-    def drop() -> None:
-        if where == "destructor":
-            Dropped()
-        else:
-            gc.callbacks.append(callback)
-            gc.collect()
-            gc.callbacks.remove(callback)
-        time.sleep(20)  # Which the interrupt ends, later on a loaded machine.
-
-    before = signal.signal(signal.SIGINT, interrupt)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            drop()
-    finally:
-        signal.signal(signal.SIGINT, before)
-        if callback in gc.callbacks:
-            gc.callbacks.remove(callback)
-    assert inside
+def test_other_exceptions_that_python_drops_are_told() -> None:
+    process = run_as_train("""
+class Dropped:
+    def __del__(self):
+        raise ValueError("seen")
+Dropped()
+sys.exit(0)
+""")
+    assert process.returncode == 0
+    assert "ValueError: seen" in process.stderr
 
 
 def test_an_error_that_comes_of_an_interrupt_is_one(
