@@ -371,8 +371,8 @@ def test_no_default_contradicts_a_value_that_is_given_alone(path: Path) -> None:
                     (full, tried, dataclasses.replace(section, **{f.name: inner}))
                     for full, tried, inner in vary(value, f"{name}.")
                 )
-            elif f.name == "dropout" and config.objective.name == "grpo":
-                continue  # It is refused, in a line of its own.
+            elif f.name in ("dropout", "eval_batch_size") and config.objective.name == "grpo":
+                continue  # They are refused, in a line of their own each.
             elif type(value) in (int, float):
                 third = type(value)(value / 3)
                 tries = UNLIKE_NUMBERS.get(name, (*((third,) if third else ()), 3 * value or type(value)(1)))

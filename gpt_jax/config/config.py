@@ -28,6 +28,8 @@ class Config:
         check(has_base, "model.lora.rank", self.model.lora.rank, "0 without init_from, a model to put adapters on")
         name = self.objective.name
         check(name == "next_token" or self.init_from != "", "objective.name", name, "next_token without init_from")
+        prompt, allowed = self.train.sample_prompt, f"empty with {name}, whose samples answer what is held out"
+        check(name == "next_token" or not prompt, "train.sample_prompt", prompt, allowed)
         if name == "grpo":
             self._check_grpo()
 
@@ -39,6 +41,8 @@ class Config:
         for name in ("steps", "eval_every", "checkpoint_every", "sample_every"):
             value, allowed = getattr(self.train, name), f"a multiple of objective.grpo.iterations = {grpo.iterations}"
             check(value % grpo.iterations == 0, f"train.{name}", value, allowed)
+        size = self.train.eval_batch_size
+        check(not size, "train.eval_batch_size", size, "0 with grpo, whose answers are drawn in slots of their own")
         is_filtered = grpo.top_p < 1 or grpo.top_k > 0
         allowed = "1 with objective.grpo.top_p or top_k, which need all logits of a token on one device"
         check(not is_filtered or self.parallel.tensor <= 1, "parallel.tensor", self.parallel.tensor, allowed)

@@ -2,8 +2,6 @@
 
 import json
 import random
-import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +12,10 @@ from gpt_jax.data.batch import Batch
 from gpt_jax.environments.arithmetic import Arithmetic
 from gpt_jax.run.checkpoint import Checkpoints
 from gpt_jax.train.tasks.rewards import RewardTask, batch_sizes
-from tests.commands import TINY, records, refused_here, run, run_here, start
+from tests.commands import TINY, records, refused_here, run, run_here
+from tests.train.killed import train_killed
 
-STEPS, KILLS = 40, 10
+STEPS = 40
 TIMES = ("step_ms", "tokens_per_second", "mfu", "rollout_ms", "judging_ms")
 ENVIRONMENT = '''
 import time
@@ -121,22 +120,15 @@ def checksums(out: Path) -> Any:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_commands")
 @pytest.mark.parametrize("objective", ["sft", "dpo", "grpo"])
 def test_ten_times_killed_and_resumed_is_bit_for_bit_the_same(place: Path, tmp_path: Path, objective: str) -> None:
-    """SIGKILL at any time: in a rollout, in a step, while a checkpoint is written."""
-    whole, out, rng = tmp_path / "whole", tmp_path / "killed", random.Random(0)
-    begin = time.monotonic()
-    run("train", *arguments(place, objective), f"--out-dir={whole}")
-    seconds = time.monotonic() - begin
-    for _ in range(KILLS):
-        process = start("train", "--auto-resume", *arguments(place, objective), f"--out-dir={out}")
-        time.sleep(rng.uniform(0.4, 1.0) * seconds * 0.9)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-    run("train", "--auto-resume", *arguments(place, objective), f"--out-dir={out}")
-    assert logged(out) == logged(whole)
-    assert len(logged(out)) == STEPS
-    assert checksums(out) == checksums(whole)
+    """In a rollout, too, which takes most of the time of a step for rewards."""
+    run("train", *arguments(place, objective), f"--out-dir={tmp_path / 'whole'}")
+    for out in train_killed(tmp_path, arguments(place, objective), 10):
+        assert logged(out) == logged(tmp_path / "whole")
+        assert len(logged(out)) == STEPS
+        assert checksums(out) == checksums(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("objective", ["dpo", "grpo"])
@@ -343,6 +335,12 @@ def test_answers_to_held_out_conversations_are_shown(place: Path, tmp_path: Path
         ("dpo", ["--model.context-length=3"], "fits into model.context_length + 1 = 4 tokens; use a longer context"),
         ("dpo", ["--data.mixture", "{place}/pairs=1"], "it must be empty with dpo, which takes one folder"),
         ("dpo", ["--objective.dpo.beta=0"], "objective.dpo.beta = 0.0 is not possible: it must be more than 0"),
+        ("dpo", ["--train.sample-prompt=a"], "it must be empty with dpo, whose samples answer what is held out"),
+        (
+            "grpo",
+            ["--train.eval-batch-size=4"],
+            "it must be 0 with grpo, whose answers are drawn in",
+        ),
         ("grpo", ["--objective.grpo.environment="], "it must be what gives problems and rewards: arithmetic, "),
         ("grpo", ["--objective.grpo.group-size=1"], "it must be 2 or more: answers are compared"),
         (

@@ -1,11 +1,8 @@
 """A run that was killed, stopped or moved to other devices goes on as if nothing had happened."""
 
 import json
-import random
 import signal
-import time
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +19,17 @@ from gpt_jax.train.optimizer import make_optimizer
 from gpt_jax.train.step import init_state
 from gpt_jax.train.stop import StopSignals
 from tests.commands import TINY, records, run, run_here, start
+from tests.train.killed import kill_when, train_killed
 
 STEPS = 300
-KILLS, KILLS_IN_CHECKPOINT = 10, 3
 NO_CHECKPOINTS = "--train.checkpoint-every=1000"
 """None but after the last step, or after a signal: thirty take twice as long as the steps do."""
 
 
-def arguments(data: Path, out: Path) -> list[object]:
+def arguments(data: Path, *more: object) -> list[object]:
     return [
         *TINY,
         f"--data.dir={data}",
-        f"--out-dir={out}",
         f"--train.steps={STEPS}",
         "--train.eval-every=50",
         "--train.checkpoint-every=10",
@@ -42,13 +38,14 @@ def arguments(data: Path, out: Path) -> list[object]:
         # but not the same on another number of devices.
         "--model.no-bias",
         "--parallel.devices=2",
+        *more,
     ]
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("runs") / "uninterrupted"
-    run("train", *arguments(tiny_data, out), NO_CHECKPOINTS)
+    run("train", *arguments(tiny_data, f"--out-dir={out}"), NO_CHECKPOINTS)
     return out
 
 
@@ -71,48 +68,6 @@ def losses(out: Path) -> list[tuple[Any, ...]]:
     return [(r["step"], r["loss"], r["lr"], r["grad_norm"], r["tokens"], r.get("val_loss")) for r in records(out)]
 
 
-def kill_when(process: Any, due: Any, signum: int) -> bool:
-    """Sends the signal as soon as `due()`; False when the process ended before that."""
-    while not due():
-        if process.poll() is not None:
-            return False
-        time.sleep(0.002)
-    process.send_signal(signum)
-    process.communicate(timeout=120)
-    return True
-
-
-class Attempt:
-    """A process that trains in `out`, or goes on there with what an older one left."""
-
-    def __init__(self, data: Path, out: Path) -> None:
-        self.out = out
-        self.older_file = self.records_file()
-        saved = (path.name for path in (out / "checkpoints").glob("*"))
-        self.begin = max((int(name) for name in saved if name.isdigit()), default=0)  # The step it will go on from.
-        self.start = time.monotonic()
-        self.process = start("train", "--auto-resume", *arguments(data, out))
-
-    def records_file(self) -> int:
-        """Which file metrics.jsonl is: every process makes its own, once it has restored the state and cleared away
-        the checkpoints that a killed one did not finish."""
-        path = self.out / "metrics.jsonl"
-        return path.stat().st_ino if path.exists() else 0
-
-    def has_run(self, seconds: float) -> bool:
-        return time.monotonic() >= self.start + seconds
-
-    def has_trained(self, steps: int) -> bool:
-        return self.records_file() != self.older_file and len(losses(self.out)) >= self.begin + steps
-
-    def is_saving(self) -> bool:
-        return self.records_file() != self.older_file and self.has_unfinished()
-
-    def has_unfinished(self) -> bool:
-        """Whether there is a checkpoint that is not complete."""
-        return any((self.out / "checkpoints").glob("*.orbax-checkpoint-tmp*"))
-
-
 def assert_same(out: Path, expected: Path) -> None:
     """Everything that was logged, and the state after the last step, bit for bit."""
     assert losses(out) == losses(expected)
@@ -124,36 +79,7 @@ def assert_same(out: Path, expected: Path) -> None:
 def test_ten_times_killed_and_resumed_is_bit_for_bit_the_same(
     tiny_data: Path, uninterrupted: Path, tmp_path: Path
 ) -> None:
-    """SIGKILL after a number of steps, at any time from the start of the process on, and in the middle of a checkpoint.
-
-    A run that comes to its end before enough processes were killed is followed by another one.
-    """
-    rng = random.Random(0)
-    runs = [tmp_path / "0"]
-    kills, in_checkpoint, seconds_to_train = 0, 0, 0.0
-    for attempt in range(4 * KILLS):
-        if kills >= KILLS and in_checkpoint >= KILLS_IN_CHECKPOINT:
-            break
-        kind = ("step", "time", "checkpoint")[attempt % 3]
-        ours = Attempt(tiny_data, runs[-1])
-        due = {
-            "step": partial(ours.has_trained, rng.randint(1, 25)),
-            "time": partial(ours.has_run, rng.random() * seconds_to_train),  # Start, restore and compilation included.
-            "checkpoint": ours.is_saving,
-        }[kind]
-        if not kill_when(ours.process, due, signal.SIGKILL):
-            _, stderr = ours.process.communicate()
-            assert ours.process.returncode == 0, stderr
-            runs.append(tmp_path / str(len(runs)))
-            continue
-        if kind == "step":
-            seconds_to_train = time.monotonic() - ours.start
-        kills += 1
-        in_checkpoint += kind == "checkpoint" and ours.has_unfinished()
-    assert kills >= KILLS
-    assert in_checkpoint >= KILLS_IN_CHECKPOINT
-    run("train", "--auto-resume", *arguments(tiny_data, runs[-1]), NO_CHECKPOINTS)
-    for out in runs:
+    for out in train_killed(tmp_path, arguments(tiny_data), 25, NO_CHECKPOINTS):
         assert_same(out, uninterrupted)
 
 
@@ -163,7 +89,7 @@ def test_a_signal_saves_and_ends_and_the_run_goes_on(
     tiny_data: Path, uninterrupted: Path, tmp_path: Path, signum: signal.Signals
 ) -> None:
     out = tmp_path / "stopped"
-    process = start("train", *arguments(tiny_data, out), NO_CHECKPOINTS)
+    process = start("train", *arguments(tiny_data, f"--out-dir={out}"), NO_CHECKPOINTS)
     assert kill_when(process, lambda: any(step >= 60 for step, *_ in losses(out)), signum)
     assert process.returncode == 128 + signum
     with Checkpoints(out / "checkpoints", read_only=True) as checkpoints:
@@ -182,7 +108,7 @@ def test_a_signal_before_the_first_step_ends_at_once(tiny_data: Path, tmp_path: 
     """While the step compiles, which takes minutes. There is nothing to save."""
     block = "(print('now', flush=True), lock(mutex), lock(mutex))"
     compiles = f"{IN_C}; from gpt_jax.train import loop; loop.Trace = lambda *_: {block}"
-    process = start("train", *arguments(tiny_data, tmp_path / "out"), first=compiles)
+    process = start("train", *arguments(tiny_data, f"--out-dir={tmp_path / 'out'}"), first=compiles)
     assert process.stdout is not None
     assert "now\n" in iter(process.stdout.readline, "")
     process.send_signal(signum)
@@ -217,7 +143,7 @@ def test_signals_are_taken_from_the_first_step_on_and_given_back() -> None:
 def test_resuming_on_another_number_of_devices(tiny_data: Path, uninterrupted: Path, tmp_path: Path) -> None:
     """Begun on two, ended on one: within 1e-5."""
     out = tmp_path / "moved"
-    process = start("train", *arguments(tiny_data, out), NO_CHECKPOINTS)
+    process = start("train", *arguments(tiny_data, f"--out-dir={out}"), NO_CHECKPOINTS)
     assert kill_when(process, lambda: any(step >= 60 for step, *_ in losses(out)), signal.SIGTERM)
     run("train", "--resume", f"--out-dir={out}", "--parallel.devices=1")
     for ours, expected in zip(losses(out), losses(uninterrupted), strict=True):
@@ -232,7 +158,7 @@ def test_resuming_on_another_number_of_devices(tiny_data: Path, uninterrupted: P
 def test_resuming_passes_over_damaged_checkpoints_and_says_so(tiny_data: Path, tmp_path: Path) -> None:
     """One with a byte changed in an array, and one whose facts are not whole."""
     out = tmp_path / "damaged"
-    run_here("train", *arguments(tiny_data, out), "--train.steps=40", "--train.keep-checkpoints=3")
+    run_here("train", *arguments(tiny_data, f"--out-dir={out}"), "--train.steps=40", "--train.keep-checkpoints=3")
     largest = max((out / "checkpoints" / "40" / "params").rglob("*"), key=lambda p: p.stat().st_size)
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 1
