@@ -89,7 +89,7 @@ def train(config: Config, data: Source, resume: bool = False, profile: bool = Fa
         ):
             last_save = steps.start
 
-            def save(step: int) -> None:
+            def save(step: int, ends: bool) -> None:
                 nonlocal last_save
                 if step == last_save:
                     return
@@ -97,7 +97,7 @@ def train(config: Config, data: Source, resume: bool = False, profile: bool = Fa
                 recorder.sync()
                 params, opt_state = placement.to_checkpoint((state.params, state.opt_state))
                 checkpoints.save(step, params, opt_state, meta, recorder.val_loss(step))
-                recorder.plot()
+                recorder.plot(always=ends)
 
             try:
                 for step in range(steps.start + 1, steps.stop + 1):  # `step` counts the steps, this one included.
@@ -118,14 +118,14 @@ def train(config: Config, data: Source, resume: bool = False, profile: bool = Fa
                         if evaluates:
                             recorder.add_evaluation(**task.evaluate(state.all_params(), step))
                         if saves or stopping:
-                            save(step)
+                            save(step, ends=stopping > 0 or step == steps.stop)
                         if samples:
                             recorder.say(task.sample(state.all_params(), step))
                     if stopping:
                         raise Interrupted(stopping)
             except ProblemError:  # Through no fault of the state, which is worth saving.
                 recorder.settle()
-                save(int(state.step))
+                save(int(state.step), ends=True)
                 raise
             if not steps:
                 recorder.say(f"{run} has already been trained for {steps.start} steps; raise train.steps to go on")

@@ -23,6 +23,9 @@ from gpt_jax.train.trackers import open_trackers
 SHOWN = ("reward", "accuracy", "margin")
 """What is printed of an objective's values, besides the loss."""
 
+SECONDS_TO_PLOT = 10.0
+"""After which the loss curve is drawn anew: small models are saved more often, and the curve takes longer than that."""
+
 
 class Recorder:
     """Takes the metrics of every step and reports them. A context manager; leaving it closes the files.
@@ -54,6 +57,7 @@ class Recorder:
         self.compile_seconds: float | None = None  # Time of the first step, mostly compilation.
         self.elapsed, self.timed_steps, self.clock = 0.0, 0, time.perf_counter()
         self.n_tokens = 0.0  # Of the timed steps.
+        self.plot_again = time.monotonic() + SECONDS_TO_PLOT
         self.shown: dict[str, str] = {}
         # When the output is not a terminal, there is no bar (disable=None), and lines are printed instead.
         self.bar = tqdm(
@@ -188,10 +192,12 @@ class Recorder:
         finally:
             self.clock += time.perf_counter() - begin
 
-    def plot(self) -> None:
-        """Draws loss.png, if matplotlib is installed."""
-        if self.writes and self.records and importlib.util.find_spec("matplotlib") is not None:
+    def plot(self, always: bool) -> None:
+        """Draws loss.png, if matplotlib is installed; unless `always`, not again within SECONDS_TO_PLOT."""
+        is_due = always or time.monotonic() >= self.plot_again
+        if is_due and self.writes and self.records and importlib.util.find_spec("matplotlib") is not None:
             plot_curve(self.records, self.run.loss_curve)
+            self.plot_again = time.monotonic() + SECONDS_TO_PLOT
 
 
 def check_finite(step: int, **values: float) -> None:

@@ -302,7 +302,7 @@ def test_the_losses_are_drawn(tmp_path: Path, clock: Clock, evaluated: bool) -> 
                 recorder.settle()
                 recorder.add_evaluation(val_loss=5 / step, val_bits_per_byte=1.0)
         recorder.flush()
-        recorder.plot()
+        recorder.plot(always=True)
     picture = image.imread(tmp_path / "loss.png", format="png")
     assert picture.shape == (504, 840, 4)
     dark_blue = np.abs(picture[..., :3] - np.array([0x08, 0x51, 0x9C]) / 255).max(axis=-1) < 0.02
