@@ -57,7 +57,7 @@ class Recorder:
         self.compile_seconds: float | None = None  # Time of the first step, mostly compilation.
         self.elapsed, self.timed_steps, self.clock = 0.0, 0, time.perf_counter()
         self.n_tokens = 0.0  # Of the timed steps.
-        self.plot_again = time.monotonic() + SECONDS_TO_PLOT
+        self.plot_again = time.perf_counter() + SECONDS_TO_PLOT
         self.shown: dict[str, str] = {}
         # When the output is not a terminal, there is no bar (disable=None), and lines are printed instead.
         self.bar = tqdm(
@@ -194,10 +194,10 @@ class Recorder:
 
     def plot(self, always: bool) -> None:
         """Draws loss.png, if matplotlib is installed; unless `always`, not again within SECONDS_TO_PLOT."""
-        is_due = always or time.monotonic() >= self.plot_again
+        is_due = always or time.perf_counter() >= self.plot_again
         if is_due and self.writes and self.records and importlib.util.find_spec("matplotlib") is not None:
             plot_curve(self.records, self.run.loss_curve)
-            self.plot_again = time.monotonic() + SECONDS_TO_PLOT
+            self.plot_again = time.perf_counter() + SECONDS_TO_PLOT
 
 
 def check_finite(step: int, **values: float) -> None:

@@ -289,6 +289,21 @@ def test_an_evaluation_that_is_not_finite_is_named_and_not_written(tmp_path: Pat
     assert [record["step"] for record in lines(tmp_path)] == [1]
 
 
+def test_the_losses_are_drawn_now_and_then_and_at_the_end(
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    drawn = []
+    monkeypatch.setattr(metrics_module, "plot_curve", lambda records, path: drawn.append(records[-1]["step"]))
+    device = Device(clock)
+    with Recorder(RunFolder(tmp_path), CONFIG, 0, None) as recorder:
+        for step in range(1, 41):
+            recorder.submit(step, device.step(1.0))  # Seconds.
+            recorder.flush()
+            recorder.plot(always=step == 38)
+    assert drawn == [10, 20, 30, 38]
+
+
 @pytest.mark.parametrize("evaluated", [False, True])
 def test_the_losses_are_drawn(tmp_path: Path, clock: Clock, evaluated: bool) -> None:
     pytest.importorskip("matplotlib")
