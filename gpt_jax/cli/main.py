@@ -120,7 +120,7 @@ noticed = threading.Event()
 
 
 def interrupt(signum: int, frame: FrameType | None) -> None:
-    """A handler of signals that raises KeyboardInterrupt(signum), of which `interrupt_again` takes care, too."""
+    """A handler of signals that raises KeyboardInterrupt(signum). Where Python drops that, see `interrupt_again`."""
     noticed.set()
     raise KeyboardInterrupt(signum)
 

@@ -175,9 +175,7 @@ class Engine:
         self.tasks: dict[int, Task] = {}  # By id.
         self.dropped = np.ones(self.n_slots, bool)  # Slots that the device has to make idle.
         self.ends = np.zeros(self.n_slots, np.int64)  # The places that the sequence in a slot will need at most.
-        self.filled = np.zeros(
-            self.n_slots, np.int64
-        )  # The places that it may need after the blocks that were started.
+        self.filled = np.zeros(self.n_slots, np.int64)  # Those that it may need after the blocks that were started.
         self.is_new = False  # True when a sequence was inserted since the last block.
         self.pending: tuple[Block, list[Task]] | None = None
 

@@ -24,7 +24,7 @@ SHOWN = ("reward", "accuracy", "margin")
 """What is printed of an objective's values, besides the loss."""
 
 SECONDS_TO_PLOT = 10.0
-"""After which the loss curve is drawn anew: small models are saved more often, and the curve takes longer than that."""
+"""Between two drawings of the loss curve. From save to save, a small model trains for less time than one takes."""
 
 
 class Recorder:

@@ -179,8 +179,8 @@ main.run(["train"])
 
 @pytest.mark.parametrize("where", DROPPED_IN)
 def test_an_interrupt_is_not_lost_where_python_drops_what_is_raised(where: str) -> None:
-    process = run_as_train(DROPPED_IN[where] + "print('goes on', flush=True); time.sleep(100)")
-    assert (process.returncode, process.stdout, process.stderr) == (143, "goes on\n", "\ninterrupted\n")
+    process = run_as_train(DROPPED_IN[where] + "time.sleep(20)")  # Which the interrupt ends, later on a loaded machine.
+    assert (process.returncode, process.stderr) == (143, "\ninterrupted\n")
 
 
 def test_other_exceptions_that_python_drops_are_told() -> None:

@@ -272,7 +272,7 @@ def test_leaving_ends_all_at_once(odd: str, pid_file: Path) -> None:
 
 PARENT = """
 import sys
-from gpt_jax.environments.judges import MOST_AT_ONCE, Judges
+from gpt_jax.environments.judges import Judges
 with Judges(sys.argv[1], [], "", 2) as judges:
     print(judges.submit("train", 0, sys.argv[2]).result())
 """

@@ -2,18 +2,18 @@
 
 import random
 import signal
+import subprocess
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from tests.commands import records, run, start
 
 KILLS, KILLS_IN_CHECKPOINT = 10, 3
 
 
-def kill_when(process: Any, due: Callable[[], bool], signum: int) -> bool:
+def kill_when(process: "subprocess.Popen[str]", due: Callable[[], bool], signum: int) -> bool:
     """Sends the signal as soon as `due()`; False when the process ended before that."""
     while not due():
         if process.poll() is not None:
