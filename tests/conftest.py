@@ -49,6 +49,18 @@ runtime.setup(cpu_devices=8)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--part", default="1/1", metavar="K/N", help="every n-th of the selected tests, from the k-th on")
+
+
+@pytest.hookimpl(trylast=True)  # After -m and -k.
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    k, n = map(int, config.getoption("--part").split("/"))
+    chosen = items[k - 1 :: n]
+    config.hook.pytest_deselected(items=[item for i, item in enumerate(items) if i % n != k - 1])
+    items[:] = chosen
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Lets workers take tests that are neighbours, which share what their module makes, and steal from each other at

@@ -84,7 +84,7 @@ def pytest_status(root: Path, tests: list[str], timeout: float | None = TIMEOUT)
     """pytest's exit status for these tests in a copy, and what it printed; 1 when they take too long."""
     # Compiled modules are told from their sources by size and seconds, which are often the same after a change.
     environment = os.environ | {"PYTHONPATH": str(root), "PYTHONDONTWRITEBYTECODE": "1", "CI": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider", *tests]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "", "--no-header", "-p", "no:cacheprovider", *tests]
     try:
         done = subprocess.run(command, cwd=root, env=environment, stdout=-1, stderr=-2, text=True, timeout=timeout)
     except subprocess.TimeoutExpired:

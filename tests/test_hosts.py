@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from gpt_jax import hosts
+from tests.cases import cases
 from tests.commands import TINY, records, refused, refused_here, run, run_here, start
 
 pytestmark = pytest.mark.usefixtures("quick_commands")
@@ -82,7 +83,7 @@ def alone(mixture: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("placement", "n_hosts"),
-    [(["--parallel.devices=2"], 1), (CONTEXT_2, 1), (MESH_2, 4)],
+    cases([(["--parallel.devices=2"], 1), (CONTEXT_2, 1), (MESH_2, 4)], standing=[(CONTEXT_2, 1)]),
     ids=["pmap to one", "context to one", "mesh to four"],
 )
 def test_a_run_moves_from_two_hosts_to_one_or_four(
@@ -105,7 +106,7 @@ def test_a_run_moves_from_two_hosts_to_one_or_four(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("asked", "signum"), [(0, signal.SIGINT), (1, signal.SIGTERM)])
+@pytest.mark.parametrize(("asked", "signum"), cases([(0, signal.SIGINT), (1, signal.SIGTERM)], [(0, signal.SIGINT)]))
 def test_a_signal_to_one_host_saves_and_ends_all(tiny_data: Path, tmp_path: Path, asked: int, signum: int) -> None:
     out = tmp_path / "run"
     processes = start_hosts(2, f"--data.dir={tiny_data}", f"--out-dir={out}", "--train.steps=1000000")
@@ -119,7 +120,7 @@ def test_a_signal_to_one_host_saves_and_ends_all(tiny_data: Path, tmp_path: Path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize("killed", cases([0, 1], [1]))
 def test_a_host_that_dies_ends_the_others(tiny_data: Path, tmp_path: Path, killed: int) -> None:
     """Soon, with a message that says so, and what was saved is whole. A missing heartbeat counts sooner than in use."""
     out, heartbeat = tmp_path / "run", hosts.HEARTBEAT_SECONDS // 3
@@ -197,7 +198,7 @@ def test_a_run_that_is_there_is_refused_by_all(alone: Path, tiny_data: Path) -> 
         assert "Traceback" not in err
 
 
-@pytest.mark.parametrize("host", [0, 1])
+@pytest.mark.parametrize("host", cases([0, 1], [0]))
 def test_hosts_that_do_not_meet_give_up_in_time(tiny_data: Path, tmp_path: Path, host: int) -> None:
     begin = time.monotonic()
     error = refused(

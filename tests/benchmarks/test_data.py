@@ -90,6 +90,7 @@ def test_a_training_step_consumes_tokens() -> None:
     assert row["rounds"] == 2
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_every_row_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     published = shutil.copytree(byte_level(), tmp_path / "published")

@@ -61,6 +61,7 @@ def test_sequences_that_part_are_compared_until_they_do() -> None:
     assert found == {"same_tokens": 0.75, "logprobs": pytest.approx(np.sqrt((0.25**2 + 0.5**2) / 7))}
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_the_part_measures_a_row_for_each_batch_and_none_twice(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

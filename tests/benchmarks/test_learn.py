@@ -31,6 +31,7 @@ def text(tmp_path: Path, rng: np.random.Generator) -> Path:
     return path
 
 
+@pytest.mark.exhaustive
 def test_both_sides_learn_the_same(text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(learn, "PYTORCH", learn.PYTORCH[:1])  # Compiled, it is the same class.
     path = tmp_path / "results" / "machine.json"

@@ -17,6 +17,7 @@ def test_loading_takes_the_memory_of_the_parameters(tmp_path: Path) -> None:
     assert taken["peak_bytes"] - taken["before"] < 1.5 * n_bytes
 
 
+@pytest.mark.exhaustive
 def test_restoring_takes_little_more_memory_than_the_state(tmp_path: Path) -> None:
     """GPT-2 124M, written by one device and restored to a mesh that divides it in eight; 1.13 times was measured."""
     restoring.work("save", "one device", True, tmp_path / "checkpoints")
@@ -25,6 +26,7 @@ def test_restoring_takes_little_more_memory_than_the_state(tmp_path: Path) -> No
     assert taken["peak_bytes"] < 1.3 * taken["state_bytes"]
 
 
+@pytest.mark.exhaustive
 def test_preparing_takes_as_much_memory_for_a_longer_text(tmp_path: Path) -> None:
     """Texts of 32 and 80 MiB: half of the difference would be seen. The largest process took 131 to 155 MiB."""
     peaks = []

@@ -32,6 +32,7 @@ def test_the_axes_meet_at_the_base(base: Preset, axes: dict[str, tuple[int, ...]
     assert all(sum(scale.at(base, axis, x) == base for x in values) == 1 for axis, values in axes.items())
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parity
 def test_each_size_is_a_row_with_both_contestants(tmp_path: Path) -> None:
     pytest.importorskip("torch")

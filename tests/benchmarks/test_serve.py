@@ -46,6 +46,7 @@ def programs(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.exhaustive
 def test_many_requests_have_the_same_answers_in_every_order(monkeypatch: pytest.MonkeyPatch) -> None:
     """Eleven requests, so that the last batch has empty slots."""
     monkeypatch.setattr(serve, "REQUESTS", 11)
@@ -75,6 +76,7 @@ def test_no_parity_no_timing() -> None:
         serve.check_answers("float32", {"gpt_jax": [[1, 2]], "transformers": [[1, 3]]})
 
 
+@pytest.mark.exhaustive
 def test_a_history_that_was_read_before_gives_the_same_first_token() -> None:
     model = dataclasses.replace(LLAMA, context_length=256, dtype="float32")
     row = serve.answer_chat(model, serve.Chat(history=130, turn=3, new=4), rounds=1)
@@ -83,6 +85,7 @@ def test_a_history_that_was_read_before_gives_the_same_first_token() -> None:
     assert set(row["times_as_fast"]) == {"gpt_jax, nothing cached"}
 
 
+@pytest.mark.exhaustive
 def test_a_model_is_compared_with_llama_cpp_where_it_is(
     tmp_path: Path, programs: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

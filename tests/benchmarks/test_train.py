@@ -42,6 +42,7 @@ def test_every_choice_is_a_variant() -> None:
     assert "1 device" not in train.variants(TINY, {**MACHINE, "cores": 1})
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_a_variant_that_comes_to_the_same_program_is_left_out() -> None:
     row = train.compare_variants(dataclasses.replace(TINY, batch_size=3), MACHINE, 1)
@@ -114,6 +115,7 @@ def test_an_unknown_preset_or_part_is_one_line(tmp_path: Path) -> None:
     assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parity
 @pytest.mark.slow
 @pytest.mark.parametrize(

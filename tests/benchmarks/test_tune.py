@@ -23,6 +23,7 @@ def preset(context_length: int, batch_size: int) -> Preset:
     return Preset("small", tune.gpt2("cpu", 261, 1, 2, 16, context_length), batch_size, steps=2)
 
 
+@pytest.mark.exhaustive
 def test_conversations_are_learnt_by_all() -> None:
     row = tune.tune_conversations(preset(256, batch_size=4), MACHINE, 1, (), SIZES)
     assert row["failed"] == {}
@@ -37,6 +38,7 @@ def test_conversations_are_learnt_by_all() -> None:
     assert not any(nothing)
 
 
+@pytest.mark.exhaustive
 def test_answers_are_rewarded_by_all() -> None:
     row = tune.tune_rewards(preset(32, batch_size=2), MACHINE, 1, answers=4, new=4)
     assert row["failed"] == {}

@@ -23,6 +23,7 @@ from gpt_jax.data.shards import Dataset, Meta, open_dataset
 from gpt_jax.data.train_tokenizer import train_sentencepiece
 from gpt_jax.errors import UserError
 from gpt_jax.storage.files import locked
+from tests.cases import cases
 from tests.commands import wait_for
 
 
@@ -254,7 +255,11 @@ def test_a_signal_while_a_vocabulary_is_trained_ends_cleanly(
 
 @needs_proc
 @pytest.mark.parametrize(
-    ("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)]
+    ("signum", "status"),
+    cases(
+        [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGKILL, -signal.SIGKILL)],
+        standing=[(signal.SIGKILL, -signal.SIGKILL)],
+    ),
 )
 def test_a_signal_in_the_middle_leaves_the_older_output(
     long_corpus: Path, tmp_path: Path, signum: signal.Signals, status: int

@@ -27,6 +27,7 @@ from gpt_jax.data.sources import open_corpus
 from gpt_jax.data.worker import JOBS
 from gpt_jax.errors import UserError
 from gpt_jax.tokenizer.bytes import ByteTokenizer
+from tests.cases import cases
 from tests.commands import wait_for
 from tests.storage.s3 import s3_server
 
@@ -121,7 +122,7 @@ def dying(marker: Path, times: int = 1) -> tuple[Callable[..., Any], Callable[..
     return reads, works
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", cases(CASES, ["cleaned texts"]))
 def test_the_files_are_those_of_the_default_engine(
     sources: Path, tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -222,7 +223,9 @@ def start(out: Path, *flags: str, **variables: str) -> "subprocess.Popen[str]":
     return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-@pytest.mark.parametrize(("signum", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("signum", "status"), cases([(signal.SIGINT, 130), (signal.SIGTERM, 143)], [(signal.SIGTERM, 143)])
+)
 def test_a_signal_ends_it_cleanly(tmp_path: Path, signum: signal.Signals, status: int) -> None:
     """While the vocabulary is trained, with a cluster of its own running; and it leaves none."""
     folder = tempfile.mkdtemp()  # The names of sockets, which are in it, have an upper length.

@@ -185,6 +185,7 @@ def test_what_cannot_be_is_told(harness_model: HarnessModel) -> None:
         HarnessModel.create_from_arg_string("run=missing")
 
 
+@pytest.mark.exhaustive
 def test_a_mesh_scores_and_writes(tiny_data: Path, tmp_path: Path) -> None:
     """As one device does; scores to 1e-5."""
     run_here("train", *TINY, f"--data.dir={tiny_data}", f"--out-dir={tmp_path / 'run'}", "--train.steps=20")

@@ -16,6 +16,7 @@ from lm_eval.api.instance import Instance  # noqa: E402
 from lm_eval.models.huggingface import HFLM  # noqa: E402
 
 from gpt_jax.evaluate.harness import HarnessModel  # noqa: E402
+from tests.cases import cases  # noqa: E402
 
 pytestmark = pytest.mark.parity
 
@@ -59,7 +60,7 @@ def save_model(family: str, folder: Path) -> None:
     model.save_pretrained(folder)
 
 
-@pytest.fixture(scope="module", params=["gpt2", "llama"])
+@pytest.fixture(scope="module", params=cases(["gpt2", "llama"], ["llama"]))
 def both(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, HarnessModel]:
     folder = tmp_path_factory.mktemp(request.param)
     save_model(request.param, folder)

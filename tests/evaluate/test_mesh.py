@@ -20,6 +20,7 @@ from gpt_jax.model.sharding import dimensions
 from gpt_jax.placement import Placement, choose_placement
 from gpt_jax.run.load import config_to_load, load_model, open_source
 from tests import tiny
+from tests.cases import cases
 from tests.export.test_streaming import save_adapters, save_run
 from tests.interop.models import publish
 
@@ -66,7 +67,7 @@ def expected(request: pytest.FixtureRequest) -> tuple[ModelConfig, Params, list[
     return request.param, params, windows, sorted(scorer(windows))
 
 
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", cases(MESHES, ["2 x 2 x 2", "context 3"]))
 def test_scores_are_those_of_one_device(
     expected: tuple[ModelConfig, Params, list[Window], list[Score]], mesh: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -101,7 +102,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("mesh", [name for name in MESHES if name != "pmap"])
+@pytest.mark.parametrize("mesh", cases([name for name in MESHES if name != "pmap"], ["2 x 2 x 2", "context 3"]))
 @pytest.mark.parametrize("name", ["run", "published", "adapted", "twice"])
 def test_no_device_holds_more_than_its_share(sources: Path, name: str, mesh: str) -> None:
     """With a shorter context, too, for which learned positions are cut."""

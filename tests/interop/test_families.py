@@ -23,6 +23,7 @@ from gpt_jax.model.head import head_VD, logits_NV
 from gpt_jax.model.stack import unstack
 from gpt_jax.placement import Placement
 from gpt_jax.run.load import open_source
+from tests.cases import cases
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -130,6 +131,7 @@ def test_logits_equal(published: tuple[Any, Path], tokens: np.ndarray, attention
     np.testing.assert_allclose(ours, expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("published", cases(MODELS, ["gpt2", "llama-dynamic", "qwen3", "gemma3"]), indirect=True)
 def test_cached_decoding_equals(published: tuple[Any, Path], tokens: np.ndarray) -> None:
     """The same, token by token after a prefill of 20."""
     theirs, folder = published

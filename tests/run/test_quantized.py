@@ -28,6 +28,7 @@ from gpt_jax.run.quantized import MOST_KEPT, quantize, quantized, tree_of
 from gpt_jax.sample.decode import DECODING_OPTIONS
 from gpt_jax.storage.files import locked
 from tests import tiny
+from tests.cases import cases
 from tests.commands import refused_here, run_here
 from tests.interop.models import publish
 
@@ -116,7 +117,7 @@ def in_float32(params: Params, config: Any) -> Params:
     return {**back({name: part for name, part in params.items() if name != "layers"}), "layers": layers}
 
 
-@pytest.mark.parametrize("name", tiny.ARCHITECTURES)
+@pytest.mark.parametrize("name", cases(tiny.ARCHITECTURES, ["gpt2", "gemma"]))
 @pytest.mark.parametrize("is_cpu", [False, True])
 def test_a_model_computes_with_the_rounded_values(
     rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch, name: str, is_cpu: bool

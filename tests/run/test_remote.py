@@ -137,7 +137,7 @@ def test_a_run_that_cannot_write_any_more_goes_on_from_its_last_whole_checkpoint
     run_here("train", *arguments(tiny_data, f"{s3}/counted"))
     n_requests = server.requests - before
     expected = contents(local)
-    for n in random.Random(0).sample(range(20, n_requests), 4):
+    for n in random.Random(0).sample(range(20, n_requests), 2):
         out = f"{s3}/{n}"
         with server.stopped_after(n):
             *notes, line = run_here("train", *arguments(tiny_data, out), status=1)[1].splitlines()
@@ -171,6 +171,7 @@ def test_a_killed_process_and_an_interrupted_one(server: Server, s3: str, tiny_d
     assert texts[0] == texts[1]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_a_server_that_is_busy_every_fifth_time(local: Path, tiny_data: Path) -> None:
     with s3_server(lambda n: n > 5 and n % 5 == 0) as bucket:
@@ -179,6 +180,7 @@ def test_a_server_that_is_busy_every_fifth_time(local: Path, tiny_data: Path) ->
         assert contents(f"{bucket}/run") == contents(local)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick_commands")
 def test_two_hosts_write_one_checkpoint_and_go_on_from_it(s3: str, tiny_data: Path, tmp_path: Path) -> None:

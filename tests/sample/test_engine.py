@@ -19,6 +19,7 @@ from gpt_jax.sample.engine import ALL_CHUNKS, Engine, Request
 from gpt_jax.sample.scheduler import QueueFullError, Scheduler, Ticket
 from gpt_jax.sample.settings import Filters
 from tests import tiny
+from tests.cases import cases
 from tests.sample.engines import CONTEXT, MODELS, Answer, Answers, engine_of, random_requests
 
 REQUESTS = random_requests(0, 24)
@@ -47,7 +48,7 @@ steps = st.lists(
 )
 
 
-@pytest.mark.parametrize("name", list(MODELS))
+@pytest.mark.parametrize("name", cases(MODELS, ["gemma", "int8"]))
 @settings(max_examples=15)
 @given(schedule=steps)
 def test_an_answer_is_the_same_whenever_and_beside_whatever_it_is_asked_for(

@@ -20,6 +20,7 @@ from gpt_jax.sample.replicas import Replicas, engine_on
 from gpt_jax.sample.settings import Filters
 from gpt_jax.tokenizer.bytes import ByteTokenizer
 from tests import tiny
+from tests.cases import cases
 from tests.commands import TINY, run_here
 from tests.export.test_streaming import save_run
 from tests.sample.engines import Answer, Answers
@@ -69,12 +70,7 @@ def expected(request: pytest.FixtureRequest) -> tuple[ModelConfig, list[Answer]]
     return request.param, Answers(engine(request.param, Placement(jax.devices()[:1]))).all(requests())
 
 
-FEW = "pmap", "2 x 2 x 2"
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in FEW else pytest.mark.exhaustive) for name in MESHES]
-)
+@pytest.mark.parametrize("name", cases(MESHES, ["2 x 2 x 2"]))
 def test_what_is_sampled_is_what_one_device_samples(expected: tuple[ModelConfig, list[Answer]], name: str) -> None:
     """The same tokens, with log-probabilities that agree to 1e-5. All replicas take part, and each device holds its
     share of parameters and caches."""

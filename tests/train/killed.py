@@ -10,8 +10,6 @@ from pathlib import Path
 
 from tests.commands import records, run, start
 
-KILLS, KILLS_IN_CHECKPOINT = 10, 3
-
 
 def kill_when(process: "subprocess.Popen[str]", due: Callable[[], bool], signum: int) -> bool:
     """Sends the signal as soon as `due()`; False when the process ended before that."""
@@ -55,15 +53,15 @@ class Attempt:
         return any((self.out / "checkpoints").glob("*.orbax-checkpoint-tmp*"))
 
 
-def train_killed(folder: Path, arguments: list[object], most_steps: int, *last: object) -> list[Path]:
-    """The folders of runs that were killed ten times: after at most so many steps of a process, at any time from its
+def train_killed(folder: Path, arguments: list[object], most_steps: int, *last: object, kills: int = 10) -> list[Path]:
+    """The folders of runs that were killed as often: after at most so many steps of a process, at any time from its
     start on, and in the middle of a checkpoint. All of them have come to their end, the last one with the flags `last`,
     since a run that comes there before enough processes were killed is followed by another one."""
     rng = random.Random(0)
     runs = [folder / "0"]
-    kills, in_checkpoint, seconds_to_train = 0, 0, 0.0
-    for attempt in range(4 * KILLS):
-        if kills >= KILLS and in_checkpoint >= KILLS_IN_CHECKPOINT:
+    killed, in_checkpoint, seconds_to_train = 0, 0, 0.0
+    for attempt in range(4 * kills):
+        if killed >= kills and in_checkpoint >= kills // 3:
             break
         kind = ("step", "time", "checkpoint")[attempt % 3]
         ours = Attempt(arguments, runs[-1])
@@ -79,9 +77,9 @@ def train_killed(folder: Path, arguments: list[object], most_steps: int, *last: 
             continue
         if kind == "step":
             seconds_to_train = time.monotonic() - ours.start
-        kills += 1
+        killed += 1
         in_checkpoint += kind == "checkpoint" and ours.has_unfinished()
-    assert kills >= KILLS
-    assert in_checkpoint >= KILLS_IN_CHECKPOINT
+    assert killed >= kills
+    assert in_checkpoint >= kills // 3
     run("train", "--auto-resume", *arguments, f"--out-dir={runs[-1]}", *last)
     return runs

@@ -26,6 +26,7 @@ from gpt_jax.train.objectives.next_token import next_token
 from gpt_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from gpt_jax.train.step import StepMetrics, TrainState, init_state, make_eval_step, make_train_step
 from tests import tiny
+from tests.cases import cases
 from tests.packed import random_batch, random_documents
 
 # A loss_chunk of 40, so that the loss goes over several chunks.
@@ -99,10 +100,8 @@ def trained_alone(config: ModelConfig) -> tuple[TrainState, list[StepMetrics]]:
 
 @pytest.mark.parametrize(
     ("name", "mesh"),
-    [
-        pytest.param(name, mesh, id=f"{name}-{mesh}", marks=[] if (name, mesh) in FEW else EXHAUSTIVE)
-        for name, mesh in itertools.product(MODELS, [*MESHES, None])
-    ],
+    cases(itertools.product(MODELS, [*MESHES, None]), FEW),
+    ids=str,
 )
 def test_every_mesh_and_pmap_agree_with_one_device(
     name: str, mesh: tuple[int, int, int, int] | None, monkeypatch: pytest.MonkeyPatch
@@ -120,7 +119,9 @@ def test_every_mesh_and_pmap_agree_with_one_device(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("remat", "unroll"), [("none", True), ("full", False), ("dots", True)])
+@pytest.mark.parametrize(
+    ("remat", "unroll"), cases([("none", True), ("full", False), ("dots", True)], standing=[("full", False)])
+)
 def test_microbatches_dropout_and_rematerialisation_agree(remat: Any, unroll: bool) -> None:
     config = dataclasses.replace(GPT2, dropout=0.2)
     other = dataclasses.replace(config, remat=remat, unroll=unroll)
@@ -132,8 +133,10 @@ def test_microbatches_dropout_and_rematerialisation_agree(remat: Any, unroll: bo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("unroll", [True, False])
-@pytest.mark.parametrize("mesh", [(2, 2, 1, 2), (2, 1, 4, 1)])
+@pytest.mark.parametrize(
+    ("mesh", "unroll"),
+    cases(itertools.product([(2, 2, 1, 2), (2, 1, 4, 1)], [True, False]), standing=[((2, 1, 4, 1), False)]),
+)
 def test_windows_and_norms_of_heads_agree(
     mesh: tuple[int, int, int, int], unroll: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -12,6 +12,7 @@ from gpt_jax.data.batch import Batch
 from gpt_jax.environments.arithmetic import Arithmetic
 from gpt_jax.run.checkpoint import Checkpoints
 from gpt_jax.train.tasks.rewards import RewardTask, batch_sizes
+from tests.cases import EXHAUSTIVE, cases
 from tests.commands import TINY, records, refused_here, run, run_here
 from tests.train.killed import train_killed
 
@@ -121,11 +122,12 @@ def checksums(out: Path) -> Any:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("quick_commands")
+@pytest.mark.parametrize("kills", cases([4, 10], [4]))
 @pytest.mark.parametrize("objective", ["sft", "dpo", "grpo"])
-def test_ten_times_killed_and_resumed_is_bit_for_bit_the_same(place: Path, tmp_path: Path, objective: str) -> None:
+def test_killed_and_resumed_is_bit_for_bit_the_same(place: Path, tmp_path: Path, objective: str, kills: int) -> None:
     """In a rollout, too, which takes most of the time of a step for rewards."""
     run("train", *arguments(place, objective), f"--out-dir={tmp_path / 'whole'}")
-    for out in train_killed(tmp_path, arguments(place, objective), 10):
+    for out in train_killed(tmp_path, arguments(place, objective), 10, kills=kills):
         assert logged(out) == logged(tmp_path / "whole")
         assert len(logged(out)) == STEPS
         assert checksums(out) == checksums(tmp_path / "whole")
@@ -156,12 +158,12 @@ def test_a_stopped_run_goes_on_and_devices_do_not_matter(place: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("objective", "more"),
     [
-        ("dpo", ["--parallel.devices=1"]),
-        ("dpo", ["--objective.dpo.reference=model"]),
+        pytest.param("dpo", ["--parallel.devices=1"], marks=EXHAUSTIVE),
+        pytest.param("dpo", ["--objective.dpo.reference=model"], marks=EXHAUSTIVE),
         ("dpo", ["--model.lora.rank=2", "--objective.dpo.reference=model"]),
-        ("grpo", ["--parallel.devices=1"]),
+        pytest.param("grpo", ["--parallel.devices=1"], marks=EXHAUSTIVE),
         ("grpo", ["--objective.grpo.iterations=1", "--objective.grpo.top-k=20", "--objective.grpo.top-p=0.9"]),
-        ("grpo", ["--model.lora.rank=2", "--objective.grpo.temperature=0.8"]),
+        pytest.param("grpo", ["--model.lora.rank=2", "--objective.grpo.temperature=0.8"], marks=EXHAUSTIVE),
     ],
 )
 def test_microbatches_do_not_matter(place: Path, tmp_path: Path, objective: str, more: list[str]) -> None:
@@ -175,7 +177,7 @@ def test_microbatches_do_not_matter(place: Path, tmp_path: Path, objective: str,
         assert ours.get("sampler_difference", 0) < 1e-4
 
 
-@pytest.mark.parametrize("loss", ["dapo", "dr_grpo"])
+@pytest.mark.parametrize("loss", cases(["dapo", "dr_grpo"], ["dapo"]))
 def test_groups_that_do_not_count_need_not_be_computed(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: str
 ) -> None:

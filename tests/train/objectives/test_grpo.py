@@ -18,6 +18,7 @@ from gpt_jax.sample.filters import apply, row_filters
 from gpt_jax.train.logprobs import token_logprobs
 from gpt_jax.train.objectives.grpo import Rewarded, advantages, as_drawn, filters, make_grpo, policy_loss
 from tests import tiny
+from tests.cases import cases
 from tests.train.objectives.steps import (
     MODEL,
     assert_alike,
@@ -161,7 +162,7 @@ def answer_batch(seed: int = 0, P: int = 4, G: int = 2) -> Batch:
     return Batch(tokens, mask, extra=Rewarded(rng.normal(size=(P, G)).astype(np.float32), counts, *near))
 
 
-@pytest.mark.parametrize("loss", ["grpo", "dr_grpo", "dapo", "gspo"])
+@pytest.mark.parametrize("loss", cases(["grpo", "dr_grpo", "dapo", "gspo"], ["dapo"]))
 def test_placements_padding_and_what_is_left_out_do_not_matter(loss: Any) -> None:
     """One device and microbatches, pmap, a mesh; longer rows; a group that does not count, be it there or not, not
     even by its divergence from the reference."""
