@@ -5,6 +5,8 @@ from typing import Any
 
 import pytest
 
+EXHAUSTIVE = pytest.mark.exhaustive
+
 
 def cases(every: Iterable[Any], standing: Collection[Any]) -> list[Any]:
     """All cases of a test as pytest's parameters, of which all but `standing`, which stand for them, are exhaustive."""
@@ -12,6 +14,3 @@ def cases(every: Iterable[Any], standing: Collection[Any]) -> list[Any]:
         pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=[] if case in standing else EXHAUSTIVE)
         for case in every
     ]
-
-
-EXHAUSTIVE = pytest.mark.exhaustive

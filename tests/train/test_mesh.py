@@ -26,7 +26,7 @@ from gpt_jax.train.objectives.next_token import next_token
 from gpt_jax.train.optimizer import learning_rate_schedule, make_optimizer
 from gpt_jax.train.step import StepMetrics, TrainState, init_state, make_eval_step, make_train_step
 from tests import tiny
-from tests.cases import cases
+from tests.cases import EXHAUSTIVE, cases
 from tests.packed import random_batch, random_documents
 
 # A loss_chunk of 40, so that the loss goes over several chunks.
@@ -46,7 +46,6 @@ GEMMA = dataclasses.replace(
 )
 MODELS = {"gpt2": GPT2, "llama": LLAMA}
 MESHES = [(8, 1, 1, 1), (1, 8, 1, 1), (1, 1, 1, 8), (2, 2, 1, 2), (4, 2, 1, 1), (1, 1, 8, 1), (1, 2, 2, 2)]
-EXHAUSTIVE = pytest.mark.exhaustive
 FEW = [("gpt2", (1, 2, 2, 2)), ("llama", (2, 2, 1, 2)), ("gpt2", None)]  # Which stand for all.
 BATCH, STEPS, SEED = 16, 5, 3
 # Steps large enough for a wrong gradient to show, eps large enough for Adam not to blow up the rounding of tiny ones.
