@@ -1,8 +1,8 @@
 """The same GPT in PyTorch and in JAX on this machine: python -m benchmarks [PART ...]
 
-The parts, each runnable alone: train, decode, serve, tune, on a GPU largest, learn, variants, scale, startup and data
-(all of them without a name, the most telling first), and report, which writes the documents' tables and the plots from
-what was measured.
+The parts, each runnable alone: train, decode, serve, load, tune, on a GPU largest, learn, variants, scale, startup and
+data (all of them without a name, the most telling first), and report, which writes the documents' tables and the plots
+from what was measured.
 What has been measured already, with the same versions and flags, is not measured again, so an interrupted run
 continues. A row that cannot be measured is reported, and the others go on; the exit status is 1 then.
 """
@@ -15,13 +15,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import data, decode, learn, machine, report, results, scale, serve, startup, train, tune, worker
+from benchmarks import data, decode, learn, load, machine, report, results, scale, serve, startup, train, tune, worker
 from gpt_jax.errors import UserError
 
 PARTS: dict[str, Callable[[results.Results, results.Row, Any], None]] = {
     "train": lambda measured, here, args: train.run(measured, here, args.rounds, args.preset),
     "decode": lambda measured, here, args: decode.run(measured, here, args.rounds, args.batch),
     "serve": lambda measured, here, args: serve.run(measured, here, args.rounds, args.gguf, args.llama_cpp),
+    "load": lambda measured, here, args: load.run(
+        measured, here, args.rounds, args.gguf, args.llama_cpp, args.models, args.rates
+    ),
     "tune": lambda measured, here, args: tune.run(measured, here, args.rounds, args.conversations),
     "largest": lambda measured, here, args: train.run_largest(measured, here, args.rounds),
     "learn": lambda measured, here, args: learn.run(measured, here, args.rounds, path=args.text),
@@ -42,10 +45,14 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--rounds", type=int, default=3, help="rounds of each contestant (default: 3)")
     parser.add_argument("--preset", nargs="+", default=[], help="of train and variants: these presets only")
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 64], help="of decode: sequences at a time")
-    gguf = "of serve: GGUF files of a model, each to be compared with llama.cpp"
+    gguf = "of serve and load: GGUF files of a model, each to be compared with llama.cpp"
     parser.add_argument("--gguf", nargs="+", type=Path, default=[], metavar="FILE", help=gguf)
-    programs = "of serve: where llama-bench and llama-batched-bench are (default: PATH)"
+    programs = "of serve and load: where llama.cpp's programs are (default: PATH)"
     parser.add_argument("--llama-cpp", type=Path, metavar="FOLDER", help=programs)
+    models = "of load: where what is made of the models is looked for and kept (default: it is made anew)"
+    parser.add_argument("--models", type=Path, metavar="FOLDER", help=models)
+    rates = "of load: requests a second (default: 0.5 1 2)"
+    parser.add_argument("--rates", nargs="+", type=float, default=load.RATES, metavar="RATE", help=rates)
     chats = "conversations: of data, to pack beside docstrings; of tune, to tune on in their place"
     parser.add_argument("--conversations", nargs="+", type=Path, default=[], metavar="FILE", help=chats)
     published = "of data: a published tokenizer with ChatML's tokens to prepare them with, as its folder or GGUF file"

@@ -2,18 +2,21 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.measure import run_command
 from benchmarks.worker import FailedError
 
 PROGRAMS = ("llama-bench", "llama-batched-bench")
+SERVER = ("llama-server", "llama-quantize")
+"""The programs for benchmarks of a file, and those for serving it in other types."""
 
 
-def find_programs(folder: Path | None) -> dict[str, str]:
+def find_programs(folder: Path | None, names: Sequence[str] = PROGRAMS) -> dict[str, str]:
     """The programs by name, as far as they are in a folder, or on PATH where none is given."""
     where = None if folder is None else str(folder.absolute())
-    found = {name: shutil.which(name, path=where) for name in PROGRAMS}
+    found = {name: shutil.which(name, path=where) for name in names}
     return {name: path for name, path in found.items() if path}
 
 

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from benchmarks import markdown as md
 from benchmarks.contest import OURS
+from benchmarks.load import TURNS, turn_key
 from benchmarks.markdown import NOTHING, as_spread, bullets, number, table_of, with_range
 from benchmarks.results import Row
 from benchmarks.scale import CPU_AXES
@@ -239,6 +240,34 @@ def serve(rows: Rows) -> list[str]:
     return [table("serving", races, columns), notes(races)]
 
 
+def load(rows: Rows) -> list[str]:
+    """Servers: requests at several rates, a chat that grows, and a start."""
+    memory = Column("memory", figure("resident_bytes"), md.memory, min)
+    kinds = {
+        "requests": [
+            Column("tokens/s", figure("tokens_per_second"), best=max),
+            Column("ms to the first token", figure("first_token_ms"), best=min),
+            Column("at the 99th percentile", figure("first_token_ms_p99"), best=min),
+            Column("ms a token", figure("token_ms"), best=min),
+            Column("at the 99th percentile", figure("token_ms_p99"), best=min),
+            Column("s an answer", figure("answer_seconds"), best=min),
+            Column("failed", figure("failed")),
+            memory,
+            Column("peak memory", figure("peak_bytes"), md.memory, min),
+        ],
+        "chat": [Column(f"turn {turn}", figure(turn_key(turn)), best=min) for turn in range(1, TURNS + 1)],
+        "start": [
+            Column("s until it is ready", figure("ready_seconds"), best=min),
+            Column("s to its first token", figure("seconds"), best=min),
+            memory,
+        ],
+    }
+    titles = {"requests": "requests", "chat": "a chat, ms to the first token", "start": "starting"}
+    found = {kind: of_part(rows, f"load/{kind}") for kind in kinds}
+    tables = ((table(titles[kind], found[kind], columns), notes(found[kind])) for kind, columns in kinds.items())
+    return [block for blocks in tables for block in blocks]
+
+
 def tune(rows: Rows) -> list[str]:
     """Tokens learnt a second of conversations, and steps of tuning on rewards."""
     shares = [Column(title, figure(f"{name}_share"), md.percent) for title, name in SHARES_OF_A_STEP.items()]
@@ -332,7 +361,7 @@ def machine(rows: Rows) -> list[str]:
 
 PARTS = {
     make.__name__: make
-    for make in (summary, ratios, train, variants, decode, serve, tune, learn, scale, startup, data, machine)
+    for make in (summary, ratios, train, variants, decode, serve, load, tune, learn, scale, startup, data, machine)
 }
 """The tables of a machine's file of results."""
 
