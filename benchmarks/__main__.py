@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--llama-cpp", type=Path, metavar="FOLDER", help=programs)
     models = "of load: where what is made of the models is looked for and kept (default: it is made anew)"
     parser.add_argument("--models", type=Path, metavar="FOLDER", help=models)
-    rates = "of load: requests a second (default: 0.5 1 2)"
+    rates = "of load: requests a second (default: 0.5 1 4)"
     parser.add_argument("--rates", nargs="+", type=float, default=load.RATES, metavar="RATE", help=rates)
     chats = "conversations: of data, to pack beside docstrings; of tune, to tune on in their place"
     parser.add_argument("--conversations", nargs="+", type=Path, default=[], metavar="FILE", help=chats)

@@ -1,6 +1,7 @@
 """Servers of OpenAI's protocol as contestants: how each is started with a model, and what a client sees of it."""
 
 import contextlib
+import ctypes
 import http.client
 import json
 import os
@@ -10,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,7 +52,7 @@ def transformers_serve(folder: Path, slots: int, context_length: int, threads: i
     """`transformers serve` of a folder that `write_for_transformers` wrote, with continuous batching. Its cache is
     limited to that of the others; it would take most of the memory."""
     command = (sys.executable, "-m", "transformers.cli.transformers", "serve", str(folder), "--host", HOST)
-    options = ("--device", "cpu", "--continuous-batching", "--cb-num-blocks", str(slots * context_length // PAGE))
+    options = ("--continuous-batching", "--cb-num-blocks", str(slots * context_length // PAGE))
     return How((*command, *options), {}, {"OMP_NUM_THREADS": str(threads)})
 
 
@@ -86,13 +87,18 @@ class Answer(NamedTuple):
     prompt_tokens: int
 
 
+def end_with_parent() -> None:
+    """Lets this process be killed when the one that started it has ended, in whichever way (Linux)."""
+    if hasattr(libc := ctypes.CDLL(None), "prctl"):
+        libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, prctl(2).
+
+
 class Server:
     """A server, which starts when it is first needed. A context manager: leaving it ends the process."""
 
-    def __init__(self, how: How, caches: Path, warm_up: Callable[["Server"], object] = lambda _: None) -> None:
-        """caches: the folder of what it keeps from one start to the next, such as compiled programs. warm_up: what to
-        do with it after each start."""
-        self.how, self.caches, self.warm_up = how, caches, warm_up
+    def __init__(self, how: How, caches: Path) -> None:
+        """caches: the folder of what it keeps from one start to the next, such as compiled programs."""
+        self.how, self.caches = how, caches
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 (it lives as long as the server)
         self.process: subprocess.Popen[bytes] | None = None
         self.port, self.model = 0, ""  # The model as the server calls it.
@@ -106,12 +112,11 @@ class Server:
     @contextlib.contextmanager
     def awake(self) -> Iterator[None]:
         """Lets its processes run until the block ends, and starts them where there are none. They are stopped then, so
-        that they take nothing from the others but memory. Raises as `start` and `warm_up`."""
+        that they take nothing from the others but memory. Raises as `start`."""
         self.signal(signal.SIGCONT)
         try:
             if self.process is None or self.process.poll() is not None:
                 self.start()
-                self.warm_up(self)
             yield
         finally:
             self.signal(signal.SIGSTOP)
@@ -132,6 +137,7 @@ class Server:
             cwd=ROOT,
             env={**os.environ, **variables},
             start_new_session=True,  # A group of its own, which signals reach as a whole.
+            preexec_fn=end_with_parent,
         )
         limit, begin = limit_seconds(), time.monotonic()
         try:
