@@ -1,10 +1,10 @@
 """Servers of OpenAI's protocol as contestants: how each is started with a model, and what a client sees of it."""
 
 import contextlib
-import ctypes
 import http.client
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -87,12 +87,6 @@ class Answer(NamedTuple):
     prompt_tokens: int
 
 
-def end_with_parent() -> None:
-    """Lets this process be killed when the one that started it has ended, in whichever way (Linux)."""
-    if hasattr(libc := ctypes.CDLL(None), "prctl"):
-        libc.prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, prctl(2).
-
-
 class Server:
     """A server, which starts when it is first needed. A context manager: leaving it ends the process."""
 
@@ -129,15 +123,15 @@ class Server:
             self.port = free.getsockname()[1]
         caches = {"XDG_CACHE_HOME": str(self.caches), "JAX_COMPILATION_CACHE_DIR": str(self.caches / "xla")}
         variables = {**ENVIRONMENT, "JAX_ENABLE_COMPILATION_CACHE": "true", **caches, **self.how.environment}
+        setpriv = shutil.which("setpriv")  # With it, the server is killed however this process ends.
         self.process = subprocess.Popen(
-            [*self.how.command, "--port", str(self.port)],
+            [*((setpriv, "--pdeathsig", "KILL") if setpriv else ()), *self.how.command, "--port", str(self.port)],
             stdin=subprocess.DEVNULL,
             stdout=self.log,
             stderr=self.log,
             cwd=ROOT,
             env={**os.environ, **variables},
             start_new_session=True,  # A group of its own, which signals reach as a whole.
-            preexec_fn=end_with_parent,
         )
         limit, begin = limit_seconds(), time.monotonic()
         try:
