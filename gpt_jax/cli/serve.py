@@ -1,5 +1,6 @@
 """`gpt-jax serve`."""
 
+import asyncio
 import ipaddress
 import sys
 from collections.abc import Sequence
@@ -82,7 +83,7 @@ def load(args: ServeArgs) -> "tuple[Engine | Replicas, Tokenizer, str]":
     from gpt_jax.sample.replicas import engine_on
 
     source = args.source()
-    name = args.name or Path(args.model or source.where).name
+    name = args.name or Path(args.model or source.where).name.removesuffix(".gguf")
     runtime.setup(args.parallel.n_asked or 1)
     devices = runtime.choose_devices(args.parallel)
     placement = choose_placement(args.parallel, config_to_load(source, args.context_length), devices)
@@ -106,7 +107,10 @@ def command(argv: Sequence[str]) -> int:
     keys = read_keys(args.api_key_file) if args.api_key_file else ()
     bound = listen(args.host, args.port)  # Before the model is loaded, which takes longer.
     engine, tokenizer, name = load(args)
+    from gpt_jax.serve.answers import Served
     from gpt_jax.serve.gate import Rules
+    from gpt_jax.serve.http import Service
+    from gpt_jax.serve.worker import Worker
 
     hosts = ("localhost", "127.0.0.1", "[::1]", args.host) if is_loopback(args.host) and not keys else ()
     rules = Rules(keys, hosts, args.cors_origin, args.log_texts)
@@ -115,4 +119,5 @@ def command(argv: Sequence[str]) -> int:
         chat = "" if tokenizer.chat_template else ", which has no chat template: it continues texts"
         print(f"{name}{chat}: ready at {address}", file=sys.stderr, flush=True)
 
-    return serve(engine, tokenizer, [name], rules, bound, args.grace, say)
+    worker = Worker(engine)
+    return asyncio.run(serve(Service(worker, [Served(name, tokenizer, worker)], rules), bound, args.grace, say))

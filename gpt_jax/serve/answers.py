@@ -11,7 +11,7 @@ import numpy as np
 
 from gpt_jax.errors import UserError
 from gpt_jax.sample.decode import Scores
-from gpt_jax.sample.engine import fresh_seed
+from gpt_jax.sample.engine import Request, check_request, fresh_seed
 from gpt_jax.sample.generate import Row, check_known, encode_prompt
 from gpt_jax.sample.settings import Filters, Settings
 from gpt_jax.serve import protocol as p
@@ -128,7 +128,13 @@ class Job:
 
 
 def job_of(served: Served, prompts: list[list[int]], settings: Settings, seed: int | None, n: int, client: str) -> Job:
-    """A job that has not been submitted yet."""
+    """A job that has not been submitted yet. Raises UserError where the engine would not take it: a row by itself would
+    go on beyond the context, with the last half of it, which clients do not expect."""
+    engine = served.worker.engine
+    for prompt in prompts:
+        check_request(
+            Request(prompt, settings.max_new_tokens, settings.filters, settings.stop_ids), engine.model, engine.n_tokens
+        )
     rows = [row_of(served, prompt, settings, seed, sample) for prompt in prompts for sample in range(n)]
     return Job(served, prompts, n, Work(rows, client))
 

@@ -35,16 +35,19 @@ PAGE = Path(__file__).with_name("page.html")
 class Service:
     """The models that are served, of which the first answers requests that name none."""
 
-    def __init__(self, worker: Worker, served: Sequence[Served], rules: Rules) -> None:
-        self.worker, self.rules = worker, rules
+    def __init__(
+        self, worker: Worker, served: Sequence[Served], rules: Rules, log: Callable[[str], None] | None = None
+    ) -> None:
+        """log: takes a line of JSON a request; None: standard error."""
+        self.worker, self.rules, self.log = worker, rules, log
         self.served = {one.name: one for one in served}
         self.first = served[0]
         self.metrics = Metrics(worker.engine)
         self.is_stopping = False
         self.page, self.policy = page()
 
-    def application(self, log: Callable[[str], None] | None) -> ASGIApp:
-        """The ASGI application. log: takes a line of JSON a request; None: standard error."""
+    def application(self) -> ASGIApp:
+        """The ASGI application."""
         paths: list[tuple[str, str, Callable[[Request], Awaitable[Any]]]] = [
             ("/", "GET", self.chat_page),
             ("/health", "GET", self.health),
@@ -62,7 +65,7 @@ class Service:
         app: ASGIApp = Router([Route(path, answer, methods=[method]) for path, method, answer in paths])
         if self.rules.origins:
             app = CORSMiddleware(app, allow_origins=self.rules.origins, allow_methods=["*"], allow_headers=["*"])
-        return Gate(app, self.rules, self.ended, log)
+        return Gate(app, self.rules, self.ended, self.log)
 
     def stop(self) -> None:
         """Refuses what is asked from now on."""

@@ -74,8 +74,10 @@ class Work:
 class Worker:
     """An engine with its thread."""
 
-    def __init__(self, engine: Engine | Replicas, loop: asyncio.AbstractEventLoop) -> None:
-        self.engine, self.loop = engine, loop
+    loop: asyncio.AbstractEventLoop
+
+    def __init__(self, engine: Engine | Replicas) -> None:
+        self.engine = engine
         self.context_length = engine.model.config.context_length
         self.inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self.asides: deque[Callable[[], None]] = deque()  # What waits until no prompt is half read.
@@ -88,8 +90,9 @@ class Worker:
     # For the event loop.
 
     def start(self, changed: Callable[[], None] = lambda: None) -> None:
-        """Compiles, then works until it is stopped. changed: is called on the loop once it is ready, or has failed."""
-        self.changed = changed
+        """Compiles, then works until it is stopped, for the running event loop. changed: is called on it once the
+        worker is ready, and if it fails."""
+        self.loop, self.changed = asyncio.get_running_loop(), changed
         self.thread.start()
 
     def stop(self) -> None:
@@ -216,14 +219,13 @@ class Worker:
     def _recover(self, error: Exception, suspects: Collection[int]) -> None:
         """Asks the engine for the rest of the requests that it has forgotten, but for those that made it fail.
 
-        That is the one whose prompt was being read, or else one of those that were written: each of them may be tried
-        once more. What was drawn stays; its keys and values are computed again, all together, and so are rounded in
-        another way.
+        Those are among the suspects, of which each is tried once more. What was drawn stays; its keys and values are
+        computed again, all together, and so are rounded in another way.
         """
         traceback.print_exception(error)
         lost = [(number, *self.writing[number]) for number in self.engine.lost if number in self.writing]
         for work in {work for number, work, _ in lost if number in suspects}:
-            work.tries += 1 if len(suspects) > 1 else TRIES
+            work.tries += 1
             if work.tries > TRIES:
                 self._end(work, EngineError(describe(error)))
         for number, work, index in lost:
