@@ -37,9 +37,9 @@ class Replicas:
         n = len(self.engines)
         return [p._replace(id=p.id * n + i) for i, engine in enumerate(self.engines) for p in engine.turn()]
 
-    def read(self, tokens: Sequence[int]) -> None:
+    def read(self, tokens: Sequence[int], adapter: int = 0) -> None:
         """See Engine."""
-        self.engines[0].read(tokens)
+        self.engines[0].read(tokens, adapter)
 
     def reserve(self, places: int) -> None:
         """See Engine."""
