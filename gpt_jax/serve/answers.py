@@ -26,6 +26,7 @@ class Served:
     name: str
     tokenizer: Tokenizer
     worker: Worker
+    adapter: int = 0  # See Request.
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -82,7 +83,7 @@ def settings_of(asked: p.Generation, max_new_tokens: int, alternatives: int) -> 
 def row_of(served: Served, prompt: Sequence[int], settings: Settings, seed: int | None, sample: int) -> Row:
     """The row of a prompt's answer. With a seed, it depends on that, on the prompt, and on the answer's number among
     those of the prompt; without one, on nothing that anybody knows."""
-    row = Row(prompt, served.tokenizer, settings, sample)
+    row = Row(prompt, served.tokenizer, settings, sample, served.adapter)
     if seed is None:
         row.seed = fresh_seed()
     else:
@@ -234,7 +235,7 @@ async def echoes(job: Job, asked: p.CompletionRequest) -> list[Echo]:
         text = given[i] if isinstance(given[0], str) else job.served.tokenizer.decode(tokens)
         logprobs = None
         if asked.logprobs is not None:
-            scores = await job.served.worker.score(tokens)
+            scores = await job.served.worker.score(tokens, job.served.adapter)
             logprobs = prompt_logprobs(Spelling(job.served.tokenizer), tokens, scores, asked.logprobs)
         found.append(Echo(str(text), logprobs))
     return found

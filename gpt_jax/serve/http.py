@@ -153,7 +153,7 @@ class Service:
             return [await one(i, tokens) for i, tokens in enumerate(prompts)]
 
         async def one(i: int, tokens: list[int]) -> p.Embedding:
-            mean_D = np.mean((await self.worker.score(tokens)).hidden_TD, axis=0, dtype=np.float32)
+            mean_D = np.mean((await self.worker.score(tokens, served.adapter)).hidden_TD, axis=0, dtype=np.float32)
             if asked.encoding_format == "base64":
                 coded: Any = base64.b64encode(mean_D.astype("<f4").tobytes()).decode()
             else:

@@ -107,7 +107,7 @@ class Worker:
         """Ends what is left of a work."""
         self.inbox.put(functools.partial(self._cancel, work))
 
-    async def score(self, tokens: Sequence[int]) -> Scores:
+    async def score(self, tokens: Sequence[int], adapter: int = 0) -> Scores:
         """See Engine.score."""
         answer: asyncio.Queue[Any] = asyncio.Queue()
         asker = asyncio.current_task()
@@ -116,7 +116,7 @@ class Worker:
             if asker is not None and asker.done():
                 return  # The client has left.
             try:
-                self._post(answer, self.engine.score(tokens))
+                self._post(answer, self.engine.score(tokens, adapter))
             except UserError as e:
                 self._post(answer, e)
             except Exception as e:

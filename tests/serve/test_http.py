@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from gpt_jax.errors import UserError
-from gpt_jax.sample.engine import Engine
+from gpt_jax.sample.engine import Engine, Prompt
 from gpt_jax.serve import gate
 from gpt_jax.serve.gate import Rules
 from gpt_jax.serve.server import listen
@@ -255,10 +255,10 @@ def test_a_request_that_makes_the_engine_fail_ends_alone(server: Running, monkey
     cursed = CHAT.encode("cursed" * 30)
     read_chunk = Engine._read_chunk
 
-    def fails(self: Engine, tokens: list[int]) -> int:
-        if tokens[:6] == cursed[:6]:
+    def fails(self: Engine, prompt: Prompt) -> int:
+        if prompt.tokens[:6] == cursed[:6]:
             raise BrokenError("out of luck")
-        return read_chunk(self, tokens)
+        return read_chunk(self, prompt)
 
     monkeypatch.setattr(Engine, "_read_chunk", fails)
     with ThreadPoolExecutor(4) as pool:
