@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,7 +19,6 @@ from starlette.responses import Response
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp
 
-import gpt_jax
 from gpt_jax.serve import protocol as p
 from gpt_jax.serve.answers import Chatting, Completing, Job, Served, chat_job, completion_job, echoes
 from gpt_jax.serve.gate import ApiError, Events, Gate, Rules, explained, read_body, while_here
@@ -97,7 +97,7 @@ class Service:
 
     async def openapi(self, request: Request) -> Response:
         """The OpenAPI file."""
-        found = document(gpt_jax.__version__, bool(self.rules.keys))
+        found = document(version("gpt-jax"), bool(self.rules.keys))
         return Response(json.dumps(found), 200, None, "application/json")
 
     async def models(self, request: Request) -> Response:

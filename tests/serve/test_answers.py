@@ -161,13 +161,13 @@ def test_a_text_ends_at_a_string_or_a_token(server: Running) -> None:
 
 def test_bias_and_penalties_matter(server: Running) -> None:
     def text(**body: Any) -> str:
-        answer = server.post("/v1/completions", prompt=PROMPT, max_tokens=12, temperature=0, **body)
+        answer = server.post("/v1/completions", prompt=PROMPT, max_tokens=60, temperature=0, **body)
         return str(answer["choices"][0]["text"])
 
-    assert text(logit_bias={str(ord("z")): 100}) == "z" * 12
-    plain = text()
-    assert text(logit_bias={str(ord(plain[0])): -100}) != plain
-    assert len({text(frequency_penalty=2), text(repetition_penalty=3.0), plain}) > 1
+    bias = {"121": 100, "122": 100}  # y and z, of which the model prefers one.
+    assert text(logit_bias=bias) in ("y" * 60, "z" * 60)
+    assert {"y", "z"} <= set(text(logit_bias=bias, frequency_penalty=2))
+    assert {"y", "z"} <= set(text(logit_bias=bias, repetition_penalty=1e6))
 
 
 def test_what_was_read_before_is_counted(server: Running) -> None:
