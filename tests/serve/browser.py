@@ -7,6 +7,7 @@ import re
 import shutil
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -187,6 +188,112 @@ class Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: object) -> None:
         """Logs nothing."""
+
+
+class Page:
+    """The chat page in the browser. Elements are named by CSS selectors; what waits fails after a minute."""
+
+    def __init__(self, driver: Any, server: Scripted) -> None:
+        self.driver, self.server = driver, server
+
+    def open(self, path: str = "") -> None:
+        """Loads the page, and waits until it knows the models."""
+        self.driver.get(self.server.url + path)
+        self.until("return document.querySelector('#about').textContent !== ''")
+
+    def script(self, code: str, *arguments: Any) -> Any:
+        """What JavaScript returns."""
+        return self.driver.execute_script(code, *arguments)
+
+    def until(self, code: str, *arguments: Any) -> Any:
+        """What JavaScript returns, once that is true."""
+        end = time.monotonic() + 60
+        while time.monotonic() < end:
+            if value := self.script(code, *arguments):
+                return value
+            time.sleep(0.02)
+        raise AssertionError(f"not true within a minute: {code} {arguments}; the page says: {self.text('body')[:2000]}")
+
+    def find(self, selector: str) -> Any:
+        """The first element, once there is one that is shown."""
+        found = "const e = document.querySelector(arguments[0]); return e && e.checkVisibility() ? e : null"
+        return self.until(found, selector)
+
+    def click(self, selector: str) -> None:
+        """Clicks an element, which must be where a pointer can reach it."""
+        element = self.find(selector)
+        self.script("arguments[0].scrollIntoView({block: 'nearest'})", element)
+        element.click()
+
+    def text(self, selector: str) -> str:
+        """The text of the first element."""
+        return self.script("return document.querySelector(arguments[0])?.innerText ?? null", selector)
+
+    def reads(self, selector: str, text: str) -> None:
+        """Waits until the first element has this text in its own."""
+        self.until(
+            "return document.querySelector(arguments[0])?.innerText.includes(arguments[1])", selector, text
+        )
+
+    def press(self, *keys: str) -> None:
+        """Presses keys together, wherever the focus is; a single string is typed."""
+        action_chains = pytest.importorskip("selenium.webdriver").ActionChains
+        actions = action_chains(self.driver)
+        if len(keys) == 1:
+            actions.send_keys(keys[0])
+        else:
+            for key in keys[:-1]:
+                actions.key_down(key)
+            actions.send_keys(keys[-1])
+            for key in keys[:-1]:
+                actions.key_up(key)
+        actions.perform()
+
+    def send(self, text: str) -> None:
+        """Writes a message and sends it."""
+        self.find("#prompt").click()
+        self.command("Input.insertText", text=text)
+        self.press("\ue007")
+
+    def ask(self, text: str) -> str:
+        """Sends a message, and returns the answer once it is complete."""
+        before = len(self.bodies())
+        self.send(text)
+        self.until("return shown.length === arguments[0] && !running.size", before + 2)
+        return self.bodies()[-1]
+
+    def bodies(self) -> list[str]:
+        """The texts of all messages that are shown."""
+        return self.script("return shown.map((message) => message.body.innerText)")
+
+    def focused(self) -> str:
+        """The text or the label of what has the focus."""
+        return self.script("const e = document.activeElement; return e.ariaLabel || e.innerText || e.id || e.tagName")
+
+    def command(self, name: str, **parameters: Any) -> Any:
+        """A command of the Chrome DevTools protocol."""
+        return self.driver.execute_cdp_cmd(name, parameters)
+
+    def resize(self, width: int, height: int = 900) -> None:
+        """Makes the page as large as that, which may be less than a window can be."""
+        self.command(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False
+        )
+
+    def colours(self, scheme: str) -> None:
+        """Makes the system's colours light or dark."""
+        self.command("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+
+    def language(self, name: str) -> None:
+        """Makes the browser's language another one, from the next page on."""
+        agent = self.script("return navigator.userAgent")
+        self.command("Emulation.setUserAgentOverride", userAgent=agent, acceptLanguage=name)
+
+    def is_quiet(self) -> None:
+        """Fails where the page reported errors, or broke the policy. Statuses that are errors, and connections that
+        were refused, are no errors of the page."""
+        entries = [entry["message"] for entry in self.driver.get_log("browser") if entry["level"] == "SEVERE"]
+        assert not [entry for entry in entries if "Failed to load resource" not in entry]
 
 
 @pytest.fixture(scope="session")
