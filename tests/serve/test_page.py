@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from tests.packaged import downloaded_by_npm
 from tests.serve.browser import PAGE, Page, Scripted, chromium, model  # noqa: F401
 
 pytestmark = pytest.mark.browser
@@ -580,3 +581,410 @@ def test_files_that_are_no_exports_change_nothing(page: Page) -> None:
     page.open()
     page.until("return document.querySelectorAll('#list a').length === 1")
     assert page.text("#list") == "mine"
+
+
+ARROW_LEFT, ARROW_RIGHT, END, HOME = "\ue012", "\ue014", "\ue010", "\ue011"
+CONTROL, SHIFT, TAB, ENTER, ESCAPE = "\ue009", "\ue008", "\ue004", "\ue007", "\ue00c"
+
+
+def test_tokens_show_their_probabilities_and_alternatives(page: Page) -> None:
+    page.server.reply = "One two three 文字 five."
+    page.server.alternatives = [(" second", -2.0), ("\n", -3.0)]
+    page.ask("Count")
+    page.click("#tokens")
+    page.until("return document.querySelectorAll('.tokens span').length === 5")
+    assert page.script("return document.querySelector('.tokens').textContent") == "One two three 文字 five."
+    assert page.script("return document.querySelector('.tokens span').className") == "other"
+    shades = "return [...document.querySelectorAll('.tokens span')].map((e) => getComputedStyle(e).backgroundColor)"
+    assert len(set(page.script(shades))) == 2
+    page.find(".tokens span:nth-child(2)").click()
+    page.reads("#panel", "probability 77.9 % · log-probability -0.25")
+    bars = page.script("return [...document.querySelectorAll('#panel li')].map((li) => li.innerText.split('\\n'))")
+    assert bars == [["␣two", "77.9 %"], ["␣second", "13.5 %"], ["↵", "5 %"], ["all others", "3.6 %"]]
+    wide = "return [...document.querySelectorAll('#panel li')].map((li) => Number(li.style.getPropertyValue('--p')))"
+    assert page.script(wide) == pytest.approx([0.7788, 0.1353, 0.0498, 0.0361], abs=1e-4)
+    page.press(ARROW_LEFT)
+    page.reads("#panel", "log-probability -1.75")
+    described = "return document.getElementById(document.activeElement.getAttribute('aria-describedby')).innerText"
+    assert "␣other" in page.script(described)
+    assert page.focused() == "One 17.4 %"
+    page.press(END)
+    assert page.focused() == "␣five. 77.9 %"
+    page.press(ARROW_RIGHT)
+    assert page.focused() == "␣five. 77.9 %"
+    page.press(ARROW_LEFT)
+    assert page.focused().startswith("␣文字")
+    page.press(ESCAPE)
+    assert page.script("return document.querySelector('#panel').hidden")
+    page.server.hold()  # Also while the answer comes, and after a reload.
+    page.send("Again")
+    page.server.give(2)
+    page.reads("li:last-child .tokens", "One two")
+    page.server.give(3)
+    page.until("return !running.size")
+    page.driver.refresh()
+    page.until("return document.querySelectorAll('.tokens span').length === 10")
+    assert page.script("return document.querySelector('.tokens').textContent") == "One two three 文字 five."
+    page.click("#tokens")
+    assert page.bodies()[1] == "One two three 文字 five."
+
+
+def test_a_model_of_texts_continues_them_and_branches_at_a_token(page: Page) -> None:
+    page.server.models = [model("stories", chat=False), model("talker")]
+    page.open()
+    page.reads("#about", "continues texts")
+    page.reads("#empty", "This model continues texts")
+    page.server.reply = " there was a cat. **Not bold.**"
+    page.server.alternatives = [(" dog.", -2.0)]
+    assert page.ask("Once upon a time") == page.server.reply
+    asked = page.server.requests[-1]
+    assert (asked["prompt"], asked["logprobs"], asked["max_tokens"]) == ("Once upon a time", 5, 200)
+    assert "messages" not in asked
+    page.server.reply = " He sat."
+    page.click("[data-do=continue]")
+    page.reads("li:last-child .body", "**Not bold.** He sat.")
+    assert page.server.requests[-1]["prompt"] == "Once upon a time there was a cat. **Not bold.**"
+    page.until("return !running.size")
+    assert page.text("[role=img]") == "2/2"
+    page.click("#tokens")
+    page.until("return document.querySelectorAll('.tokens span').length === 8")
+    page.find(".tokens span:nth-child(5)").click()
+    page.press(ENTER)
+    assert page.focused() == "␣dog."
+    page.press(ENTER)
+    page.until("return shown.at(-1).node.content === ' there was a cat. dog. He sat.' && !running.size")
+    assert page.server.requests[-1]["prompt"] == "Once upon a time there was a cat. dog."
+    assert page.text("[role=img]") == "3/3"
+    page.script("const s = document.querySelector('#model'); s.value = 'talker'; s.dispatchEvent(new Event('change'))")
+    page.ask("And now?")
+    assert page.server.requests[-1]["model"] == "talker"
+    assert [m["role"] for m in page.server.requests[-1]["messages"]] == ["user", "assistant", "user"]
+
+
+def test_settings_belong_to_a_conversation(page: Page) -> None:
+    page.click("#set")
+    for name, value in {"system": "Be brief.\nBe kind.", "temperature": "0.5", "seed": "7", "max_tokens": "9"}.items():
+        page.find(f"[name={name}]").send_keys(value)
+    page.find("[name=stop]").send_keys("END\n\\n\\n")
+    page.find("[name=top_p]").send_keys("3")
+    page.click("#settings .main")
+    assert page.script("return document.querySelector('#settings').open")  # The browser says why: top_p is at most 1.
+    page.find("[name=top_p]").clear()
+    page.find("[name=alternatives]").send_keys("0")
+    page.click("#settings .main")
+    page.ask("Hello")
+    asked = page.server.requests[-1]
+    assert asked["messages"][0] == {"role": "system", "content": "Be brief.\nBe kind."}
+    expected = {"temperature": 0.5, "seed": 7, "max_tokens": 9, "stop": ["END", "\n\n"]}
+    assert {name: asked[name] for name in expected} == expected
+    assert "top_p" not in asked
+    assert "logprobs" not in asked
+    page.server.finish = "length"
+    page.ask("More")
+    assert page.text("li:last-child .note") == "The answer ended at its longest length."
+    page.press(CONTROL, "k")
+    page.ask("Other")
+    assert [*page.server.requests[-1]] == [
+        "model", "stream", "stream_options", "messages", "logprobs", "top_logprobs"
+    ]  # fmt: skip
+    page.click("#list li:nth-child(2) a")
+    page.until("return shown.length === 4")
+    page.click("#set")
+    assert page.script("return document.querySelector('[name=seed]').value") == "7"
+
+
+def test_conversations_are_renamed_found_and_deleted_with_a_way_back(page: Page) -> None:
+    page.server.reply = "A word about zebras."
+    for name in ("first", "second", "third"):
+        page.press(CONTROL, "k")
+        page.ask(name)
+    assert page.text("#list").split("\n") == ["third", "second", "first"]
+    title = page.find("#title")
+    title.clear()
+    title.send_keys("renamed\n")
+    page.reads("#list", "renamed")
+    page.server.reply = "Nothing."
+    page.click("#list li:nth-child(3) a")
+    page.until("return current?.record.title === 'first'")
+    page.ask("Do you know Lions?")
+    for text, found in {"ZEBRA": 3, "lions": 1, "renamed": 1, "absent": 0}.items():
+        page.find("#search").clear()
+        page.find("#search").send_keys(text)
+        page.reads("#nothing", f"{found} found")
+        page.until("return document.querySelectorAll('#list a').length === arguments[0]", found)
+    page.find("#search").send_keys("\ue003" * 6)
+    page.until("return document.querySelectorAll('#list a').length === 3")
+    page.click("#dots")
+    page.click("#more [data-do=delete]")
+    page.until("return document.querySelectorAll('#list a').length === 2")
+    assert page.bodies() == []
+    page.click("#toast button")
+    page.until("return document.querySelectorAll('#list a').length === 3")
+    page.until("return shown.length === 4")
+    page.click("#dots")
+    page.click("#more [data-do=delete]")
+    page.until("return document.querySelectorAll('#list a').length === 2")
+    page.script("window.purged = purge(Infinity)")
+    page.until("return purged.then(() => true)")
+    left = "return transact('readonly', (c, m, t) => Promise.all([c, m, t].map((s) => got(s.count()))))"
+    assert page.script(left) == [2, 4, 2]
+    page.open()
+    page.until("return document.querySelectorAll('#list a').length === 2")
+
+
+def test_two_tabs_do_not_harm_each_other(page: Page) -> None:
+    page.server.reply = lambda asked: f"To {asked['messages'][-1]['content']}"
+    page.ask("start")
+    first, address = page.driver.current_window_handle, page.script("return location.hash")
+    page.driver.switch_to.new_window("tab")
+    try:
+        page.open(address)
+        second = page.driver.current_window_handle
+        page.until("return shown.length === 2")
+        page.ask("from the second")
+        page.driver.switch_to.window(first)
+        page.until("return shown.length === 4")
+        assert page.bodies()[2:] == ["from the second", "To from the second"]
+        page.click("li:nth-child(3) [data-do=edit]")
+        page.find(".edit textarea").send_keys(" and first\n")
+        page.reads("li:last-child .body", "To from the second and first")
+        page.until("return !running.size")
+        page.click("#set")
+        page.find("[name=seed]").send_keys("3")
+        page.click("#settings .main")
+        page.driver.switch_to.window(second)
+        page.find("#title").send_keys(" of both\n")
+        page.ask("more")
+        page.driver.refresh()
+        page.until("return shown.length >= 4")
+        contents = page.script("return [...current.nodes.values()].map((node) => node.content).sort()")
+        assert contents == sorted(
+            ["start", "To start", "from the second", "To from the second", "from the second and first",
+             "To from the second and first", "more", "To more"]
+        )  # fmt: skip
+        kept = page.script("return [current.record.title, current.record.settings.seed]")
+        assert kept == ["start of both", 3]
+        page.click("#dots")
+        page.click("#more [data-do=delete]")
+        page.driver.switch_to.window(first)
+        page.reads("#toast", "deleted in another tab")
+        assert page.bodies() == []
+        page.driver.switch_to.window(second)
+        page.click("#toast button")
+        page.driver.switch_to.window(first)
+        page.until("return document.querySelectorAll('#list a').length === 1")
+    finally:
+        for handle in page.driver.window_handles:
+            if handle != first:
+                page.driver.switch_to.window(handle)
+                page.driver.close()
+        page.driver.switch_to.window(first)
+
+
+def test_a_full_storage_is_told_and_loses_nothing(page: Page) -> None:
+    page.ask("kept")
+    page.script("""
+        window.put = IDBObjectStore.prototype.put;
+        IDBObjectStore.prototype.put = () => { throw new DOMException("no room", "QuotaExceededError"); };
+    """)
+    page.ask("not kept yet")
+    page.reads("#toast", "The browser's storage is full")
+    assert page.bodies()[2:] == ["not kept yet", "Hello there."]
+    page.script("IDBObjectStore.prototype.put = window.put")
+    page.ask("kept, too")
+    page.open(page.script("return location.hash"))
+    page.until("return shown.length === 6")
+    assert page.bodies()[2:5:2] == ["not kept yet", "kept, too"]
+
+
+def test_a_browser_that_forbids_storage_can_chat(page: Page) -> None:
+    code = "Object.defineProperty(window, 'indexedDB', { get() { throw new DOMException('no', 'SecurityError'); } });"
+    script = page.command("Page.addScriptToEvaluateOnNewDocument", source=code)
+    try:
+        page.open()
+        page.reads("#toast", "This browser lets the page keep nothing")
+        page.ask("one")
+        page.press(CONTROL, "k")
+        page.ask("two")
+        page.click("#list li:nth-child(2) a")
+        page.until("return shown.length === 2")
+        assert page.bodies() == ["one", "Hello there."]
+    finally:
+        page.command("Page.removeScriptToEvaluateOnNewDocument", **script)
+
+
+def test_everything_can_be_done_by_keyboard(page: Page) -> None:
+    page.press(TAB)
+    page.script("document.activeElement.blur(); document.body.focus(); getSelection().removeAllRanges()")
+    page.script("document.querySelector('.skip').focus()")
+    page.press(ENTER)
+    assert page.script("return document.activeElement.id") == "prompt"
+    page.press("two")
+    page.press(SHIFT, ENTER)
+    page.press("lines" + ENTER)
+    page.reads("article.assistant .body", "Hello there.")
+    assert page.bodies()[0] == "two\nlines"
+    page.until("return !running.size")
+    reached = set()
+    page.script("document.querySelector('.skip').focus()")
+    for _ in range(60):
+        page.press(TAB)
+        reached.add(page.focused())
+        outline = "const s = getComputedStyle(document.activeElement); return s.outlineStyle !== 'none' && s.outlineWidth"
+        assert page.script(outline) or page.script("return document.activeElement.matches('#prompt, body')")
+        if page.script("return document.activeElement === document.querySelector('#send')"):
+            break
+    assert reached >= {
+        "New conversation\nCtrl K", "Search", "two", "Import", "Export all", "Colours", "Name of the conversation",
+        "Tokens", "Settings", "More", "Messages", "Copy", "Edit", "Regenerate", "Message", "Send"
+    }  # fmt: skip
+    page.script("document.querySelector('#dots').focus()")
+    page.press(ENTER)
+    page.press(TAB)
+    assert page.focused() == "Rename"
+    page.press(ENTER)
+    assert page.script("return document.activeElement.id") == "title"
+    page.press("renamed" + ENTER)
+    page.reads("#list", "renamed")
+    page.script("document.querySelector('#set').focus()")
+    page.press(ENTER)
+    page.find("#settings")
+    page.press(ESCAPE)
+    assert not page.script("return document.querySelector('#settings').open")
+    assert page.focused() == "Settings"
+    page.press(CONTROL, "k")
+    page.until("return !current")
+    page.press("next" + ENTER)
+    page.until("return shown.length === 2")
+
+
+def test_chinese(page: Page) -> None:
+    page.language("zh-CN")
+    page.open()
+    assert page.script("return document.documentElement.lang") == "zh-Hans"
+    assert page.text("#send") == "发送"
+    tables = page.script("return Object.values(WORDS).map((words) => Object.keys(words).sort().join())")
+    assert tables[0] == tables[1]
+    values = "return Object.values(WORDS).map((w) => Object.entries(w).map(([k, v]) => [k, v.match(/{\\w+}/g)].join()))"
+    assert sorted(page.script(values)[0]) == sorted(page.script(values)[1])
+    said = page.script("return document.body.innerText") + page.script("return document.querySelector('form').innerText")
+    assert not re.findall(r"[A-Z][a-z]+", said.replace("Enter", "").replace("Shift", "").replace("Ctrl", ""))
+    page.server.reply = "你好！ **「世界」**很大。"
+    page.find("#prompt").click()
+    page.command("Input.imeSetComposition", text="ni hao", selectionStart=6, selectionEnd=6)
+    # Enter ends the composition. Chrome tells it as a key that the input method has taken.
+    composing = "new KeyboardEvent('keydown', { key: 'Enter', isComposing: arguments[0], keyCode: arguments[1], %s })"
+    for is_composing, code in ((True, 13), (False, 229)):
+        event = composing % "bubbles: true, cancelable: true"
+        page.script(f"document.querySelector('#prompt').dispatchEvent({event})", is_composing, code)
+    assert page.server.requests == []
+    assert page.script("return document.querySelector('#prompt').value") == "ni hao"
+    page.command("Input.insertText", text="你好，世界")
+    assert page.script("return document.querySelector('#prompt').value") == "你好，世界"
+    page.press(ENTER)
+    page.reads("article.assistant .body", "你好！ 「世界」很大。")
+    assert page.script("return document.querySelector('strong').textContent") == "「世界」"
+    page.until("return !running.size")
+    assert page.text("#list") == "你好，世界"
+    assert re.search(r"\d 个词元 · .*词元/秒 · 首个词元 .* 秒", page.text(".stats"))
+
+
+def test_right_to_left_texts_and_code_keep_their_direction(page: Page) -> None:
+    page.server.reply = "שלום עולם\n\n```\ncode\n```\n\nand English"
+    page.ask("مرحبا")
+    directions = "return [...document.querySelectorAll(arguments[0])].map((e) => getComputedStyle(e).direction)"
+    assert page.script(directions, ".user .body") == ["rtl"]
+    assert page.script(directions, ".assistant .body > *") == ["rtl", "ltr", "ltr"]
+
+
+def test_a_narrow_screen_has_a_drawer(page: Page) -> None:
+    page.server.reply = MARKDOWN + "\n\n" + "word" * 100
+    page.ask("A question that is long enough to need more than one line on a narrow screen")
+    page.resize(320, 640)
+    page.open(page.script("return location.hash"))
+    page.until("return shown.length === 2")
+    for _ in range(2):
+        assert page.script("return document.documentElement.scrollWidth") == 320
+        assert page.script("return document.querySelector('#scroll').scrollWidth") <= 320
+        page.click("#tokens")
+        page.until("return document.querySelector('.tokens')") if _ == 0 else None
+    assert not page.script("return document.querySelector('#side').checkVisibility({ visibilityProperty: true })")
+    page.click("#drawer")
+    page.until("return document.querySelector('#side').getBoundingClientRect().left === 0")
+    assert page.focused().startswith("New conversation")
+    page.press(ESCAPE)
+    page.until("return document.querySelector('#side').getBoundingClientRect().right <= 0")
+    assert page.focused() == "Conversations"
+    page.click("#drawer")
+    page.click("#list a")
+    page.until("return document.querySelector('#side').getBoundingClientRect().right <= 0")
+
+
+# The page's source, and what checkers say of it.
+
+
+def test_the_page_makes_no_markup_of_strings_and_fetches_nothing_from_elsewhere() -> None:
+    source = PAGE.read_text(encoding="utf-8")
+    forbidden = (
+        r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|setHTML|createContextualFragment|DOMParser|srcdoc|"
+        r"\beval\b|new Function|setTimeout\(\s*[\"'`]|setInterval|importScripts|\bimport\(|javascript:|\son\w+\s*=\s*[\"']|"
+        r"\sstyle\s*=\s*[\"']|@import|url\(|<link|<base|<iframe|<img|postMessage\([^)]*\*|setAttribute\([\"']on"
+    )
+    assert re.findall(forbidden, source) == []
+    assert re.findall(r"(?:https?:)?//[\w.-]+\.\w+", source.replace("http://127.0.0.1", "")) == []
+    assert (source.count("<script"), source.count("<style")) == (1, 1)
+    assert max(map(len, source.splitlines())) <= 120
+
+
+@pytest.fixture(scope="session")
+def axe(pytestconfig: pytest.Config) -> str:
+    """The source of axe-core, which checks accessibility: the file that the variable AXE_CORE names, or from npm."""
+    if given := os.environ.get("AXE_CORE"):
+        return Path(given).read_text(encoding="utf-8")
+    folder = downloaded_by_npm(pytestconfig, "axe", "axe-core@4.14.1")
+    return (folder / "axe.min.js").read_text(encoding="utf-8")
+
+
+def test_axe_finds_nothing(page: Page, axe: str) -> None:
+    page.server.models = [model("tiny"), model("other")]
+    page.server.reply, page.server.alternatives = MARKDOWN, [(" a", -2.0), (" b", -3.0)]
+    page.ask("Show me everything")
+    page.ask("Once more")
+    page.click("li:last-child [data-do=again]")
+    page.until("return !running.size && shown.length === 4")
+    page.driver.set_script_timeout(300)
+
+    def check(state: str) -> None:
+        if not page.script("return 'axe' in window"):
+            page.command("Runtime.evaluate", expression=axe)
+        found = page.driver.execute_async_script(
+            """
+            const done = arguments[0];
+            axe.run({ resultTypes: ["violations"] }).then(({ violations }) =>
+              done(violations.map(({ id, impact, nodes }) => [id, impact, nodes[0].html, nodes[0].failureSummary])));
+            """
+        )
+        assert found == [], state
+
+    for scheme in ("light", "dark"):
+        page.colours(scheme)
+        check(scheme)
+        page.click("#tokens")
+        page.find(".tokens span:nth-child(3)").click()
+        page.find("#panel")
+        check(f"{scheme}, tokens")
+        page.click("#tokens")
+        page.click("#set")
+        check(f"{scheme}, settings")
+        page.press(ESCAPE)
+        page.resize(360)
+        page.script("document.activeElement.blur()")
+        check(f"{scheme}, narrow")
+        page.click("#drawer")
+        page.until("return document.querySelector('#side').getBoundingClientRect().left === 0")
+        check(f"{scheme}, drawer")
+        page.press(ESCAPE)
+        page.command("Emulation.clearDeviceMetricsOverride")
+    page.press(CONTROL, "k")
+    page.until("return !current")
+    check("empty")
