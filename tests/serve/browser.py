@@ -263,8 +263,8 @@ class Page:
         return self.bodies()[-1]
 
     def bodies(self) -> list[str]:
-        """The texts of all messages that are shown."""
-        return self.script("return shown.map((message) => message.body.innerText)")
+        """The texts of all messages that are shown, also of those out of sight, which are not drawn."""
+        return self.script("return shown.map((message) => message.body.textContent)")
 
     def focused(self) -> str:
         """The text or the label of what has the focus."""

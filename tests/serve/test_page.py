@@ -684,9 +684,8 @@ def test_settings_belong_to_a_conversation(page: Page) -> None:
     assert page.text("li:last-child .note") == "The answer ended at its longest length."
     page.press(CONTROL, "k")
     page.ask("Other")
-    assert [*page.server.requests[-1]] == [
-        "model", "stream", "stream_options", "messages", "logprobs", "top_logprobs"
-    ]  # fmt: skip
+    fields = {"model", "stream", "stream_options", "messages", "logprobs", "top_logprobs"}
+    assert {*page.server.requests[-1]} == fields
     page.click("#list li:nth-child(2) a")
     page.until("return shown.length === 4")
     page.click("#set")
