@@ -41,11 +41,18 @@ class Result:
 class Row:
     """One sequence during generation. Takes tokens, and returns text as soon as it is certain.
 
-    sample: its number among those of the same prompt and seed.
+    sample: its number among those of the same prompt and seed. adapter: see Request.
     """
 
-    def __init__(self, prompt_tokens: Sequence[int], tokenizer: Tokenizer, settings: Settings, sample: int = 0) -> None:
-        self.result = Result(list(prompt_tokens))
+    def __init__(
+        self,
+        prompt_tokens: Sequence[int],
+        tokenizer: Tokenizer,
+        settings: Settings,
+        sample: int = 0,
+        adapter: int = 0,
+    ) -> None:
+        self.result, self.adapter = Result(list(prompt_tokens)), adapter
         self.settings, self.stop_ids = settings, tokenizer.stop_ids | set(settings.stop_ids)
         self.decoder = tokenizer.decoder(after=self.result.prompt_tokens)
         self.held = ""  # Decoded text that may be the start of a stop string.
@@ -70,6 +77,7 @@ class Row:
             len(result.prompt_tokens),
             self.window_start,
             settings.alternatives,
+            adapter=self.adapter,
         )
 
     def take(self, progress: Progress) -> Iterator[str]:
