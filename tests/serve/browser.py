@@ -1,7 +1,5 @@
-"""A browser for tests of the chat page, and a server that can be brought into every situation which the page must bear."""
+"""A browser for tests of the chat page, and a server that can be brought into every situation it must bear."""
 
-import base64
-import hashlib
 import json
 import re
 import shutil
@@ -15,23 +13,9 @@ from typing import Any
 
 import pytest
 
-import gpt_jax.serve
+from gpt_jax.serve.http import page
 
-PAGE = Path(gpt_jax.serve.__file__).with_name("page.html")
 CHROMIUM, CHROMEDRIVER = "/usr/bin/chromium", "/usr/bin/chromedriver"
-
-
-def policy(page: str) -> str:
-    """The Content-Security-Policy that the server sends; and one line more, which forbids to make markup of strings."""
-    hashes = {
-        tag: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-        for tag, text in re.findall(r"<(script|style)>(.*?)</\1>", page, re.DOTALL)
-    }
-    return (
-        f"default-src 'none'; script-src 'sha256-{hashes['script']}'; style-src 'sha256-{hashes['style']}'; "
-        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
-        "require-trusted-types-for 'script'"
-    )
 
 
 def tokens_of(text: str) -> list[str]:
@@ -100,8 +84,9 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         """The page, the models, and whether the server is ready."""
         if self.path == "/":
-            page = PAGE.read_text(encoding="utf-8")
-            self.send(200, page.encode(), {"Content-Type": "text/html", "Content-Security-Policy": policy(page)})
+            text, policy = page()
+            policy += "; require-trusted-types-for 'script'"  # And what makes markup of a string is an error.
+            self.send(200, text, {"Content-Type": "text/html", "Content-Security-Policy": policy})
         elif self.path == "/v1/models" and self.is_allowed():
             self.say(200, {"object": "list", "data": self.server.models})
         elif self.path == "/health":
@@ -193,12 +178,12 @@ class Handler(BaseHTTPRequestHandler):
 class Page:
     """The chat page in the browser. Elements are named by CSS selectors; what waits fails after a minute."""
 
-    def __init__(self, driver: Any, server: Scripted) -> None:
+    def __init__(self, driver: Any, server: Any) -> None:
         self.driver, self.server = driver, server
 
     def open(self, path: str = "") -> None:
         """Loads the page, and waits until it knows the models."""
-        self.driver.get(self.server.url + path)
+        self.driver.get(f"{self.server.url.rstrip('/')}/{path}")
         self.until("return document.querySelector('#about').textContent !== ''")
 
     def script(self, code: str, *arguments: Any) -> Any:
@@ -231,9 +216,7 @@ class Page:
 
     def reads(self, selector: str, text: str) -> None:
         """Waits until the first element has this text in its own."""
-        self.until(
-            "return document.querySelector(arguments[0])?.innerText.includes(arguments[1])", selector, text
-        )
+        self.until("return document.querySelector(arguments[0])?.innerText.includes(arguments[1])", selector, text)
 
     def press(self, *keys: str) -> None:
         """Presses keys together, wherever the focus is; a single string is typed."""
@@ -296,9 +279,8 @@ class Page:
         assert not [entry for entry in entries if "Failed to load resource" not in entry]
 
 
-@pytest.fixture(scope="session")
-def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A browser of Debian without a window, in English, that keeps what is downloaded in the folder `downloads`."""
+def started(downloads: Path) -> Any:
+    """A browser of Debian without a window, in English, that keeps what is downloaded in a folder."""
     webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium, of the extra dev")
     for program in (CHROMIUM, CHROMEDRIVER):
         if not shutil.which(program):
@@ -308,10 +290,16 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     for flag in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage", "window-size=1400,900"):
         options.add_argument(f"--{flag}")
     options.add_argument("--lang=en-US")
-    folder = tmp_path_factory.mktemp("downloads")
-    options.add_experimental_option("prefs", {"download.default_directory": str(folder)})
+    options.add_experimental_option("prefs", {"download.default_directory": str(downloads)})
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(CHROMEDRIVER))
-    driver.downloads = folder
+    driver.downloads = downloads
+    return driver
+
+
+@pytest.fixture(scope="session")
+def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A browser for all tests of a process."""
+    driver = started(tmp_path_factory.mktemp("downloads"))
     yield driver
     driver.quit()

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.serve.browser import chromium  # noqa: F401
 from tests.serve.servers import Running, serving, tiny_engine
 
 

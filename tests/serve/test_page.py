@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import re
-import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,24 +11,35 @@ from typing import Any
 
 import pytest
 
+from gpt_jax.serve.gate import Rules
+from gpt_jax.serve.http import PAGE
+from gpt_jax.tokenizer.bytes import ByteTokenizer
 from tests.packaged import downloaded_by_npm
-from tests.serve.browser import PAGE, Page, Scripted, chromium, model  # noqa: F401
+from tests.serve.browser import Page, Scripted, model
+from tests.serve.servers import Running, serving, tiny_engine
 
 pytestmark = pytest.mark.browser
 
 
 @pytest.fixture
-def page(chromium: Any) -> Iterator[Page]:  # noqa: F811
+def page(chromium: Any) -> Iterator[Page]:
     """The page of a new server: another address, and so an empty storage."""
     server = Scripted()
-    page = Page(chromium, server)
+    with used(chromium, server) as page:
+        yield page
+    server.stop()
+
+
+@contextlib.contextmanager
+def used(driver: Any, server: Any) -> Iterator[Page]:
+    """The page of a server, in English, light and wide; afterwards it had no errors."""
+    page = Page(driver, server)
     page.command("Emulation.clearDeviceMetricsOverride")
     page.colours("light")
     page.language("en-US")
     page.open()
     yield page
     page.driver.get("about:blank")
-    server.stop()
     page.is_quiet()
 
 
@@ -148,7 +158,8 @@ def test_a_reload_keeps_everything_even_in_the_middle_of_an_answer(page: Page) -
 NASTY = """<script>window.hacked = 1</script> <img src=x onerror="window.hacked = 1">
 
 ![pixel](http://127.0.0.1:1/pixel.png) ![](data:image/png;base64,AAAA) [a](javascript:window.hacked=1)
-[b](data:text/html,<script>window.hacked=1</script>) [c](JaVaScRiPt:window.hacked=1) [d](vbscript:x) <javascript:hacked=1>
+[b](data:text/html,<script>window.hacked=1</script>) [c](JaVaScRiPt:window.hacked=1) [d](vbscript:x)
+<javascript:hacked=1>
 [e](java
 script:window.hacked=1) [f](//evil.example/) [g](/relative) [good](https://example.org/?q="><script>x</script>)
 
@@ -206,7 +217,7 @@ Second line & &lt;tag&gt; https://example.org/a_b_(c). <https://example.com>
 4. four
    ```python
    def f(x):
-   	return "`x`"
+   \treturn "`x`"
    ```
 
 > quoted
@@ -293,12 +304,13 @@ def test_no_text_takes_long_or_breaks_the_page(page: Page) -> None:
     const body = document.createElement("div");
     document.querySelector("#empty").append(body);
     new MarkdownView(body).show({ content: arguments[0].repeat(arguments[1]) });
-    const height = body.offsetHeight; // Drawn, too: elements that stand too deep in each other end the browser's process.
+    const height = body.offsetHeight; // Drawn, too: elements that nest too deep end the browser's process.
     body.remove();
     return height >= 0;
     """
-    pieces = ["*", "**a ", "[", "![", "](", "`", "``a`", "<", "_a", "~~", "> ", "- ", "  - a\n", "| a ", "[](a 'b", "&amp"]
-    for piece in [*pieces, "\\", "*a_", "[a](b", "# ", "1. ", "```\n", " ", "\n", "https://", "|-|\n", "a\n\n", "- a\n\n"]:
+    pieces = ["*", "**a ", "[", "![", "](", "`", "``a`", "<", "_a", "~~", "> ", "- ", "  - a\n", "| a ", "[](a 'b"]
+    pieces += ["&amp", "\\", "*a_", "[a](b", "# ", "1. ", "```\n", " ", "\n", "https://", "|-|\n", "a\n\n", "- a\n\n"]
+    for piece in pieces:
         assert page.script(code, piece, 40_000 // len(piece)), piece
 
 
@@ -312,7 +324,8 @@ new MutationObserver((records) => {
     changes.nodes += record.addedNodes.length;
     if (!document.querySelector("#thread > li:last-child").contains(record.target)) changes.elsewhere += 1;
   }
-}).observe(document.querySelector("#scroll"), { subtree: true, childList: true, characterData: true, attributes: true });
+}).observe(document.querySelector("#scroll"),
+  { subtree: true, childList: true, characterData: true, attributes: true });
 """
 
 
@@ -829,7 +842,9 @@ def test_everything_can_be_done_by_keyboard(page: Page) -> None:
     for _ in range(60):
         page.press(TAB)
         reached.add(page.focused())
-        outline = "const s = getComputedStyle(document.activeElement); return s.outlineStyle !== 'none' && s.outlineWidth"
+        outline = (
+            "const s = getComputedStyle(document.activeElement); return s.outlineStyle !== 'none' && s.outlineWidth"
+        )
         assert page.script(outline) or page.script("return document.activeElement.matches('#prompt, body')")
         if page.script("return document.activeElement === document.querySelector('#send')"):
             break
@@ -866,9 +881,11 @@ def test_chinese(page: Page) -> None:
     assert tables[0] == tables[1]
     values = "return Object.values(WORDS).map((w) => Object.entries(w).map(([k, v]) => [k, v.match(/{\\w+}/g)].join()))"
     assert sorted(page.script(values)[0]) == sorted(page.script(values)[1])
-    said = page.script("return document.body.innerText") + page.script("return document.querySelector('form').innerText")
+    said = page.script("return document.body.innerText") + page.script(
+        "return document.querySelector('form').innerText"
+    )
     assert not re.findall(r"[A-Z][a-z]+", said.replace("Enter", "").replace("Shift", "").replace("Ctrl", ""))
-    page.server.reply = "你好！ **「世界」**很大。"
+    page.server.reply = "你好。 **「世界」**很大。"
     page.find("#prompt").click()
     page.command("Input.imeSetComposition", text="ni hao", selectionStart=6, selectionEnd=6)
     # Enter ends the composition. Chrome tells it as a key that the input method has taken.
@@ -878,13 +895,13 @@ def test_chinese(page: Page) -> None:
         page.script(f"document.querySelector('#prompt').dispatchEvent({event})", is_composing, code)
     assert page.server.requests == []
     assert page.script("return document.querySelector('#prompt').value") == "ni hao"
-    page.command("Input.insertText", text="你好，世界")
-    assert page.script("return document.querySelector('#prompt').value") == "你好，世界"
+    page.command("Input.insertText", text="你好世界")
+    assert page.script("return document.querySelector('#prompt').value") == "你好世界"
     page.press(ENTER)
-    page.reads("article.assistant .body", "你好！ 「世界」很大。")
+    page.reads("article.assistant .body", "你好。 「世界」很大。")
     assert page.script("return document.querySelector('strong').textContent") == "「世界」"
     page.until("return !running.size")
-    assert page.text("#list") == "你好，世界"
+    assert page.text("#list") == "你好世界"
     assert re.search(r"\d 个词元 · .*词元/秒 · 首个词元 .* 秒", page.text(".stats"))
 
 
@@ -926,11 +943,12 @@ def test_the_page_makes_no_markup_of_strings_and_fetches_nothing_from_elsewhere(
     source = PAGE.read_text(encoding="utf-8")
     forbidden = (
         r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|setHTML|createContextualFragment|DOMParser|srcdoc|"
-        r"\beval\b|new Function|setTimeout\(\s*[\"'`]|setInterval|importScripts|\bimport\(|javascript:|\son\w+\s*=\s*[\"']|"
-        r"\sstyle\s*=\s*[\"']|@import|url\(|<link|<base|<iframe|<img|postMessage\([^)]*\*|setAttribute\([\"']on"
+        r"\beval\b|new Function|setTimeout\(\s*[\"'`]|setInterval|importScripts|\bimport\(|javascript:|"
+        r"\son\w+\s*=\s*[\"']|\sstyle\s*=\s*[\"']|@import|url\(|<base|<iframe|<img|postMessage\([^)]*\*|setAttribute\([\"']on"
     )
     assert re.findall(forbidden, source) == []
-    assert re.findall(r"(?:https?:)?//[\w.-]+\.\w+", source.replace("http://127.0.0.1", "")) == []
+    assert re.findall(r"(?:https?:)?//[\w.-]+\.\w+", source.replace("http://www.w3.org/2000/svg", "")) == []
+    assert re.findall("<link[^>]*?href=.{6}", source) == ['<link rel="icon" href="data:']
     assert (source.count("<script"), source.count("<style")) == (1, 1)
     assert max(map(len, source.splitlines())) <= 120
 
@@ -987,3 +1005,68 @@ def test_axe_finds_nothing(page: Page, axe: str) -> None:
     page.press(CONTROL, "k")
     page.until("return !current")
     check("empty")
+
+
+# Against the real server.
+
+
+def test_a_conversation_with_the_real_server(chromium: Any, server: Running) -> None:
+    with used(chromium, server) as page:
+        page.reads("#about", "tiny · context of 256 tokens")
+        page.click("#set")
+        for name, value in {"max_tokens": "12", "seed": "1", "temperature": "2", "alternatives": "20"}.items():
+            page.find(f"[name={name}]").send_keys(value)
+        page.click("#settings .main")
+        page.send("Hello 你好 <b>")
+        page.until("return shown.length === 2 && !running.size")
+        node = page.script("return shown[1].node")
+        body: dict[str, Any] = {"max_tokens": 12, "seed": 1, "temperature": 2.0, "logprobs": True, "top_logprobs": 20}
+        asked = [{"role": "user", "content": "Hello 你好 <b>"}]
+        expected = server.post("/v1/chat/completions", messages=asked, **body)
+        [choice] = expected["choices"]
+        assert node["content"] == choice["message"]["content"]
+        assert node["stats"]["tokens"] == expected["usage"]["completion_tokens"]
+        assert node["stats"]["prompt"] == expected["usage"]["prompt_tokens"]
+        content = choice["logprobs"]["content"]
+        assert [token[:2] for token in node["tokens"]] == [[one["token"], one["logprob"]] for one in content]
+        assert [len(token[2]) for token in node["tokens"]] == [20] * len(content)
+        page.click("#tokens")
+        page.until("return document.querySelectorAll('.tokens span').length === arguments[0]", len(content))
+        page.find(".tokens span").click()
+        page.reads("#panel", f"log-probability {round(content[0]['logprob'], 3):g}")
+        page.click("#tokens")
+        page.click("#set")
+        page.find("[name=temperature]").send_keys("\ue003" * 4 + "3")
+        assert not page.script("return document.querySelector('[name=temperature]').validity.valid")
+        page.press(ESCAPE)
+        page.ask("And then?")
+        page.ask("a" * 300)
+        page.reads("li:last-child .assistant .note", "context_length")
+
+
+def test_stopping_frees_the_real_server(chromium: Any, server: Running) -> None:
+    """Afterwards the server has nothing left to do, which its fixture checks."""
+    with used(chromium, server) as page:
+        for _ in range(3):
+            page.press(CONTROL, "k")
+            page.until("return !current")
+            page.send("Hello")
+            page.until("return running.size || shown.length")
+            page.press(ESCAPE)
+            page.until("return !running.size && shown.length === 2")
+
+
+def test_the_real_server_with_a_key_and_a_model_of_texts(chromium: Any) -> None:
+    with serving(tiny_engine(), ByteTokenizer(), ("stories",), Rules(keys=("secret",))) as server:
+        page = Page(chromium, server)
+        page.driver.get(server.url)
+        page.find("#key input").send_keys("secret\n")
+        page.reads("#about", "continues texts")
+        page.send("x" * 200)  # The longest answer of all has no room in the context.
+        page.until("return shown.length === 2 && !running.size")
+        assert page.script("return shown[1].node.finish") in ("stop", "length")
+        page.click("#tokens")
+        page.until("return document.querySelector('.tokens span')")
+        assert page.script("return document.querySelectorAll('.tokens span').length === shown[1].node.tokens.length")
+        page.driver.get("about:blank")
+        page.is_quiet()
