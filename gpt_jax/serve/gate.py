@@ -24,7 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from gpt_jax.errors import UserError
 from gpt_jax.sample.scheduler import QueueFullError
 from gpt_jax.serve.protocol import ErrorResponse, Problem
-from gpt_jax.serve.worker import EngineError
+from gpt_jax.serve.worker import EngineError, StoppedError
 
 Result = TypeVar("Result")
 
@@ -87,6 +87,8 @@ def explained(error: Exception) -> ApiError:
         return ApiError(429, str(error), code="queue_full", retry_after=RETRY_AFTER)
     if isinstance(error, UserError):
         return ApiError(400, str(error))
+    if isinstance(error, StoppedError):
+        return ApiError(503, "the server was told to stop", code="stopped")
     if isinstance(error, EngineError):
         return ApiError(500, f"the engine failed: {error}", code="engine_failed")
     if isinstance(error, ValidationError):

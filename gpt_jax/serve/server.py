@@ -21,6 +21,10 @@ IDLE_SECONDS = 30
 """Time after which a connection is closed on which nothing is asked, or whose request does not go on."""
 
 
+SECONDS_TO_END = 10
+"""Time after the time of grace in which requests are told that they end."""
+
+
 def listen(host: str, port: int) -> socket.socket:
     """A socket for the server; port 0: any that is free. Raises UserError where it cannot have that one."""
     try:
@@ -58,9 +62,14 @@ class Protocol(H11Protocol):
 class Server(uvicorn.Server):
     """uvicorn's, which tells of signals, and after them ends as any other program does."""
 
-    def __init__(self, config: uvicorn.Config, stopping: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, service: Service, grace: int) -> None:
         super().__init__(config)
-        self.stopping = stopping
+        self.service, self.grace = service, grace
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Waits for what runs, but no longer than the time of grace; then it is told that it ends."""
+        asyncio.get_running_loop().call_later(self.grace, self.service.worker.abandon)
+        await super().shutdown(sockets)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -76,7 +85,7 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begins to stop; a second SIGINT stops at once."""
-        self.stopping()
+        self.service.stop()
         super().handle_exit(sig, frame)
 
 
@@ -89,8 +98,8 @@ async def serve(service: Service, bound: socket.socket, grace: int, say: Callabl
     worker = service.worker
     options: dict[str, Any] = {"http": Protocol, "ws": "none", "lifespan": "off", "log_level": "warning"}
     options |= {"access_log": False, "server_header": False, "proxy_headers": False}
-    options |= {"timeout_keep_alive": IDLE_SECONDS, "timeout_graceful_shutdown": grace}
-    server = Server(uvicorn.Config(service.application(), **options), service.stop)
+    options |= {"timeout_keep_alive": IDLE_SECONDS, "timeout_graceful_shutdown": grace + SECONDS_TO_END}
+    server = Server(uvicorn.Config(service.application(), **options), service, grace)
 
     def changed() -> None:
         if worker.failure:

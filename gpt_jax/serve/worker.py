@@ -31,6 +31,10 @@ class EngineError(Exception):
     """The engine failed, and a request is lost by that."""
 
 
+class StoppedError(Exception):
+    """The server ends before a request has."""
+
+
 @dataclass
 class Piece:
     """What has been added to one of a work's texts. The token that ended it, and a stop string, are among its tokens,
@@ -99,6 +103,10 @@ class Worker:
         """Ends the thread, once it has done what it does; what was not done is lost."""
         self.inbox.put(self._stop)
 
+    def abandon(self) -> None:
+        """Ends all works by a StoppedError."""
+        self.inbox.put(self._abandon)
+
     def submit(self, work: Work) -> None:
         """Lets the engine take a work; see `Work.accepted`."""
         self.inbox.put(functools.partial(self._submit, work))
@@ -160,6 +168,10 @@ class Worker:
 
     def _stop(self) -> None:
         self.is_stopped = True
+
+    def _abandon(self) -> None:
+        for work in {work for work, _ in self.writing.values()}:
+            self._end(work, StoppedError())
 
     def _submit(self, work: Work) -> None:
         try:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import numpy as np
@@ -38,7 +37,7 @@ LONG, SHORT = list(range(200)), [5, 6, 7, 8]
 
 
 def config_of(name: str) -> ModelConfig:
-    return dataclasses.replace(MODELS[name], context_length=CONTEXT)
+    return dataclasses.replace(MODELS[name], context_length=CONTEXT, vocab_multiple=4)
 
 
 @functools.cache
@@ -125,24 +124,6 @@ def test_without_adapters_it_is_the_model() -> None:
         np.testing.assert_allclose(ours[1], theirs[1], atol=1e-6, rtol=0)
 
 
-def test_adapters_beside_int8() -> None:
-    """They are added to the products of the rounded matrices, in full precision."""
-
-    def in_float(layer: Any) -> Any:
-        if "scale_F" in layer:
-            exact = layer["kernel_FD"] * layer["scale_F"][:, None]
-            return {name: x for name, x in layer.items() if name != "scale_F"} | {"kernel_FD": exact}
-        return {name: in_float(x) if isinstance(x, dict) else x for name, x in layer.items()}
-
-    params = base_of("int8")
-    exact = {**params, "layers": tuple(map(in_float, params["layers"]))}
-    asked = [Request(prompt, 10, GREEDY, adapter=n) for prompt in (SHORT, LONG) for n in range(4)]
-    reference = Engine(GPT(config_of("int8")), exact, 3, adapters=together("int8"))
-    for ours, theirs in zip(Answers(engine_of("int8")).all(asked), Answers(reference).all(asked), strict=True):
-        assert ours[0] == theirs[0]
-        np.testing.assert_allclose(ours[1], theirs[1], atol=1e-3)
-
-
 def test_what_was_read_with_some_adapters_is_not_reused_with_others() -> None:
     """A short prompt takes a row for each of its adapters; a long one is read, and kept, for each."""
     e = engine_of("llama")
@@ -173,7 +154,7 @@ def test_other_weights_have_the_same_adapters() -> None:
 def test_on_several_devices(mesh: dict[str, int]) -> None:
     """By pmap and on a mesh, the same tokens, and log-probabilities within 1e-5."""
     config, devices = config_of("llama"), jax.devices()[:4]
-    placement = choose_placement(ParallelConfig(**mesh), config, devices) if mesh else Placement(devices)
+    placement = choose_placement(ParallelConfig(**mesh), config, devices) if mesh else Placement(devices[:2])
     params = jax.device_put(base_of("llama"), placement.state_shardings(base_of("llama")))
     several = engine_on(placement, GPT(config), params, 8, 2, adapters=together("llama"))
     asked = [Request(prompt, 5, GREEDY, adapter=n) for prompt in (SHORT, LONG) for n in range(4)]
