@@ -499,7 +499,7 @@ def test_a_key_is_asked_for_and_kept_for_the_tab(page: Page) -> None:
     page.server.key = "secret"
     page.driver.refresh()
     page.find("#key input").send_keys("wrong\n")
-    page.until("return document.querySelector('#key input').value === '' && document.querySelector('#key').open")
+    page.reads("#key small", "The key was not accepted.")
     page.find("#key input").send_keys("secret\n")
     page.reads("#about", "tiny")
     assert page.ask("Hello") == "Hello there."
@@ -512,7 +512,7 @@ def test_a_key_is_asked_for_and_kept_for_the_tab(page: Page) -> None:
     page.send("Still?")
     page.find("#key")
     page.press("\ue00c")
-    page.reads("li:last-child .assistant .note", "the key was not accepted")
+    page.reads("li:last-child .assistant .note", "The key was not accepted.")
     page.click("li:last-child [data-do=again]")
     page.find("#key input").send_keys("changed\n")
     page.reads("li:last-child .body", "Hello there.")
