@@ -1,11 +1,12 @@
 """`gpt-jax serve`."""
 
+import asyncio
 import ipaddress
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from gpt_jax.cli.parse import ModelArgs, Switch, parse
 from gpt_jax.config import ParallelConfig, QuantizeName, check
@@ -27,6 +28,7 @@ class ServeArgs(ModelArgs):
     host: str = "127.0.0.1"  # Address to listen at; others than this machine's own need --api-key-file, or --open.
     port: int = 8000  # 0: any that is free.
     name: str = ""  # What clients call the model; empty: the last part of the run's or the model's name.
+    adapter: tuple[str, ...] = ()  # Runs of adapters on the model, to be served beside it: NAME=RUN, one or more.
     slots: int = 8  # Texts that each device writes at the same time; on a mesh, each data part of it.
     queue: int = 256  # Texts that may wait for a slot; more are refused, with status 429.
     prefix_cache: int = 512  # Memory for prompts that were read, in MiB, so that those that begin alike are read once.
@@ -72,30 +74,51 @@ def read_keys(file: str) -> tuple[str, ...]:
     return keys
 
 
-def load(args: ServeArgs) -> "tuple[Engine | Replicas, Tokenizer, str]":
-    """The engine, with room for whole contexts in all slots, the tokenizer, and the model's name."""
+def named(adapters: Sequence[str], name: str) -> dict[str, str]:
+    """The runs by the names that clients give them. name: that of the model. Raises UserError."""
+    found = {name: ""}
+    for given in adapters:
+        own, equals, run = given.partition("=")
+        if not (own and equals and run):
+            raise UserError(f"--adapter {given} is not of the form NAME=RUN, such as --adapter bard=runs/bard")
+        if own in found:
+            raise UserError(f"--adapter {given}: another model is called {own} already; choose another name")
+        found[own] = run
+    return found
+
+
+def load(args: ServeArgs) -> "tuple[Engine | Replicas, dict[str, Tokenizer]]":
+    """The engine, with room for whole contexts in all slots; and by name, the model's tokenizer, and those of adapters
+    in the order of their numbers."""
     from gpt_jax import runtime
     from gpt_jax.model.cache import cache_bytes
     from gpt_jax.placement import choose_placement
+    from gpt_jax.run.adapters import load_adapters
     from gpt_jax.run.load import config_to_load, load_model
     from gpt_jax.sample.decode import prepare_params
     from gpt_jax.sample.replicas import engine_on
 
     source = args.source()
-    name = args.name or Path(args.model or source.where).name
+    name = args.name or Path(args.model or source.where).name.removesuffix(".gguf")
+    runs = named(args.adapter, name)
     runtime.setup(args.parallel.n_asked or 1)
     devices = runtime.choose_devices(args.parallel)
     placement = choose_placement(args.parallel, config_to_load(source, args.context_length), devices)
     model, params, tokenizer = load_model(source, args.context_length, placement, args.quantize)
     params = prepare_params(params, model.config, donate=True)  # The first copy is freed.
     T = model.config.context_length
-    options = {"prefix_bytes": args.prefix_cache * 2**20, "most_waiting": args.queue, "n_tokens": tokenizer.vocab_size}
+    tokenizers, adapters = {name: tokenizer}, None
+    if args.adapter:
+        adapters, theirs = load_adapters(source, list(runs.values())[1:])
+        tokenizers |= zip(list(runs)[1:], theirs, strict=True)
+    options: dict[str, Any] = {"adapters": adapters, "n_tokens": tokenizer.vocab_size}
+    options |= {"prefix_bytes": args.prefix_cache * 2**20, "most_waiting": args.queue}
     engine = engine_on(placement, model, params, MOST_TEXTS, args.slots, **options)
     each = cache_bytes(model.config, T)
     where = f"{engine.n_slots} slots of {T:,} tokens take {engine.n_slots * each / 2**30:,.1f} GiB"
     print(f"{name}: {where} on {devices[0].device_kind}; compiling", file=sys.stderr, flush=True)
     engine.reserve(T)
-    return engine, tokenizer, name
+    return engine, tokenizers
 
 
 def command(argv: Sequence[str]) -> int:
@@ -105,14 +128,20 @@ def command(argv: Sequence[str]) -> int:
 
     keys = read_keys(args.api_key_file) if args.api_key_file else ()
     bound = listen(args.host, args.port)  # Before the model is loaded, which takes longer.
-    engine, tokenizer, name = load(args)
+    engine, tokenizers = load(args)
+    from gpt_jax.serve.answers import Served
     from gpt_jax.serve.gate import Rules
+    from gpt_jax.serve.http import Service
+    from gpt_jax.serve.worker import Worker
 
     hosts = ("localhost", "127.0.0.1", "[::1]", args.host) if is_loopback(args.host) and not keys else ()
     rules = Rules(keys, hosts, args.cors_origin, args.log_texts)
 
     def say(address: str) -> None:
-        chat = "" if tokenizer.chat_template else ", which has no chat template: it continues texts"
-        print(f"{name}{chat}: ready at {address}", file=sys.stderr, flush=True)
+        for name, tokenizer in tokenizers.items():
+            chat = "" if tokenizer.chat_template else ", which has no chat template: it continues texts"
+            print(f"{name}{chat}: ready at {address}", file=sys.stderr, flush=True)
 
-    return serve(engine, tokenizer, [name], rules, bound, args.grace, say)
+    worker = Worker(engine)
+    served = [Served(name, tokenizer, worker, i) for i, (name, tokenizer) in enumerate(tokenizers.items())]
+    return asyncio.run(serve(Service(worker, served, rules), bound, args.grace, say))

@@ -16,7 +16,7 @@ class Replicas:
 
     def __init__(self, engines: Sequence[Engine]) -> None:
         self.engines = engines
-        self.model, self.n_tokens = engines[0].model, engines[0].n_tokens
+        self.model, self.n_tokens, self.n_adapters = engines[0].model, engines[0].n_tokens, engines[0].n_adapters
         self.n_slots = sum(engine.n_slots for engine in engines)
         self.said: list[Progress] = []
         self.lost: list[int] = []
@@ -66,13 +66,13 @@ class Replicas:
         said, self.said = self.said, []
         return said
 
-    def read(self, tokens: Sequence[int]) -> None:
+    def read(self, tokens: Sequence[int], adapter: int = 0) -> None:
         """See Engine."""
-        self.engines[0].read(tokens)
+        self.engines[0].read(tokens, adapter)
 
-    def score(self, tokens: Sequence[int]) -> Scores:
+    def score(self, tokens: Sequence[int], adapter: int = 0) -> Scores:
         """See Engine."""
-        return self.engines[0].score(tokens)
+        return self.engines[0].score(tokens, adapter)
 
     def reserve(self, places: int) -> None:
         """See Engine."""

@@ -11,7 +11,7 @@ import numpy as np
 
 from gpt_jax.errors import UserError
 from gpt_jax.sample.decode import Scores
-from gpt_jax.sample.engine import fresh_seed
+from gpt_jax.sample.engine import Request, check_request, fresh_seed
 from gpt_jax.sample.generate import Row, check_known, encode_prompt
 from gpt_jax.sample.settings import Filters, Settings
 from gpt_jax.serve import protocol as p
@@ -26,6 +26,7 @@ class Served:
     name: str
     tokenizer: Tokenizer
     worker: Worker
+    adapter: int = 0  # See Request.
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -82,7 +83,7 @@ def settings_of(asked: p.Generation, max_new_tokens: int, alternatives: int) -> 
 def row_of(served: Served, prompt: Sequence[int], settings: Settings, seed: int | None, sample: int) -> Row:
     """The row of a prompt's answer. With a seed, it depends on that, on the prompt, and on the answer's number among
     those of the prompt; without one, on nothing that anybody knows."""
-    row = Row(prompt, served.tokenizer, settings, sample)
+    row = Row(prompt, served.tokenizer, settings, sample, served.adapter)
     if seed is None:
         row.seed = fresh_seed()
     else:
@@ -128,7 +129,13 @@ class Job:
 
 
 def job_of(served: Served, prompts: list[list[int]], settings: Settings, seed: int | None, n: int, client: str) -> Job:
-    """A job that has not been submitted yet."""
+    """A job that has not been submitted yet. Raises UserError where the engine would not take it: a row by itself would
+    go on beyond the context, with the last half of it, which clients do not expect."""
+    engine = served.worker.engine
+    for prompt in prompts:
+        check_request(
+            Request(prompt, settings.max_new_tokens, settings.filters, settings.stop_ids), engine.model, engine.n_tokens
+        )
     rows = [row_of(served, prompt, settings, seed, sample) for prompt in prompts for sample in range(n)]
     return Job(served, prompts, n, Work(rows, client))
 
@@ -167,7 +174,7 @@ class Spelling:
 
     def bytes_of(self, token: int) -> bytes:
         """What a token stands for."""
-        return self.tokenizer.decode([token]).encode()
+        return self.tokenizer.token_bytes[token]
 
     def text_of(self, token: int) -> str:
         """The same as text, in which bytes that are no whole character are U+FFFD."""
@@ -228,7 +235,7 @@ async def echoes(job: Job, asked: p.CompletionRequest) -> list[Echo]:
         text = given[i] if isinstance(given[0], str) else job.served.tokenizer.decode(tokens)
         logprobs = None
         if asked.logprobs is not None:
-            scores = await job.served.worker.score(tokens)
+            scores = await job.served.worker.score(tokens, job.served.adapter)
             logprobs = prompt_logprobs(Spelling(job.served.tokenizer), tokens, scores, asked.logprobs)
         found.append(Echo(str(text), logprobs))
     return found

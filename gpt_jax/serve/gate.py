@@ -24,7 +24,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from gpt_jax.errors import UserError
 from gpt_jax.sample.scheduler import QueueFullError
 from gpt_jax.serve.protocol import ErrorResponse, Problem
-from gpt_jax.serve.worker import EngineError
+from gpt_jax.serve.worker import EngineError, StoppedError
 
 Result = TypeVar("Result")
 
@@ -42,6 +42,9 @@ RETRY_AFTER = 2
 
 OPEN_PATHS = ("/", "/health", "/openapi.json", "/favicon.ico")
 """Those that need no key."""
+
+PROBES = ("/health", "/metrics")
+"""Those that are asked all the time, and are not in the log."""
 
 LEFT = 499
 """The status in the log of a client that has left, as nginx has it."""
@@ -84,10 +87,15 @@ def explained(error: Exception) -> ApiError:
         return ApiError(429, str(error), code="queue_full", retry_after=RETRY_AFTER)
     if isinstance(error, UserError):
         return ApiError(400, str(error))
+    if isinstance(error, StoppedError):
+        return ApiError(503, "the server was told to stop", code="stopped")
     if isinstance(error, EngineError):
         return ApiError(500, f"the engine failed: {error}", code="engine_failed")
     if isinstance(error, ValidationError):
-        [first, *_] = error.errors(include_url=False, include_context=False, include_input=False)
+        found = error.errors(include_url=False, include_context=False, include_input=False)
+        # Where a value may be of several types, the error is of the one that fits best.
+        own = [one for one in found if one["loc"][:1] == found[0]["loc"][:1]]
+        first = next((one for one in own if not one["type"].endswith("_type")), own[0])
         where = ".".join(str(part) for part in first["loc"] if not is_type(part))
         return ApiError(400, f"{where}: {first['msg']}" if where else first["msg"], where or None)
     if isinstance(error, HTTPException):
@@ -98,7 +106,7 @@ def explained(error: Exception) -> ApiError:
 
 def is_type(part: int | str) -> bool:
     """True for a part of a place that pydantic adds to tell types apart, of which clients know nothing."""
-    return isinstance(part, str) and re.search(r"[\[(]|^(str|int|float|bool)$", part) is not None
+    return isinstance(part, str) and re.search(r"[\[(]|^(constrained-)?(str|int|float|bool|dict)$", part) is not None
 
 
 @dataclass
@@ -191,7 +199,8 @@ class Gate:
             texts = entry.texts if self.rules.log_texts else {}
             when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
             line = {"time": when, "id": entry.id, "method": scope["method"], **facts, **entry.facts, **texts}
-            self.log(json.dumps(line, ensure_ascii=False))
+            if scope["path"] not in PROBES:
+                self.log(json.dumps(line, ensure_ascii=False))
 
 
 async def read_body(request: Request) -> bytes:

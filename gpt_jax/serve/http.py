@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,7 +19,6 @@ from starlette.responses import Response
 from starlette.routing import Route, Router
 from starlette.types import ASGIApp
 
-import gpt_jax
 from gpt_jax.serve import protocol as p
 from gpt_jax.serve.answers import Chatting, Completing, Job, Served, chat_job, completion_job, echoes
 from gpt_jax.serve.gate import ApiError, Events, Gate, Rules, explained, read_body, while_here
@@ -35,16 +35,19 @@ PAGE = Path(__file__).with_name("page.html")
 class Service:
     """The models that are served, of which the first answers requests that name none."""
 
-    def __init__(self, worker: Worker, served: Sequence[Served], rules: Rules) -> None:
-        self.worker, self.rules = worker, rules
+    def __init__(
+        self, worker: Worker, served: Sequence[Served], rules: Rules, log: Callable[[str], None] | None = None
+    ) -> None:
+        """log: takes a line of JSON a request; None: standard error."""
+        self.worker, self.rules, self.log = worker, rules, log
         self.served = {one.name: one for one in served}
         self.first = served[0]
         self.metrics = Metrics(worker.engine)
         self.is_stopping = False
         self.page, self.policy = page()
 
-    def application(self, log: Callable[[str], None] | None) -> ASGIApp:
-        """The ASGI application. log: takes a line of JSON a request; None: standard error."""
+    def application(self) -> ASGIApp:
+        """The ASGI application."""
         paths: list[tuple[str, str, Callable[[Request], Awaitable[Any]]]] = [
             ("/", "GET", self.chat_page),
             ("/health", "GET", self.health),
@@ -62,7 +65,7 @@ class Service:
         app: ASGIApp = Router([Route(path, answer, methods=[method]) for path, method, answer in paths])
         if self.rules.origins:
             app = CORSMiddleware(app, allow_origins=self.rules.origins, allow_methods=["*"], allow_headers=["*"])
-        return Gate(app, self.rules, self.ended, log)
+        return Gate(app, self.rules, self.ended, self.log)
 
     def stop(self) -> None:
         """Refuses what is asked from now on."""
@@ -94,7 +97,7 @@ class Service:
 
     async def openapi(self, request: Request) -> Response:
         """The OpenAPI file."""
-        found = document(gpt_jax.__version__, bool(self.rules.keys))
+        found = document(version("gpt-jax"), bool(self.rules.keys))
         return Response(json.dumps(found), 200, None, "application/json")
 
     async def models(self, request: Request) -> Response:
@@ -150,7 +153,7 @@ class Service:
             return [await one(i, tokens) for i, tokens in enumerate(prompts)]
 
         async def one(i: int, tokens: list[int]) -> p.Embedding:
-            mean_D = np.mean((await self.worker.score(tokens)).hidden_TD, axis=0, dtype=np.float32)
+            mean_D = np.mean((await self.worker.score(tokens, served.adapter)).hidden_TD, axis=0, dtype=np.float32)
             if asked.encoding_format == "base64":
                 coded: Any = base64.b64encode(mean_D.astype("<f4").tobytes()).decode()
             else:

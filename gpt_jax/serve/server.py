@@ -6,7 +6,8 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
@@ -14,16 +15,14 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from gpt_jax.errors import UserError
-from gpt_jax.sample.engine import Engine
-from gpt_jax.sample.replicas import Replicas
-from gpt_jax.serve.answers import Served
-from gpt_jax.serve.gate import Rules
 from gpt_jax.serve.http import Service
-from gpt_jax.serve.worker import Worker
-from gpt_jax.tokenizer.tokenizer import Tokenizer
 
 IDLE_SECONDS = 30
 """Time after which a connection is closed on which nothing is asked, or whose request does not go on."""
+
+
+SECONDS_TO_END = 10
+"""Time after the time of grace in which requests are told that they end."""
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -63,14 +62,21 @@ class Protocol(H11Protocol):
 class Server(uvicorn.Server):
     """uvicorn's, which tells of signals, and after them ends as any other program does."""
 
-    def __init__(self, config: uvicorn.Config, stopping: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, service: Service, grace: int) -> None:
         super().__init__(config)
-        self.stopping = stopping
+        self.service, self.grace = service, grace
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Waits for what runs, but no longer than the time of grace; then it is told that it ends."""
+        asyncio.get_running_loop().call_later(self.grace, self.service.worker.abandon)
+        await super().shutdown(sockets)
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Takes SIGINT and SIGTERM inside."""
-        before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
+        is_main = threading.current_thread() is threading.main_thread()  # No other thread is told of signals.
+        taken = (signal.SIGINT, signal.SIGTERM) if is_main else ()
+        before = {number: signal.signal(number, self.handle_exit) for number in taken}
         try:
             yield
         finally:
@@ -79,42 +85,21 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begins to stop; a second SIGINT stops at once."""
-        self.stopping()
+        self.service.stop()
         super().handle_exit(sig, frame)
 
 
-def serve(
-    engine: Engine | Replicas,
-    tokenizer: Tokenizer,
-    names: Sequence[str],
-    rules: Rules,
-    bound: socket.socket,
-    grace: int,
-    say: Callable[[str], None],
-) -> int:
+async def serve(service: Service, bound: socket.socket, grace: int, say: Callable[[str], None]) -> int:
     """Serves until a signal, and then for up to `grace` seconds what was asked before; returns the exit status.
 
-    names: those of the model. say: tells the user, once, that the server is ready.
+    say: is told the address, once all is ready.
     """
-    return asyncio.run(_serve(engine, tokenizer, names, rules, bound, grace, say))
-
-
-async def _serve(
-    engine: Engine | Replicas,
-    tokenizer: Tokenizer,
-    names: Sequence[str],
-    rules: Rules,
-    bound: socket.socket,
-    grace: int,
-    say: Callable[[str], None],
-) -> int:
     allow_many_files()
-    worker = Worker(engine, asyncio.get_running_loop())
-    service = Service(worker, [Served(name, tokenizer, worker) for name in names], rules)
+    worker = service.worker
     options: dict[str, Any] = {"http": Protocol, "ws": "none", "lifespan": "off", "log_level": "warning"}
     options |= {"access_log": False, "server_header": False, "proxy_headers": False}
-    options |= {"timeout_keep_alive": IDLE_SECONDS, "timeout_graceful_shutdown": grace}
-    server = Server(uvicorn.Config(service.application(None), **options), service.stop)
+    options |= {"timeout_keep_alive": IDLE_SECONDS, "timeout_graceful_shutdown": grace + SECONDS_TO_END}
+    server = Server(uvicorn.Config(service.application(), **options), service, grace)
 
     def changed() -> None:
         if worker.failure:

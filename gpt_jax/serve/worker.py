@@ -31,6 +31,10 @@ class EngineError(Exception):
     """The engine failed, and a request is lost by that."""
 
 
+class StoppedError(Exception):
+    """The server ends before a request has."""
+
+
 @dataclass
 class Piece:
     """What has been added to one of a work's texts. The token that ended it, and a stop string, are among its tokens,
@@ -74,8 +78,10 @@ class Work:
 class Worker:
     """An engine with its thread."""
 
-    def __init__(self, engine: Engine | Replicas, loop: asyncio.AbstractEventLoop) -> None:
-        self.engine, self.loop = engine, loop
+    loop: asyncio.AbstractEventLoop
+
+    def __init__(self, engine: Engine | Replicas) -> None:
+        self.engine = engine
         self.context_length = engine.model.config.context_length
         self.inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self.asides: deque[Callable[[], None]] = deque()  # What waits until no prompt is half read.
@@ -88,13 +94,18 @@ class Worker:
     # For the event loop.
 
     def start(self, changed: Callable[[], None] = lambda: None) -> None:
-        """Compiles, then works until it is stopped. changed: is called on the loop once it is ready, or has failed."""
-        self.changed = changed
+        """Compiles, then works until it is stopped, for the running event loop. changed: is called on it once the
+        worker is ready, and if it fails."""
+        self.loop, self.changed = asyncio.get_running_loop(), changed
         self.thread.start()
 
     def stop(self) -> None:
         """Ends the thread, once it has done what it does; what was not done is lost."""
         self.inbox.put(self._stop)
+
+    def abandon(self) -> None:
+        """Ends all works by a StoppedError."""
+        self.inbox.put(self._abandon)
 
     def submit(self, work: Work) -> None:
         """Lets the engine take a work; see `Work.accepted`."""
@@ -104,7 +115,7 @@ class Worker:
         """Ends what is left of a work."""
         self.inbox.put(functools.partial(self._cancel, work))
 
-    async def score(self, tokens: Sequence[int]) -> Scores:
+    async def score(self, tokens: Sequence[int], adapter: int = 0) -> Scores:
         """See Engine.score."""
         answer: asyncio.Queue[Any] = asyncio.Queue()
         asker = asyncio.current_task()
@@ -113,7 +124,7 @@ class Worker:
             if asker is not None and asker.done():
                 return  # The client has left.
             try:
-                self._post(answer, self.engine.score(tokens))
+                self._post(answer, self.engine.score(tokens, adapter))
             except UserError as e:
                 self._post(answer, e)
             except Exception as e:
@@ -158,6 +169,10 @@ class Worker:
     def _stop(self) -> None:
         self.is_stopped = True
 
+    def _abandon(self) -> None:
+        for work in {work for work, _ in self.writing.values()}:
+            self._end(work, StoppedError())
+
     def _submit(self, work: Work) -> None:
         try:
             for index in range(len(work.rows)):
@@ -199,6 +214,8 @@ class Worker:
         n = len(result.tokens)
         try:
             text = "".join(row.take(progress))
+            if row.error:
+                raise row.error
         except Exception as e:
             self._end(work, EngineError(str(e) if isinstance(e, UserError) else describe(e)))
             return
@@ -216,14 +233,13 @@ class Worker:
     def _recover(self, error: Exception, suspects: Collection[int]) -> None:
         """Asks the engine for the rest of the requests that it has forgotten, but for those that made it fail.
 
-        That is the one whose prompt was being read, or else one of those that were written: each of them may be tried
-        once more. What was drawn stays; its keys and values are computed again, all together, and so are rounded in
-        another way.
+        Those are among the suspects, of which each is tried once more. What was drawn stays; its keys and values are
+        computed again, all together, and so are rounded in another way.
         """
         traceback.print_exception(error)
         lost = [(number, *self.writing[number]) for number in self.engine.lost if number in self.writing]
         for work in {work for number, work, _ in lost if number in suspects}:
-            work.tries += 1 if len(suspects) > 1 else TRIES
+            work.tries += 1
             if work.tries > TRIES:
                 self._end(work, EngineError(describe(error)))
         for number, work, index in lost:
