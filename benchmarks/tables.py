@@ -251,7 +251,7 @@ def load(rows: Rows) -> list[str]:
             Column("ms a token", figure("token_ms"), best=min),
             Column("at the 99th percentile", figure("token_ms_p99"), best=min),
             Column("s an answer", figure("answer_seconds"), best=min),
-            Column("failed", figure("failed")),
+            Column("failed", lambda figures: figures["failed"]["max"], "{:.0f}".format),
             memory,
             Column("peak memory", figure("peak_bytes"), md.memory, min),
         ],
