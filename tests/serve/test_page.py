@@ -55,6 +55,7 @@ def test_an_answer_is_shown_as_it_comes(page: Page) -> None:
     page.server.give(1)
     page.reads("article.assistant .body", "One two")
     assert "three" not in page.text("article.assistant .body")
+    assert page.text("#live") == "The answer begins."  # Who listens does not hear each token.
     page.server.give(1)
     page.reads("#send", "Send")
     assert page.bodies() == ["Count", "One two three."]
