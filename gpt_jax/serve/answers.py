@@ -174,7 +174,7 @@ class Spelling:
 
     def bytes_of(self, token: int) -> bytes:
         """What a token stands for."""
-        return self.tokenizer.token_bytes[token]
+        return self.tokenizer.decode([token]).encode()
 
     def text_of(self, token: int) -> str:
         """The same as text, in which bytes that are no whole character are U+FFFD."""
