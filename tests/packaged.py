@@ -35,8 +35,14 @@ def downloaded_by_npm(config: pytest.Config, name: str, package: str) -> Path:
     return _downloaded(config, name, package, npm, unpack) / "package"
 
 
+def npm_installed(config: pytest.Config, name: str, *packages: str) -> Path:
+    """A folder in which packages of npm are installed, with all that they need; like `downloaded`."""
+    npm = ["npm", "install", "--silent", "--no-audit", "--no-fund", "--ignore-scripts", *packages, "--prefix"]
+    return _downloaded(config, name, f"{name}-{'-'.join(packages).replace('/', '_')}", npm, None)
+
+
 def _downloaded(
-    config: pytest.Config, name: str, package: str, command: list[str], unpack: Callable[[Path, Path], None]
+    config: pytest.Config, name: str, package: str, command: list[str], unpack: Callable[[Path, Path], None] | None
 ) -> Path:
     cache = config.cache
     assert cache is not None
@@ -53,8 +59,9 @@ def _downloaded(
             if failed:
                 give_up = pytest.fail if os.environ.get("CI") else pytest.skip
                 give_up(f"{package} cannot be downloaded: {why[-1]}")
-            [archive] = [*folder.glob("*.whl"), *folder.glob("*.tar.gz"), *folder.glob("*.tgz")]
-            unpack(archive, folder)
-            archive.unlink()
+            if unpack:
+                [archive] = [*folder.glob("*.whl"), *folder.glob("*.tar.gz"), *folder.glob("*.tgz")]
+                unpack(archive, folder)
+                archive.unlink()
             complete.touch()
     return folder

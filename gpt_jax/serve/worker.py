@@ -214,6 +214,8 @@ class Worker:
         n = len(result.tokens)
         try:
             text = "".join(row.take(progress))
+            if row.error:
+                raise row.error
         except Exception as e:
             self._end(work, EngineError(str(e) if isinstance(e, UserError) else describe(e)))
             return

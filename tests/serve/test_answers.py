@@ -164,10 +164,10 @@ def test_bias_and_penalties_matter(server: Running) -> None:
         answer = server.post("/v1/completions", prompt=PROMPT, max_tokens=60, temperature=0, **body)
         return str(answer["choices"][0]["text"])
 
-    bias = {"121": 100, "122": 100}  # y and z, of which the model prefers one.
-    assert text(logit_bias=bias) in ("y" * 60, "z" * 60)
-    assert {"y", "z"} <= set(text(logit_bias=bias, frequency_penalty=2))
-    assert {"y", "z"} <= set(text(logit_bias=bias, repetition_penalty=1e6))
+    bias = {str(ord("z")): 100}
+    assert text(logit_bias=bias) == "z" * 60
+    assert len(set(text(logit_bias=bias, frequency_penalty=2))) > 1
+    assert len(set(text(logit_bias=bias, repetition_penalty=1e6))) > 1
 
 
 def test_what_was_read_before_is_counted(server: Running) -> None:
