@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from gpt_jax.model import cache as kv
 from gpt_jax.model.gpt import GPT, Params
+from gpt_jax.model.lora import for_rows
 
 
 def init_params(model: GPT, key: jax.Array) -> Params:
@@ -39,8 +40,11 @@ def forward_cached(
 ) -> tuple[jax.Array, kv.Cache]:
     """The hidden states (B, T, D) of tokens at positions from start_B on, and the cache with these tokens added.
 
-    With T = 1 each row has a position of its own; with more, the rows all begin at start_B[0].
+    With T = 1 each row has a position of its own; with more, the rows all begin at start_B[0]. `scales_BR` in the
+    parameters, if it is there, has the scales of each row's adapter, see `lora.Adapters`.
     """
+    if "scales_BR" in params:
+        params = params | {"layers": tuple(for_rows(layer, params["scales_BR"]) for layer in params["layers"])}
     positions_BT = start_B[:, None] + jnp.arange(tokens_BT.shape[1])
     args = {"params": params}, tokens_BT, None, None, positions_BT, cache
     return cast(tuple[jax.Array, kv.Cache], model.apply(*args))

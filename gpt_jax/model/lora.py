@@ -1,11 +1,17 @@
-"""Adapters (Hu et al. 2022): the product that they add to a linear layer, and their place in the parameter tree."""
+"""Adapters (Hu et al. 2022): the product that they add to a linear layer, and their place in the parameter tree.
 
-from typing import Any
+Those of one run are trained by `AdaptedLinear`, and folded into the matrices for use. Those of several runs are joined
+to `Adapters`, beside the matrices, of which each row of a batch has its own.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from gpt_jax.config import LORA_TARGETS, LoraConfig, ModelConfig
 from gpt_jax.model.layers import INIT_STD, Linear, dropout, fold_in
@@ -84,3 +90,52 @@ def fold(params: Any, lora: LoraConfig) -> Any:
             params["lora_a"], params["lora_b"], precision="highest"
         )
     return folded
+
+
+class Adapters(NamedTuple):
+    """The adapters of several runs on one model, joined along their ranks, R in all: float32 NumPy arrays.
+
+    layers: for each layer, a tree like that of its parameters, which has `lora_a_RD` and `lora_b_FR`, as kernels are
+    laid out for decoding, in each linear layer that a run adapts. They are 0 in the ranks of the others. scales_AR:
+    row i has alpha / rank in the ranks of the i-th run, counted from 1, and 0 elsewhere; row 0 is the model without
+    adapters.
+    """
+
+    layers: tuple[Any, ...]
+    scales_AR: np.ndarray
+
+    @property
+    def n(self) -> int:
+        """The number of runs."""
+        return len(self.scales_AR) - 1
+
+
+def joined(runs: Sequence[tuple[Any, LoraConfig]]) -> Adapters:
+    """The adapters of runs on one model, each a tree of the adapters alone, see `split`, with their configuration."""
+    R = sum(lora.rank for _, lora in runs)
+    scales_AR = np.zeros((1 + len(runs), R), np.float32)
+    leaves: dict[tuple[str, ...], np.ndarray] = {}  # With axes L, R, and D or F.
+    first = 0
+    for number, (params, lora) in enumerate(runs, 1):
+        own = slice(first, first + lora.rank)
+        scales_AR[number, own] = lora.alpha / lora.rank
+        for path, leaf in flatten_dict(params["layers"]).items():
+            values = np.swapaxes(leaf, 1, 2) if path[-1] == "lora_a" else np.asarray(leaf)
+            whole = leaves.setdefault(path, np.zeros((len(values), R, values.shape[2]), np.float32))
+            whole[:, own] = values
+        first += lora.rank
+
+    def layer(i: int) -> Any:
+        a_RD = {(*path[:-1], "lora_a_RD"): x[i] for path, x in leaves.items() if path[-1] == "lora_a"}
+        b_FR = {(*path[:-1], "lora_b_FR"): x[i].T for path, x in leaves.items() if path[-1] == "lora_b"}
+        return unflatten_dict(a_RD | b_FR)
+
+    return Adapters(tuple(map(layer, range(len(next(iter(leaves.values())))))), scales_AR)
+
+
+def for_rows(params: Any, scales_BR: jax.Array) -> Any:
+    """The parameters of a layer for rows with these scales of adapters, which stand beside the adapters."""
+    if not isinstance(params, dict):
+        return params
+    layer = {name: for_rows(value, scales_BR) for name, value in params.items()}
+    return {**layer, "scales_BR": scales_BR} if "lora_a_RD" in layer else layer

@@ -19,13 +19,16 @@ seventh longer; and results that fit no cache, such as the logits of 64 rows, wo
 def product(x: jax.Array, weights: Mapping[str, jax.Array], dtype: DTypeLike) -> jax.Array:
     """x (..., D) times the matrix of a linear layer, in `dtype`: (N, F), or (..., F) where sequences are divided.
 
-    weights: the layer's parameters, with `kernel`, or with `kernel_FD` from `sample.decode.prepare_params`.
+    weights: the layer's parameters, with `kernel`, or with `kernel_FD` from `sample.decode.prepare_params`, and there
+    may be `lora.Adapters` beside that.
     """
     if "kernel_FD" in weights:
         x_ND, kernel_FD = x.reshape(-1, x.shape[-1]).astype(dtype), weights["kernel_FD"]
         if "scale_F" in weights:
-            return int8_product(x_ND, kernel_FD, weights["scale_F"], dtype)
-        return decoding_product(x_ND, kernel_FD.astype(dtype), dtype)
+            y_NF = int8_product(x_ND, kernel_FD, weights["scale_F"], dtype)
+        else:
+            y_NF = decoding_product(x_ND, kernel_FD.astype(dtype), dtype)
+        return y_NF + adapters_product(x_ND, weights, dtype) if "scales_BR" in weights else y_NF
     return plain_product(x, weights["kernel"], dtype)
 
 
@@ -126,6 +129,14 @@ def int16_product(x_D: jax.Array, kernel_FD: jax.Array) -> jax.Array:
     """kernel @ x, int32 (F,), where x is int16 and kernel int8. Where the compiler sees both conversions, it takes the
     processor's instruction for products of int16, which is faster than that for int32."""
     return jnp.dot(x_D.astype(jnp.int32), kernel_FD.astype(jnp.int32).T)
+
+
+def adapters_product(x_ND: jax.Array, weights: Mapping[str, jax.Array], dtype: DTypeLike) -> jax.Array:
+    """What adapters add to the product of each row, in `dtype` (N, F). All rows are multiplied by all adapters, and
+    those that are not a row's own are scaled by 0, so that one program serves every choice."""
+    inner_NR, scales_BR = decoding_product(x_ND, weights["lora_a_RD"], jnp.float32), weights["scales_BR"]
+    scaled_NR = inner_NR * jnp.repeat(scales_BR, len(x_ND) // len(scales_BR), axis=0)
+    return decoding_product(scaled_NR.astype(dtype), weights["lora_b_FR"], dtype)
 
 
 def scale_of(name: str) -> str:

@@ -18,10 +18,12 @@ from typing import NamedTuple, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from gpt_jax.errors import UserError
 from gpt_jax.model import cache as kv
 from gpt_jax.model.gpt import GPT, Params
+from gpt_jax.model.lora import Adapters, join
 from gpt_jax.model.sharding import BATCH_AXES, mesh_of
 from gpt_jax.runtime import platform_name
 from gpt_jax.sample.constraint import Constraint
@@ -29,6 +31,7 @@ from gpt_jax.sample.decode import (
     BLOCK,
     STOP_IDS,
     Block,
+    Scores,
     bucket,
     chunk_sizes,
     decode_n,
@@ -40,6 +43,7 @@ from gpt_jax.sample.decode import (
     prefill_chunk,
     prefill_short,
     prepare_params,
+    score_chunk,
 )
 from gpt_jax.sample.prefixes import Prefixes
 from gpt_jax.sample.scheduler import Scheduler, Ticket
@@ -74,12 +78,20 @@ class Request:
     start: int = 0  # The first token that the model reads.
     alternatives: int = 0  # Most probable tokens whose log-probabilities are wanted, at each step.
     client: str = ""  # Clients take turns.
+    adapter: int = 0  # The number of the adapters to write with, those of the engine; 0: the model without any.
     constraint: Constraint | None = None  # Which tokens may come next; it has taken those that were drawn earlier.
 
     @property
     def places(self) -> int:
         """The places of a cache that the sequence needs at most."""
         return len(self.tokens) - self.start - 1 + self.max_new_tokens
+
+
+class Prompt(NamedTuple):
+    """What is read before a sequence writes: all its tokens but the last, which the first block reads."""
+
+    tokens: list[int]
+    adapter: int = 0
 
 
 class Progress(NamedTuple):
@@ -106,19 +118,19 @@ class Task:
 
     request: Request
     ticket: Ticket
-    prompt: list[int]  # What is read before it writes: all tokens but the last, which the first block reads.
+    prompt: Prompt
     left: int  # Tokens that are still to come, at most.
     computed: int = 0  # Tokens of the prompt that were read for it.
 
     @property
     def reused(self) -> int:
         """Tokens of the prompt whose keys and values were there."""
-        return len(self.prompt) - self.computed
+        return len(self.prompt.tokens) - self.computed
 
 
 @dataclass
 class Counts:
-    """What an engine has done so far."""
+    """What an engine has done so far, or several have together."""
 
     requests: int = 0
     cancelled: int = 0
@@ -136,6 +148,7 @@ class Engine:
     prompts that were read, besides the last one, which is always kept. most_waiting, most_waiting_tokens: bounds on the
     requests that wait, and on their tokens. chunks_a_turn: chunks that are read between two blocks; with 1, those who
     write are held up least, and with more, all are done sooner, since a block takes as long for few as for many.
+    adapters: of which each request names its own, or none.
 
     The caches grow with the longest sequence that was asked for, up to the model's context, by powers of two; `reserve`
     makes room at once.
@@ -155,20 +168,24 @@ class Engine:
         chunks_a_turn: int = 1,
         most_waiting: int = 2**31,
         most_waiting_tokens: int = 2**31,
+        adapters: Adapters | None = None,
     ) -> None:
         c = model.config
-        self.model, self.params = model, prepare_params(params, c)
+        self.model, self.adapters, self.n_adapters = model, adapters, 0 if adapters is None else adapters.n
         self.mesh = mesh_of(params)
-        self.device = next(iter(jax.tree.leaves(self.params)[0].devices()))
+        self.device = next(iter(jax.tree.leaves(params)[0].devices()))
+        self.params = self._prepared(params)
         parts = 1 if self.mesh is None else math.prod(self.mesh.shape[axis] for axis in BATCH_AXES)
         self.n_slots, self.n_tokens = -(-n_slots // parts) * parts, n_tokens or c.vocab_size
         self.chunk = chunk_sizes(c)[-1]
         self.places = self.chunk // 2
-        chunk_bytes = 2 * c.n_layer * c.kv_heads * self.chunk * c.head_dim * jnp.dtype(c.dtype).itemsize
-        self.n_kept = prefix_bytes // chunk_bytes  # Chunks.
+        self.n_kept = prefix_bytes // kv.cache_bytes(c, self.chunk)  # Chunks.
         self.limits, self.chunks_a_turn = (most_waiting, most_waiting_tokens), chunks_a_turn
         self.counts = Counts()
         self.next_id = 0
+        # The requests that were forgotten when something was raised last, and those that it may have been because of.
+        self.lost: list[int] = []
+        self.suspects: list[int] = []
         self.reset()
 
     def reset(self) -> None:
@@ -186,6 +203,7 @@ class Engine:
         self.scheduler = Scheduler(self.n_slots, *self.limits)
         self.tasks: dict[int, Task] = {}  # By id.
         self.dropped = np.ones(self.n_slots, bool)  # Slots that the device has to make idle.
+        self.adapter_S = np.zeros(self.n_slots, np.int64)  # The number of the adapters of the sequence in a slot.
         self.ends = np.zeros(self.n_slots, np.int64)  # The places that the sequence in a slot will need at most.
         self.filled = np.zeros(self.n_slots, np.int64)  # Those that it may need after the blocks that were started.
         self.is_new = False  # True when a sequence was inserted since the last block.
@@ -193,19 +211,19 @@ class Engine:
 
     def forget(self) -> None:
         """Forgets what was read, so that prompts are read anew."""
-        self.held: list[int] = []  # The tokens in the cache of a prompt.
-        self.short_held: list[list[int]] = []  # Those of the short prompts that were read together last,
+        self.held = Prompt([])  # What is in the cache of a prompt.
+        self.short_held: list[Prompt] = []  # The short prompts that were read together last,
         self.short_cache: kv.Cache = ()  # and their cache.
         self.prefixes = Prefixes(self.n_kept, self.chunk)
 
-    def submit(self, request: Request) -> int:
+    def submit(self, request: Request, is_new: bool = True) -> int:
         """Lets a request wait for its turn; returns its id. Raises UserError when it cannot be answered, and
-        QueueFullError when too many wait."""
-        check_request(request, self.model, self.n_tokens)
+        QueueFullError when it is new, and too many wait."""
+        check_request(request, self.model, self.n_tokens, self.n_adapters)
         ticket = Ticket(self.next_id, request.places, request.client)
-        prompt = list(request.tokens[request.start : -1])
+        prompt = Prompt(list(request.tokens[request.start : -1]), request.adapter)
         with self._or_reset():
-            self.scheduler.add(ticket)
+            self.scheduler.add(ticket, is_new)
             self.tasks[ticket.id] = Task(request, ticket, prompt, request.max_new_tokens)
             self.next_id += 1
             self.counts.requests += 1
@@ -223,6 +241,16 @@ class Engine:
         """True when there is nothing to do."""
         return not self.tasks and self.pending is None
 
+    @property
+    def is_reading(self) -> bool:
+        """True when a part of a prompt has been read, which `score` would forget."""
+        return bool(self.scheduler.reading)
+
+    @property
+    def occupancy(self) -> tuple[int, int]:
+        """How many requests wait, and how many slots are taken."""
+        return self.scheduler.n_waiting, len(self.scheduler.reading) + len(self.scheduler.writing)
+
     def turn(self) -> list[Progress]:
         """Goes on with all requests, and returns what has become of them since the last turn."""
         with self._or_reset():
@@ -236,15 +264,62 @@ class Engine:
                 taken = list(self._take(before))
             return taken
 
-    def read(self, tokens: Sequence[int]) -> None:
+    def read(self, tokens: Sequence[int], adapter: int = 0) -> None:
         """Reads the whole chunks of a prompt to come, as far as they fit into the context, while nothing else is to be
         done. Does not wait for the device."""
         n = min(len(tokens), self.model.config.context_length)
-        tokens = list(tokens[: n // self.chunk * self.chunk])
+        prompt = Prompt(list(tokens[: n // self.chunk * self.chunk]), adapter)
+        with self._or_reset():
+            self.reserve(len(prompt.tokens))
+            while not self._holds(prompt):
+                self._read_chunk(prompt)
+
+    def score(self, tokens: Sequence[int], adapter: int = 0) -> Scores:
+        """What the model says of each token's successor, which is unknown after the last: NumPy arrays.
+
+        Reads them as prompts are read, but anew, and waits for the device. What was read of a prompt to come is lost.
+        """
+        check_request(Request(tokens, 1, adapter=adapter), self.model, self.n_tokens, self.n_adapters)
+        T, params = self.chunk, self._params_for([adapter])
+        found: list[Scores] = []
         with self._or_reset():
             self.reserve(len(tokens))
-            while not self._holds(tokens):
-                self._read_chunk(tokens)
+            self.held = Prompt([])
+            for n in range(0, len(tokens), T):
+                chunk, following = (list(tokens[i : i + T]) for i in (n, n + 1))
+                padded = np.array([chunk + [0] * (T - len(chunk))], np.int32)
+                next_T = np.array(following + [0] * (T - len(following)), np.int32)
+                self.prompt_cache, scores = self._call(
+                    score_chunk, params, self.prompt_cache, padded, next_T, np.int32(n), self.n_tokens
+                )
+                found.append(jax.tree.map(lambda x: x[: len(chunk)], jax.device_get(scores)))  # noqa: B023
+        return jax.tree.map(lambda *parts: np.concatenate(parts), *found)
+
+    def compile(self) -> None:
+        """Compiles all that requests may need within the room that was reserved, so that none of them waits for it."""
+        c = self.model.config
+        row = make_row(c, [0], 0, 0, Filters(), ())  # Of an idle slot.
+
+        def put(cache: kv.Cache) -> None:
+            self.state = self._call(insert, self.state, np.int32(0), row, cache, np.int32(0), np.int32(0))
+
+        with self._or_reset():
+            self.held = Prompt([])
+            for size in chunk_sizes(c):
+                tokens_1T, params = np.zeros((1, size), np.int32), self._params_for([0])
+                self.prompt_cache = self._call(prefill_chunk, params, self.prompt_cache, tokens_1T, np.int32(0))
+                if (rows := self._rows(size)) > 1:
+                    tokens_PT, params = np.zeros((rows, size), np.int32), self._params_for([0] * rows)
+                    put(self._call(prefill_short, params, tokens_PT))
+            put(self.prompt_cache)
+            if self.kept:
+                for target, source in (("kept", "prompt_cache"), ("prompt_cache", "kept")):
+                    self._move(target, source, [(0, 0, 0, 0)])
+            keep_S = np.zeros(self.n_slots, bool)
+            for view in sorted({self._rounded(places) for places in range(1, self.places + 1)}):
+                params = self._params_for(self.adapter_S)
+                self.state, _ = self._call(decode_n, params, self.state, keep_S, np.int32(0), self.n_tokens, view)
+        self.score([0])
 
     @contextmanager
     def _or_reset(self) -> Iterator[None]:
@@ -256,6 +331,9 @@ class Engine:
         except UserError:
             raise
         except BaseException:
+            reading = [ticket.id for ticket in self.scheduler.reading]
+            self.suspects = reading or [ticket.id for ticket in self.scheduler.writing.values()]
+            self.lost = list(self.tasks)
             self.reset()
             raise
 
@@ -273,9 +351,23 @@ class Engine:
         must_wait = self.mesh is not None and platform_name(self.device) == "cpu"
         return jax.block_until_ready(result) if must_wait else result
 
+    def _prepared(self, params: Params) -> Params:
+        """The parameters, prepared for decoding, and the adapters beside the matrices; on a mesh, whole everywhere."""
+        c = self.model.config
+        prepared = prepare_params(params, c)
+        if self.adapters is None:
+            return prepared
+        where = SingleDeviceSharding(self.device) if self.mesh is None else NamedSharding(self.mesh, PartitionSpec())
+        layers = jax.tree.map(lambda x: jax.device_put(x.astype(c.dtype), where), self.adapters.layers)
+        return prepared | {"layers": tuple(map(join, prepared["layers"], layers))}
+
+    def _params_for(self, adapters: Sequence[int] | np.ndarray) -> Params:
+        """The parameters for rows with these adapters."""
+        return self.params if self.adapters is None else self.params | {"scales_BR": self.adapters.scales_AR[adapters]}
+
     def replace_params(self, params: Params) -> None:
         """Takes other weights, placed like those before. Forgets all requests, and all that was read."""
-        self.params = prepare_params(params, self.model.config)
+        self.params = self._prepared(params)
         self._forget_requests()
         self.forget()
 
@@ -302,19 +394,19 @@ class Engine:
             if not self._is_read(task.prompt):
                 if n_chunks == self.chunks_a_turn:
                     return
-                if self._rows(len(task.prompt)) > 1:
+                if self._rows(len(task.prompt.tokens)) > 1:
                     self._read_short(task)
                 else:
-                    self.reserve(len(task.prompt))
+                    self.reserve(len(task.prompt.tokens))
                     task.computed += self._read_chunk(task.prompt)
                 n_chunks += 1
             for ticket in list(self.scheduler.reading):
                 if self._is_read(self.tasks[ticket.id].prompt):
                     self._insert(self.tasks[ticket.id])
 
-    def _is_read(self, tokens: list[int]) -> bool:
-        """True when the tokens are in the cache of prompts of their length."""
-        return tokens in self.short_held if self._rows(len(tokens)) > 1 else self._holds(tokens)
+    def _is_read(self, prompt: Prompt) -> bool:
+        """True when the prompt is in the cache of prompts of its length."""
+        return prompt in self.short_held if self._rows(len(prompt.tokens)) > 1 else self._holds(prompt)
 
     def _size(self, n: int) -> int:
         """The least size of a chunk for n tokens."""
@@ -326,50 +418,59 @@ class Engine:
 
     def _read_short(self, task: Task) -> None:
         """Reads a short prompt, and those behind it that are as short."""
-        size, rows = self._size(len(task.prompt)), self._rows(len(task.prompt))
+        n = len(task.prompt.tokens)
+        size, rows = self._size(n), self._rows(n)
         self.short_held = [task.prompt]
-        task.computed = len(task.prompt)
+        task.computed = n
 
         def fits(ticket: Ticket) -> bool:
             prompt = self.tasks[ticket.id].prompt
             if prompt in self.short_held:
                 return True
-            return len(self.short_held) < rows and 0 < len(prompt) < self.chunk and self._size(len(prompt)) == size
+            n = len(prompt.tokens)
+            return len(self.short_held) < rows and 0 < n < self.chunk and self._size(n) == size
 
         while ticket := self.scheduler.take(fits):
             other = self.tasks[ticket.id]
             if other.prompt not in self.short_held:
                 self.short_held.append(other.prompt)
-                other.computed = len(other.prompt)
-        tokens_PT = np.zeros((rows, size), np.int32)
-        for padded, tokens in zip(tokens_PT, self.short_held, strict=False):
-            padded[: len(tokens)] = tokens
-        self.short_cache = self._call(prefill_short, self.params, tokens_PT)
+                other.computed = len(other.prompt.tokens)
+        tokens_PT, adapter_P = np.zeros((rows, size), np.int32), np.zeros(rows, np.int64)
+        for i, prompt in enumerate(self.short_held):
+            tokens_PT[i, : len(prompt.tokens)], adapter_P[i] = prompt
+        self.short_cache = self._call(prefill_short, self._params_for(adapter_P), tokens_PT)
         self.counts.chunks += 1
 
-    def _holds(self, tokens: list[int]) -> bool:
-        """True when all of the tokens have been read, as they are read when nothing is there."""
+    def _holds(self, prompt: Prompt) -> bool:
+        """True when all of the prompt has been read, as it is read when nothing is there."""
+        tokens, held = prompt.tokens, self._held_by(prompt.adapter)
         n = len(tokens) // self.chunk * self.chunk  # The rest is padded by itself, and so must be the same.
-        return self.held[:n] == tokens[:n] and (len(tokens) == n or self.held == tokens)
+        return held[:n] == tokens[:n] and (len(tokens) == n or held == tokens)
 
-    def _read_chunk(self, tokens: list[int]) -> int:
+    def _held_by(self, adapter: int) -> list[int]:
+        """The tokens in the cache of a prompt, if they were read with these adapters."""
+        return self.held.tokens if self.held.adapter == adapter else []
+
+    def _read_chunk(self, prompt: Prompt) -> int:
         """Reads the chunk after the longest prefix that is there; returns the number of tokens that were computed."""
-        n = whole_chunks_alike(self.held, tokens, self.chunk)
-        places = self.prefixes.find((), tokens)
+        tokens, adapter = prompt
+        n = whole_chunks_alike(self._held_by(adapter), tokens, self.chunk)
+        places = self.prefixes.find(adapter, tokens)
         if len(places) * self.chunk > n:
             first, n = n // self.chunk, len(places) * self.chunk
             self._move("prompt_cache", "kept", [(0, i * self.chunk, places[i], 0) for i in range(first, len(places))])
-            self.held = tokens[:n]
-            if self._holds(tokens):
+            self.held = Prompt(tokens[:n], adapter)
+            if self._holds(prompt):
                 return 0
         part = tokens[n : n + self.chunk]
         padded = np.zeros((1, self._size(len(part))), np.int32)
         padded[0, : len(part)] = part
-        self.prompt_cache = self._call(prefill_chunk, self.params, self.prompt_cache, padded, np.int32(n))
-        self.held = tokens[: n + len(part)]
+        params = self._params_for([adapter])
+        self.prompt_cache = self._call(prefill_chunk, params, self.prompt_cache, padded, np.int32(n))
+        self.held = Prompt(tokens[: n + len(part)], adapter)
         self.counts.chunks += 1
         if len(part) == self.chunk and self.kept:
-            place = self.prefixes.add((), self.held)
+            place = self.prefixes.add(adapter, self.held.tokens)
             if place is not None:
                 self._move("kept", "prompt_cache", [(place, 0, 0, n)])
         return len(part)
@@ -404,7 +505,7 @@ class Engine:
         if self._rows(length) > 1:
             cache, at = self.short_cache, self.short_held.index(task.prompt)
         self.state = self._call(insert, self.state, np.int32(slot), row, cache, np.int32(at), np.int32(n_chunks))
-        self.filled[slot], self.ends[slot] = length, request.places
+        self.filled[slot], self.ends[slot], self.adapter_S[slot] = length, request.places, request.adapter
         self.dropped[slot], self.is_new = False, True
         self.counts.prompt_tokens += length
         self.counts.reused_tokens += task.reused
@@ -453,9 +554,8 @@ class Engine:
         view = max(self._rounded(int(self.filled[slots].max())), min(self.places, self.chunk))
         if n == 1 and 2 * view >= self.places:  # For one token, to read all places is faster than to take some out.
             view = self.places
-        self.state, block = self._call(
-            decode_n, self.params, self.state, ~self.dropped, np.int32(n), self.n_tokens, view
-        )
+        params = self._params_for(self.adapter_S)
+        self.state, block = self._call(decode_n, params, self.state, ~self.dropped, np.int32(n), self.n_tokens, view)
         self.dropped[:], self.is_new = False, False
         self.counts.blocks += 1
         return block, writing
@@ -506,7 +606,7 @@ def error_of(constraint: Constraint, tokens: Iterable[int]) -> Exception | None:
     return None
 
 
-def check_request(request: Request, model: GPT, n_tokens: int) -> None:
+def check_request(request: Request, model: GPT, n_tokens: int, n_adapters: int = 0) -> None:
     """Raises UserError when a request cannot be answered."""
     c, n = model.config, len(request.tokens) - request.start
     if n < 1:
@@ -526,6 +626,8 @@ def check_request(request: Request, model: GPT, n_tokens: int) -> None:
         raise UserError(f"{unknown[0]} is to end a text, and is no token")
     if unknown := [number for number in request.seed or () if not 0 <= number < 2**32]:
         raise UserError(f"a seed of {unknown[0]} is not possible: it is at least 0, and less than 2**32")
+    if not 0 <= request.adapter <= n_adapters:
+        raise UserError(f"adapter = {request.adapter} is not possible: it must be 0 (none) to {n_adapters}")
     for token, _ in request.filters.logit_bias:
         if token >= n_tokens:
             raise UserError(f"logit_bias names token {token}, and the tokenizer has {n_tokens}, from 0 on")
