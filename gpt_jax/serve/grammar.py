@@ -71,9 +71,9 @@ class Grammars:
     @functools.cached_property
     def vocabulary(self) -> LLTokenizer:
         """The tokens, arranged to find those that a grammar allows; that takes some tenths of a second."""
-        spelling = Spelling(self.tokenizer)
-        spelling.vocabulary = LLTokenizer(TokenizerWrapper(spelling), eos_token=sorted(self.tokenizer.stop_ids))
-        return spelling.vocabulary
+        terms = Terms(self.tokenizer)
+        terms.vocabulary = LLTokenizer(TokenizerWrapper(terms), eos_token=sorted(self.tokenizer.stop_ids))
+        return terms.vocabulary
 
     def compiled(self, grammar: str) -> Grammar:
         """A grammar in terms of llguidance.
@@ -110,10 +110,10 @@ class Grammars:
             raise UserError(f"response_format has a schema that cannot be used: {e}") from None
 
 
-class Spelling:
+class Terms:
     """A tokenizer in the terms of llguidance. Tokens that end a text are no part of it."""
 
-    vocabulary: LLTokenizer  # What is made of it.
+    vocabulary: LLTokenizer  # What llguidance makes of it.
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer

@@ -19,7 +19,7 @@ def answers(tokenizer: Tokenizer, grammars: Mapping[str, Grammar | None], **filt
     engine = Engine(GPT(config), tiny.random_params(config), 4, n_tokens=tokenizer.vocab_size)
     settings = Settings(500, seed=3, filters=Filters(**{"temperature": 1.5, "top_p": 1.0, **filters}))
     prompt = tokenizer.encode("JSON:")
-    rows = [Row(prompt, tokenizer, settings, i, grammar) for i, grammar in enumerate(grammars.values())]
+    rows = [Row(prompt, tokenizer, settings, i, constraint=grammar) for i, grammar in enumerate(grammars.values())]
     for _ in write(engine, rows):
         pass
     assert not [row.error for row in rows if row.error]
