@@ -28,7 +28,7 @@ from gpt_jax.model.gpt import GPT, Params
 from gpt_jax.model.head import logits_NV
 from gpt_jax.model.loss import nats_N
 from gpt_jax.model.sharding import BATCH_AXES, divide, in_parts, mesh_is_set, n_parts
-from gpt_jax.sample.filters import RowFilters, adjust, apply, draw, largest, row_filters
+from gpt_jax.sample.filters import RowFilters, adjust, apply, draw, keep_allowed, largest, only_if, row_filters
 from gpt_jax.sample.settings import MOST_ALTERNATIVES, MOST_STOP_IDS, Filters
 
 BLOCK = 32
@@ -55,6 +55,8 @@ class Row(NamedTuple):
     alternatives: jax.Array  # int32: how many of the most probable tokens are wanted.
     in_prompt: jax.Array  # bool (V,): tokens of the prompt, for penalties.
     counts: jax.Array  # int32 (V,): how often each token stands in the answer so far.
+    is_masked: jax.Array  # bool: only tokens that are allowed are drawn.
+    allowed: jax.Array  # uint32 (ceil(V / 32),): the tokens that may come next, as bits, see `Constraint.allowed`.
 
 
 class DecodeState(NamedTuple):
@@ -151,10 +153,12 @@ def make_row(
     start: int = 0,
     seed: tuple[int, int, int] = (0, 0, 0),
     alternatives: int = 0,
+    is_masked: bool = False,
 ) -> Row:
     """The row of a sequence whose tokens from `start` to the last but one are in the cache; NumPy arrays.
 
     The first n_prompt tokens are the prompt, the others were drawn. left: number of tokens that are still to be drawn.
+    is_masked: only tokens that are allowed are drawn, and none is allowed yet.
     """
     stops = np.full(STOP_IDS, -1, np.int32)
     stops[: len(stop_ids)] = list(stop_ids)
@@ -172,6 +176,8 @@ def make_row(
         np.int32(alternatives),
         in_prompt,
         counts,
+        np.bool_(is_masked),
+        np.zeros(-(-config.embedding_rows // 32), np.uint32),
     )
     return Row(*values)
 
@@ -337,6 +343,8 @@ def draw_tokens(rows: Row, logits_SV: jax.Array, n_alternatives: int) -> tuple[R
     is_drawn_S = rows.left > 0
     filters = rows.filters._replace(temperature_S=jnp.where(is_drawn_S, rows.filters.temperature_S, 0))
     adjusted_SV = adjust(filters, logits_SV, rows.in_prompt, rows.counts, is_drawn_S)
+    is_masked_S = is_drawn_S & rows.is_masked
+    adjusted_SV = only_if(jnp.any(is_masked_S), lambda x: keep_allowed(x, rows.allowed, is_masked_S), adjusted_SV)
     is_greedy_S = filters.temperature_S == 0
     best_S = first_largest(adjusted_SV)
 

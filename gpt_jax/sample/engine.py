@@ -3,11 +3,14 @@
 A turn of the engine reads at most one chunk of a prompt, starts one block of tokens on the device, and takes the tokens
 of the block before, while the device works on the new one. What is to be done is the scheduler's to say; what is
 computed is in decode.py. One thread uses an engine.
+
+While a request with a constraint writes, what may come next depends on the token before, for which the host waits: then
+a turn takes the tokens of the block before first, and a block is one token for all.
 """
 
 import math
 import secrets
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeVar
@@ -23,6 +26,7 @@ from gpt_jax.model.gpt import GPT, Params
 from gpt_jax.model.lora import Adapters, join
 from gpt_jax.model.sharding import BATCH_AXES, mesh_of
 from gpt_jax.runtime import platform_name
+from gpt_jax.sample.constraint import Constraint
 from gpt_jax.sample.decode import (
     BLOCK,
     STOP_IDS,
@@ -72,6 +76,7 @@ class Request:
     start: int = 0  # The first token that the model reads.
     alternatives: int = 0  # Most probable tokens whose log-probabilities are wanted, at each step.
     client: str = ""  # Clients take turns.
+    constraint: Constraint | None = None  # Which tokens may come next; it has taken those that were drawn earlier.
     adapter: int = 0  # The number of the adapters to write with, those of the engine; 0: the model without any.
 
     @property
@@ -91,7 +96,8 @@ class Progress(NamedTuple):
     """The next tokens of a request, one or more, or none at its end. The token that ends a text is one of them.
 
     logprobs: under the model, in nats. drawn_logprobs: under the distribution that the token was drawn from. Both are
-    float32. alternatives: for each token the most probable ones, with their log-probabilities under the model.
+    float32. alternatives: for each token the most probable ones, with their log-probabilities under the model. error:
+    with "constraint", what the request's constraint raised, or a UserError when it allowed no token.
     """
 
     id: int
@@ -99,8 +105,9 @@ class Progress(NamedTuple):
     logprobs: list[float]
     drawn_logprobs: list[float]
     alternatives: list[list[tuple[int, float]]]
-    finish_reason: str  # "": it goes on; "length"; "end_of_text", by a token of its stop_ids.
+    finish_reason: str  # "": it goes on; "length"; "end_of_text", by a token of its stop_ids; "constraint".
     reused_tokens: int  # Tokens of the prompt whose keys and values were there.
+    error: Exception | None = None
 
 
 @dataclass
@@ -112,6 +119,11 @@ class Task:
     prompt: Prompt
     left: int  # Tokens that are still to come, at most.
     computed: int = 0  # Tokens of the prompt that were read for it.
+
+    @property
+    def reused(self) -> int:
+        """Tokens of the prompt whose keys and values were there."""
+        return len(self.prompt.tokens) - self.computed
 
 
 @dataclass
@@ -216,13 +228,9 @@ class Engine:
     def cancel(self, id: int) -> None:
         """Ends a request, of which nothing more will be heard. One that has ended may be cancelled, too."""
         with self._or_reset():
-            task = self.tasks.pop(id, None)
-            if task is None:
-                return
-            if task.ticket.state == "writing":
-                self.dropped[task.ticket.slot] = True
-            self.scheduler.end(task.ticket)
-            self.counts.cancelled += 1
+            if id in self.tasks:
+                self._end(self.tasks[id])
+                self.counts.cancelled += 1
 
     @property
     def is_idle(self) -> bool:
@@ -233,8 +241,14 @@ class Engine:
         """Goes on with all requests, and returns what has become of them since the last turn."""
         with self._or_reset():
             self._read()
-            before, self.pending = self.pending, self._decode()
-            return [] if before is None else list(self._take(*before))
+            before, self.pending = self.pending, None
+            if self._constrained():
+                taken = [*self._take(before), *self._mask()]
+                self.pending = self._decode()
+            else:
+                self.pending = self._decode()
+                taken = list(self._take(before))
+            return taken
 
     def read(self, tokens: Sequence[int], adapter: int = 0) -> None:
         """Reads the whole chunks of a prompt to come, as far as they fit into the context, while nothing else is to be
@@ -419,6 +433,7 @@ class Engine:
             start=request.start,
             seed=fresh_seed() if request.seed is None else request.seed,
             alternatives=request.alternatives,
+            is_masked=request.constraint is not None,
         )
         length = int(row.length)
         self.reserve(request.places)
@@ -429,16 +444,47 @@ class Engine:
         self.filled[slot], self.ends[slot], self.adapter_S[slot] = length, request.places, request.adapter
         self.dropped[slot], self.is_new = False, True
         self.counts.prompt_tokens += length
-        self.counts.reused_tokens += length - task.computed
+        self.counts.reused_tokens += task.reused
         self.scheduler.write(task.ticket)
+
+    def _writing(self) -> list[Task]:
+        return [self.tasks[ticket.id] for ticket in self.scheduler.writing.values()]
+
+    def _constrained(self) -> list[tuple[Task, Constraint]]:
+        """Those that write and have a constraint."""
+        return [(task, c) for task in self._writing() if (c := task.request.constraint) is not None]
+
+    def _mask(self) -> Iterator[Progress]:
+        """Puts the tokens that are allowed next into the slots; ends the requests whose constraints allow none."""
+        rows = self.state.rows
+        allowed_SW = np.zeros(rows.allowed.shape, np.uint32)
+        for task, constraint in self._constrained():
+            try:
+                bits_W = constraint.allowed()
+                allowed_SW[task.ticket.slot, : len(bits_W)] = bits_W
+                if not bits_W.any():
+                    raise UserError("the answer's constraint allows no token here")
+            except Exception as e:
+                self._end(task)
+                yield Progress(task.ticket.id, [], [], [], [], "constraint", task.reused, e)
+        rows = rows._replace(allowed=jax.device_put(allowed_SW, rows.allowed.sharding))
+        self.state = self.state._replace(rows=rows)
+
+    def _end(self, task: Task) -> None:
+        """Forgets a request, whatever its state."""
+        del self.tasks[task.ticket.id]
+        if task.ticket.state == "writing":
+            self.dropped[task.ticket.slot] = True
+        self.scheduler.end(task.ticket)
 
     def _decode(self) -> tuple[Block, list[Task]] | None:
         """Starts a block on the device, if someone writes."""
-        writing = [self.tasks[ticket.id] for ticket in self.scheduler.writing.values()]
+        writing = self._writing()
         if not writing:
             return None
         # The first token of a sequence is waited for; after it, a call for more tokens costs less.
-        n = 1 if self.is_new else SHORT_BLOCK if self.scheduler.n_waiting or self.scheduler.reading else BLOCK
+        n = SHORT_BLOCK if self.scheduler.n_waiting or self.scheduler.reading else BLOCK
+        n = 1 if self.is_new or self._constrained() else n
         slots = [task.ticket.slot for task in writing]
         self.filled[slots] = np.minimum(self.filled[slots] + n, self.ends[slots])
         view = max(self._rounded(int(self.filled[slots].max())), min(self.places, self.chunk))
@@ -458,8 +504,11 @@ class Engine:
         most = -(-self.model.config.context_length // self.chunk)
         return bucket(-(-places // self.chunk), most, 1) * self.chunk
 
-    def _take(self, block: Block, writing: list[Task]) -> Iterator[Progress]:
-        """The tokens of a block, once the device has them."""
+    def _take(self, pending: tuple[Block, list[Task]] | None) -> Iterator[Progress]:
+        """The tokens of a block that was started, once the device has them."""
+        if pending is None:
+            return
+        block, writing = pending
         wanted = [task for task in writing if task.ticket.state == "writing"]  # The others were cancelled or are done.
         asks = any(task.request.alternatives for task in wanted)
         host = jax.device_get(block if asks else block[:4])
@@ -476,11 +525,21 @@ class Engine:
             task.left -= n
             self.counts.drawn_tokens += n
             reason = "end_of_text" if tokens[-1] in request.stop_ids else "" if task.left else "length"
+            error = None if request.constraint is None else error_of(request.constraint, tokens)
+            reason = reason if error is None else "constraint"
             if reason:
-                self.scheduler.end(task.ticket)
-                del self.tasks[task.ticket.id]
-            reused = len(task.prompt.tokens) - task.computed
-            yield Progress(task.ticket.id, tokens, logprobs, drawn_logprobs, alternatives, reason, reused)
+                self._end(task)
+            yield Progress(task.ticket.id, tokens, logprobs, drawn_logprobs, alternatives, reason, task.reused, error)
+
+
+def error_of(constraint: Constraint, tokens: Iterable[int]) -> Exception | None:
+    """What a constraint raises when it takes the tokens."""
+    try:
+        for token in tokens:
+            constraint.take(token)
+    except Exception as e:
+        return e
+    return None
 
 
 def check_request(request: Request, model: GPT, n_tokens: int, n_adapters: int = 0) -> None:

@@ -73,6 +73,13 @@ def adjust(
     return only_if(jnp.any(is_active_S & is_penalised_S), penalise, logits_SV)
 
 
+def keep_allowed(logits_SV: jax.Array, allowed_SW: jax.Array, is_masked_S: jax.Array) -> jax.Array:
+    """Keeps the tokens whose bits are set, see `Constraint.allowed`, in the rows that are masked."""
+    S, V = logits_SV.shape
+    bits_SV = (allowed_SW[:, :, None] >> jnp.arange(32, dtype=jnp.uint32) & 1).reshape(S, -1)[:, :V]
+    return jnp.where(is_masked_S[:, None] & (bits_SV == 0), -jnp.inf, logits_SV)
+
+
 def apply(filters: RowFilters, logits_SV: jax.Array) -> jax.Array:
     """The logits to draw from, at the row's temperature, filtered by top-k, then top-p, then min-p. Those of greedy
     rows are of no use.

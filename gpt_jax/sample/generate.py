@@ -10,6 +10,7 @@ import numpy as np
 
 from gpt_jax.errors import UserError
 from gpt_jax.model.gpt import GPT, Params
+from gpt_jax.sample.constraint import Constraint
 from gpt_jax.sample.engine import ALL_CHUNKS, Engine, Progress, Request
 from gpt_jax.sample.replicas import Replicas
 from gpt_jax.sample.settings import Settings
@@ -26,7 +27,7 @@ class Result:
     logprobs are those of the tokens under the model, in nats, before temperature and filters; drawn_logprobs those
     under the distribution that they were drawn from. alternatives: for each token the most probable ones with their
     log-probabilities under the model, as many as the settings ask for. finish_reason says why the text ended: "length",
-    "end_of_text" (any of the stop ids) or "stop".
+    "end_of_text" (any of the stop ids), "stop", or "constraint", which the row's error explains.
     """
 
     prompt_tokens: list[int]
@@ -41,7 +42,9 @@ class Result:
 class Row:
     """One sequence during generation. Takes tokens, and returns text as soon as it is certain.
 
-    sample: its number among those of the same prompt and seed. adapter: see Request.
+    sample: its number among those of the same prompt and seed. constraint: makes what says which tokens may be drawn;
+    None: any may. Each request has one of its own, which takes the tokens that were drawn earlier, so that a request
+    that was lost is made again as it was. adapter: see Request.
     """
 
     def __init__(
@@ -50,9 +53,12 @@ class Row:
         tokenizer: Tokenizer,
         settings: Settings,
         sample: int = 0,
+        constraint: Callable[[], Constraint] | None = None,
         adapter: int = 0,
     ) -> None:
         self.result, self.adapter = Result(list(prompt_tokens)), adapter
+        self.constraint = constraint
+        self.error: Exception | None = None  # The constraint's, see Progress.
         self.settings, self.stop_ids = settings, tokenizer.stop_ids | set(settings.stop_ids)
         self.decoder = tokenizer.decoder(after=self.result.prompt_tokens)
         self.held = ""  # Decoded text that may be the start of a stop string.
@@ -68,6 +74,11 @@ class Row:
         if len(tokens) - self.window_start > context_length:
             self.window_start = len(tokens) - max(1, context_length // 2)
         room = context_length + 1 - (len(tokens) - self.window_start)
+        constraint = None
+        if self.constraint is not None:
+            constraint = self.constraint()
+            for token in result.tokens:
+                constraint.take(token)
         return Request(
             tokens,
             min(settings.max_new_tokens - len(result.tokens), room),
@@ -77,6 +88,7 @@ class Row:
             len(result.prompt_tokens),
             self.window_start,
             settings.alternatives,
+            constraint=constraint,
             adapter=self.adapter,
         )
 
@@ -88,6 +100,9 @@ class Row:
             self.result.drawn_logprobs.append(progress.drawn_logprobs[i])
             self.result.alternatives += progress.alternatives[i : i + 1]
             yield self.add(token, logprob)
+        self.error = progress.error
+        if self.error and not self.result.finish_reason:
+            yield self.finish("constraint")
 
     def add(self, token: int, logprob: float) -> str:
         """Takes the next token and returns the text that is now certain. Does nothing once the row has ended.

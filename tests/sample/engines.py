@@ -10,7 +10,7 @@ from gpt_jax.config import ModelConfig
 from gpt_jax.interop.save import parts_of
 from gpt_jax.model.gpt import GPT
 from gpt_jax.run.quantized import quantized, tree_of
-from gpt_jax.sample.engine import Engine, Request
+from gpt_jax.sample.engine import Engine, Progress, Request
 from gpt_jax.sample.replicas import Replicas
 from gpt_jax.sample.settings import Filters
 from tests import tiny
@@ -23,6 +23,33 @@ MODELS: dict[str, ModelConfig] = {
 }
 MODELS["int8"] = MODELS["llama"]
 """GPT-2's architecture, a Llama with grouped queries, in int8, too, one with sliding windows, and one with adapters."""
+
+
+class Sieve:
+    """A constraint that allows about a sixth of the tokens at a time, which depends on all tokens before."""
+
+    def __init__(self) -> None:
+        self.taken: list[int] = []
+
+    def is_allowed(self, n_tokens: int = 259) -> np.ndarray:
+        """Of each token whether it may come next."""
+        return np.random.default_rng([1, *self.taken]).random(n_tokens) < 1 / 6
+
+    def allowed(self) -> np.ndarray:
+        """See Constraint."""
+        return as_bits(self.is_allowed())
+
+    def take(self, token: int) -> None:
+        """See Constraint."""
+        assert self.is_allowed()[token]
+        self.taken.append(token)
+
+
+def as_bits(is_allowed_V: np.ndarray) -> np.ndarray:
+    """The bits of `Constraint.allowed`."""
+    padded_V = np.pad(is_allowed_V, (0, -len(is_allowed_V) % 32))
+    return np.packbits(padded_V, bitorder="little").view("<u4")
+
 
 Answer = tuple[list[int], list[float], list[float], list[list[tuple[int, float]]], str]
 """Tokens, log-probabilities under the model and as drawn, alternatives, and why it ended."""
@@ -41,7 +68,8 @@ def engine_of(name: str, n_slots: int = 3, prefix_chunks: int = 5) -> Engine:
 
 
 def random_requests(seed: int, n: int, longest: int = CONTEXT) -> list[Request]:
-    """Requests of all lengths and settings, some of which begin alike, some of which are the same but for the seed."""
+    """Requests of all lengths and settings, some of which begin alike, some of which are the same but for the seed. One
+    in twelve has a constraint."""
     rng = np.random.default_rng(seed)
     beginnings = [rng.integers(0, 256, longest).tolist() for _ in range(3)]
     requests: list[Request] = []
@@ -62,8 +90,10 @@ def random_requests(seed: int, n: int, longest: int = CONTEXT) -> list[Request]:
         )
         stop_ids = set(rng.integers(0, 256, rng.integers(0, 4)).tolist())
         alternatives = int(rng.choice([0, 0, 3]))
-        new = int(rng.integers(1, 50))
-        requests.append(Request(tokens, new, filters, stop_ids, (i, 0, 0), alternatives=alternatives))
+        new, constraint = int(rng.integers(1, 50)), Sieve() if i % 12 == 11 else None
+        requests.append(
+            Request(tokens, new, filters, stop_ids, (i, 0, 0), alternatives=alternatives, constraint=constraint)
+        )
     return requests
 
 
@@ -74,23 +104,32 @@ class Answers:
         self.engine = engine
         self.answers: dict[int, Answer] = {}
 
+    def ask(self, request: Request) -> int:
+        """Submits a request, with a new constraint if it has one: the same request may be made many times."""
+        new = None if request.constraint is None else Sieve()
+        return self.engine.submit(dataclasses.replace(request, constraint=new))
+
     def turn(self) -> None:
         """Lets the engine go on."""
         for p in self.engine.turn():
-            tokens, logprobs, drawn, alternatives, reason = self.answers.get(p.id, ([], [], [], [], ""))
-            assert not reason
-            assert p.tokens
-            self.answers[p.id] = (
-                tokens + p.tokens,
-                logprobs + p.logprobs,
-                drawn + p.drawn_logprobs,
-                alternatives + p.alternatives,
-                p.finish_reason,
-            )
+            self.put(p)
+
+    def put(self, p: Progress) -> None:
+        """Adds to the answer of a request."""
+        tokens, logprobs, drawn, alternatives, reason = self.answers.get(p.id, ([], [], [], [], ""))
+        assert not reason
+        assert p.tokens
+        self.answers[p.id] = (
+            tokens + p.tokens,
+            logprobs + p.logprobs,
+            drawn + p.drawn_logprobs,
+            alternatives + p.alternatives,
+            p.finish_reason,
+        )
 
     def all(self, requests: Sequence[Request]) -> list[Answer]:
         """The answers to requests that are made at the same time."""
-        ids = [self.engine.submit(request) for request in requests]
+        ids = [self.ask(request) for request in requests]
         while not self.engine.is_idle:
             self.turn()
         return [self.answers.pop(id) for id in ids]

@@ -58,7 +58,7 @@ def soak(name: str, n_requests: int, n_slots: int, seed: int, n_checked: int) ->
     while done + cancelled < n_requests:
         while len(asked) < min(40, n_requests - done - cancelled):
             number = int(rng.integers(len(known)))
-            asked[engine.submit(known[number])] = number
+            asked[answers.ask(known[number])] = number
         answers.turn()
         if rng.random() < 0.05:
             id = int(rng.choice(list(asked)))

@@ -20,7 +20,7 @@ from gpt_jax.sample.scheduler import QueueFullError, Scheduler, Ticket
 from gpt_jax.sample.settings import Filters
 from tests import tiny
 from tests.cases import cases
-from tests.sample.engines import CONTEXT, MODELS, Answer, Answers, engine_of, random_requests
+from tests.sample.engines import CONTEXT, MODELS, Answer, Answers, Sieve, as_bits, engine_of, random_requests
 
 REQUESTS = random_requests(0, 24)
 GREEDY = Filters(temperature=0)
@@ -60,7 +60,7 @@ def test_an_answer_is_the_same_whenever_and_beside_whatever_it_is_asked_for(
     answers = Answers(engine(name))
     for step, n in schedule:
         if step == "ask":
-            asked[engine(name).submit(REQUESTS[n])] = n
+            asked[answers.ask(REQUESTS[n])] = n
         elif step == "turn":
             for _ in range(n):
                 answers.turn()
@@ -199,6 +199,94 @@ def test_a_seed_decides_and_without_one_nobody_does() -> None:
     assert a == b
     c, d = Answers(e).all([Request([1, 2, 3], 20, hot)] * 2)
     assert c[0] != d[0] != a[0]
+
+
+def test_a_constrained_answer_is_drawn_from_what_is_allowed() -> None:
+    """Against the full pass: log-probabilities stay those of the model, those of draws are those of the tokens that are
+    allowed, after bias, however much it favours another one; and the most probable token is the best of them."""
+    e = engine("gpt2")
+    filters = [GREEDY, Filters(1.0, top_p=1.0), Filters(1.0, top_p=1.0, logit_bias=((5, 100.0), (6, -3.0)))]
+    requests = [Request([n, 1, 2], 60, f, seed=(n, 0, 0), constraint=Sieve()) for n, f in enumerate(filters)]
+    for request, (tokens, logprobs, drawn, _, reason) in zip(requests, Answers(e).all(requests), strict=True):
+        assert (len(tokens), reason) == (60, "length")  # No error: what was drawn was allowed.
+        whole = np.zeros((1, CONTEXT), np.int32)
+        whole[0, :63] = [*request.tokens, *tokens]
+        full_NV = logits_NV(e.model, e.params, forward(e.model, e.params, jnp.asarray(whole))[0])[2:62]
+        np.testing.assert_allclose(logprobs, jax.nn.log_softmax(full_NV)[np.arange(60), tokens], atol=1e-4)
+        sieve, masked_NV = Sieve(), np.array(full_NV)
+        for token, bias in request.filters.logit_bias:
+            masked_NV[:, token] += bias
+        for step, token in enumerate(tokens):
+            masked_NV[step, ~sieve.is_allowed()] = -np.inf
+            sieve.take(token)
+        if request.filters is GREEDY:
+            assert tokens == masked_NV.argmax(axis=1).tolist()
+        else:
+            np.testing.assert_allclose(drawn, jax.nn.log_softmax(masked_NV)[np.arange(60), tokens], atol=1e-4)
+
+
+class Faulty(Sieve):
+    """A constraint that fails after ten tokens: it raises when it is asked or told, allows none, or unknown ones."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+
+    def allowed(self) -> np.ndarray:
+        if len(self.taken) < 10 or self.how == "told":
+            return super().allowed()
+        if self.how == "asked":
+            raise RuntimeError("out of order")
+        return as_bits(np.zeros(259, bool) if self.how == "none" else np.ones(2**12, bool))
+
+    def take(self, token: int) -> None:
+        super().take(token)
+        if len(self.taken) == 10 and self.how == "told":
+            raise RuntimeError("out of order")
+
+
+@pytest.mark.parametrize(
+    ("how", "error"), [("asked", RuntimeError), ("told", RuntimeError), ("none", UserError), ("unknown", ValueError)]
+)
+def test_a_constraint_that_fails_ends_its_request_alone(how: str, error: type[Exception]) -> None:
+    """With the tokens before, and the error. The others are answered as without it, and its slot is free."""
+    e = engine("gpt2")
+    others = [REQUESTS[0], REQUESTS[11]]
+    expected = Answers(e).all(others)
+    e.reset()
+    id = e.submit(Request([1, 2, 3], 50, GREEDY, constraint=Faulty(how)))
+    answers = Answers(e)
+    ids = [answers.ask(other) for other in others]
+    said = []
+    while not e.is_idle:
+        for progress in e.turn():
+            if progress.id == id:
+                said.append(progress)
+            else:
+                answers.put(progress)
+    assert [answers.answers[other] for other in ids] == expected
+    assert sum(len(progress.tokens) for progress in said) == 10
+    assert [progress.finish_reason for progress in said] == [""] * (len(said) - 1) + ["constraint"]
+    assert type(said[-1].error) is error
+    assert len(e.scheduler.free) == e.n_slots
+    [again] = Answers(e).all([Request([1, 2, 3], 50, GREEDY, constraint=Sieve())])
+    assert again[4] == "length"
+
+
+def test_a_constraint_holds_up_only_while_it_writes() -> None:
+    """Blocks of one token, then longer ones again; the tokens that others wrote before it came are not lost."""
+    e = engine("gpt2")
+    e.reset()
+    plain, constrained = Request([1], 100, GREEDY), Request([2], 5, GREEDY, constraint=Sieve())
+    [expected] = Answers(e).all([plain])
+    blocks, answers = e.counts.blocks, Answers(e)
+    id = answers.ask(plain)
+    answers.turn()
+    answers.ask(constrained)
+    while not e.is_idle:
+        answers.turn()
+    assert answers.answers[id] == expected
+    assert e.counts.blocks - blocks == 1 + 5 + 3 + 1  # The last one begins before the end is known.
 
 
 def test_no_setting_compiles_another_program(caplog: pytest.LogCaptureFixture) -> None:

@@ -24,6 +24,7 @@ from gpt_jax.sample.filters import (
     adjust,
     apply,
     draw,
+    keep_allowed,
     keep_min_p,
     keep_top_k,
     keep_top_p,
@@ -200,6 +201,17 @@ def test_presence_and_frequency_penalties(
     expected = logits.astype(np.float64) - np.where(counts > 0, presence, 0) - frequency * counts
     ours = penalise_presence(jnp.asarray(logits), jnp.asarray(counts), presence, frequency)
     np.testing.assert_allclose(ours, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("V", [5, 32, 70])
+def test_what_is_not_allowed_is_left_out_of_masked_rows(V: int, rng: np.random.Generator) -> None:
+    """There may be bits beyond the logits, as where a mesh pads the vocabulary."""
+    logits, allowed = rng.normal(size=(3, V)).astype(np.float32), rng.random((3, 96)) < 0.5
+    bits = np.packbits(allowed, axis=1, bitorder="little").view("<u4")
+    kept = keep_allowed(jnp.asarray(logits), jnp.asarray(bits), jnp.array([True, False, True]))
+    expected = np.where(allowed[:, :V], logits, -np.inf)
+    expected[1] = logits[1]
+    np.testing.assert_array_equal(kept, expected)
 
 
 def test_biases_are_added_to_their_tokens() -> None:

@@ -23,10 +23,12 @@ from gpt_jax.sample.decode import (
     prefill_chunk,
     prepare_params,
 )
-from gpt_jax.sample.generate import Result, Row, encode_prompt, generate, generate_tokens
+from gpt_jax.sample.engine import Engine
+from gpt_jax.sample.generate import Result, Row, encode_prompt, generate, generate_tokens, write
 from gpt_jax.sample.settings import Filters, Settings
 from gpt_jax.tokenizer.bytes import ByteTokenizer
 from tests import tiny
+from tests.sample.engines import Sieve
 
 TOKENIZER = ByteTokenizer()
 CONFIG = dataclasses.replace(
@@ -212,6 +214,33 @@ def test_any_of_the_stop_ids_ends_the_text(params: Params, monkeypatch: pytest.M
     assert result.tokens == whole.tokens[: whole.tokens.index(stop) + 1]
     assert result.text == TOKENIZER.decode(result.tokens[:-1])
     assert result.finish_reason == "end_of_text"
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_constraint_holds_beyond_the_context(params: Params, fails: bool) -> None:
+    """Where the window slides, another one goes on with what was drawn. An error ends the text, and is told with it."""
+    made: list[Sieve] = []
+
+    class Failing(Sieve):
+        def __init__(self) -> None:
+            super().__init__()
+            made.append(self)
+
+        def take(self, token: int) -> None:
+            if fails and len(self.taken) == 99:
+                raise RuntimeError("out of order")
+            super().take(token)
+
+    engine = Engine(MODEL, params, 2, n_tokens=TOKENIZER.vocab_size)
+    row = Row(list(b"The"), TOKENIZER, Settings(150, filters=HOT), constraint=Failing)
+    row.stop_ids = frozenset()
+    [(_, written)] = write(engine, [row])
+    assert written is row
+    assert len(made) > 1
+    if fails:
+        assert (len(row.result.tokens), row.result.finish_reason, str(row.error)) == (100, "constraint", "out of order")
+    else:
+        assert (row.result.tokens, row.result.finish_reason, row.error) == (made[-1].taken, "length", None)
 
 
 def test_prompts_may_be_token_ids(params: Params) -> None:

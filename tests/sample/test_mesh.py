@@ -23,7 +23,7 @@ from tests import tiny
 from tests.cases import cases
 from tests.commands import TINY, run_here
 from tests.export.test_streaming import save_run
-from tests.sample.engines import Answer, Answers
+from tests.sample.engines import Answer, Answers, Sieve
 
 SIZES: dict[str, Any] = {"d_model": 64, "d_ff": 64, "vocab_multiple": 88, "context_length": 256}
 LLAMA = dataclasses.replace(tiny.LLAMA, **SIZES, n_head=16, n_kv_head=8)
@@ -40,7 +40,7 @@ MESHES: dict[str, dict[str, int]] = {
 
 
 def requests() -> list[Request]:
-    """Prompts of more than a chunk, which begin alike, and short ones; greedy, drawn, and with penalties."""
+    """Prompts of more than a chunk, which begin alike, and short ones; greedy, drawn, with penalties, constrained."""
     filters = [
         Filters(0.0),
         Filters(1.0, top_k=40, top_p=0.9),
@@ -48,7 +48,11 @@ def requests() -> list[Request]:
     ]
     beginning = list(range(130))
     prompts = [beginning, [*beginning, 5, 6], *([i] * (3 + i) for i in range(1, 9)), [1]]
-    return [Request(prompt, 12, filters[i % 3], seed=(i, 0, 0), alternatives=3) for i, prompt in enumerate(prompts)]
+    constraints = {0: Sieve(), 4: Sieve()}
+    return [
+        Request(prompt, 12, filters[i % 3], seed=(i, 0, 0), alternatives=3, constraint=constraints.get(i))
+        for i, prompt in enumerate(prompts)
+    ]
 
 
 def engine(config: ModelConfig, placement: Placement) -> Engine | Replicas:
