@@ -22,7 +22,9 @@ from gpt_jax.cli.terminal import print_error
 from gpt_jax.errors import UserError
 from gpt_jax.system import open_closed_streams, restart_with_huge_pages
 
+SERVE = ("starlette", "uvicorn", "pydantic", "prometheus_client", "llguidance")
 EXTRAS = {"tokenizers": "interop", "gguf": "interop", "google": "interop", "lm_eval": "lm-eval"}
+EXTRAS |= dict.fromkeys(SERVE, "serve")
 """Optional packages, and the extra that installs each. `google` is protobuf."""
 
 USAGE = """usage: gpt-jax COMMAND [OPTIONS]
@@ -31,6 +33,7 @@ USAGE = """usage: gpt-jax COMMAND [OPTIONS]
   inspect   show what is in them, and what training sees at a step
   train     train a GPT on them
   sample    let a trained GPT write
+  serve     answer over HTTP, by OpenAI's protocol, with a chat page
   eval      tell how well a GPT predicts a text
   examples  write problems of an environment with their answers, to learn from
   solve     tell how many problems of an environment a GPT solves
@@ -39,7 +42,7 @@ USAGE = """usage: gpt-jax COMMAND [OPTIONS]
 
 gpt-jax COMMAND --help tells the options of each."""
 
-COMMANDS = ("prepare", "inspect", "train", "sample", "eval", "examples", "solve", "export", "plan")
+COMMANDS = ("prepare", "inspect", "train", "sample", "serve", "eval", "examples", "solve", "export", "plan")
 """Each one is a module of this package, which is imported when the command runs."""
 
 

@@ -34,6 +34,11 @@ def init_cache(config: ModelConfig, batch: int, length: int) -> Cache:
     )
 
 
+def cache_bytes(config: ModelConfig, length: int) -> int:
+    """The bytes that a sequence of so many tokens takes."""
+    return 2 * config.n_layer * config.kv_heads * length * config.head_dim * jnp.dtype(config.dtype).itemsize
+
+
 def update(cache: LayerCache, k_BTGK: jax.Array, v_BTGK: jax.Array, start_B: jax.Array) -> LayerCache:
     """The cache with T new tokens of each sequence written to it, from position start_B (int32) on."""
     B, T, G, K = k_BTGK.shape

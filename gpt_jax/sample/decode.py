@@ -192,6 +192,34 @@ def prefill_chunk(model: GPT, params: Params, cache: kv.Cache, tokens_1T: jax.Ar
     return forward_cached(model, params, tokens_1T, cache, start[None])[1]
 
 
+class Scores(NamedTuple):
+    """What the model says of each of T tokens' successors."""
+
+    logprobs_T: jax.Array  # float32: the log-probability of the token that follows, in nats.
+    alternatives_TC: jax.Array  # int32: the most probable successors.
+    alternative_logprobs_TC: jax.Array  # float32.
+    hidden_TD: jax.Array  # float32: the hidden states after the last norm.
+
+
+@functools.partial(jax.jit, static_argnames=("model", "n_tokens"), donate_argnames="cache")
+def score_chunk(
+    model: GPT,
+    params: Params,
+    cache: kv.Cache,
+    tokens_1T: jax.Array,
+    next_T: jax.Array,
+    start: jax.Array,
+    n_tokens: int,
+) -> tuple[kv.Cache, Scores]:
+    """Reads a chunk as `prefill_chunk` does, and scores the tokens that follow each of its own, next_T (int32)."""
+    hidden_1TD, cache = forward_cached(model, params, tokens_1T, cache, start[None])
+    logits_TV = logits_NV(model, params, hidden_1TD[0], n_tokens)
+    values_TC, ids_TC = largest(logits_TV, min(MOST_ALTERNATIVES, n_tokens))
+    alternatives_TC = values_TC - jax.nn.logsumexp(logits_TV, axis=-1, keepdims=True)
+    scores = Scores(-nats_N(logits_TV, next_T), ids_TC, alternatives_TC, hidden_1TD[0].astype(jnp.float32))
+    return cache, cast(Scores, divide(scores, WHOLE))
+
+
 @functools.partial(jax.jit, static_argnames="model")
 def prefill_short(model: GPT, params: Params, tokens_PT: jax.Array) -> kv.Cache:
     """A cache of P sequences and T places, with prompts that are shorter than the longest chunk; padded as in

@@ -31,6 +31,7 @@ from gpt_jax.sample.decode import (
     BLOCK,
     STOP_IDS,
     Block,
+    Scores,
     bucket,
     chunk_sizes,
     decode_n,
@@ -42,6 +43,7 @@ from gpt_jax.sample.decode import (
     prefill_chunk,
     prefill_short,
     prepare_params,
+    score_chunk,
 )
 from gpt_jax.sample.prefixes import Prefixes
 from gpt_jax.sample.scheduler import Scheduler, Ticket
@@ -76,8 +78,8 @@ class Request:
     start: int = 0  # The first token that the model reads.
     alternatives: int = 0  # Most probable tokens whose log-probabilities are wanted, at each step.
     client: str = ""  # Clients take turns.
-    constraint: Constraint | None = None  # Which tokens may come next; it has taken those that were drawn earlier.
     adapter: int = 0  # The number of the adapters to write with, those of the engine; 0: the model without any.
+    constraint: Constraint | None = None  # Which tokens may come next; it has taken those that were drawn earlier.
 
     @property
     def places(self) -> int:
@@ -128,7 +130,7 @@ class Task:
 
 @dataclass
 class Counts:
-    """What an engine has done so far."""
+    """What an engine has done so far, or several have together."""
 
     requests: int = 0
     cancelled: int = 0
@@ -169,7 +171,7 @@ class Engine:
         adapters: Adapters | None = None,
     ) -> None:
         c = model.config
-        self.model, self.adapters = model, adapters
+        self.model, self.adapters, self.n_adapters = model, adapters, 0 if adapters is None else adapters.n
         self.mesh = mesh_of(params)
         self.device = next(iter(jax.tree.leaves(params)[0].devices()))
         self.params = self._prepared(params)
@@ -177,11 +179,13 @@ class Engine:
         self.n_slots, self.n_tokens = -(-n_slots // parts) * parts, n_tokens or c.vocab_size
         self.chunk = chunk_sizes(c)[-1]
         self.places = self.chunk // 2
-        chunk_bytes = 2 * c.n_layer * c.kv_heads * self.chunk * c.head_dim * jnp.dtype(c.dtype).itemsize
-        self.n_kept = prefix_bytes // chunk_bytes  # Chunks.
+        self.n_kept = prefix_bytes // kv.cache_bytes(c, self.chunk)  # Chunks.
         self.limits, self.chunks_a_turn = (most_waiting, most_waiting_tokens), chunks_a_turn
         self.counts = Counts()
         self.next_id = 0
+        # The requests that were forgotten when something was raised last, and those that it may have been because of.
+        self.lost: list[int] = []
+        self.suspects: list[int] = []
         self.reset()
 
     def reset(self) -> None:
@@ -212,14 +216,14 @@ class Engine:
         self.short_cache: kv.Cache = ()  # and their cache.
         self.prefixes = Prefixes(self.n_kept, self.chunk)
 
-    def submit(self, request: Request) -> int:
+    def submit(self, request: Request, is_new: bool = True) -> int:
         """Lets a request wait for its turn; returns its id. Raises UserError when it cannot be answered, and
-        QueueFullError when too many wait."""
-        check_request(request, self.model, self.n_tokens, 0 if self.adapters is None else self.adapters.n)
+        QueueFullError when it is new, and too many wait."""
+        check_request(request, self.model, self.n_tokens, self.n_adapters)
         ticket = Ticket(self.next_id, request.places, request.client)
         prompt = Prompt(list(request.tokens[request.start : -1]), request.adapter)
         with self._or_reset():
-            self.scheduler.add(ticket)
+            self.scheduler.add(ticket, is_new)
             self.tasks[ticket.id] = Task(request, ticket, prompt, request.max_new_tokens)
             self.next_id += 1
             self.counts.requests += 1
@@ -236,6 +240,16 @@ class Engine:
     def is_idle(self) -> bool:
         """True when there is nothing to do."""
         return not self.tasks and self.pending is None
+
+    @property
+    def is_reading(self) -> bool:
+        """True when a part of a prompt has been read, which `score` would forget."""
+        return bool(self.scheduler.reading)
+
+    @property
+    def occupancy(self) -> tuple[int, int]:
+        """How many requests wait, and how many slots are taken."""
+        return self.scheduler.n_waiting, len(self.scheduler.reading) + len(self.scheduler.writing)
 
     def turn(self) -> list[Progress]:
         """Goes on with all requests, and returns what has become of them since the last turn."""
@@ -260,6 +274,53 @@ class Engine:
             while not self._holds(prompt):
                 self._read_chunk(prompt)
 
+    def score(self, tokens: Sequence[int], adapter: int = 0) -> Scores:
+        """What the model says of each token's successor, which is unknown after the last: NumPy arrays.
+
+        Reads them as prompts are read, but anew, and waits for the device. What was read of a prompt to come is lost.
+        """
+        check_request(Request(tokens, 1, adapter=adapter), self.model, self.n_tokens, self.n_adapters)
+        T, params = self.chunk, self._params_for([adapter])
+        found: list[Scores] = []
+        with self._or_reset():
+            self.reserve(len(tokens))
+            self.held = Prompt([])
+            for n in range(0, len(tokens), T):
+                chunk, following = (list(tokens[i : i + T]) for i in (n, n + 1))
+                padded = np.array([chunk + [0] * (T - len(chunk))], np.int32)
+                next_T = np.array(following + [0] * (T - len(following)), np.int32)
+                self.prompt_cache, scores = self._call(
+                    score_chunk, params, self.prompt_cache, padded, next_T, np.int32(n), self.n_tokens
+                )
+                found.append(jax.tree.map(lambda x: x[: len(chunk)], jax.device_get(scores)))  # noqa: B023
+        return jax.tree.map(lambda *parts: np.concatenate(parts), *found)
+
+    def compile(self) -> None:
+        """Compiles all that requests may need within the room that was reserved, so that none of them waits for it."""
+        c = self.model.config
+        row = make_row(c, [0], 0, 0, Filters(), ())  # Of an idle slot.
+
+        def put(cache: kv.Cache) -> None:
+            self.state = self._call(insert, self.state, np.int32(0), row, cache, np.int32(0), np.int32(0))
+
+        with self._or_reset():
+            self.held = Prompt([])
+            for size in chunk_sizes(c):
+                tokens_1T, params = np.zeros((1, size), np.int32), self._params_for([0])
+                self.prompt_cache = self._call(prefill_chunk, params, self.prompt_cache, tokens_1T, np.int32(0))
+                if (rows := self._rows(size)) > 1:
+                    tokens_PT, params = np.zeros((rows, size), np.int32), self._params_for([0] * rows)
+                    put(self._call(prefill_short, params, tokens_PT))
+            put(self.prompt_cache)
+            if self.kept:
+                for target, source in (("kept", "prompt_cache"), ("prompt_cache", "kept")):
+                    self._move(target, source, [(0, 0, 0, 0)])
+            keep_S = np.zeros(self.n_slots, bool)
+            for view in sorted({self._rounded(places) for places in range(1, self.places + 1)}):
+                params = self._params_for(self.adapter_S)
+                self.state, _ = self._call(decode_n, params, self.state, keep_S, np.int32(0), self.n_tokens, view)
+        self.score([0])
+
     @contextmanager
     def _or_reset(self) -> Iterator[None]:
         """Whatever is raised inside, such as KeyboardInterrupt, leaves the engine as `reset` does, since arrays that
@@ -270,6 +331,9 @@ class Engine:
         except UserError:
             raise
         except BaseException:
+            reading = [ticket.id for ticket in self.scheduler.reading]
+            self.suspects = reading or [ticket.id for ticket in self.scheduler.writing.values()]
+            self.lost = list(self.tasks)
             self.reset()
             raise
 

@@ -42,9 +42,9 @@ class Result:
 class Row:
     """One sequence during generation. Takes tokens, and returns text as soon as it is certain.
 
-    sample: its number among those of the same prompt and seed. constraint: makes what says which tokens may be drawn;
-    None: any may. Each request has one of its own, which takes the tokens that were drawn earlier, so that a request
-    that was lost is made again as it was. adapter: see Request.
+    sample: its number among those of the same prompt and seed. adapter: see Request. constraint: makes what says which
+    tokens may be drawn; None: any may. Each request has one of its own, which takes the tokens that were drawn earlier,
+    so that a request that was lost is made again as it was.
     """
 
     def __init__(
@@ -53,8 +53,8 @@ class Row:
         tokenizer: Tokenizer,
         settings: Settings,
         sample: int = 0,
-        constraint: Callable[[], Constraint] | None = None,
         adapter: int = 0,
+        constraint: Callable[[], Constraint] | None = None,
     ) -> None:
         self.result, self.adapter = Result(list(prompt_tokens)), adapter
         self.constraint = constraint
@@ -88,8 +88,8 @@ class Row:
             len(result.prompt_tokens),
             self.window_start,
             settings.alternatives,
-            constraint=constraint,
             adapter=self.adapter,
+            constraint=constraint,
         )
 
     def take(self, progress: Progress) -> Iterator[str]:

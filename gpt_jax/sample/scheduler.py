@@ -31,8 +31,8 @@ class Ticket:
 
 
 class Scheduler:
-    """The requests of an engine with so many slots, of which at most `most_waiting` wait, and those for at most
-    `most_waiting_tokens` tokens."""
+    """The requests of an engine with so many slots. Besides those for which there are slots, at most `most_waiting` may
+    wait; and all that wait, for at most `most_waiting_tokens` tokens."""
 
     def __init__(self, n_slots: int, most_waiting: int, most_waiting_tokens: int) -> None:
         self.most_waiting, self.most_waiting_tokens = most_waiting, most_waiting_tokens
@@ -43,12 +43,12 @@ class Scheduler:
         self.writing: dict[int, Ticket] = {}  # By slot.
         self.n_waiting = self.n_waiting_tokens = 0
 
-    def add(self, ticket: Ticket) -> None:
-        """Lets a request wait. Raises QueueFullError when too many wait already."""
-        if self.n_waiting >= self.most_waiting:
+    def add(self, ticket: Ticket, is_new: bool = True) -> None:
+        """Lets a request wait. Raises QueueFullError when too many wait already, unless this one has waited before."""
+        if is_new and self.n_waiting >= self.most_waiting + len(self.free):
             raise QueueFullError(f"{self.n_waiting} requests wait already, the most that may; ask again later")
         # One alone may be longer, or it could never be taken.
-        if self.n_waiting and self.n_waiting_tokens + ticket.n_tokens > self.most_waiting_tokens:
+        if is_new and self.n_waiting and self.n_waiting_tokens + ticket.n_tokens > self.most_waiting_tokens:
             raise QueueFullError(
                 f"requests for {self.n_waiting_tokens} tokens wait already, and {ticket.n_tokens} more would be above "
                 f"the limit of {self.most_waiting_tokens}; ask again later"

@@ -19,6 +19,7 @@ from gpt_jax.run.load import load_model, open_source
 from gpt_jax.sample.generate import generate
 from gpt_jax.sample.settings import Filters, Settings
 from gpt_jax.tokenizer.tokenizer import Tokenizer
+from tests.cases import EXHAUSTIVE
 from tests.commands import ROOT, environment, run_here
 
 pytestmark = pytest.mark.slow
@@ -130,6 +131,7 @@ def test_chat_answers(smollm2_gguf: Path) -> None:
     assert "Rome" in process.stdout
 
 
+@EXHAUSTIVE
 def test_evaluation(smollm2_gguf: Path, tmp_path: Path) -> None:
     """English is easier for it than random letters are, and a byte of it takes about a bit."""
     rng = np.random.default_rng(0)

@@ -1,0 +1,1 @@
+"""Serving: the OpenAI protocol over HTTP, and a chat page."""

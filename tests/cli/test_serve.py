@@ -1,0 +1,113 @@
+"""`serve` as a process: it says where it listens, answers, and ends as it is told; and what it refuses."""
+
+import json
+import signal
+import socket
+import subprocess
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests import tiny
+from tests.commands import refused_here, start
+from tests.interop.models import publish
+
+pytestmark = pytest.mark.usefixtures("quick_commands")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a published model, without a chat template."""
+    folder = tmp_path_factory.mktemp("serve") / "small"
+    publish(folder, tiny.LLAMA)
+    return folder
+
+
+@contextmanager
+def served(*args: object) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
+    """The process of a server that is ready, its address, and the lines that it writes to standard error."""
+    process = start("serve", "--port=0", *args)
+    lines: list[str] = []
+    ready = threading.Event()
+
+    def read() -> None:
+        assert process.stderr is not None
+        for line in process.stderr:
+            lines.append(line)
+            if ": ready at " in line:
+                ready.set()
+        ready.set()
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    try:
+        assert ready.wait(300)
+        assert process.poll() is None, lines
+        yield process, next(line for line in lines if ": ready at " in line).split(" ")[-1].strip(), lines
+    finally:
+        process.kill()
+        process.wait()
+        thread.join()
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+def test_it_answers_and_finishes_what_runs_when_it_is_told_to_stop(model: Path) -> None:
+    with served("--model", model, "--slots=2", "--name=little") as (process, url, lines):
+        assert "little, which has no chat template: it continues texts: ready at http://127.0.0.1:" in lines[-1]
+        body = {"prompt": [1], "max_tokens": 32, "logit_bias": {}, "n": 64, "stream": True}
+        with httpx.stream("POST", f"{url}v1/completions", json=body, timeout=120) as answer:
+            events = answer.iter_lines()
+            next(events)
+            process.send_signal(signal.SIGTERM)
+            rest = [line for line in events if line]
+        assert rest[-1] == "data: [DONE]"  # All of it has come.
+        ended = {c["index"] for line in rest[:-1] for c in json.loads(line[6:])["choices"] if c["finish_reason"]}
+        assert ended == set(range(64))
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{url}health")
+        assert process.wait(60) == 0
+        assert json.loads(lines[-1])["completion_tokens"] > 64
+
+
+def test_ctrl_c_ends_it_and_what_takes_longer_than_it_may_is_cut(model: Path) -> None:
+    with served("--model", model, "--slots=1", "--grace=0") as (process, url, lines):
+        body = {"prompt": [1], "max_tokens": 32, "n": 64, "stream": True}
+        with httpx.stream("POST", f"{url}v1/completions", json=body, timeout=120) as answer:
+            events = answer.iter_lines()
+            next(events)
+            process.send_signal(signal.SIGINT)
+            rest = [line for line in events if line]
+        assert rest[-1] == "data: [DONE]"
+        assert json.loads(rest[-2][6:])["error"]["code"] == "stopped"
+        assert process.wait(60) == 0
+        assert not any("Traceback" in line for line in lines), lines
+
+
+def test_wrong_arguments_are_refused_in_one_line(model: Path, tmp_path: Path) -> None:
+    empty, spaced = tmp_path / "empty", tmp_path / "spaced"
+    empty.write_text("# no key\n\n")
+    spaced.write_text("a key\n")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for args, words in (
+            ([f"--port={port}"], f"127.0.0.1, port {port}: Address already in use; is another server running?"),
+            (["--port=65536"], "port = 65536 is not possible"),
+            (["--host=0.0.0.0"], "--host 0.0.0.0 can be reached from elsewhere: add --api-key-file FILE, or --open"),
+            (["--host=nowhere.invalid", "--open"], "nowhere.invalid, port 0"),
+            ([f"--api-key-file={empty}"], "has no keys; write one a line"),
+            ([f"--api-key-file={spaced}"], "key 1 has characters that no header can carry"),
+            (["--api-key-file=nowhere"], "nowhere: No such file or directory"),
+            ([f"--api-key-file={spaced}", "--open"], "use one of them"),
+            (["--slots=0"], "slots = 0 is not possible"),
+            (["--queue=-1"], "queue = -1 is not possible"),
+            (["--adapter", "x"], "--adapter x is not of the form NAME=RUN"),
+            (["--adapter", "small=x"], "another model is called small already"),
+            (["--adapter", f"x={model}"], f"{model} has no adapters"),
+        ):
+            assert words in refused_here("serve", "--model", model, "--port=0", *args)
+    assert "nowhere is not a run" in refused_here("serve", "--run=nowhere")

@@ -1,0 +1,22 @@
+"""A server that the tests of the protocol share."""
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.serve.browser import chromium  # noqa: F401
+from tests.serve.servers import Running, serving, tiny_engine
+
+
+@pytest.fixture(scope="session")
+def shared() -> Iterator[Running]:
+    with serving(tiny_engine()) as running:
+        yield running
+
+
+@pytest.fixture
+def server(shared: Running) -> Iterator[Running]:
+    """The shared server. Afterwards it has nothing left to do."""
+    yield shared
+    shared.wait_until_idle()
+    assert shared.engine.occupancy == (0, 0)
