@@ -14,14 +14,15 @@ from string import Template
 from typing import Any
 
 from gpt_jax.errors import UserError
-from gpt_jax.serve.grammar import MOST_BYTES, WHITESPACE, Grammar, Grammars, as_json, lark_grammar
+from gpt_jax.serve.grammar import WHITESPACE, Grammar, Grammars, as_json, lark_grammar
 from gpt_jax.tokenizer.chat_template import Chat
 
 MOST_TOOLS = 128
 NAME = "[a-zA-Z0-9_-]{1,64}"
 
-# The signs of a format: marks, words of JSON, and single characters. There may be white space between them.
+# The signs of a format: marks, words of JSON, and single characters. There may be some white space between them.
 _SIGN = re.compile(r'"?\$\w+"?|<[^>]+>|\[[A-Z_]+\]|"\w+"|\S')
+_SPACE = re.compile(r"\s{0,40}")
 # What stands for a sign, and its beginnings.
 _VARIABLES = {
     sign: (re.compile(whole), re.compile(beginning))
@@ -113,8 +114,10 @@ def check_tools(tools: Sequence[Any]) -> None:
         if parameters is not None and not isinstance(parameters, Mapping):
             raise UserError(f"tools[{i}] has parameters that are no JSON object")
         names.add(name)
-    if len(as_json(tools)) > MOST_BYTES:
-        raise UserError(f"the tools have more than {MOST_BYTES:,} bytes")
+    try:
+        as_json(tools)
+    except UserError as e:
+        raise UserError(f"the tools cannot be used: {e}") from None
 
 
 def forced(
@@ -207,7 +210,7 @@ def _call(call: Any, has_ids: bool, number: int) -> dict[str, Any]:
         except (ValueError, RecursionError):
             value = None
         arguments = value if isinstance(value, dict) else arguments
-    changed = {**call, "function": {**function, "arguments": arguments}}
+    changed = {**call, "function": {"name": function["name"], "arguments": arguments}}  # In the order of templates.
     if has_ids:
         changed["id"] = short_id(str(call.get("id")))
     return changed
@@ -292,7 +295,7 @@ class ToolParser:
     def _content(self, pieces: list[Piece], is_last: bool) -> bool:
         """Text up to a call."""
         for i in range(len(self.held)):
-            for head in self._heads:
+            for head in self._heads if not self.held[i].isspace() else ():
                 if head[0] == "{" and (self._has_begun or self.held[:i].strip()):
                     continue  # Without a mark, calls are all of an answer.
                 end, name = match(head, self.held, i)
@@ -387,8 +390,8 @@ def match(signs: Sequence[str], text: str, at: int) -> tuple[int | None, str]:
     None where they do not stand there."""
     name = ""
     for sign in signs:
-        while text[at : at + 1].isspace():
-            at += 1
+        if space := _SPACE.match(text, at):
+            at = space.end()
         if sign in _VARIABLES:
             whole, beginning = _VARIABLES[sign]
             found = whole.match(text, at)

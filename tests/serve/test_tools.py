@@ -1,5 +1,6 @@
 """Calls of tools: which template calls how, what is a call in a stream of text, and answers that must be calls."""
 
+import functools
 import itertools
 import json
 import re
@@ -224,6 +225,7 @@ def call(index: int, name: str, arguments: str) -> list[Piece]:
         ),
         ("llama", '<|python_tag|>{"name": "f", "parameters": {}}', call(0, "f", "{}")),
         ("llama", ' {"a": 1}', [Content(' {"a": 1}')]),
+        ("llama", "{" + " " * 99, [Content("{" + " " * 99)]),
         ("llama", 'So: {"name": "f", "parameters": {}}', [Content('So: {"name": "f", "parameters": {}}')]),
         ("mistral", '[TOOL_CALLS] [{"name": "f", "arguments": {}, "id": "abcdefghi"}]', call(0, "f", "{}")),
         ("mistral", '[TOOL_CALLS][{"name": "f", "arguments": {}}, {"n', [*call(0, "f", "{}"), Content(', {"n')]),
@@ -249,13 +251,14 @@ def test_ids_are_random() -> None:
     assert len(random_id()) == 29
 
 
-def marked(name: str, is_special: bool) -> HuggingFaceTokenizer:
-    """A tokenizer in which the marks of a format are tokens."""
+@functools.cache
+def marked(is_special: bool) -> HuggingFaceTokenizer:
+    """A tokenizer in which the marks of all formats are tokens."""
     definition = json.loads((byte_level() / "tokenizer.json").read_bytes())
-    marks = {"hermes": ["<tool_call>", "</tool_call>"], "llama": ["<|python_tag|>"]}
-    for i, mark in enumerate(marks.get(name, ["[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"])):
-        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-        definition["added_tokens"].append({"id": 600 + i, "content": mark, "special": is_special, **flags})
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    for mark in ("<tool_call>", "</tool_call>", "<|python_tag|>", "[TOOL_CALLS]", "[ARGS]", "[CALL_ID]"):
+        i = 597 + len(definition["added_tokens"])
+        definition["added_tokens"].append({"id": i, "content": mark, "special": is_special, **flags})
     return HuggingFaceTokenizer(json.dumps(definition).encode(), {"eos_token": "<|endoftext|>"})
 
 
@@ -263,7 +266,7 @@ def marked(name: str, is_special: bool) -> HuggingFaceTokenizer:
 @pytest.mark.parametrize("format", FORMATS)
 def test_marks_that_are_tokens_are_read_by_name(format: str, is_special: bool) -> None:
     """As Mistral's are, which are special, and Qwen's, which are not."""
-    tokenizer = marked(format, is_special)
+    tokenizer = marked(is_special)
     calls = [("f", {"a": "🙂"}), ("g", {})][: 1 if FORMATS[format].is_single else None]
     text = FORMATS[format].mark + written(format, calls)
     special = tokenizer.special_tokens
@@ -279,11 +282,13 @@ def test_marks_that_are_tokens_are_read_by_name(format: str, is_special: bool) -
 def forced_answers(tokenizer: Tokenizer, format: str, **choices: Any) -> dict[str, list[Piece]]:
     """What is written by choices of tools."""
     grammars = Grammars(tokenizer)
-    asked = {name: forced(TOOLS, choice, FORMATS[format], grammars, name != "one") for name, choice in choices.items()}
-    ends = tuple((i, 3.0) for i in sorted(tokenizer.stop_ids))
+    asked = {
+        name: forced(TOOLS, choice, FORMATS[format], grammars, not name.startswith("one"))
+        for name, choice in choices.items()
+    }
     return {
         name: parsed(format, [result.text])[0]
-        for name, result in answers(tokenizer, asked, logit_bias=ends).items()
+        for name, result in answers(tokenizer, asked).items()
         if result.finish_reason == "end_of_text"
     }
 
@@ -297,14 +302,14 @@ SPECIAL = [(format, "special") for format in FORMATS]
 )
 def test_an_answer_that_must_call(format: str, marks: str) -> None:
     """Whatever the weights: nothing but calls, of one tool where one was asked for, with arguments of its schema."""
-    tokenizer: Tokenizer = BYTES if marks == "text" else marked(format, marks == "special")
+    tokenizer: Tokenizer = BYTES if marks == "text" else marked(marks == "special")
     named = {"type": "function", "function": {"name": "get_weather"}}
-    choices = {f"required {i}": "required" for i in range(3)} | {"one": "required", "named": named}
+    choices = {f"{kind} {i}": "required" for kind in ("required", "one") for i in range(3)} | {"named": named}
     found = forced_answers(tokenizer, format, **choices)
-    assert {"one", "named"} <= {*found}
+    assert len(found) > 4
     schemas = {"get_weather": WEATHER["function"]["parameters"], "now": NOTHING}
     for name, pieces in found.items():
-        assert len(pieces) == 2 if name == "one" else len(pieces) >= 2
+        assert len(pieces) == 2 if name.startswith("one") else len(pieces) >= 2
         for begun, arguments in zip(pieces[::2], pieces[1::2], strict=True):
             assert isinstance(begun, Call)
             assert isinstance(arguments, Arguments)
@@ -363,7 +368,7 @@ def test_tools_that_are_refused(tools: list[Any], message: str) -> None:
 
 def test_messages_are_as_templates_expect_them() -> None:
     """Those of OpenAI's clients, which send what is null, and arguments as text."""
-    function = {"name": "f", "arguments": '{"a": "<|end|>"}'}
+    function = {"arguments": '{"a": "<|end|>"}', "name": "f"}
     asked: list[dict[str, Any]] = [
         {"role": "user", "content": "Hi", "name": None},
         {"role": "assistant", "content": None, "refusal": None, "tool_calls": [{"id": "call_1", "function": function}]},
