@@ -5,7 +5,6 @@ a thread. This process is ended by the system when it has had enough of either. 
 grammar, if anything. N: the size of the vocabulary, if tokens are named by number.
 """
 
-import resource
 import sys
 from contextlib import suppress
 
@@ -38,6 +37,8 @@ class Bytes:
 
 def main() -> None:
     """Prints an error, or nothing."""
+    import resource  # Here, since Windows lacks it.
+
     resource.setrlimit(resource.RLIMIT_CPU, (SECONDS, SECONDS))
     with suppress(ValueError, OSError):  # macOS knows no such limit.
         resource.setrlimit(resource.RLIMIT_AS, (BYTES, BYTES))
