@@ -1,5 +1,7 @@
 """From what a client asks to rows of the engine, and from what they draw to OpenAI's answers and chunks of them."""
 
+import asyncio
+import functools
 import time
 import uuid
 import zlib
@@ -15,6 +17,18 @@ from gpt_jax.sample.engine import Request, check_request, fresh_seed
 from gpt_jax.sample.generate import Row, check_known, encode_prompt
 from gpt_jax.sample.settings import Filters, Settings
 from gpt_jax.serve import protocol as p
+from gpt_jax.serve.grammar import Grammar, Grammars
+from gpt_jax.serve.tools import (
+    Arguments,
+    Call,
+    Content,
+    Format,
+    ToolParser,
+    check_tools,
+    for_template,
+    forced,
+    format_of,
+)
 from gpt_jax.serve.worker import Piece, Work, Worker
 from gpt_jax.tokenizer.tokenizer import Tokenizer
 
@@ -28,6 +42,16 @@ class Served:
     worker: Worker
     adapter: int = 0  # See Request.
     created: int = field(default_factory=lambda: int(time.time()))
+
+    @functools.cached_property
+    def grammars(self) -> Grammars:
+        """The grammars of answers."""
+        return Grammars(self.tokenizer)
+
+    @functools.cached_property
+    def tool_format(self) -> Format | None:
+        """How it calls tools, if it does."""
+        return format_of(self.tokenizer.chat)
 
     @property
     def context_length(self) -> int:
@@ -80,10 +104,17 @@ def settings_of(asked: p.Generation, max_new_tokens: int, alternatives: int) -> 
     )
 
 
-def row_of(served: Served, prompt: Sequence[int], settings: Settings, seed: int | None, sample: int) -> Row:
+def row_of(
+    served: Served,
+    prompt: Sequence[int],
+    settings: Settings,
+    seed: int | None,
+    sample: int,
+    grammar: Grammar | None,
+) -> Row:
     """The row of a prompt's answer. With a seed, it depends on that, on the prompt, and on the answer's number among
     those of the prompt; without one, on nothing that anybody knows."""
-    row = Row(prompt, served.tokenizer, settings, sample, served.adapter)
+    row = Row(prompt, served.tokenizer, settings, sample, served.adapter, grammar)
     if seed is None:
         row.seed = fresh_seed()
     else:
@@ -128,7 +159,14 @@ class Job:
         )
 
 
-def job_of(served: Served, prompts: list[list[int]], settings: Settings, seed: int | None, n: int, client: str) -> Job:
+def job_of(
+    served: Served,
+    prompts: list[list[int]],
+    settings: Settings,
+    asked: p.Generation,
+    client: str,
+    grammar: Grammar | None = None,
+) -> Job:
     """A job that has not been submitted yet. Raises UserError where the engine would not take it: a row by itself would
     go on beyond the context, with the last half of it, which clients do not expect."""
     engine = served.worker.engine
@@ -136,20 +174,24 @@ def job_of(served: Served, prompts: list[list[int]], settings: Settings, seed: i
         check_request(
             Request(prompt, settings.max_new_tokens, settings.filters, settings.stop_ids), engine.model, engine.n_tokens
         )
-    rows = [row_of(served, prompt, settings, seed, sample) for prompt in prompts for sample in range(n)]
-    return Job(served, prompts, n, Work(rows, client))
+    rows = [
+        row_of(served, prompt, settings, asked.seed, sample, grammar) for prompt in prompts for sample in range(asked.n)
+    ]
+    return Job(served, prompts, asked.n, Work(rows, client))
 
 
 def completion_job(served: Served, asked: p.CompletionRequest, client: str) -> Job:
     """The job of a completion. Raises UserError."""
     prompts = served.prompts(asked.prompt)
     settings = settings_of(asked, max(asked.max_tokens, 1), asked.logprobs or 0)
-    return job_of(served, prompts, settings, asked.seed, asked.n, client)
+    return job_of(served, prompts, settings, asked, client)
 
 
-def chat_job(served: Served, asked: p.ChatRequest, client: str) -> Job:
+async def chat_job(served: Served, asked: p.ChatRequest, client: str) -> Job:
     """The job of a chat. Raises UserError."""
-    prompt = served.tokenizer.encode_chat(asked.messages)
+    tools = asked.tools if asked.offers_tools else None
+    grammar = await asyncio.to_thread(grammar_of, served, asked)
+    prompt = served.tokenizer.chat.prompt(for_template(asked.messages, served.tool_format), tools)
     check_known(prompt, served.worker.engine.model, served.tokenizer)
     room = served.context_length + 1 - len(prompt)
     if room < 1:
@@ -159,7 +201,25 @@ def chat_job(served: Served, asked: p.ChatRequest, client: str) -> Job:
         )
     most = asked.max_completion_tokens or asked.max_tokens or room
     settings = settings_of(asked, most, asked.top_logprobs or 0)
-    return job_of(served, [prompt], settings, asked.seed, asked.n, client)
+    return job_of(served, [prompt], settings, asked, client, grammar)
+
+
+def grammar_of(served: Served, asked: p.ChatRequest) -> Grammar | None:
+    """What the answers must be, if that is asked for. May take a second. Raises UserError."""
+    format, of_tools = served.tool_format, None
+    if asked.tools is not None:
+        check_tools(asked.tools)
+        if asked.offers_tools and format is None:
+            raise UserError(f"tools: the chat template of {served.name} writes calls in no format that is known here")
+    if format:
+        parallel = asked.parallel_tool_calls is not False
+        of_tools = forced(asked.tools or [], asked.tool_choice, format, served.grammars, parallel)
+    if asked.response_format is None:
+        return of_tools
+    grammar = served.grammars.of_response(asked.response_format.model_dump(exclude_none=True))
+    if grammar and asked.offers_tools:
+        raise UserError("response_format goes with no tools: a call would not be of its form")
+    return grammar or of_tools
 
 
 FINISH: dict[str, p.FinishReason] = {"length": "length", "end_of_text": "stop", "stop": "stop"}
@@ -333,6 +393,36 @@ class Chatting:
         self.spelling = Spelling(job.served.tokenizer)
         self.id, self.created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
 
+        most = 1 if asked.parallel_tool_calls is False else None
+        format = job.served.tool_format if asked.offers_tools else None
+        self.parsers = [ToolParser(format, most=most) if format else None for _ in range(job.n)]
+        self.calls: set[int] = set()  # The answers that call tools.
+
+    def deltas(self, piece: Piece) -> list[p.ChatMessage]:
+        """What a piece adds to its message."""
+        parser = self.parsers[piece.index]
+        if parser is None:
+            return [p.ChatMessage(content=piece.text)] if piece.text else []
+        found = []
+        for part in [*parser.push(piece.text), *(parser.flush() if piece.finish_reason else ())]:
+            match part:
+                case Content(text):
+                    found.append(p.ChatMessage(content=text))
+                case Call(index, id, name):
+                    self.calls.add(piece.index)
+                    function = p.FunctionCall(name=name, arguments="")
+                    call = p.ToolCall(index=index, id=id, type="function", function=function)
+                    found.append(p.ChatMessage(tool_calls=[call]))
+                case Arguments(index, text):
+                    call = p.ToolCall(index=index, function=p.FunctionCall(arguments=text))
+                    found.append(p.ChatMessage(tool_calls=[call]))
+        return found
+
+    def reason(self, piece: Piece) -> p.FinishReason:
+        """Why the message of the last piece ended."""
+        reason = FINISH[piece.finish_reason]
+        return "tool_calls" if reason == "stop" and piece.index in self.calls else reason
+
     def logprobs(self, piece: Piece) -> p.ChatLogprobs | None:
         """The log-probabilities of a piece, if they are wanted."""
         if not self.asked.logprobs:
@@ -357,29 +447,33 @@ class Chatting:
         for index in range(self.job.n):
             yield chunk(index, p.ChatMessage(role="assistant", content=""), None, None)
         async for piece in self.job.pieces():
-            logprobs = self.logprobs(piece)
-            if piece.text or (logprobs and logprobs.content):
-                yield chunk(piece.index, p.ChatMessage(content=piece.text), logprobs, None)
+            logprobs, deltas = self.logprobs(piece), self.deltas(piece)
+            if logprobs and logprobs.content and not deltas:  # Of text that is held back.
+                deltas = [p.ChatMessage(content="")]
+            for delta in deltas:
+                yield chunk(piece.index, delta, logprobs, None)
+                logprobs = None
             if piece.finish_reason:
-                yield chunk(piece.index, p.ChatMessage(), None, FINISH[piece.finish_reason])
+                yield chunk(piece.index, p.ChatMessage(), None, self.reason(piece))
         if includes:
             yield p.ChatChunk(**head, choices=[], usage=self.job.usage())
 
     async def whole(self) -> p.ChatCompletion:
         """The answer, once it is all there. Raises UserError and EngineError."""
-        texts: list[list[str]] = [[] for _ in range(self.job.n)]
+        messages = [p.ChatMessage(role="assistant", content="", refusal=None) for _ in range(self.job.n)]
         logprobs: list[list[p.TokenLogprob]] = [[] for _ in range(self.job.n)]
         reasons: list[p.FinishReason] = ["length"] * self.job.n
         async for piece in self.job.pieces():
-            texts[piece.index].append(piece.text)
+            for delta in self.deltas(piece):
+                add(messages[piece.index], delta)
             if found := self.logprobs(piece):
                 logprobs[piece.index] += found.content
             if piece.finish_reason:
-                reasons[piece.index] = FINISH[piece.finish_reason]
+                reasons[piece.index] = self.reason(piece)
         choices = [
             p.ChatChoice(
                 index=i,
-                message=p.ChatMessage(role="assistant", content="".join(texts[i]), refusal=None),
+                message=messages[i],
                 logprobs=p.ChatLogprobs(content=logprobs[i]) if self.asked.logprobs else None,
                 finish_reason=reasons[i],
             )
@@ -393,3 +487,17 @@ class Chatting:
             choices=choices,
             usage=self.job.usage(),
         )
+
+
+def add(message: p.ChatMessage, delta: p.ChatMessage) -> None:
+    """Adds to a message what a stream would."""
+    if delta.content:
+        message.content = (message.content or "") + delta.content
+    for part in delta.tool_calls or ():
+        calls = message.tool_calls or []
+        if part.id:
+            function = p.FunctionCall(name=part.function.name, arguments="")
+            message.tool_calls = [*calls, p.ToolCall(id=part.id, type="function", function=function)]
+            message.content = message.content or None
+        else:
+            calls[-1].function.arguments += part.function.arguments

@@ -183,7 +183,7 @@ class Service:
         self.must_chat(served)
         if asked.top_logprobs is not None and not asked.logprobs:
             raise ApiError(400, "top_logprobs goes with logprobs: true", "top_logprobs")
-        job = chat_job(served, asked, self.client(request))
+        job = await while_here(request.receive, chat_job(served, asked, self.client(request)))
         return await self.answer(request, asked, job, Chatting(job, asked))
 
     async def answer(self, request: Request, asked: p.Generation, job: Job, maker: Completing | Chatting) -> Any:

@@ -105,6 +105,11 @@ class ChatRequest(Generation):
     store: Literal[False] | None = None
     modalities: list[Literal["text"]] | None = None
 
+    @property
+    def offers_tools(self) -> bool:
+        """True when the model is shown tools."""
+        return bool(self.tools) and self.tool_choice != "none"
+
 
 class EmbeddingRequest(Asked):
     """Texts or tokens to embed: the mean of the last hidden states of a text's tokens, after the model's last norm."""

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import resource
 import signal
 import socket
 import sys
@@ -121,6 +120,8 @@ async def serve(service: Service, bound: socket.socket, grace: int, say: Callabl
 
 def allow_many_files() -> None:
     """Lets the process have as many files, and so connections, as the system allows it."""
+    import resource  # Here, since Windows lacks it.
+
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < hard:
         with contextlib.suppress(ValueError, OSError):

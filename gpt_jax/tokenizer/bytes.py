@@ -26,7 +26,7 @@ class ByteTokenizer(Lossless):
         self.special_tokens = {name: 256 + i for i, name in enumerate(SPECIAL_TOKENS)}
         self.end_of_text = self.special_tokens[END_OF_TEXT]
         self.vocab_size = 256 + len(SPECIAL_TOKENS)
-        self._token_bytes = [bytes([i]) for i in range(256)] + [name.encode() for name in SPECIAL_TOKENS]
+        self.token_bytes = [bytes([i]) for i in range(256)] + [name.encode() for name in SPECIAL_TOKENS]
         definition = {"type": "bytes", "special_tokens": self.special_tokens}
         self._definition = (json.dumps(definition, indent=2) + "\n").encode()
         self.fingerprint = hashlib.sha256(self._definition).hexdigest()
@@ -45,11 +45,11 @@ class ByteTokenizer(Lossless):
 
     def decode(self, ids: Sequence[int]) -> str:
         """See Tokenizer."""
-        return b"".join([self._token_bytes[i] for i in ids]).decode(errors="replace")
+        return b"".join([self.token_bytes[i] for i in ids]).decode(errors="replace")
 
     def decoder(self, after: Sequence[int] = ()) -> ByteDecoder:
         """See Tokenizer."""
-        return ByteDecoder(self._token_bytes)
+        return ByteDecoder(self.token_bytes)
 
     def save(self, folder: Path) -> Path:
         """See Tokenizer."""

@@ -41,6 +41,11 @@ MOST_GAPS = 1 << 16
 # rest of the run.
 WINDOW = 16
 
+_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+BYTES = {chr(b if b in _PRINTABLE else 256 + b - sum(p < b for p in _PRINTABLE)): b for b in range(256)}
+"""The characters by which byte-level BPE writes bytes: those that can be printed by themselves, the others, in their
+order, by those from U+0100 on (Radford et al. 2019)."""
+
 
 class HuggingFaceTokenizer(Chats):
     """A `tokenizer.json` with the settings of its `tokenizer_config.json`.
@@ -218,6 +223,20 @@ class HuggingFaceTokenizer(Chats):
     def _may_be_cut(self) -> bool:
         unknown = self._tokenizer.token_to_id(getattr(self._tokenizer.model, "unk_token", None) or "")
         return may_be_cut(self.rules(), unknown not in self.encode("a \na"))
+
+    @functools.cached_property
+    def token_bytes(self) -> Sequence[bytes]:
+        """See Tokenizer."""
+        if "ByteLevel" in str(json.loads(self._definition).get("decoder")):
+            pieces = [self._tokenizer.id_to_token(i) or "" for i in range(self.vocab_size)]
+            return [
+                bytes(map(BYTES.__getitem__, piece)) if BYTES.keys() >= {*piece} else piece.encode() for piece in pieces
+            ]
+        before = self.encode("a")
+        n = len(self.decode(before))
+        texts = self._tokenizer.decode_batch([[*before, i] for i in range(self.vocab_size)], skip_special_tokens=False)
+        names = {i: self._tokenizer.id_to_token(i) for i in self._byte_tokens}
+        return [bytes([int(names[i][3:5], 16)]) if i in names else text[n:].encode() for i, text in enumerate(texts)]
 
     @functools.cached_property
     def _byte_tokens(self) -> frozenset[int]:

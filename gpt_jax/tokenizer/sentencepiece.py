@@ -48,7 +48,7 @@ class SentencePieceTokenizer(Lossless):
         self.end_of_text = self.special_tokens[END_OF_TEXT]
         if processor.normalize(" ﬁ  x ") != "▁ﬁ▁▁x▁":
             raise ForeignModelError("it changes the text (normalization rule, dummy prefix or extra whitespace)")
-        self._token_bytes = [self._bytes_of(i, piece) for i, piece in enumerate(pieces)]
+        self.token_bytes = [self._bytes_of(i, piece) for i, piece in enumerate(pieces)]
         plain = (p.replace("▁", " ") for i, p in enumerate(pieces) if not processor.is_control(i))
         if not all(WORD.fullmatch(piece) for piece in plain):
             raise ForeignModelError("it has tokens that go on after a newline, or after a space within")
@@ -95,11 +95,11 @@ class SentencePieceTokenizer(Lossless):
 
     def decode(self, ids: Sequence[int]) -> str:
         """See Tokenizer."""
-        return b"".join([self._token_bytes[i] for i in ids]).decode(errors="replace")
+        return b"".join([self.token_bytes[i] for i in ids]).decode(errors="replace")
 
     def decoder(self, after: Sequence[int] = ()) -> ByteDecoder:
         """See Tokenizer."""
-        return ByteDecoder(self._token_bytes)
+        return ByteDecoder(self.token_bytes)
 
     def save(self, folder: Path) -> Path:
         """See Tokenizer."""

@@ -99,6 +99,11 @@ class Tokenizer(Protocol):
         after: ids of the preceding text, which may decide whether a space stands between.
         """
 
+    @property
+    def token_bytes(self) -> Sequence[bytes]:
+        """What each token adds to a text before it, by id: UTF-8, of which it may be a part. Special tokens are spelled
+        by name, and ids without a token are empty."""
+
     def save(self, folder: Path) -> Path:
         """Writes the file that defines the tokenizer into `folder`, whole or not at all. Returns its path."""
 

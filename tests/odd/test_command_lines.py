@@ -70,7 +70,7 @@ def here(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 USAGE = {
-    "help": "there is no command 'help'. The commands are prepare, inspect, train, sample, eval, examples, solve, ",
+    "help": "there is no command 'help'. The commands are prepare, inspect, train, sample, serve, eval, examples, ",
     "": "there is no command ''.",
     "TRAIN": "there is no command 'TRAIN'.",
     "sample.py": "there is no command 'sample.py'; did you mean sample?",

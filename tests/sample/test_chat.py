@@ -100,7 +100,7 @@ def test_an_answer_is_read_while_the_user_writes(params: Params) -> None:
 
     settings = dataclasses.replace(SETTINGS, max_new_tokens=60)
     chat(engine, TOKENIZER, settings, None, ask, lambda text: None)
-    held = len(engine.held)
+    held = len(engine.held.tokens)
     assert held % 128 == 0
     assert held > 128
     assert chunks[2] - chunks[1] <= 2  # The rest of the second prompt, and the chunk that its answer fills.

@@ -176,7 +176,9 @@ class Handler(BaseHTTPRequestHandler):
 
 
 class Page:
-    """The chat page in the browser. Elements are named by CSS selectors; what waits fails after a minute."""
+    """The chat page in the browser. Elements are named by CSS selectors; what waits fails after `seconds`."""
+
+    seconds = 60
 
     def __init__(self, driver: Any, server: Any) -> None:
         self.driver, self.server = driver, server
@@ -192,12 +194,14 @@ class Page:
 
     def until(self, code: str, *arguments: Any) -> Any:
         """What JavaScript returns, once that is true."""
-        end = time.monotonic() + 60
+        end = time.monotonic() + self.seconds
         while time.monotonic() < end:
             if value := self.script(code, *arguments):
                 return value
             time.sleep(0.02)
-        raise AssertionError(f"not true within a minute: {code} {arguments}; the page says: {self.text('body')[:2000]}")
+        raise AssertionError(
+            f"not true in {self.seconds} s: {code} {arguments}; the page says: {self.text('body')[:2000]}"
+        )
 
     def find(self, selector: str) -> Any:
         """The first element, once there is one that is shown."""
@@ -264,8 +268,10 @@ class Page:
         )
 
     def colours(self, scheme: str) -> None:
-        """Makes the system's colours light or dark."""
-        self.command("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        """Makes the system's colours light or dark; nothing moves."""
+        features = {"prefers-color-scheme": scheme, "prefers-reduced-motion": "reduce"}
+        named = [{"name": name, "value": value} for name, value in features.items()]
+        self.command("Emulation.setEmulatedMedia", features=named)
 
     def language(self, name: str) -> None:
         """Makes the browser's language another one, from the next page on."""

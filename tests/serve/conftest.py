@@ -20,3 +20,10 @@ def server(shared: Running) -> Iterator[Running]:
     yield shared
     shared.wait_until_idle()
     assert shared.engine.occupancy == (0, 0)
+
+
+@pytest.fixture(scope="session")
+def roomy() -> Iterator[Running]:
+    """A server with room for definitions of tools, and for all white space that JSON may have."""
+    with serving(tiny_engine(n_slots=2, context_length=1024)) as running:
+        yield running

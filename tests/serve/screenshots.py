@@ -11,9 +11,8 @@ from tempfile import TemporaryDirectory
 
 from tests.serve.browser import Page, started
 
-SYSTEM = "You are a helpful teacher. Answer briefly, in Markdown."
-QUESTION = "Which three sorting algorithms should I know? Give a table of their running times."
-CODE = "Show me the shortest of them in Python."
+QUESTIONS = ("What is gravity? Answer in two sentences.", "Write a Python function that adds two numbers.")
+SETTINGS = {"temperature": "0.5", "top_p": "0.9", "repetition_penalty": "1.1", "seed": "3"}
 
 
 @dataclass
@@ -30,24 +29,24 @@ def main() -> None:
     args = parser.parse_args()
     with TemporaryDirectory() as downloads, started(Path(downloads)) as driver:
         page = Page(driver, Address(args.url))
-        page.resize(1400, 860)
+        page.resize(1280, 760)
         page.language("en-US")
         page.colours("light")
         page.open()
-        settings = {"system": SYSTEM, "temperature": "0.2", "max_tokens": "320", "seed": "4"}
+        page.seconds = 600
         page.click("#set")
-        for name, value in settings.items():
+        for name, value in SETTINGS.items():
             page.find(f"[name={name}]").send_keys(value)
         page.click("#settings .main")
-        for question in (QUESTION, CODE):
+        for question in QUESTIONS:
             page.ask(question)
         for name in ("light", "dark"):
             page.colours(name)
             picture(page, args.out / f"chat-{name}.png")
-        page.resize(360, 780)
-        picture(page, args.out / "chat-narrow.png")
-        page.resize(1400, 860)
         page.colours("light")
+        page.resize(360, 760)
+        picture(page, args.out / "chat-narrow.png")
+        page.resize(1280, 760)
         page.click("#tokens")
         page.script("document.querySelector('#scroll').scrollTop = 0")
         page.until("return document.querySelector('.tokens')")

@@ -27,6 +27,17 @@ CHAT = ByteTokenizer().with_chat_template(TEMPLATE)
 
 OPEN = Rules()
 
+WEATHER = {
+    "type": "object",
+    "properties": {"city": {"enum": ["Bern", "Oslo"]}, "days": {"type": "integer", "minimum": 1, "maximum": 9}},
+    "required": ["city", "days"],
+    "additionalProperties": False,
+}
+TOOLS = [
+    {"type": "function", "function": {"name": "weather", "parameters": WEATHER}},
+    {"type": "function", "function": {"name": "clock"}},
+]
+
 HELLO = [{"role": "user", "content": "Hello, who are you?"}]
 
 

@@ -1,12 +1,14 @@
 """What clients get is what the engine draws, in OpenAI's words."""
 
 import base64
+import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
 import jax.numpy as jnp
+import jsonschema
 import numpy as np
 import pytest
 
@@ -16,7 +18,7 @@ from gpt_jax.model.head import logits_NV
 from gpt_jax.sample.generate import Result, generate_on
 from gpt_jax.sample.settings import Settings, changed
 from tests import tiny
-from tests.serve.servers import CHAT, HELLO, Running, serving, tiny_engine
+from tests.serve.servers import CHAT, HELLO, TOOLS, WEATHER, Running, serving, tiny_engine
 
 PROMPT = "Once upon a time"
 
@@ -164,10 +166,10 @@ def test_bias_and_penalties_matter(server: Running) -> None:
         answer = server.post("/v1/completions", prompt=PROMPT, max_tokens=60, temperature=0, **body)
         return str(answer["choices"][0]["text"])
 
-    bias = {"121": 100, "122": 100}  # y and z, of which the model prefers one.
-    assert text(logit_bias=bias) in ("y" * 60, "z" * 60)
-    assert {"y", "z"} <= set(text(logit_bias=bias, frequency_penalty=2))
-    assert {"y", "z"} <= set(text(logit_bias=bias, repetition_penalty=1e6))
+    bias = {str(ord("z")): 100}
+    assert text(logit_bias=bias) == "z" * 60
+    assert len(set(text(logit_bias=bias, frequency_penalty=2))) > 1
+    assert len(set(text(logit_bias=bias, repetition_penalty=1e6))) > 1
 
 
 def test_what_was_read_before_is_counted(server: Running) -> None:
@@ -218,3 +220,86 @@ def test_prompts_are_scored_while_others_are_written(server: Running) -> None:
         assert [one.result() for one in writing] == [alone] * 4
         thread.join()
     assert found == [scores] * 5
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 5}, "n": {"type": "integer", "minimum": 0, "maximum": 99}},
+    "required": ["name", "n"],
+    "additionalProperties": False,
+}
+WILD: dict[str, Any] = {"messages": HELLO, "temperature": 2.0, "seed": 3}
+
+
+def test_answers_are_json_of_a_schema_beside_others_that_are_not(roomy: Running) -> None:
+    response_format = {"type": "json_schema", "json_schema": {"name": "mine", "schema": SCHEMA, "strict": True}}
+    plain = {**WILD, "max_tokens": 60, "logprobs": True}
+    alone = roomy.post("/v1/chat/completions", **plain)["choices"]
+    with ThreadPoolExecutor(2) as pool:
+        other = pool.submit(lambda: roomy.post("/v1/chat/completions", **plain)["choices"])
+        choices = roomy.post("/v1/chat/completions", **WILD, n=4, response_format=response_format)["choices"]
+        assert other.result() == alone
+    assert {choice["finish_reason"] for choice in choices} == {"stop"}
+    for choice in choices:
+        jsonschema.validate(json.loads(choice["message"]["content"]), SCHEMA)
+    assert len({choice["message"]["content"] for choice in choices}) > 1
+    events = roomy.events("/v1/chat/completions", **WILD, response_format=response_format)
+    assert "".join(e["choices"][0]["delta"].get("content") or "" for e in events) == choices[0]["message"]["content"]
+
+
+def test_an_object_that_is_cut_says_so(roomy: Running) -> None:
+    body = {**WILD, "response_format": {"type": "json_object"}, "max_tokens": 3}
+    [choice] = roomy.post("/v1/chat/completions", **body)["choices"]
+    assert choice["message"]["content"].startswith("{")
+    assert choice["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_tools_that_must_be_called_are(roomy: Running, named: bool) -> None:
+    choice: Any = {"type": "function", "function": {"name": "weather"}} if named else "required"
+    body = {**WILD, "tools": TOOLS, "tool_choice": choice, "parallel_tool_calls": False}
+    [answer] = roomy.post("/v1/chat/completions", **body)["choices"]
+    assert (answer["finish_reason"], answer["message"]["content"]) == ("tool_calls", None)
+    [call] = answer["message"]["tool_calls"]
+    assert call["id"].startswith("call_")
+    if named:
+        assert call["function"]["name"] == "weather"
+        jsonschema.validate(json.loads(call["function"]["arguments"]), WEATHER)
+    events = roomy.events("/v1/chat/completions", **body)
+    assert events[-1]["choices"][0]["finish_reason"] == "tool_calls"
+    deltas = [part for e in events for part in e["choices"][0]["delta"].get("tool_calls") or ()]
+    assert {part["index"] for part in deltas} == {0}
+    assert deltas[0]["function"] == {"name": call["function"]["name"], "arguments": ""}
+    assert "".join(part["function"]["arguments"] for part in deltas) == call["function"]["arguments"]
+    assert [part["id"] for part in deltas if "id" in part] == [deltas[0]["id"]]
+    history = [*HELLO, answer["message"], {"role": "tool", "tool_call_id": call["id"], "content": "12 degrees"}]
+    assert (
+        roomy.post("/v1/chat/completions", messages=history, tools=TOOLS, max_tokens=2)["usage"]["prompt_tokens"] > 100
+    )
+
+
+def test_tools_that_may_be_called_are_shown_to_the_model(roomy: Running) -> None:
+    def n(**body: Any) -> int:
+        answer = roomy.post("/v1/chat/completions", messages=HELLO, max_tokens=1, **body)
+        return int(answer["usage"]["prompt_tokens"])
+
+    assert n() == n(tools=TOOLS, tool_choice="none") == n(tools=[])
+    assert n(tools=TOOLS) == n(tools=TOOLS, tool_choice="auto") > n() + 100
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({"tools": [{"type": "function"}]}, "tools[0]"),
+        ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "other"}}}, "'other'"),
+        ({"tool_choice": "required"}, "there are no tools"),
+        ({"response_format": {"type": "json_schema"}}, "json_schema"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "nothing"}}}}, "schema"),
+        ({"tools": TOOLS, "response_format": {"type": "json_object"}}, "response_format goes with no tools"),
+    ],
+    ids=range(6),
+)
+def test_what_cannot_be_held_to_is_refused(roomy: Running, body: dict[str, Any], words: str) -> None:
+    error = roomy.post("/v1/chat/completions", 400, None, messages=HELLO, **body)["error"]
+    assert words in error["message"]
+    assert "\n" not in error["message"]

@@ -6,14 +6,15 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx
+import pydantic
 import pytest
 
 from tests.commands import environment
 from tests.packaged import npm_installed
-from tests.serve.servers import CHAT, HELLO, Running
+from tests.serve.servers import CHAT, HELLO, TOOLS, Running
 
 QUESTION: Any = HELLO
 PROMPT = "Once upon a time"
@@ -64,8 +65,18 @@ class TestOpenAI:
         chunks = list(stream)
         assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == greedy(server)
         assert chunks[-1].usage.completion_tokens == 20
-        with client.chat.completions.stream(model="tiny", messages=QUESTION, temperature=0, max_tokens=20) as events:
-            assert events.get_final_completion().choices[0].message.content == greedy(server)
+        text = greedy(server)
+        stop = text[8:10]  # An answer that is cut by its length is an error of this one.
+        asked: dict[str, Any] = {
+            "model": "tiny",
+            "messages": QUESTION,
+            "temperature": 0,
+            "max_tokens": 20,
+            "stop": stop,
+        }
+        with client.chat.completions.stream(**asked) as events:
+            answer = events.get_final_completion()
+        assert answer.choices[0].message.content == text[: text.index(stop)]
 
     def test_asynchronously(self, server: Running) -> None:
         async def ask() -> tuple[Any, str]:
@@ -82,6 +93,23 @@ class TestOpenAI:
         found = client.embeddings.create(model="tiny", input=["one", "two"])  # Asks for base64, and decodes it.
         plain = server.post("/v1/embeddings", input=["one", "two"])
         assert [one.embedding for one in found.data] == [one["embedding"] for one in plain["data"]]
+
+    def test_schemas_and_tools(self, roomy: Running) -> None:
+        client = self.openai.OpenAI(base_url=f"{roomy.url}/v1", api_key="none", max_retries=0)
+
+        class Person(pydantic.BaseModel):
+            name: Literal["Ann", "Bob"]
+            years: Literal[1, 2, 3]
+
+        asked: dict[str, Any] = {"model": "tiny", "messages": QUESTION, "seed": 1}
+        answer = client.chat.completions.parse(**asked, response_format=Person)
+        assert isinstance(answer.choices[0].message.parsed, Person)
+        tools: Any = {"tools": TOOLS, "tool_choice": "required", "parallel_tool_calls": False}
+        [call] = client.chat.completions.create(**asked, **tools).choices[0].message.tool_calls
+        assert call.function.name in ("weather", "clock")
+        with client.chat.completions.stream(**asked, **tools) as events:
+            [streamed] = events.get_final_completion().choices[0].message.tool_calls
+        assert streamed.function.arguments == call.function.arguments
 
     def test_errors_are_its_errors(self, client: Any) -> None:
         with pytest.raises(self.openai.NotFoundError, match="there is no model 'other'"):

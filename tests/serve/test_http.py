@@ -24,7 +24,7 @@ from tests.serve.servers import CHAT, HELLO, Running, serving, tiny_engine
 
 
 def test_models_health_metrics_and_the_page(server: Running) -> None:
-    server.post("/v1/completions", prompt="The", max_tokens=3)
+    server.post("/v1/completions", prompt="The", max_tokens=3, **ENDLESS)
     [card] = httpx.get(f"{server.url}/v1/models").json()["data"]
     assert (card["id"], card["chat"], card["context_length"]) == ("tiny", True, 256)
     assert httpx.get(f"{server.url}/v1/models/tiny").json() == card
@@ -40,6 +40,9 @@ def test_models_health_metrics_and_the_page(server: Running) -> None:
     assert "script-src 'sha256-" in page.headers["content-security-policy"]
     assert "unsafe" not in page.headers["content-security-policy"]
 
+
+ENDLESS: dict[str, Any] = {"logit_bias": {str(token): -100 for token in CHAT.stop_ids}}
+"""For answers that go on to their greatest length."""
 
 COMPLETIONS, CHATS = "/v1/completions", "/v1/chat/completions"
 WRONG: list[tuple[str, dict[str, Any], str | None, str]] = [
@@ -159,13 +162,15 @@ def test_a_model_without_a_template_continues_texts() -> None:
     with serving(tiny_engine(), ByteTokenizer()) as server:
         error = server.post(CHATS, 400, messages=HELLO)["error"]
         assert "no chat template" in error["message"]
-        assert server.post(COMPLETIONS, prompt="a", max_tokens=2)["usage"]["completion_tokens"] == 2
+        assert server.post(COMPLETIONS, prompt="a", max_tokens=2, **ENDLESS)["usage"]["completion_tokens"] == 2
         assert httpx.get(f"{server.url}/v1/models").json()["data"][0]["chat"] is False
 
 
 def test_the_log_has_no_texts_unless_asked(server: Running) -> None:
     answer = httpx.post(
-        server.url + COMPLETIONS, json={"prompt": "secret", "max_tokens": 2}, headers={"x-request-id": "me-1"}
+        server.url + COMPLETIONS,
+        json={"prompt": "secret", "max_tokens": 2, **ENDLESS},
+        headers={"x-request-id": "me-1"},
     )
     assert answer.headers["x-request-id"] == "me-1"
     wait_for(lambda: server.log[-1]["id"] == "me-1")
@@ -200,7 +205,7 @@ def test_a_full_queue_says_when_to_come_again() -> None:
 
 
 def test_who_leaves_frees_the_slot(server: Running) -> None:
-    body = {"prompt": "a", "max_tokens": 250, "temperature": 1.5, "n": 64, "logit_bias": {str(CHAT.end_of_text): -100}}
+    body = {"prompt": "a", "max_tokens": 250, "temperature": 1.5, "n": 64, **ENDLESS}
     before = server.engine.counts.cancelled
     for stream in (True, False):
         asked = {**body, "stream": stream}

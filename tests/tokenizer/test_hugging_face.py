@@ -73,6 +73,20 @@ def test_what_is_generated_continues_the_prompt(tokenizer: Tokenizer) -> None:
         )
 
 
+@each
+def test_the_bytes_of_tokens_are_what_they_add_to_a_text(tokenizer: Tokenizer) -> None:
+    """Also where characters are of several tokens, and after special ones; all together, the stream of an answer."""
+    assert len(tokenizer.token_bytes) == tokenizer.vocab_size
+    before = tokenizer.encode("the model")
+    for text in (*random_texts()[:400], TEXT[:1000]):
+        ids = tokenizer.encode(text)
+        decoder = tokenizer.decoder(after=before)
+        added = "".join([*map(decoder.push, ids), decoder.flush()])
+        assert b"".join(tokenizer.token_bytes[i] for i in ids).decode() == added
+    names = tokenizer.special_tokens
+    assert {name: tokenizer.token_bytes[i].decode().strip() for name, i in names.items()} == {n: n for n in names}
+
+
 def test_characters_are_shown_as_soon_as_they_are_complete() -> None:
     for name, pieces in {"byte_level": ["", "", "", "🙂"], "llama": ["", "", "", "", "", "🙂a"]}.items():
         decoder = EVERY[name].decoder()

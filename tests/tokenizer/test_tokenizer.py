@@ -67,6 +67,13 @@ def test_decode_is_the_inverse_of_encode(tokenizer: Tokenizer, text: str) -> Non
     assert not set(ids) & set(tokenizer.special_tokens.values())
 
 
+@each_lossless
+@given(text=TEXT)
+def test_the_bytes_of_tokens_are_those_of_the_text(tokenizer: Tokenizer, text: str) -> None:
+    assert b"".join(tokenizer.token_bytes[i] for i in tokenizer.encode(text)) == text.encode()
+    assert len(tokenizer.token_bytes) == tokenizer.vocab_size
+
+
 @pytest.mark.parametrize("text", [ENGLISH, CHINESE], ids=["english", "chinese"])
 @each
 def test_what_it_was_trained_on_comes_back(tokenizer: Tokenizer, text: str) -> None:
