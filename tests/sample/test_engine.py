@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import logging
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from gpt_jax.model.forward import forward
 from gpt_jax.model.gpt import GPT
 from gpt_jax.model.head import logits_NV
 from gpt_jax.sample.engine import ALL_CHUNKS, Engine, Request
-from gpt_jax.sample.scheduler import QueueFullError, Scheduler, Ticket
+from gpt_jax.sample.scheduler import QueueFullError, Scheduler
 from gpt_jax.sample.settings import Filters
 from tests import tiny
 from tests.cases import cases
@@ -371,8 +372,8 @@ def test_an_interrupt_while_a_request_comes_or_goes(where: str, monkeypatch: pyt
     expected = Answers(e).all(REQUESTS[:2])
     real = getattr(Scheduler, where)
 
-    def interrupted(self: Scheduler, ticket: Ticket) -> None:
-        real(self, ticket)
+    def interrupted(self: Scheduler, *args: Any) -> None:
+        real(self, *args)
         raise KeyboardInterrupt
 
     id = e.submit(REQUESTS[0])
@@ -413,11 +414,14 @@ def test_caches_grow_with_what_is_asked_for() -> None:
 def test_a_full_queue_refuses() -> None:
     e = Engine(engine("gpt2").model, engine("gpt2").params, 1, most_waiting=1)
     e.submit(Request([1], 5, GREEDY))
+    e.turn()  # It has the slot.
+    e.submit(Request([2], 5, GREEDY))
     with pytest.raises(QueueFullError, match="1 requests wait already"):
-        e.submit(Request([2], 5, GREEDY))
+        e.submit(Request([3], 5, GREEDY))
+    e.submit(Request([4], 5, GREEDY), is_new=False)  # One that has waited before is taken.
     while not e.is_idle:
         e.turn()
-    assert (e.counts.requests, e.counts.drawn_tokens) == (1, 5)
+    assert (e.counts.requests, e.counts.drawn_tokens) == (3, 15)
 
 
 @pytest.mark.parametrize(
