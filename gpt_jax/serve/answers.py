@@ -74,10 +74,11 @@ class Served:
         return encode_prompt(text, self.tokenizer, self.context_length)
 
     def prompts(self, given: Any) -> list[list[int]]:
-        """The tokens of a text, of several, of tokens, or of several lists of those. Raises UserError."""
+        """The tokens of a text, of several, of tokens, or of several lists of those. A list without any is what a text
+        without any is. Raises UserError."""
         if isinstance(given, str) or isinstance(given[0], int):
             given = [given]
-        prompts = [self.encode(one) if isinstance(one, str) else list(one) for one in given]
+        prompts = [self.encode(one or "") if isinstance(one, str) or not one else list(one) for one in given]
         for tokens in prompts:
             check_known(tokens, self.worker.engine.model, self.tokenizer)
         return prompts
@@ -332,13 +333,10 @@ class Completing:
         """What a piece adds to its text."""
         logprobs = None
         if self.asked.logprobs is not None:
-            kept = [i for i, t in enumerate(piece.tokens) if t not in self.job.work.rows[piece.index].stop_ids]
-            logprobs = self.spelling.of_completion(
-                [piece.tokens[i] for i in kept],
-                [piece.logprobs[i] for i in kept],
-                [piece.alternatives[i] if piece.alternatives else [] for i in kept],
-                self.offsets[piece.index],
-            )
+            # With the one that ended the text: lm_eval takes the last of an echoed prompt's for the one that was drawn.
+            alternatives = piece.alternatives or [[]] * len(piece.tokens)
+            at = self.offsets[piece.index]
+            logprobs = self.spelling.of_completion(piece.tokens, piece.logprobs, alternatives, at)
             self.offsets[piece.index] += sum(map(len, logprobs.tokens))
         reason = FINISH[piece.finish_reason] if piece.finish_reason else None
         return p.CompletionChoice(index=piece.index, text=piece.text, logprobs=logprobs, finish_reason=reason)

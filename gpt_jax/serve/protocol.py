@@ -73,7 +73,7 @@ class CompletionRequest(Generation):
         str
         | Annotated[list[str], Field(min_length=1, max_length=MOST_PROMPTS)]
         | Annotated[list[Token], Field(min_length=1)]
-        | Annotated[list[Annotated[list[Token], Field(min_length=1)]], Field(min_length=1, max_length=MOST_PROMPTS)]
+        | Annotated[list[list[Token]], Field(min_length=1, max_length=MOST_PROMPTS)]
     )
     max_tokens: int = Field(16, ge=0)
     """Tokens to generate at most. With echo, 0: the prompt is scored, and nothing is added."""
@@ -119,7 +119,7 @@ class EmbeddingRequest(Asked):
         str
         | Annotated[list[str], Field(min_length=1, max_length=MOST_PROMPTS)]
         | Annotated[list[Token], Field(min_length=1)]
-        | Annotated[list[Annotated[list[Token], Field(min_length=1)]], Field(min_length=1, max_length=MOST_PROMPTS)]
+        | Annotated[list[list[Token]], Field(min_length=1, max_length=MOST_PROMPTS)]
     )
     encoding_format: Literal["float", "base64"] = "float"
     user: str | None = None

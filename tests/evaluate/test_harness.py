@@ -18,6 +18,7 @@ from gpt_jax.tokenizer.bytes import ByteTokenizer
 from tests import tiny
 from tests.commands import ROOT, TINY, environment, run_here
 from tests.evaluate.model import log_probabilities_TV, make_params, nats
+from tests.evaluate.tasks import DOCUMENTS, TASKS, write_tasks
 
 lm_eval = pytest.importorskip("lm_eval")
 
@@ -33,35 +34,6 @@ MODEL = GPT(dataclasses.replace(tiny.ONE_LAYER, context_length=T))
 TOKENIZER = ByteTokenizer()
 END = TOKENIZER.end_of_text
 
-TASKS: dict[str, dict[str, Any]] = {
-    "choices": {
-        "output_type": "multiple_choice",
-        "doc_to_text": "{{question}}",
-        "doc_to_choice": ["yes", "no", "maybe so", "语言"],
-        "doc_to_target": "{{answer}}",
-        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
-    },
-    "rolling": {
-        "output_type": "loglikelihood_rolling",
-        "doc_to_text": "",
-        "doc_to_target": "{{text}}",
-        "metric_list": [{"metric": "word_perplexity"}, {"metric": "byte_perplexity"}, {"metric": "bits_per_byte"}],
-    },
-    "writing": {
-        "output_type": "generate_until",
-        "doc_to_text": "{{question}}",
-        "doc_to_target": "{{question}}",
-        "generation_kwargs": {"until": ["e"], "max_gen_toks": 10},
-        "metric_list": [{"metric": "exact_match"}],
-    },
-}
-DOCUMENTS: list[dict[str, Any]] = [
-    {"question": "is it", "answer": 0, "text": "short"},
-    {"question": "", "answer": 1, "text": "of one window and a bit, so the last window overlaps"},
-    {"question": "does a question that is long fit into the window of the model?  ", "answer": 2, "text": "t" * T},
-    {"question": "trailing space ", "answer": 3, "text": "语言 and rain " * 12},
-]
-
 
 @pytest.fixture(scope="module")
 def params() -> Params:
@@ -75,14 +47,7 @@ def harness_model(params: Params) -> HarnessModel:
 
 @pytest.fixture(scope="module")
 def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with TASKS as lm_eval's users write them, and their documents."""
-    folder = tmp_path_factory.mktemp("tasks")
-    (folder / "documents.jsonl").write_text("".join(json.dumps(document) + "\n" for document in DOCUMENTS))
-    for name, task in TASKS.items():
-        where = {"data_files": {"test": str(folder / "documents.jsonl")}, "cache_dir": str(folder / "cache")}
-        definition = {"task": name, "dataset_path": "json", "dataset_kwargs": where, "test_split": "test", **task}
-        (folder / f"{name}.yaml").write_text(json.dumps(definition))  # JSON is YAML.
-    return folder
+    return write_tasks(tmp_path_factory.mktemp("tasks"))
 
 
 @pytest.fixture(scope="module")

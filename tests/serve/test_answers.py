@@ -157,8 +157,18 @@ def test_a_text_ends_at_a_string_or_a_token(server: Running) -> None:
     answer = server.post("/v1/completions", **body, stop_token_ids=[token])
     [choice] = answer["choices"]
     assert (choice["text"], choice["finish_reason"]) == (ended.text, "stop")
-    assert answer["usage"]["completion_tokens"] == len(ended.tokens)  # That which ended it is counted,
-    assert len(choice["logprobs"]["tokens"]) == len(ended.tokens) - 1  # and not shown.
+    # That which ended it is counted, too, and among the log-probabilities.
+    assert answer["usage"]["completion_tokens"] == len(ended.tokens)
+    assert choice["logprobs"]["token_logprobs"] == ended.logprobs
+
+
+def test_a_list_without_tokens_begins_a_text(server: Running) -> None:
+    """As an empty text does. lm_eval asks so."""
+    body: dict[str, Any] = {"max_tokens": 5, "temperature": 0}
+    prompts: list[Any] = [[[]], ""]
+    empty, text = (server.post("/v1/completions", prompt=prompt, **body) for prompt in prompts)
+    assert empty["choices"] == text["choices"]
+    assert empty["usage"]["prompt_tokens"] == 1
 
 
 def test_bias_and_penalties_matter(server: Running) -> None:
