@@ -78,7 +78,7 @@ class Served:
         without any is. Raises UserError."""
         if isinstance(given, str) or isinstance(given[0], int):
             given = [given]
-        prompts = [self.encode(one or "") if isinstance(one, str) or not one else list(one) for one in given]
+        prompts = [self.encode(one) if isinstance(one, str) else list(one) or self.encode("") for one in given]
         for tokens in prompts:
             check_known(tokens, self.worker.engine.model, self.tokenizer)
         return prompts

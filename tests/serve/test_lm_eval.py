@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gpt_jax.placement import Placement
-from tests.evaluate.tasks import TASKS, write_tasks
+from tests.evaluate.tasks import DOCUMENTS, TASKS, write_tasks
 from tests.serve.servers import CHAT, Running
 
 lm_eval = pytest.importorskip("lm_eval")
@@ -46,9 +46,10 @@ def test_completions(server: Running, tmp_path: Path) -> None:
     own = HarnessModel(engine.model, engine.params, CHAT, batch_size=4, placement=Placement(jax.devices()[:1]))
     expected, their = evaluate(own, folder, list(TASKS))
     sizes = f"base_url={server.url}/v1/completions,max_length={own.context_length + 1}"
-    for options in ("num_concurrent=8", "num_concurrent=1"):
-        arguments = {"model_args": f"model=tiny,{sizes},{options}", "batch_size": 1 if options[-1] == "8" else 4}
-        scores, answers = evaluate("local-completions", folder, list(TASKS), **arguments)
+    for concurrent, batch_size in ((8, 1), (1, 4)):
+        arguments = f"model=tiny,{sizes},num_concurrent={concurrent}"
+        options: dict[str, Any] = {"model_args": arguments, "batch_size": batch_size}
+        scores, answers = evaluate("local-completions", folder, list(TASKS), **options)
         assert shown(scores) == shown(expected)
         assert scores == pytest.approx(expected, rel=1e-5)
         assert answers["writing"] == their["writing"]
@@ -67,8 +68,7 @@ def test_chats(server: Running, tmp_path: Path) -> None:
     folder = write_tasks(tmp_path)
     _, answers = evaluate("local-chat-completions", folder, ["writing"], model_args=sizes, apply_chat_template=True)
     asked: dict[str, Any] = {"temperature": 0, "max_tokens": 10, "stop": ["e"]}
-    questions = ["is it", "", "does a question that is long fit into the window of the model?  ", "trailing space "]
-    for question, [[text]] in zip(questions, answers["writing"], strict=True):
-        messages = [{"role": "user", "content": question}]
+    for document, [[text]] in zip(DOCUMENTS, answers["writing"], strict=True):
+        messages = [{"role": "user", "content": document["question"]}]
         plain = server.post("/v1/chat/completions", messages=messages, **asked)
         assert text == plain["choices"][0]["message"]["content"]
