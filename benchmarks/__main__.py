@@ -8,6 +8,7 @@ continues. A row that cannot be measured is reported, and the others go on; the 
 """
 
 import argparse
+import math
 import signal
 import sys
 import time
@@ -38,6 +39,13 @@ PARTS: dict[str, Callable[[results.Results, results.Row, Any], None]] = {
 NAMES = (*PARTS, "report")
 
 
+def rate(text: str) -> float:
+    """A number of requests a second. Raises what argparse explains."""
+    if not 0 < (value := float(text)) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not possible: requests a second are more than 0")
+    return value
+
+
 def main(argv: Sequence[str]) -> int:
     """Runs the parts; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=(__doc__ or "").partition("\n")[0])
@@ -52,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
     models = "of load: where what is made of the models is looked for and kept (default: it is made anew)"
     parser.add_argument("--models", type=Path, metavar="FOLDER", help=models)
     rates = "of load: requests a second (default: 0.5 1 4)"
-    parser.add_argument("--rates", nargs="+", type=float, default=load.RATES, metavar="RATE", help=rates)
+    parser.add_argument("--rates", nargs="+", type=rate, default=load.RATES, metavar="RATE", help=rates)
     chats = "conversations: of data, to pack beside docstrings; of tune, to tune on in their place"
     parser.add_argument("--conversations", nargs="+", type=Path, default=[], metavar="FILE", help=chats)
     published = "of data: a published tokenizer with ChatML's tokens to prepare them with, as its folder or GGUF file"

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from benchmarks import load, servers, tables
+from benchmarks.__main__ import main
 from benchmarks.results import Results
 from benchmarks.servers import Answer, How, Server
 from benchmarks.worker import FailedError
@@ -65,6 +66,13 @@ def test_requests_arrive_at_the_rate() -> None:
     assert at == load.arrivals(2.0) == sorted(at)
     assert (len(at), at[-1]) == (64, pytest.approx(32))
     np.testing.assert_allclose(load.arrivals(0.5), 4 * np.array(at))
+
+
+@pytest.mark.parametrize("given", ["0", "-1", "inf", "nan", "x"])
+def test_a_rate_is_more_than_0(given: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["load", "--rates", "1", given])
+    assert "argument --rates: " in capsys.readouterr().err
 
 
 def test_statistics_are_those_of_the_answers() -> None:
