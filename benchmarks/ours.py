@@ -380,7 +380,7 @@ class Decoding(contestants.Decoding):
         peak = peak_bytes(self.device)
         engine, c = self.engine(batch, prompt + new), self.model.config
         keep_S, tokens_1T = np.ones(batch, bool), np.zeros((1, chunk_sizes(c)[-1]), np.int32)
-        blocks = self.model, self.params, engine.state, keep_S, np.int32(1), c.vocab_size, engine.places
+        blocks = self.model, self.params, engine.state, keep_S, np.int32(1), c.vocab_size
         chunks = self.model, self.params, engine.prompt_cache, tokens_1T, np.int32(0)
         temporaries = max(temporary_bytes(decode_n, *blocks), temporary_bytes(prefill_chunk, *chunks))
         held = bytes_of((self.params, engine.state.cache, engine.prompt_cache))

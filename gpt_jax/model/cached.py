@@ -4,6 +4,7 @@ A chunk attends to itself, and to the cache before it, through the backend that 
 writes scores of more than a chunk of queries and the places of one cache to memory, whatever the length of the prompt.
 """
 
+import functools
 from typing import cast
 
 import jax
@@ -12,8 +13,8 @@ import numpy as np
 from jax.sharding import PartitionSpec
 
 from gpt_jax.config import ModelConfig
-from gpt_jax.model.attention import causal_mask, masked_softmax, visible
-from gpt_jax.model.cache import LayerCache, update
+from gpt_jax.model.attention import causal_mask, visible
+from gpt_jax.model.cache import LayerCache, Parts, starts, update
 from gpt_jax.model.kernels import splash_block, splash_sizes
 from gpt_jax.model.sharding import BATCH_AXES, in_parts
 
@@ -28,38 +29,39 @@ def cached_attention(
     q_BTHK: jax.Array,
     k_BTGK: jax.Array,
     v_BTGK: jax.Array,
-    cache: LayerCache,
+    parts: Parts,
     start_B: jax.Array,
     config: ModelConfig,
     window: int = 0,
-) -> tuple[jax.Array, LayerCache]:
+) -> tuple[jax.Array, Parts]:
     """Attention of T new tokens, at positions from start_B (int32) on, to themselves and to those before: (B, T, H, K);
     and the cache with their keys and values.
 
-    T = 1: every row has a position of its own. T > 1: all rows begin at start_B[0]. With a window, a token sees that
-    many tokens, itself included.
+    T = 1: every row has a position of its own. T > 1: all rows begin at start_B[0], and the cache has one part. With a
+    window, a token sees that many tokens, itself included.
 
     On a mesh, each device has the cache of its heads, all of which it reads and writes by itself; with T = 1, of its
     rows only. What is read by T > 1, the prompts, is whole in each part of the batch.
     """
 
     def on_one_device(
-        q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, cache: LayerCache, start_B: jax.Array
-    ) -> tuple[jax.Array, LayerCache]:
+        q_BTHK: jax.Array, k_BTGK: jax.Array, v_BTGK: jax.Array, parts: Parts, start_B: jax.Array
+    ) -> tuple[jax.Array, Parts]:
         k_BTGK, v_BTGK = with_finite_values(k_BTGK, v_BTGK)
-        cache = update(cache, k_BTGK, v_BTGK, start_B)
+        parts = update(parts, k_BTGK, v_BTGK, start_B)
         if q_BTHK.shape[1] == 1:
-            return newest_attention(q_BTHK, cache, start_B, window), cache
+            return newest_attention(q_BTHK, parts, start_B, window), parts
+        [cache] = parts
         if config.attention == "cudnn":
-            return chunk_by_cudnn(q_BTHK, cache, start_B[0], window), cache
+            return chunk_by_cudnn(q_BTHK, cache, start_B[0], window), parts
         if config.attention == "splash":
-            return chunk_by_splash(q_BTHK, cache, start_B[0], window), cache
-        return chunk_by_blocks(q_BTHK, k_BTGK, v_BTGK, cache, start_B[0], window), cache
+            return chunk_by_splash(q_BTHK, cache, start_B[0], window), parts
+        return chunk_by_blocks(q_BTHK, k_BTGK, v_BTGK, cache, start_B[0], window), parts
 
     rows = BATCH_AXES if q_BTHK.shape[1] == 1 else ()
     heads, cached = PartitionSpec(rows, None, "tensor"), PartitionSpec((*rows, "tensor"))
     attend = in_parts(on_one_device, (heads, heads, heads, cached, PartitionSpec(rows)), (heads, cached))
-    return cast(tuple[jax.Array, LayerCache], attend(q_BTHK, k_BTGK, v_BTGK, cache, start_B))
+    return cast(tuple[jax.Array, Parts], attend(q_BTHK, k_BTGK, v_BTGK, parts, start_B))
 
 
 def with_finite_values(k_BTGK: jax.Array, v_BTGK: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -72,17 +74,48 @@ def with_finite_values(k_BTGK: jax.Array, v_BTGK: jax.Array) -> tuple[jax.Array,
     return jnp.where(finite_BTGK, k_BTGK, jnp.nan), jnp.where(finite_BTGK, v_BTGK, 0)
 
 
-def newest_attention(q_B1HK: jax.Array, cache: LayerCache, position_B: jax.Array, window: int) -> jax.Array:
-    """Attention of each row's newest token to its places up to position_B: (B, 1, H, K)."""
+def newest_attention(q_B1HK: jax.Array, parts: Parts, position_B: jax.Array, window: int) -> jax.Array:
+    """Attention of each row's newest token to its places up to position_B: (B, 1, H, K).
+
+    A part of the cache is read if a row sees some of it. Of each part there are the largest score, the sum of the
+    weights and that of the weighted values, as in `chunk_by_blocks`. Where a row sees nothing of a part, they are the
+    same as if it was not read, so that a row does not depend on the others.
+    """
     B, _, H, K = q_B1HK.shape
-    X, S, _ = cache.k_XSK.shape
-    mask_BS = visible(position_B[:, None] - jnp.arange(S), window)
-    scores_XRS = jax.lax.platform_dependent(
-        heads_of(q_B1HK, X), cache.k_XSK, cpu=scores_exchanged, default=scores_as_they_stand
-    )
-    weights_XRS = masked_softmax(scores_XRS, jnp.repeat(mask_BS, X // B, axis=0)[:, None])
-    out_XRK = jnp.einsum("XRS,XSK->XRK", weights_XRS.astype(cache.v_XSK.dtype), cache.v_XSK)
-    return out_XRK.reshape(B, 1, H, K)
+    X = parts[0].k_XSK.shape[0]
+    R = H * B // X
+    q_XRK = heads_of(q_B1HK, X)
+
+    def read(part: LayerCache, first: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+        distance_BS = position_B[:, None] - first - jnp.arange(part.k_XSK.shape[1])
+        mask_X1S = jnp.repeat(visible(distance_BS, window), X // B, axis=0)[:, None]
+        scores_XRS = jax.lax.platform_dependent(q_XRK, part.k_XSK, cpu=scores_exchanged, default=scores_as_they_stand)
+        scores_XRS = jnp.where(mask_X1S, scores_XRS, LOWEST)
+        most_XR = jnp.max(scores_XRS, axis=-1)
+        weights_XRS = jnp.where(mask_X1S, jnp.exp(scores_XRS - most_XR[..., None]), 0)
+        out_XRK = jnp.einsum(
+            "XRS,XSK->XRK", weights_XRS.astype(part.v_XSK.dtype), part.v_XSK, preferred_element_type=jnp.float32
+        )
+        return most_XR, jnp.sum(weights_XRS, axis=-1), out_XRK
+
+    def pass_over(_: LayerCache) -> tuple[jax.Array, jax.Array, jax.Array]:
+        return jnp.full((X, R), LOWEST), jnp.zeros((X, R)), jnp.zeros((X, R, K))
+
+    def read_if_seen(part: LayerCache, first: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+        if len(parts) == 1:
+            return read(part, first)
+        is_seen_B = position_B >= first
+        if window:
+            is_seen_B &= position_B - window < first + part.k_XSK.shape[1] - 1
+        return jax.lax.cond(jnp.any(is_seen_B), functools.partial(read, first=first), pass_over, part)
+
+    found = [read_if_seen(part, first) for part, first in zip(parts, starts(parts), strict=True)]
+    most_XR = functools.reduce(jnp.maximum, [most_XR for most_XR, _, _ in found])
+    scales = [jnp.exp(part_XR - most_XR) for part_XR, _, _ in found]
+    sum_XR = functools.reduce(jnp.add, [x_XR * scale_XR for (_, x_XR, _), scale_XR in zip(found, scales, strict=True)])
+    scaled = [x_XRK * scale_XR[..., None] for (_, _, x_XRK), scale_XR in zip(found, scales, strict=True)]
+    out_XRK = functools.reduce(jnp.add, scaled)
+    return (out_XRK / sum_XR[..., None]).astype(q_B1HK.dtype).reshape(B, 1, H, K)
 
 
 def scores_as_they_stand(q_XRK: jax.Array, k_XSK: jax.Array) -> jax.Array:

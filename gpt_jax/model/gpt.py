@@ -46,8 +46,8 @@ class Attention(nn.Module):
         keys_B: jax.Array | None,
         segments_BT: jax.Array | None,
         positions_BT: jax.Array | None,
-        cache: kv.LayerCache | None,
-    ) -> tuple[jax.Array, kv.LayerCache | None]:
+        cache: kv.Parts | None,
+    ) -> tuple[jax.Array, kv.Parts | None]:
         c = self.config
         B, T, D = x_BTD.shape
         H, G, K = c.n_head, c.kv_heads, c.head_dim
@@ -110,8 +110,8 @@ class Block(nn.Module):
         keys_B: jax.Array | None = None,
         segments_BT: jax.Array | None = None,
         positions_BT: jax.Array | None = None,
-        cache: kv.LayerCache | None = None,
-    ) -> tuple[jax.Array, kv.LayerCache | None]:
+        cache: kv.Parts | None = None,
+    ) -> tuple[jax.Array, kv.Parts | None]:
         c = self.config
         attention, mlp = Attention(c, self.sliding, name="attention"), MLP(c, name="mlp")
         out_BTD, cache = attention(norm(c, "norm_1")(x_BTD), keys_B, segments_BT, positions_BT, cache)
@@ -184,7 +184,7 @@ class GPT(nn.Module):
             args = {"params": params}, x_BTD, layer_keys_B, segments_BT, positions_BT
             return cast(Any, blocks[sliding].apply(*args))[0]
 
-        def cached_block(params: Params, x_BTD: jax.Array, sliding: bool, layer_cache: kv.LayerCache) -> Any:
+        def cached_block(params: Params, x_BTD: jax.Array, sliding: bool, layer_cache: kv.Parts) -> Any:
             return blocks[sliding].apply({"params": params}, x_BTD, None, None, positions_BT, layer_cache)
 
         if self.is_initializing():

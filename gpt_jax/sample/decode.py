@@ -14,7 +14,7 @@ one program that computes logits.
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -40,6 +40,9 @@ STOP_IDS = 2 * MOST_STOP_IDS
 WHOLE, PROMPTS = PartitionSpec(), PartitionSpec("tensor")
 ROWS, SLOTS = PartitionSpec(BATCH_AXES), PartitionSpec((*BATCH_AXES, "tensor"))
 """What divides, on a mesh, the first dimension of caches of prompts, of all that slots have, and of their caches."""
+
+
+Caches = TypeVar("Caches", kv.Cache, kv.LayerCache)
 
 
 class Row(NamedTuple):
@@ -123,9 +126,21 @@ def layer_of(stacked: jax.Array, i: int, dtype: str, kernel: bool) -> jax.Array:
 
 def chunk_sizes(config: ModelConfig) -> tuple[int, ...]:
     """The lengths of chunks, shortest first. Prompts are read in chunks of the longest one; the rest of a prompt is
-    padded to the shortest that will do. The caches have a multiple of the longest one of places; that of the slots has
-    half of it where all texts are short."""
+    padded to the shortest that will do. The caches have a multiple of the longest one of places; that of the slots may
+    have half of it."""
     return (128, 256, 512) if config.attention in ("cudnn", "splash") else (16, 32, 64, 128)
+
+
+def part_sizes(config: ModelConfig, places: int) -> tuple[int, ...]:
+    """The sizes of the parts in which the slots' cache has so many places: half of the longest chunk twice, the longest
+    chunk three times, then each power of two of it twice. So no more than half as much again is read as the longest
+    text has."""
+    size = chunk_sizes(config)[-1]
+    ends = [size // 2, size]
+    while ends[-1] < places:
+        ends.append(ends[-1] + size)
+        size *= 2 if ends[-1] == 4 * size else 1
+    return tuple(np.diff([0, *(end for end in ends if end < places), places]).tolist())
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -139,7 +154,13 @@ def init_state(config: ModelConfig, n_slots: int, places: int) -> DecodeState:
     """Idle slots for sequences of up to `places` tokens."""
     row = make_row(config, [0], 0, 0, Filters(), ())
     rows = jax.tree.map(lambda x: jnp.zeros((n_slots, *np.shape(x)), np.asarray(x).dtype), row)
-    return DecodeState(divide(kv.init_cache(config, n_slots, places), SLOTS), divide(rows, ROWS))
+    return DecodeState(init_slots(config, n_slots, part_sizes(config, places)), divide(rows, ROWS))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def init_slots(config: ModelConfig, n_slots: int, sizes: tuple[int, ...]) -> kv.Cache:
+    """An empty cache of all slots, in parts of these sizes."""
+    return cast(kv.Cache, divide(kv.init_cache(config, n_slots, *sizes), SLOTS))
 
 
 def make_row(
@@ -229,31 +250,42 @@ def prefill_short(model: GPT, params: Params, tokens_PT: jax.Array) -> kv.Cache:
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="state")
-def insert(
-    model: GPT, state: DecodeState, slot: jax.Array, row: Row, cache: kv.Cache, at: jax.Array, n_chunks: jax.Array
-) -> DecodeState:
-    """Puts a sequence into a slot. cache: of prompts, of whose row `at` n_chunks of the longest size are copied, or all
-    that it has, or the slot has room for, if that is less."""
-    places = min(chunk_sizes(model.config)[-1], cache[0].k_XSK.shape[1], state.cache[0].k_XSK.shape[1])
+def insert(model: GPT, state: DecodeState, slot: jax.Array, row: Row, cache: kv.Cache, at: jax.Array) -> DecodeState:
+    """Puts a sequence into a slot, with the places of row `at` of a cache of prompts that hold its tokens."""
+    longest, places = chunk_sizes(model.config)[-1], kv.places(cache)
     heads, is_divided = model.config.kv_heads // n_parts("tensor"), mesh_is_set()
 
     def on_one_device(
-        slots: kv.Cache, rows: Row, slot: jax.Array, row: Row, cache: kv.Cache, at: jax.Array, n_chunks: jax.Array
+        slots: kv.Cache, rows: Row, slot: jax.Array, row: Row, cache: kv.Cache, at: jax.Array
     ) -> tuple[kv.Cache, Row]:
+        length = row.length
         if is_divided:  # The slot's number among those of this device; if it is another's, nothing is copied.
             n = rows.left.shape[0]
             slot = slot - jax.lax.axis_index(BATCH_AXES) * n
             is_own = (slot >= 0) & (slot < n)
-            slot, n_chunks = jnp.where(is_own, slot, n), jnp.where(is_own, n_chunks, 0)
+            slot, length = jnp.where(is_own, slot, n), jnp.where(is_own, length, 0)
 
-        def copy(i: jax.Array, target: kv.Cache) -> kv.Cache:
-            return copy_chunk(heads, target, (slot, i * places), cache, (at, i * places), places)
+        def filled(part: kv.LayerCache, first: int, prompt: kv.LayerCache) -> kv.LayerCache:
+            size = part.k_XSK.shape[1]
+            step = min(size, longest, places)
 
-        slots = jax.lax.fori_loop(0, n_chunks, copy, slots)
+            def copy(i: jax.Array, part: kv.LayerCache) -> kv.LayerCache:
+                return copy_places(heads, part, (slot, i * step), prompt, (at, first + i * step), step)
+
+            n = jnp.clip(-(-(length - first) // step), 0, min(size, places - first) // step)
+            return cast(kv.LayerCache, jax.lax.fori_loop(0, n, copy, part))
+
+        slots = tuple(
+            tuple(
+                filled(part, first, prompt) if first < places else part
+                for part, first in zip(parts, kv.starts(parts), strict=True)
+            )
+            for parts, (prompt,) in zip(slots, cache, strict=True)
+        )
         return slots, jax.tree.map(lambda rows, one: rows.at[slot].set(one, mode="drop"), rows, row)
 
-    put = in_parts(on_one_device, (SLOTS, ROWS, WHOLE, WHOLE, PROMPTS, WHOLE, WHOLE), (SLOTS, ROWS))
-    return DecodeState(*put(state.cache, state.rows, slot, row, cache, at, n_chunks))
+    put = in_parts(on_one_device, (SLOTS, ROWS, WHOLE, WHOLE, PROMPTS, WHOLE), (SLOTS, ROWS))
+    return DecodeState(*put(state.cache, state.rows, slot, row, cache, at))
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="target")
@@ -265,7 +297,7 @@ def move_chunks(model: GPT, target: kv.Cache, source: kv.Cache, moves_N4: jax.Ar
     def on_one_device(target: kv.Cache, source: kv.Cache, moves_N4: jax.Array, n: jax.Array) -> kv.Cache:
         def move(i: jax.Array, target: kv.Cache) -> kv.Cache:
             to_row, to_place, from_row, from_place = moves_N4[i]
-            return copy_chunk(heads, target, (to_row, to_place), source, (from_row, from_place), places)
+            return copy_places(heads, target, (to_row, to_place), source, (from_row, from_place), places)
 
         return jax.lax.fori_loop(0, n, move, target)
 
@@ -273,14 +305,9 @@ def move_chunks(model: GPT, target: kv.Cache, source: kv.Cache, moves_N4: jax.Ar
     return cast(kv.Cache, copy(target, source, moves_N4, n))
 
 
-def copy_chunk(
-    heads: int,
-    target: kv.Cache,
-    to: tuple[Any, jax.Array],
-    source: kv.Cache,
-    of: tuple[Any, jax.Array],
-    places: int,
-) -> kv.Cache:
+def copy_places(
+    heads: int, target: Caches, to: tuple[Any, jax.Array], source: Caches, of: tuple[Any, jax.Array], places: int
+) -> Caches:
     """The target with so many places copied, from a row and place of the source to those of the target. heads: those
     of keys and values that a row has."""
 
@@ -289,7 +316,7 @@ def copy_chunk(
         chunk = jax.lax.dynamic_slice(from_XSK, (of[0] * heads, of[1], 0), size)
         return jax.lax.dynamic_update_slice(to_XSK, chunk, (to[0] * heads, to[1], 0))
 
-    return jax.tree.map(copy, target, source)
+    return cast(Caches, jax.tree.map(copy, target, source))
 
 
 DECODING_OPTIONS = {
@@ -305,23 +332,20 @@ DECODING_OPTIONS = {
 
 @functools.partial(
     jax.jit,
-    static_argnames=("model", "n_tokens", "view"),
+    static_argnames=("model", "n_tokens"),
     donate_argnames="state",
     compiler_options=DECODING_OPTIONS,
 )
 def decode_n(
-    model: GPT, params: Params, state: DecodeState, keep_S: jax.Array, n: jax.Array, n_tokens: int, view: int
+    model: GPT, params: Params, state: DecodeState, keep_S: jax.Array, n: jax.Array, n_tokens: int
 ) -> tuple[DecodeState, Block]:
     """Draws n <= BLOCK tokens for each slot, fewer where sequences end, and for no slot once all are idle.
 
     params: from `prepare_params`. keep_S: bool, false for slots that are to become idle first. n_tokens: the size of
-    the tokenizer's vocabulary; ids beyond it, the padding of a model's, are never drawn. view: the places of the cache
-    that are read, half of the longest chunk or a multiple of it, and enough for every sequence that is not idle.
+    the tokenizer's vocabulary; ids beyond it, the padding of a model's, are never drawn.
     """
     S, C = keep_S.shape[0], min(MOST_ALTERNATIVES, n_tokens)
     rows = state.rows._replace(left=jnp.where(keep_S, state.rows.left, 0))
-    whole = state.cache
-    cache = whole if view == whole[0].k_XSK.shape[1] else jax.tree.map(lambda x_XSK: x_XSK[:, :view], whole)
     empty = jax.tree.map(
         lambda x: jnp.zeros((BLOCK, *x.shape), x.dtype),
         Block(
@@ -340,29 +364,14 @@ def decode_n(
 
     def body(carry: tuple[jax.Array, DecodeState, Block]) -> tuple[jax.Array, DecodeState, Block]:
         i, (cache, rows), block = carry
-        hidden_S1D, cache = forward_cached(model, params, rows.last[:, None], cache, rows.length)
+        positions_S = jnp.where(rows.left > 0, rows.length, 0)  # Nobody reads more of the cache for an idle slot.
+        hidden_S1D, cache = forward_cached(model, params, rows.last[:, None], cache, positions_S)
         logits_SV = logits_NV(model, params, hidden_S1D[:, 0], n_tokens)
         rows, step = in_parts(functools.partial(draw_tokens, n_alternatives=C), (ROWS, ROWS), ROWS)(rows, logits_SV)
         return i + 1, DecodeState(cache, rows), jax.tree.map(lambda all, one: all.at[i].set(one), block, step)
 
-    begin_S = rows.length
-    _, (cache, rows), block = jax.lax.while_loop(goes_on, body, (jnp.int32(0), DecodeState(cache, rows), empty))
-    if cache[0].k_XSK.shape != whole[0].k_XSK.shape:
-        keep = functools.partial(keep_new, heads=model.config.kv_heads // n_parts("tensor"))
-        cache = cast(kv.Cache, in_parts(keep, (SLOTS, SLOTS, ROWS), SLOTS)(whole, cache, begin_S))
-    return DecodeState(cache, rows), cast(Block, divide(block, WHOLE))  # Of which each host reads all.
-
-
-def keep_new(whole: kv.Cache, viewed: kv.Cache, begin_S: jax.Array, heads: int) -> kv.Cache:
-    """The whole cache with the BLOCK places from begin_S on as they are in the part that was viewed. There the tokens
-    of a block are; what is beyond the view is of a slot that is idle."""
-    last = viewed[0].k_XSK.shape[1] - BLOCK
-
-    def copy(slot: jax.Array, target: kv.Cache) -> kv.Cache:
-        at = slot, jnp.minimum(begin_S[slot], last)
-        return copy_chunk(heads, target, at, viewed, at, BLOCK)
-
-    return jax.lax.fori_loop(0, len(begin_S), copy, whole)
+    _, state, block = jax.lax.while_loop(goes_on, body, (jnp.int32(0), state._replace(rows=rows), empty))
+    return state, cast(Block, divide(block, WHOLE))  # Of which each host reads all.
 
 
 def draw_tokens(rows: Row, logits_SV: jax.Array, n_alternatives: int) -> tuple[Row, Block]:

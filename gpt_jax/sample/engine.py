@@ -36,10 +36,12 @@ from gpt_jax.sample.decode import (
     chunk_sizes,
     decode_n,
     init_prompts,
+    init_slots,
     init_state,
     insert,
     make_row,
     move_chunks,
+    part_sizes,
     prefill_chunk,
     prefill_short,
     prepare_params,
@@ -204,8 +206,6 @@ class Engine:
         self.tasks: dict[int, Task] = {}  # By id.
         self.dropped = np.ones(self.n_slots, bool)  # Slots that the device has to make idle.
         self.adapter_S = np.zeros(self.n_slots, np.int64)  # The number of the adapters of the sequence in a slot.
-        self.ends = np.zeros(self.n_slots, np.int64)  # The places that the sequence in a slot will need at most.
-        self.filled = np.zeros(self.n_slots, np.int64)  # Those that it may need after the blocks that were started.
         self.is_new = False  # True when a sequence was inserted since the last block.
         self.pending: tuple[Block, list[Task]] | None = None
 
@@ -301,7 +301,7 @@ class Engine:
         row = make_row(c, [0], 0, 0, Filters(), ())  # Of an idle slot.
 
         def put(cache: kv.Cache) -> None:
-            self.state = self._call(insert, self.state, np.int32(0), row, cache, np.int32(0), np.int32(0))
+            self.state = self._call(insert, self.state, np.int32(0), row, cache, np.int32(0))
 
         with self._or_reset():
             self.held = Prompt([])
@@ -315,10 +315,8 @@ class Engine:
             if self.kept:
                 for target, source in (("kept", "prompt_cache"), ("prompt_cache", "kept")):
                     self._move(target, source, [(0, 0, 0, 0)])
-            keep_S = np.zeros(self.n_slots, bool)
-            for view in sorted({self._rounded(places) for places in range(1, self.places + 1)}):
-                params = self._params_for(self.adapter_S)
-                self.state, _ = self._call(decode_n, params, self.state, keep_S, np.int32(0), self.n_tokens, view)
+            keep_S, params = np.zeros(self.n_slots, bool), self._params_for(self.adapter_S)
+            self.state, _ = self._call(decode_n, params, self.state, keep_S, np.int32(0), self.n_tokens)
         self.score([0])
 
     @contextmanager
@@ -383,7 +381,10 @@ class Engine:
         with self._where_it_is():
             if wanted > self.chunk:
                 self.prompt_cache = jax.tree.map(grow, self.prompt_cache)
-            self.state = self.state._replace(cache=jax.tree.map(grow, self.state.cache))
+            sizes = part_sizes(self.model.config, wanted)[len(self.state.cache[0]) :]
+            more = self._placed(init_slots(self.model.config, self.n_slots, sizes))
+            cache = tuple(parts + new for parts, new in zip(self.state.cache, more, strict=True))
+            self.state = self.state._replace(cache=cache)
         self.places = wanted
 
     def _read(self) -> None:
@@ -501,12 +502,11 @@ class Engine:
         )
         length = int(row.length)
         self.reserve(request.places)
-        cache, at, n_chunks = self.prompt_cache, 0, -(-length // self.chunk)
+        cache, at = self.prompt_cache, 0
         if self._rows(length) > 1:
             cache, at = self.short_cache, self.short_held.index(task.prompt)
-        self.state = self._call(insert, self.state, np.int32(slot), row, cache, np.int32(at), np.int32(n_chunks))
-        self.filled[slot], self.ends[slot], self.adapter_S[slot] = length, request.places, request.adapter
-        self.dropped[slot], self.is_new = False, True
+        self.state = self._call(insert, self.state, np.int32(slot), row, cache, np.int32(at))
+        self.adapter_S[slot], self.dropped[slot], self.is_new = request.adapter, False, True
         self.counts.prompt_tokens += length
         self.counts.reused_tokens += task.reused
         self.scheduler.write(task.ticket)
@@ -549,20 +549,15 @@ class Engine:
         # The first token of a sequence is waited for; after it, a call for more tokens costs less.
         n = SHORT_BLOCK if self.scheduler.n_waiting or self.scheduler.reading else BLOCK
         n = 1 if self.is_new or self._constrained() else n
-        slots = [task.ticket.slot for task in writing]
-        self.filled[slots] = np.minimum(self.filled[slots] + n, self.ends[slots])
-        view = max(self._rounded(int(self.filled[slots].max())), min(self.places, self.chunk))
-        if n == 1 and 2 * view >= self.places:  # For one token, to read all places is faster than to take some out.
-            view = self.places
         params = self._params_for(self.adapter_S)
-        self.state, block = self._call(decode_n, params, self.state, ~self.dropped, np.int32(n), self.n_tokens, view)
+        self.state, block = self._call(decode_n, params, self.state, ~self.dropped, np.int32(n), self.n_tokens)
         self.dropped[:], self.is_new = False, False
         self.counts.blocks += 1
         return block, writing
 
     def _rounded(self, places: int) -> int:
-        """The least number of places that is at least so many, of those for which there are programs: half a chunk,
-        chunks times a power of two, and what the whole context takes."""
+        """The least number of places that is at least so many, of those that caches have: half a chunk, chunks times a
+        power of two, and what the whole context takes."""
         if places <= self.chunk // 2:
             return self.chunk // 2
         most = -(-self.model.config.context_length // self.chunk)

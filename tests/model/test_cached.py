@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from gpt_jax.model import cached
-from gpt_jax.model.attention import masked_attention
-from gpt_jax.model.cache import LayerCache, init_cache
+from gpt_jax.model.attention import masked_attention, visible
+from gpt_jax.model.cache import LayerCache, Parts, init_cache, starts
 from tests import tiny
 
 
@@ -69,7 +69,7 @@ def test_what_is_not_finite_is_seen_by_its_own_sequence_only() -> None:
     q_BTHK, ones_BTGK = jnp.ones((1, 4, config.n_head, config.head_dim)), jnp.ones(shape)
     values_BTGK = ones_BTGK.at[:, 2].set(jnp.inf)
 
-    def attend(cache: LayerCache, T: int, v_BTGK: jax.Array, start: int) -> tuple[jax.Array, LayerCache]:
+    def attend(cache: Parts, T: int, v_BTGK: jax.Array, start: int) -> tuple[jax.Array, Parts]:
         ours = q_BTHK[:, :T], ones_BTGK[:, :T], v_BTGK[:, :T]
         out_BTHK, cache = cached.cached_attention(*ours, cache, jnp.array([start]), config)
         return jnp.isnan(out_BTHK).any((0, 2, 3)), cache
@@ -83,3 +83,48 @@ def test_what_is_not_finite_is_seen_by_its_own_sequence_only() -> None:
     assert is_nan_T.tolist() == [False]
     is_nan_T, cache = attend(cache, 1, ones_BTGK, 1)
     assert is_nan_T.tolist() == [False]
+
+
+PART_SIZES = 8, 8, 16, 16
+
+
+def decoding_case(rng: np.random.Generator) -> tuple[jax.Array, Parts, jax.Array, jax.Array]:
+    """Queries of three rows, a cache in parts, and its keys and values in one: (B, S, G, K)."""
+    B, S, G, R, K = 3, sum(PART_SIZES), 2, 3, 16
+    q_B1HK = jnp.asarray(rng.normal(size=(B, 1, G * R, K)), jnp.float32)
+    k_BSGK, v_BSGK = (jnp.asarray(rng.normal(size=(B, S, G, K)), jnp.float32) for _ in range(2))
+    k_XSK, v_XSK = (x_BSGK.swapaxes(1, 2).reshape(B * G, S, K) for x_BSGK in (k_BSGK, v_BSGK))
+    ends = np.cumsum(PART_SIZES)[:-1]
+    parts = tuple(map(LayerCache, jnp.split(k_XSK, ends, axis=1), jnp.split(v_XSK, ends, axis=1)))
+    return q_B1HK, parts, k_BSGK, v_BSGK
+
+
+@pytest.mark.parametrize("window", [0, 1, 9])
+@pytest.mark.parametrize(
+    "positions", [(0, 1, 2), (7, 3, 0), (8, 7, 2), (15, 16, 17), (31, 32, 0), (47, 46, 40), (20,) * 3]
+)
+def test_the_newest_token_sees_all_parts_of_the_cache(
+    rng: np.random.Generator, positions: tuple[int, ...], window: int
+) -> None:
+    """As it sees a cache of one part, around the places where parts begin; a part that nobody sees holds anything."""
+    q_B1HK, parts, k_BSGK, v_BSGK = decoding_case(rng)
+    position_B = jnp.array(positions)
+    mask_B1S = visible(position_B[:, None, None] - jnp.arange(k_BSGK.shape[1]), window)
+    expected = masked_attention(q_B1HK, k_BSGK, v_BSGK, mask_B1S)
+    seen_S = np.asarray(mask_B1S.any((0, 1)))
+    parts = tuple(
+        part if seen_S[first : first + size].any() else LayerCache(*(jnp.full_like(x, jnp.nan) for x in part))
+        for part, first, size in zip(parts, starts(parts), PART_SIZES, strict=True)
+    )
+    ours = jax.jit(functools.partial(cached.newest_attention, window=window))(q_B1HK, parts, position_B)
+    np.testing.assert_allclose(ours, expected, atol=2e-6)
+
+
+def test_a_row_does_not_depend_on_which_parts_the_others_read(rng: np.random.Generator) -> None:
+    """To the last bit, whatever another sequence left where it has not come to."""
+    q_B1HK, parts, *_ = decoding_case(rng)
+    left = [part.v_XSK.at[:2].set(3e38) for part in parts[1:]]  # The heads of the first row. Two of them are infinite.
+    parts = parts[0], *(part._replace(v_XSK=v_XSK) for part, v_XSK in zip(parts[1:], left, strict=True))
+    attend = jax.jit(functools.partial(cached.newest_attention, window=0))
+    alone, beside = (attend(q_B1HK, parts, jnp.array([5, *others])) for others in ((0, 0), (12, 47)))
+    np.testing.assert_array_equal(alone[0], beside[0])

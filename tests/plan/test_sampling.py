@@ -84,5 +84,5 @@ def test_matrices_in_int8_are_not_converted_in_memory_on_a_tpu(n_slots: int) -> 
     arguments = on_device((params, state, *rest), parse_target("v5e-4").devices()[0])
     matrices = [x.nbytes for x in jax.tree.leaves(params) if x.dtype == np.int8]
     assert (sum(matrices), max(matrices)) == (112 * 2**20, 16 * 2**20)
-    lowered = decode_n.lower(GPT(config), *arguments, n_tokens=config.vocab_size, view=512)
+    lowered = decode_n.lower(GPT(config), *arguments, n_tokens=config.vocab_size)
     assert temporaries_of(lowered) < max(matrices)

@@ -312,9 +312,9 @@ def test_prepared_matrices_are_in_the_compute_type() -> None:
         tokens = np.arange(16, dtype=np.int32)
         cache = prefill_chunk(model, form, cache, tokens[None], np.int32(0))
         row = make_row(config, tokens.tolist(), 16, 1, GREEDY, ())
-        state = insert(model, state, np.int32(0), row, cache, np.int32(0), np.int32(1))
+        state = insert(model, state, np.int32(0), row, cache, np.int32(0))
         keep_S = np.ones(1, bool)
-        _, block = decode_n(model, form, state, keep_S, np.int32(1), config.vocab_size, 128)
+        _, block = decode_n(model, form, state, keep_S, np.int32(1), config.vocab_size)
         logprobs.append(block.logprobs_NS[0])
     # Embeddings are rounded before they are added up, and not after it: bfloat16 has eight bits.
     np.testing.assert_allclose(logprobs[0], logprobs[1], atol=2e-2)

@@ -130,14 +130,14 @@ def test_a_model_that_exceeds_a_device_is_sampled_and_no_cache_is_gathered() -> 
     row = make_row(config, [1], 1, 1, Filters(), ())
     with jax.set_mesh(e.mesh):
         lowered = {
-            "decode": decode_n.lower(e.model, e.params, e.state, ~e.dropped, np.int32(1), e.n_tokens, 256),
+            "decode": decode_n.lower(e.model, e.params, e.state, ~e.dropped, np.int32(1), e.n_tokens),
             "chunk": prefill_chunk.lower(e.model, e.params, e.prompt_cache, np.zeros((1, 16), np.int32), np.int32(0)),
             "short": prefill_short.lower(e.model, e.params, np.zeros((4, 16), np.int32)),
-            "insert": insert.lower(e.model, e.state, np.int32(1), row, e.prompt_cache, np.int32(0), np.int32(1)),
+            "insert": insert.lower(e.model, e.state, np.int32(1), row, e.prompt_cache, np.int32(0)),
             "move": move_chunks.lower(e.model, e.kept, e.prompt_cache, np.zeros((64, 4), np.int32), np.int32(3)),
         }
     largest = max(x.nbytes for x in jax.tree.leaves(e.params)) // 2
-    assert largest < e.state.cache[0].k_XSK.nbytes
+    assert largest < bytes_of(e.state.cache[0]) // 2
     for name, each in lowered.items():
         program: Any = each.compile({"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"})
         memory = program.memory_analysis()
