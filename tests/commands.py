@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,20 @@ def wait_for(condition: Callable[[], object]) -> None:
         time.sleep(0.02)
 
 
+@contextlib.contextmanager
+def set_up_here() -> Iterator[None]:
+    """What would set up JAX for a command gives it as many of this process's devices."""
+    devices = jax.local_devices()
+    with pytest.MonkeyPatch.context() as patch:
+
+        def setup(cpu_devices: int = 1) -> None:
+            assert cpu_devices <= len(devices)
+            patch.setattr(runtime, "local_devices", lambda: devices[:cpu_devices])
+
+        patch.setattr(runtime, "setup", setup)
+        yield
+
+
 def run_here(*args: object, status: int = 0, cwd: Path = ROOT) -> tuple[str, str]:
     """`run` in the process of the tests, since a new one takes seconds to start. The command gets as many of this
     process's devices as it would set up. cwd: its working folder.
@@ -80,19 +94,7 @@ def run_here(*args: object, status: int = 0, cwd: Path = ROOT) -> tuple[str, str
     not to the command.
     """
     out, err = io.StringIO(), io.StringIO()
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        contextlib.chdir(cwd),
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(err),
-    ):
-        devices = jax.local_devices()
-
-        def setup(cpu_devices: int = 1) -> None:
-            assert cpu_devices <= len(devices)
-            patch.setattr(runtime, "local_devices", lambda: devices[:cpu_devices])
-
-        patch.setattr(runtime, "setup", setup)
+    with set_up_here(), contextlib.chdir(cwd), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         returned = main([str(arg) for arg in args])
     assert returned == status, f"exit status {returned}\n{out.getvalue()}\n{err.getvalue()}"
     return out.getvalue(), err.getvalue()

@@ -15,6 +15,7 @@ from gpt_jax.errors import UserError
 if TYPE_CHECKING:
     from gpt_jax.sample.engine import Engine
     from gpt_jax.sample.replicas import Replicas
+    from gpt_jax.serve.http import Service
     from gpt_jax.tokenizer.tokenizer import Tokenizer
 
 MOST_TEXTS = 2**31
@@ -121,27 +122,33 @@ def load(args: ServeArgs) -> "tuple[Engine | Replicas, dict[str, Tokenizer]]":
     return engine, tokenizers
 
 
+def service(args: ServeArgs) -> "Service":
+    """What answers requests: the models, loaded, and who may ask. Its worker is still to be started."""
+    from gpt_jax.serve.answers import Served  # Here, since these need the extra.
+    from gpt_jax.serve.gate import Rules
+    from gpt_jax.serve.http import Service
+    from gpt_jax.serve.worker import Worker
+
+    keys = read_keys(args.api_key_file) if args.api_key_file else ()
+    hosts = ("localhost", "127.0.0.1", "[::1]", args.host) if is_loopback(args.host) and not keys else ()
+    rules = Rules(keys, hosts, args.cors_origin, args.log_texts)
+    engine, tokenizers = load(args)
+    worker = Worker(engine)
+    served = [Served(name, tokenizer, worker, i) for i, (name, tokenizer) in enumerate(tokenizers.items())]
+    return Service(worker, served, rules)
+
+
 def command(argv: Sequence[str]) -> int:
     """Loads a model, and serves it until a signal."""
     args = parse(ServeArgs, argv, "serve")
     from gpt_jax.serve.server import listen, serve  # Here, since it needs the extra.
 
-    keys = read_keys(args.api_key_file) if args.api_key_file else ()
     bound = listen(args.host, args.port)  # Before the model is loaded, which takes longer.
-    engine, tokenizers = load(args)
-    from gpt_jax.serve.answers import Served
-    from gpt_jax.serve.gate import Rules
-    from gpt_jax.serve.http import Service
-    from gpt_jax.serve.worker import Worker
-
-    hosts = ("localhost", "127.0.0.1", "[::1]", args.host) if is_loopback(args.host) and not keys else ()
-    rules = Rules(keys, hosts, args.cors_origin, args.log_texts)
+    served = service(args)
 
     def say(address: str) -> None:
-        for name, tokenizer in tokenizers.items():
-            chat = "" if tokenizer.chat_template else ", which has no chat template: it continues texts"
+        for name, model in served.served.items():
+            chat = "" if model.tokenizer.chat_template else ", which has no chat template: it continues texts"
             print(f"{name}{chat}: ready at {address}", file=sys.stderr, flush=True)
 
-    worker = Worker(engine)
-    served = [Served(name, tokenizer, worker, i) for i, (name, tokenizer) in enumerate(tokenizers.items())]
-    return asyncio.run(serve(Service(worker, served, rules), bound, args.grace, say))
+    return asyncio.run(serve(served, bound, args.grace, say))

@@ -1,20 +1,28 @@
 """`serve` as a process: it says where it listens, answers, and ends as it is told; and what it refuses."""
 
+import dataclasses
 import json
 import signal
 import socket
 import subprocess
 import threading
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+import jax
+import numpy as np
 import pytest
 
+from gpt_jax.cli.parse import parse
+from gpt_jax.cli.serve import ServeArgs, service
 from tests import tiny
-from tests.commands import refused_here, start
+from tests.commands import refused_here, set_up_here, start
+from tests.export.test_streaming import save_run
 from tests.interop.models import publish
+from tests.serve.servers import running
 
 pytestmark = pytest.mark.usefixtures("quick_commands")
 
@@ -111,3 +119,28 @@ def test_wrong_arguments_are_refused_in_one_line(model: Path, tmp_path: Path) ->
         ):
             assert words in refused_here("serve", "--model", model, "--port=0", *args)
     assert "nowhere is not a run" in refused_here("serve", "--run=nowhere")
+
+
+@pytest.mark.slow
+def test_a_mesh_answers_as_one_device_does(tmp_path: Path) -> None:
+    """Over HTTP, with a model of which no device holds much more than half."""
+    config = dataclasses.replace(tiny.ONE_LAYER, vocab_multiple=2)
+    save_run(tmp_path / "run", config, tiny.uneven_params(config))
+    answers = []
+    for parallel, n in (("--parallel.devices=1", 1), ("--parallel.tensor=2", 2)):
+        args = parse(ServeArgs, [f"--run={tmp_path / 'run'}", "--slots=2", parallel], "serve")
+        with set_up_here():
+            loaded = service(args)
+        with running(loaded) as server:
+            [choice] = server.post("/v1/completions", prompt="on", max_tokens=12, temperature=0, logprobs=1)["choices"]
+            answers.append(choice["logprobs"])
+            params = jax.tree.leaves(server.engine.params)
+            held: Counter[jax.Device] = Counter()
+            for shard in (shard for x in params for shard in x.addressable_shards):
+                held[shard.device] += shard.data.nbytes
+        assert len(held) == n
+        assert max(held.values()) < 1.1 / n * sum(x.nbytes for x in params)
+    alone, divided = answers
+    assert len(set(alone["tokens"])) > 1
+    assert divided["tokens"] == alone["tokens"]
+    np.testing.assert_allclose(divided["token_logprobs"], alone["token_logprobs"], rtol=1e-5, atol=1e-5)

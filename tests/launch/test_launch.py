@@ -4,26 +4,35 @@ Each one is run as a user would run it, on a machine where the outside programs 
 that write down how they were called. What the clouds do with it is not tested.
 """
 
+import dataclasses
 import importlib.util
+import json
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 import types
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from gpt_jax.cli.parse import parse
+from gpt_jax.cli.serve import ServeArgs, service
 from gpt_jax.cli.train import train_arguments
 from gpt_jax.config import Config, config_to_dict
 from gpt_jax.data.prepare import PrepareArgs
 from gpt_jax.storage.files import save_json
+from tests import tiny
+from tests.commands import set_up_here
+from tests.export.test_streaming import save_run
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
@@ -69,6 +78,14 @@ class Machine:
         run = self.folder / "shared/runs/gpt2"
         run.mkdir(parents=True)
         save_json(run / "config.json", config_to_dict(Config()))
+
+    def serve_run(self) -> Path:
+        """Writes what a server needs, a tiny run and a file of keys, whose path is returned."""
+        (self.folder / "shared/runs").mkdir(parents=True)
+        save_run(self.folder / "shared/runs/gpt2", tiny.ONE_LAYER, tiny.random_params(tiny.ONE_LAYER))
+        keys = self.folder / "shared/keys"
+        keys.write_text("secret\n")
+        return keys
 
     def environment(self, variables: Mapping[str, object]) -> dict[str, str]:
         path = f"{self.folder / 'bin'}:{os.environ['PATH']}"
@@ -176,8 +193,14 @@ def machine(tmp_path: Path) -> Machine:
     return Machine(tmp_path)
 
 
+def load_all(name: str) -> list[Any]:
+    yaml = pytest.importorskip("yaml", reason="needs the extra 'dev'")
+    return list(yaml.safe_load_all((LAUNCH / name).read_text()))
+
+
 def load_yaml(name: str) -> Any:
-    return pytest.importorskip("yaml", reason="needs the extra 'dev'").safe_load((LAUNCH / name).read_text())
+    [document] = load_all(name)
+    return document
 
 
 def job_of(jobset: Any) -> Any:
@@ -186,12 +209,18 @@ def job_of(jobset: Any) -> Any:
     return replicated["template"]["spec"]
 
 
+def serving_pod() -> Any:
+    """The specification of the pods that serve."""
+    return load_all("serve.yaml")[0]["spec"]["template"]["spec"]
+
+
 def flag(arguments: list[str], name: str) -> str:
     return arguments[arguments.index(name) + 1]
 
 
 def test_every_recipe_is_tested() -> None:
-    assert {path.name for path in LAUNCH.iterdir() if path.is_file()} == {*RECIPES, "ray_prepare.sh"}
+    others = {"ray_prepare.sh", "ray_serve.py", "serve.yaml"}
+    assert {path.name for path in LAUNCH.iterdir() if path.is_file()} == {*RECIPES, *others}
 
 
 def test_ray_prepare_submits_a_command_with_arguments_that_it_knows(machine: Machine) -> None:
@@ -250,7 +279,8 @@ def scripts() -> dict[str, str]:
     jobset, sky = load_yaml("jobset.yaml"), load_yaml("skypilot.yaml")
     container = job_of(jobset)["template"]["spec"]["containers"][0]
     texts = {name: (LAUNCH / name).read_text() for name in ("tpu_pod.sh", "slurm.sbatch")}
-    return texts | {"jobset": container["args"][0], "skypilot setup": sky["setup"], "skypilot run": sky["run"]}
+    texts |= {"jobset": container["args"][0], "serve": serving_pod()["containers"][0]["args"][0]}
+    return texts | {"skypilot setup": sky["setup"], "skypilot run": sky["run"]}
 
 
 def test_bash_can_read_the_scripts() -> None:
@@ -368,6 +398,63 @@ def test_the_jobset_has_a_pod_for_each_host_of_its_slice(machine: Machine) -> No
     assert flag(machine.trained()[0], "--parallel.fsdp") == str(chips)
 
 
+def test_the_deployment_has_the_fields_and_types_of_its_api() -> None:
+    """As far as Kubeflow has models: not for the Deployment around its pods, nor for the budget."""
+    models = pytest.importorskip("kubeflow_trainer_api.models", reason="needs the extra 'dev'")
+    deployment, service, budget = load_all("serve.yaml")
+    pods = deployment["spec"]["template"]
+    assert models.IoK8sApiCoreV1PodTemplateSpec.from_dict(pods).to_dict() == pods
+    assert models.IoK8sApiCoreV1Service.from_dict(service).to_dict() == service
+    labels = pods["metadata"]["labels"]
+    for one in (deployment, budget):
+        selector = one["spec"]["selector"]
+        assert models.IoK8sApimachineryPkgApisMetaV1LabelSelector.from_dict(selector).to_dict() == selector
+        assert selector == {"matchLabels": labels}
+    assert service["spec"]["selector"] == labels
+    [container] = pods["spec"]["containers"]
+    [port], [outside] = container["ports"], service["spec"]["ports"]
+    probes = [container[f"{kind}Probe"]["httpGet"]["port"] for kind in ("startup", "readiness", "liveness")]
+    assert {*probes, outside["targetPort"]} == {port["name"]}
+    mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
+    assert set(mounts) == {volume["name"] for volume in pods["spec"]["volumes"]}
+    cache = next(e["value"] for e in container["env"] if e["name"] == "JAX_COMPILATION_CACHE_DIR")
+    assert cache.startswith(mounts["cache"])
+
+
+def test_probes_ask_a_pod_that_serves_and_it_ends_in_the_time_that_it_has(machine: Machine) -> None:
+    """The server has a tiny run in place of the real one, and the arguments of the Deployment."""
+    from gpt_jax.serve.server import SECONDS_TO_END  # Here, since it needs the extra.
+    from tests.serve.servers import running
+
+    pod = serving_pod()
+    [container] = pod["containers"]
+    machine.stub("bin/python")
+    variables = {e["name"]: machine.moved(e["value"]) for e in container["env"]}
+    machine.run(*container["command"], *container["args"], variables=variables)
+    [words] = machine.called("python")
+    assert words[:3] == ["-m", "gpt_jax", "serve"]
+    args = parse(ServeArgs, words[3:], "serve")
+    assert args.port == container["ports"][0]["containerPort"]
+    sleep = container["lifecycle"]["preStop"]["sleep"]["seconds"]
+    to_stop = 10  # Seconds that the engine's thread has at most.
+    assert pod["terminationGracePeriodSeconds"] >= sleep + args.grace + SECONDS_TO_END + to_stop
+
+    key = machine.serve_run()
+    with set_up_here():
+        loaded = service(dataclasses.replace(args, api_key_file=str(key), slots=2))
+    with running(loaded) as server:
+        kubelet = {"host": f"10.0.0.5:{args.port}"}
+        probes = [container[f"{kind}Probe"]["httpGet"] for kind in ("startup", "readiness", "liveness")]
+        paths = [server.url + probe["path"] for probe in probes]
+        assert [httpx.get(path, headers=kubelet).status_code for path in paths] == [200] * 3
+        assert httpx.get(f"{server.url}/v1/models", headers=kubelet).status_code == 401
+        assert httpx.get(f"{server.url}/metrics", headers=kubelet).status_code == 401
+        with_key = {**kubelet, "authorization": "Bearer secret"}
+        assert httpx.get(f"{server.url}/v1/models", headers=with_key).json()["data"][0]["id"] == "gpt2"
+        loaded.stop()
+        assert httpx.get(paths[1], headers=kubelet).status_code == 503
+
+
 def test_skypilot_can_load_its_task(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))  # It keeps files there, from its import on.
     monkeypatch.setenv("SKYPILOT_DISABLE_USAGE_COLLECTION", "1")
@@ -411,3 +498,76 @@ def test_ray_starts_one_process_a_node_with_all_gpus_and_stops_them_by_sigterm(
     assert [flag(arguments, "--n-hosts") for arguments in hosts] == ["2", "2"]
     assert len({flag(arguments, "--coordinator") for arguments in hosts}) == 1
     assert [arguments[-1] for arguments in hosts] == ["0,1,2,3"] * 2  # CUDA_VISIBLE_DEVICES
+
+
+@pytest.fixture
+def ray_serve(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """The recipe as a module, by the name that users import it by."""
+    pytest.importorskip("ray.serve", reason="needs the extra 'ray-serve'")
+    machine.recipe("ray_serve.py")
+    monkeypatch.syspath_prepend(machine.project)
+    yield importlib.import_module("launch.ray_serve")
+    for name in ("launch.ray_serve", "launch"):
+        del sys.modules[name]
+
+
+def test_a_replica_is_unhealthy_once_its_engine_has_failed(ray_serve: Any) -> None:
+    replica: Any = types.SimpleNamespace(service=types.SimpleNamespace(worker=types.SimpleNamespace(failure=None)))
+    check_health = ray_serve.Server.func_or_class.check_health
+    check_health(replica)
+    replica.service.worker.failure = ValueError("no memory")
+    with pytest.raises(RuntimeError, match="thread has failed"):
+        check_health(replica)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("quick_commands")
+def test_ray_serves_by_our_rules_and_ends_what_runs_before_it_stops(
+    machine: Machine, ray_serve: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a real Ray in this machine, which has a GPU by its own account, through Ray's proxy."""
+    import ray
+    from ray import serve
+
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    url, key = f"http://127.0.0.1:{port}", {"authorization": "Bearer secret"}
+    body = {"prompt": "on", "max_tokens": 12, "temperature": 0}
+    before = dict(os.environ)
+    ray.init("local", num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False)
+    try:
+        machine.serve_run()  # By JAX, which does not like to be forked, as Ray does to start.
+        serve.start(http_options={"port": port})
+        serve.run(ray_serve.app)
+        named = {"host": "gpt.example:8000"}
+        assert httpx.get(f"{url}/health", headers=named).json() == {"status": "ok"}
+        assert httpx.get(f"{url}/v1/models").status_code == 401
+        assert httpx.get(f"{url}/v1/models", headers={"authorization": "Bearer wrong"}).status_code == 401
+        models = httpx.get(f"{url}/v1/models", headers={**key, **named, "x-request-id": "mine"})
+        assert models.json()["data"][0]["id"] == "gpt2"
+        assert "mine" in models.headers["x-request-id"]
+        assert httpx.get(f"{url}/v1/models", headers={**key, "origin": "https://other.example"}).status_code == 403
+        assert "<html" in httpx.get(url).text
+        assert "gpt_jax_requests_total" in httpx.get(f"{url}/metrics", headers=key).text
+        assert httpx.post(f"{url}/v1/completions", content=b" " * (8 * 2**20 + 1), headers=key).status_code == 413
+        whole = httpx.post(f"{url}/v1/completions", json=body, headers=key).json()
+        assert whole["usage"]["completion_tokens"] == 12
+
+        many = {**body, "n": 16, "stream": True, "max_tokens": 12}
+        with httpx.stream("POST", f"{url}/v1/completions", json=many, headers=key, timeout=60) as answer:
+            events = (line for line in answer.iter_lines() if line)
+            lines = [next(events)]
+            serve.delete("default", _blocking=False)
+            lines += events
+        assert lines.pop() == "data: [DONE]"
+        texts: dict[int, str] = defaultdict(str)
+        for line in lines:
+            for choice in json.loads(line.removeprefix("data: "))["choices"]:
+                texts[choice["index"]] += choice["text"]
+        assert texts == dict.fromkeys(range(16), whole["choices"][0]["text"])
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+        os.environ.clear()
+        os.environ.update(before)

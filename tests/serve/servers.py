@@ -96,9 +96,16 @@ def serving(
     grace: int = 5,
 ) -> Iterator[Running]:
     """A server, which is ready, until the end of the block; then nothing of it is left."""
-    worker, log = Worker(engine), list[dict[str, Any]]()
-    served = [Served(name, tokenizer, worker) for name in names]
-    service = Service(worker, served, rules, lambda line: log.append(json.loads(line)))
+    worker = Worker(engine)
+    with running(Service(worker, [Served(name, tokenizer, worker) for name in names], rules), grace) as server:
+        yield server
+
+
+@contextmanager
+def running(service: Service, grace: int = 5) -> Iterator[Running]:
+    """`serving`, of a service that stands."""
+    worker, log = service.worker, list[dict[str, Any]]()
+    service.log = lambda line: log.append(json.loads(line))
     bound, ready, stop = listen("127.0.0.1", 0), threading.Event(), threading.Event()
 
     async def run() -> None:
