@@ -5,7 +5,7 @@ writes scores of more than a chunk of queries and the places of one cache to mem
 """
 
 import functools
-from typing import cast
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,14 @@ KEY_BLOCK, MANY_KEYS = 128, 512
 cache that is longer has a multiple of the fewer."""
 
 LOWEST = np.finfo(np.float32).min
+
+
+class Sums(NamedTuple):
+    """What the softmax of some keys comes to, as others are added: all float32."""
+
+    most_XR: jax.Array  # The largest score.
+    sum_XR: jax.Array  # The sum of the weights, exp(score - most).
+    out_XRK: jax.Array  # The sum of the values, times their weights.
 
 
 def cached_attention(
@@ -77,7 +85,7 @@ def with_finite_values(k_BTGK: jax.Array, v_BTGK: jax.Array) -> tuple[jax.Array,
 def newest_attention(q_B1HK: jax.Array, parts: Parts, position_B: jax.Array, window: int) -> jax.Array:
     """Attention of each row's newest token to its places up to position_B: (B, 1, H, K).
 
-    A part of the cache is read if a row sees some of it. Of each part there are the largest score, the sum of the
+    A part of the cache is read if a row has come to it. Of each part there are the largest score, the sum of the
     weights and that of the weighted values, as in `chunk_by_blocks`. Where a row sees nothing of a part, they are the
     same as if it was not read, so that a row does not depend on the others.
     """
@@ -86,7 +94,7 @@ def newest_attention(q_B1HK: jax.Array, parts: Parts, position_B: jax.Array, win
     R = H * B // X
     q_XRK = heads_of(q_B1HK, X)
 
-    def read(part: LayerCache, first: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def read(part: LayerCache, first: int) -> Sums:
         distance_BS = position_B[:, None] - first - jnp.arange(part.k_XSK.shape[1])
         mask_X1S = jnp.repeat(visible(distance_BS, window), X // B, axis=0)[:, None]
         scores_XRS = jax.lax.platform_dependent(q_XRK, part.k_XSK, cpu=scores_exchanged, default=scores_as_they_stand)
@@ -96,26 +104,29 @@ def newest_attention(q_B1HK: jax.Array, parts: Parts, position_B: jax.Array, win
         out_XRK = jnp.einsum(
             "XRS,XSK->XRK", weights_XRS.astype(part.v_XSK.dtype), part.v_XSK, preferred_element_type=jnp.float32
         )
-        return most_XR, jnp.sum(weights_XRS, axis=-1), out_XRK
+        return Sums(most_XR, jnp.sum(weights_XRS, axis=-1), out_XRK)
 
-    def pass_over(_: LayerCache) -> tuple[jax.Array, jax.Array, jax.Array]:
-        return jnp.full((X, R), LOWEST), jnp.zeros((X, R)), jnp.zeros((X, R, K))
+    def read_from(number: int, parts: Parts) -> Sums:
+        """All parts from that one on; `parts` are all, since the branches of a condition take arrays as arguments."""
+        sums = read(parts[number], firsts[number])
+        if number + 1 == len(parts):
+            return sums
+        goes_on = jnp.any(position_B >= firsts[number + 1])
+        rest = jax.lax.cond(goes_on, functools.partial(read_from, number + 1), pass_over, parts)
+        most_XR = jnp.maximum(sums.most_XR, rest.most_XR)
+        scales = [jnp.exp(each.most_XR - most_XR) for each in (sums, rest)]
+        return Sums(
+            most_XR,
+            sums.sum_XR * scales[0] + rest.sum_XR * scales[1],
+            sums.out_XRK * scales[0][..., None] + rest.out_XRK * scales[1][..., None],
+        )
 
-    def read_if_seen(part: LayerCache, first: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-        if len(parts) == 1:
-            return read(part, first)
-        is_seen_B = position_B >= first
-        if window:
-            is_seen_B &= position_B - window < first + part.k_XSK.shape[1] - 1
-        return jax.lax.cond(jnp.any(is_seen_B), functools.partial(read, first=first), pass_over, part)
+    def pass_over(_: Parts) -> Sums:
+        return Sums(jnp.full((X, R), LOWEST), jnp.zeros((X, R)), jnp.zeros((X, R, K)))
 
-    found = [read_if_seen(part, first) for part, first in zip(parts, starts(parts), strict=True)]
-    most_XR = functools.reduce(jnp.maximum, [most_XR for most_XR, _, _ in found])
-    scales = [jnp.exp(part_XR - most_XR) for part_XR, _, _ in found]
-    sum_XR = functools.reduce(jnp.add, [x_XR * scale_XR for (_, x_XR, _), scale_XR in zip(found, scales, strict=True)])
-    scaled = [x_XRK * scale_XR[..., None] for (_, _, x_XRK), scale_XR in zip(found, scales, strict=True)]
-    out_XRK = functools.reduce(jnp.add, scaled)
-    return (out_XRK / sum_XR[..., None]).astype(q_B1HK.dtype).reshape(B, 1, H, K)
+    firsts = starts(parts)
+    sums = read_from(0, parts)
+    return (sums.out_XRK / sums.sum_XR[..., None]).astype(q_B1HK.dtype).reshape(B, 1, H, K)
 
 
 def scores_as_they_stand(q_XRK: jax.Array, k_XSK: jax.Array) -> jax.Array:

@@ -132,15 +132,12 @@ def chunk_sizes(config: ModelConfig) -> tuple[int, ...]:
 
 
 def part_sizes(config: ModelConfig, places: int) -> tuple[int, ...]:
-    """The sizes of the parts in which the slots' cache has so many places: half of the longest chunk twice, the longest
-    chunk three times, then each power of two of it twice. So no more than half as much again is read as the longest
-    text has."""
-    size = chunk_sizes(config)[-1]
-    ends = [size // 2, size]
+    """The sizes of the parts in which the slots' cache has so many places: half of the longest chunk, then each as many
+    as all before it, so that no more than twice the places of the longest text are read."""
+    ends = [chunk_sizes(config)[-1] // 2]
     while ends[-1] < places:
-        ends.append(ends[-1] + size)
-        size *= 2 if ends[-1] == 4 * size else 1
-    return tuple(np.diff([0, *(end for end in ends if end < places), places]).tolist())
+        ends.append(min(2 * ends[-1], places))
+    return tuple(np.diff([0, *ends]).tolist())
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
