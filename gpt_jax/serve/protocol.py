@@ -21,7 +21,10 @@ Penalty = Annotated[float, Field(ge=-2, le=2)]
 class Asked(BaseModel):
     """A request, or a part of one."""
 
-    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+    # Fields that are not known are refused where they are read, by name: so a schema has none.
+    model_config = ConfigDict(
+        extra="allow", strict=True, allow_inf_nan=False, json_schema_extra={"additionalProperties": False}
+    )
 
 
 class Said(BaseModel):

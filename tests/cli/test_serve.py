@@ -4,11 +4,7 @@ import dataclasses
 import json
 import signal
 import socket
-import subprocess
-import threading
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -19,9 +15,10 @@ import pytest
 from gpt_jax.cli.parse import parse
 from gpt_jax.cli.serve import ServeArgs, service
 from tests import tiny
-from tests.commands import refused_here, set_up_here, start
+from tests.commands import refused_here, set_up_here
 from tests.export.test_streaming import save_run
 from tests.interop.models import publish
+from tests.serve.processes import served
 from tests.serve.servers import running
 
 pytestmark = pytest.mark.usefixtures("quick_commands")
@@ -33,35 +30,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("serve") / "small"
     publish(folder, tiny.LLAMA)
     return folder
-
-
-@contextmanager
-def served(*args: object) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
-    """The process of a server that is ready, its address, and the lines that it writes to standard error."""
-    process = start("serve", "--port=0", *args)
-    lines: list[str] = []
-    ready = threading.Event()
-
-    def read() -> None:
-        assert process.stderr is not None
-        for line in process.stderr:
-            lines.append(line)
-            if ": ready at " in line:
-                ready.set()
-        ready.set()
-
-    thread = threading.Thread(target=read)
-    thread.start()
-    try:
-        assert ready.wait(300)
-        assert process.poll() is None, lines
-        yield process, next(line for line in lines if ": ready at " in line).split(" ")[-1].strip(), lines
-    finally:
-        process.kill()
-        process.wait()
-        thread.join()
-        assert process.stdout is not None
-        process.stdout.close()
 
 
 def test_it_answers_and_finishes_what_runs_when_it_is_told_to_stop(model: Path) -> None:
