@@ -102,6 +102,9 @@ def run(args: argparse.Namespace) -> list[str]:
         raise UserError(f"--rounds {args.rounds} must be 1 or more")
     if args.text and not args.text.is_file():
         raise UserError(f"--text {args.text}: there is no such file")
+    for path in args.gguf:
+        if not path.is_file():
+            raise UserError(f"--gguf {path}: there is no such file")
     if args.minutes:
         worker.deadline = time.monotonic() + 60 * args.minutes
     failed: list[str] = []

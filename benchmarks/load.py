@@ -132,9 +132,6 @@ def run(
     if not files:
         print("nothing to serve: --gguf names no file", flush=True)
     for path in files:
-        if not path.is_file():
-            print(f"nothing to serve: there is no {path}", flush=True)
-            continue
         with tempfile.TemporaryDirectory() as temporary:
             models = Models(path, programs, folder or Path(temporary), machine["cores"])
             for note in models.notes:

@@ -100,9 +100,6 @@ def run(
     if not files:
         print(f"{LLAMA_CPP}: not here: --gguf names no file to compare with", flush=True)
     for path in files:
-        if not path.is_file():
-            print(f"{LLAMA_CPP}: not here: {path}", flush=True)
-            continue
         for name, case in CASES.items():
             line = f"{path.name}, {name}"
             results.measure(f"serve/{path.stem}, {name}", line, read_file, path, case, machine, programs, rounds)

@@ -1,4 +1,4 @@
-"""The one exception whose message is meant for users."""
+"""The exceptions whose messages are meant for users."""
 
 
 class UserError(Exception):
@@ -6,3 +6,7 @@ class UserError(Exception):
 
     The command line prints it without a traceback and exits with status 1. Anything else that is raised is a bug.
     """
+
+
+class TooLongError(UserError):
+    """A text, with what is to be added to it, that the model's context has no room for."""

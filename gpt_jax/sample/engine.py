@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from gpt_jax.errors import UserError
+from gpt_jax.errors import TooLongError, UserError
 from gpt_jax.model import cache as kv
 from gpt_jax.model.gpt import GPT, Params
 from gpt_jax.model.lora import Adapters, join
@@ -611,7 +611,7 @@ def check_request(request: Request, model: GPT, n_tokens: int, n_adapters: int =
     if request.max_new_tokens < 1:
         raise UserError(f"max_new_tokens = {request.max_new_tokens} is not possible: it must be 1 or more")
     if n + request.max_new_tokens > c.context_length + 1:  # The last token that is drawn is never read.
-        raise UserError(
+        raise TooLongError(
             f"{n} tokens and {request.max_new_tokens} new ones are more than the model's context_length, "
             f"{c.context_length}, has room for; shorten the prompt or the answer"
         )

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from gpt_jax.errors import UserError
+from gpt_jax.errors import TooLongError, UserError
 from gpt_jax.model.gpt import GPT, Params
 from gpt_jax.sample.constraint import Constraint
 from gpt_jax.sample.engine import ALL_CHUNKS, Engine, Progress, Request
@@ -265,7 +265,7 @@ def encode_prompt(prompt: str, tokenizer: Tokenizer, context_length: int) -> lis
     begin = [] if tokenizer.begin_of_text is None else [tokenizer.begin_of_text]
     tokens = [*begin, *tokenizer.encode(prompt)] or [tokenizer.end_of_text]
     if len(tokens) > context_length:
-        raise UserError(
+        raise TooLongError(
             f"the prompt has {len(tokens)} tokens, and the model's context_length is {context_length}; shorten it"
         )
     return tokens

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from gpt_jax.errors import UserError
+from gpt_jax.errors import TooLongError, UserError
 from gpt_jax.sample.decode import Scores
 from gpt_jax.sample.engine import Request, check_request, fresh_seed
 from gpt_jax.sample.generate import Row, check_known, encode_prompt
@@ -196,7 +196,7 @@ async def chat_job(served: Served, asked: p.ChatRequest, client: str) -> Job:
     check_known(prompt, served.worker.engine.model, served.tokenizer)
     room = served.context_length + 1 - len(prompt)
     if room < 1:
-        raise UserError(
+        raise TooLongError(
             f"the conversation has {len(prompt)} tokens, and the model's context_length is {served.context_length}; "
             "shorten it"
         )

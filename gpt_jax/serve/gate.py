@@ -21,7 +21,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from gpt_jax.errors import UserError
+from gpt_jax.errors import TooLongError, UserError
 from gpt_jax.sample.scheduler import QueueFullError
 from gpt_jax.serve.protocol import ErrorResponse, Problem
 from gpt_jax.serve.worker import EngineError, StoppedError
@@ -86,7 +86,7 @@ def explained(error: Exception) -> ApiError:
     if isinstance(error, QueueFullError):
         return ApiError(429, str(error), code="queue_full", retry_after=RETRY_AFTER)
     if isinstance(error, UserError):
-        return ApiError(400, str(error))
+        return ApiError(400, str(error), code="context_length_exceeded" if isinstance(error, TooLongError) else None)
     if isinstance(error, StoppedError):
         return ApiError(503, "the server was told to stop", code="stopped")
     if isinstance(error, EngineError):

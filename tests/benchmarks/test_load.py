@@ -75,6 +75,12 @@ def test_a_rate_is_more_than_0(given: str, capsys: pytest.CaptureFixture[str]) -
     assert "argument --rates: " in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("part", ["load", "serve"])
+def test_a_model_that_is_not_there_is_an_error(part: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([part, "--gguf", str(tmp_path / "no.gguf"), "--out", str(tmp_path)]) == 1
+    assert capsys.readouterr().err == f"error: --gguf {tmp_path / 'no.gguf'}: there is no such file\n"
+
+
 def test_statistics_are_those_of_the_answers() -> None:
     """Of 101 answers, the first tokens take 0 to 100 ms, and the other nine of each as long together."""
     answers = [Answer("", ms / 1000, 2 * ms / 1000, 10, 5) for ms in range(101)]
@@ -151,9 +157,8 @@ def test_all_questions_are_asked_and_written_down(
     monkeypatch.setattr(load.Models, "contestants", contestants)
     (tmp_path / "a.gguf").touch()
     results = Results(tmp_path / "test.json", MACHINE)
-    load.run(results, MACHINE, 2, [tmp_path / "a.gguf", tmp_path / "b.gguf"], tmp_path, rates=[20.0])
+    load.run(results, MACHINE, 2, [tmp_path / "a.gguf"], tmp_path, rates=[20.0])
     said = capsys.readouterr().out
-    assert f"nothing to serve: there is no {tmp_path / 'b.gguf'}\n" in said
     assert f"llama.cpp: not here: llama-server and llama-quantize in {tmp_path}\n" in said
     assert "not measured: gpt_jax, int8 failed: ended with status 1: no such model\n" in said
 

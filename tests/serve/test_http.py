@@ -90,6 +90,8 @@ def test_what_is_wrong_is_named(
         assert error["param"] == param
         assert words in error["message"]
         assert error["type"] == "invalid_request_error"
+        is_too_long = words.startswith(("257 tokens", "context_length"))
+        assert (error["code"] == "context_length_exceeded") == is_too_long
         assert "\n" not in error["message"]
 
 
