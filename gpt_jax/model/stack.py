@@ -63,6 +63,7 @@ def run_cached(
 ) -> tuple[jax.Array, Cache]:
     """The output of all blocks for x, and the new cache. `block(params, x_BTD, sliding, layer_cache)` returns both."""
     new_cache = []
+    block = jax.jit(block, static_argnums=2)  # So that layers are traced once, and not each by itself.
     for params, layer_cache, sliding in zip(unstack(layers, config.n_layer), cache, config.sliding, strict=True):
         if gathers_again():  # Otherwise XLA gathers all layers together, before the loop over tokens.
             params, x_BTD = jax.lax.optimization_barrier((params, x_BTD))
