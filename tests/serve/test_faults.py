@@ -56,6 +56,10 @@ class Process:
         lines = httpx.get(f"{self.url}metrics").text.splitlines()
         return float(next(line for line in lines if line.startswith(f"{name} ")).split()[1])
 
+    def wait_until_asked(self, texts: float) -> None:
+        """Returns once so many texts have been asked of its engine."""
+        wait_for(lambda: self.metric("gpt_jax_texts_total") == texts)
+
     @contextlib.contextmanager
     def left_as_it_was(self) -> Iterator[None]:
         """After the block nothing of it is left, and the same is answered as before."""
@@ -127,7 +131,7 @@ def test_slow_readers_hold_up_nobody(process: Process) -> None:
         with process.left_as_it_was():
             asked = process.metric("gpt_jax_texts_total") + 6 * 64
             clients = [slow_reader(url) for _ in range(6)]
-            wait_for(lambda asked=asked: process.metric("gpt_jax_texts_total") == asked)
+            process.wait_until_asked(asked)
             assert process.answer() == process.expected
             for client in clients[::2]:
                 client.close()
