@@ -106,7 +106,7 @@ def decoding_case(rng: np.random.Generator) -> tuple[jax.Array, Parts, jax.Array
 def test_the_newest_token_sees_all_parts_of_the_cache(
     rng: np.random.Generator, positions: tuple[int, ...], window: int
 ) -> None:
-    """As it sees a cache of one part, around the places where parts begin. The others hold anything."""
+    """As it sees a cache of one part, around the places where parts begin. Parts that no row has come to hold NaN."""
     q_B1HK, parts, k_BSGK, v_BSGK = decoding_case(rng)
     position_B = jnp.array(positions)
     mask_B1S = visible(position_B[:, None, None] - jnp.arange(k_BSGK.shape[1]), window)
@@ -122,7 +122,9 @@ def test_the_newest_token_sees_all_parts_of_the_cache(
 def test_a_row_does_not_depend_on_which_parts_the_others_read(rng: np.random.Generator) -> None:
     """To the last bit, whatever another sequence left where it has not come to."""
     q_B1HK, parts, *_ = decoding_case(rng)
-    left = [part.v_XSK.at[:2].set(3e38) for part in parts[1:]]  # The heads of the first row. Two of them are infinite.
+    left = [
+        part.v_XSK.at[:2].set(3e38) for part in parts[1:]
+    ]  # The heads of the first row. Two values add up to infinity.
     parts = parts[0], *(part._replace(v_XSK=v_XSK) for part, v_XSK in zip(parts[1:], left, strict=True))
     attend = jax.jit(functools.partial(cached.newest_attention, window=0))
     alone, beside = (attend(q_B1HK, parts, jnp.array([5, *others])) for others in ((0, 0), (12, 47)))

@@ -5,6 +5,7 @@ import contextlib
 import resource
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,6 @@ from tests.commands import wait_for
 from tests.interop.models import publish
 from tests.serve.processes import served
 from tests.serve.servers import Running
-
-SLOTS = 4
 
 SETTINGS = hypothesis.settings(
     max_examples=30, deadline=None, database=None, derandomize=True, suppress_health_check=list(hypothesis.HealthCheck)
@@ -75,7 +74,7 @@ class Process:
 def process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Process]:
     folder = tmp_path_factory.mktemp("faults") / "small"
     publish(folder, tiny.LLAMA)
-    with served("--model", folder, f"--slots={SLOTS}", "--queue=1000") as (server, url, _):
+    with served("--model", folder, "--slots=4", "--queue=1000") as (server, url, _):
         yield Process(server.pid, url)
 
 
@@ -124,6 +123,12 @@ def slow_reader(url: httpx.URL) -> socket.socket:
     return client
 
 
+def read_all(client: socket.socket) -> bytes:
+    """What it is sent until the end."""
+    with client, client.makefile("rb") as answer:
+        return answer.read()
+
+
 def test_slow_readers_hold_up_nobody(process: Process) -> None:
     """Half of them leave in the end, and the others get all of their answers. Memory does not grow."""
     url, memory = httpx.URL(process.url), list[int]()
@@ -135,9 +140,9 @@ def test_slow_readers_hold_up_nobody(process: Process) -> None:
             assert process.answer() == process.expected
             for client in clients[::2]:
                 client.close()
-            for client in clients[1::2]:
-                with client, client.makefile("rb") as answer:
-                    events = answer.read()
+            with ThreadPoolExecutor() as pool:
+                answers = list(pool.map(read_all, clients[1::2]))
+            for events in answers:
                 assert events.count(b'"finish_reason":"') == 64
                 assert b"data: [DONE]" in events[-40:]
         memory.append(process.status("VmRSS"))
