@@ -240,19 +240,24 @@ async def while_here(receive: Receive, work: Coroutine[Any, Any, Result]) -> Res
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
+ONE_LINE = str.maketrans({c: f"\\u{ord(c):04x}" for c in "\x85\u2028\u2029"})
+"""The characters at which Python and others end a line, and that JSON need not escape."""
+
+
 class Events:
     """An answer by server-sent events, which ends early when the client leaves."""
 
     def __init__(
         self, write: Callable[[Callable[[str], Awaitable[None]]], Coroutine[Any, Any, None]], end: Callable[[], None]
     ) -> None:
-        """write: writes all events, each by a call of the function that it is given. end: is called at the end, however
-        it comes."""
+        """write: writes all events, each by a call of the function that it is given with a line of JSON. end: is called
+        at the end, however it comes."""
         self.write, self.end = write, end
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def event(data: str) -> None:
-            await send({"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": True})
+            body = f"data: {data.translate(ONE_LINE)}\n\n".encode()
+            await send({"type": "http.response.body", "body": body, "more_body": True})
 
         headers = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"x-accel-buffering", b"no")]
         try:

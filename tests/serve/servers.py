@@ -67,8 +67,8 @@ class Running:
         answer = httpx.post(self.url + path, json={**body, "stream": True}, timeout=120)
         assert answer.status_code == 200, answer.text
         assert answer.headers["content-type"].startswith("text/event-stream")
-        *lines, done, end = answer.text.split("\n\n")
-        assert (done, end) == ("data: [DONE]", "")
+        *lines, done = answer.text.splitlines()[::2]
+        assert (done, answer.text[-2:]) == ("data: [DONE]", "\n\n")
         return [json.loads(line.removeprefix("data: ")) for line in lines]
 
     def wait_until_idle(self) -> None:

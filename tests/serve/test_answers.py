@@ -66,6 +66,17 @@ def test_a_stream_is_the_same_in_parts(server: Running) -> None:
             assert [value for part in parts for value in part["logprobs"][name]] == values
 
 
+def test_an_event_is_one_line_to_whoever_splits_lines(server: Running) -> None:
+    """Also to Python, for which a line ends at characters that JSON need not escape."""
+    text = "".join(c for c in map(chr, range(0x3000)) if c.splitlines() == [""])
+    assert len(text) == 10
+    body: dict[str, Any] = {"prompt": text, "echo": True, "max_tokens": 1}
+    events = server.events("/v1/completions", **body, seed=1)
+    written = "".join(part["text"] for event in events for part in event["choices"])
+    assert written == server.post("/v1/completions", **body, seed=1)["choices"][0]["text"]
+    assert written.startswith(text)
+
+
 def test_a_chat_is_what_the_engine_draws(server: Running) -> None:
     expected = drawn(CHAT.encode_chat(HELLO), max_new_tokens=30, alternatives=2)
     body: dict[str, Any] = {"messages": HELLO, "max_tokens": 30, "temperature": 0, "logprobs": True, "top_logprobs": 2}
