@@ -12,7 +12,7 @@ import tyro
 
 from gpt_jax.cli.parse import ModelArgs, Switch, parse
 from gpt_jax.cli.terminal import ask, decoded, print_json, say
-from gpt_jax.config import ParallelConfig, QuantizeName, check
+from gpt_jax.config import CacheDTypeName, ParallelConfig, QuantizeName, check
 from gpt_jax.errors import UserError
 from gpt_jax.sample.settings import Settings
 
@@ -38,6 +38,7 @@ class SampleArgs(ModelArgs):
     chat: Switch = False  # Talk with the model, which must have a chat template; each line of input is a message.
     system: str = ""  # With --chat: the system prompt, which may say how to behave.
     quantize: QuantizeName = "none"  # int8: round the matrices to 8 bits, with a scale a row; docs/sample.md.
+    cache_dtype: CacheDTypeName = "auto"  # int8: round the keys and values of what was read; auto: as the model says.
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
@@ -116,7 +117,8 @@ def answer_prompts(args: SampleArgs) -> None:
         answered: Callable[[dict[str, Any]], None] = print_json
         if args.out:  # Before the model is loaded, which takes longer.
             int8 = () if args.quantize == "none" else (args.quantize,)
-            job = job_name(source.identity(), args.context_length, args.settings, args.num_samples, *int8)
+            cache = () if args.cache_dtype == "auto" else (f"{args.cache_dtype} cache",)
+            job = job_name(source.identity(), args.context_length, args.settings, args.num_samples, *int8, *cache)
             answers = stack.enter_context(open_answers(Path(args.out), job, prompts))
             done, answered = answers.done, answers.add
             if len(done) == n_texts:
@@ -145,7 +147,7 @@ def load_to_write(
     if not args.parallel.n_asked:
         devices = devices[: -(-n_texts // slots)]
     placement = choose_placement(args.parallel, config_to_load(source, args.context_length), devices)
-    model, params, tokenizer = load_model(source, args.context_length, placement, args.quantize)
+    model, params, tokenizer = load_model(source, args.context_length, placement, args.quantize, args.cache_dtype)
     params = prepare_params(params, model.config, donate=True)  # The first copy is freed.
     options = {"n_tokens": tokenizer.vocab_size, "chunks_a_turn": chunks_a_turn}
     return engine_on(placement, model, params, n_texts, slots, **options), tokenizer

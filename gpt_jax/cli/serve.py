@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gpt_jax.cli.parse import ModelArgs, Switch, parse
-from gpt_jax.config import ParallelConfig, QuantizeName, check
+from gpt_jax.config import CacheDTypeName, ParallelConfig, QuantizeName, check
 from gpt_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ class ServeArgs(ModelArgs):
     grace: int = 30  # Seconds that running requests get when the server is told to stop.
     log_texts: Switch = False  # Write what was asked and answered to the log, too.
     quantize: QuantizeName = "none"  # int8: round the matrices to 8 bits, with a scale a row; docs/sample.md.
+    cache_dtype: CacheDTypeName = "auto"  # int8: round the keys and values of what was read; auto: as the model says.
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
 
     def __post_init__(self) -> None:
@@ -105,7 +106,7 @@ def load(args: ServeArgs) -> "tuple[Engine | Replicas, dict[str, Tokenizer]]":
     runtime.setup(args.parallel.n_asked or 1)
     devices = runtime.choose_devices(args.parallel)
     placement = choose_placement(args.parallel, config_to_load(source, args.context_length), devices)
-    model, params, tokenizer = load_model(source, args.context_length, placement, args.quantize)
+    model, params, tokenizer = load_model(source, args.context_length, placement, args.quantize, args.cache_dtype)
     params = prepare_params(params, model.config, donate=True)  # The first copy is freed.
     T = model.config.context_length
     tokenizers, adapters = {name: tokenizer}, None

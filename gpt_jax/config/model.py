@@ -9,6 +9,7 @@ from gpt_jax.config.check import check, check_types
 AttentionName = Literal["auto", "cudnn", "splash", "block_causal", "xla"]
 DTypeName = Literal["auto", "float32", "bfloat16"]
 StoredDType = Literal["float32", "float16", "bfloat16"]
+CacheDTypeName = Literal["auto", "int8"]
 QuantizeName = Literal["none", "int8"]
 """What matrices are rounded to for sampling and evaluation; see run/quantized.py."""
 
@@ -78,7 +79,17 @@ class RopeConfig:
 
 
 # Fields of ModelConfig that change how the model is run, trained and stored, but not the function that it computes.
-HOW_IT_RUNS = ("vocab_multiple", "dropout", "lora", "dtype", "attention", "unroll", "remat", "loss_chunk")
+HOW_IT_RUNS = (
+    "vocab_multiple",
+    "dropout",
+    "lora",
+    "dtype",
+    "attention",
+    "cache_dtype",
+    "unroll",
+    "remat",
+    "loss_chunk",
+)
 
 LORA_TARGETS = ("qkv", "out", "gate", "up", "down")
 
@@ -135,6 +146,7 @@ class ModelConfig:
     lora: LoraConfig = field(default_factory=LoraConfig)
     dtype: DTypeName = "auto"  # Compute type; auto: bfloat16 on devices that have it. Parameters are float32.
     attention: AttentionName = "auto"  # Attention backend; auto: cudnn on GPU, splash on TPU, block_causal on CPU.
+    cache_dtype: CacheDTypeName = "auto"  # Keys and values of sampling; auto: dtype; int8: rounded, with scales.
     unroll: bool = True  # Unroll the layers (faster steps) or scan over them (compile time independent of depth).
     remat: RematName = "none"  # Recomputed in the backward pass: nothing, whole blocks, or all but matrix products.
     loss_chunk: int = 8192  # Tokens whose logits are in memory at one time during training.

@@ -17,6 +17,7 @@ from gpt_jax.model.attention import causal_mask, visible
 from gpt_jax.model.cache import LayerCache, Parts, starts, update
 from gpt_jax.model.kernels import splash_block, splash_sizes
 from gpt_jax.model.sharding import BATCH_AXES, in_parts
+from gpt_jax.model.weight import int8_einsum
 
 KEY_BLOCK, MANY_KEYS = 128, 512
 """Places of the cache that `chunk_by_blocks` reads at one time, the more where all of them stand before the chunk; a
@@ -97,14 +98,10 @@ def newest_attention(q_B1HK: jax.Array, parts: Parts, position_B: jax.Array, win
     def read(part: LayerCache, first: int) -> Sums:
         distance_BS = position_B[:, None] - first - jnp.arange(part.k_XSK.shape[1])
         mask_X1S = jnp.repeat(visible(distance_BS, window), X // B, axis=0)[:, None]
-        scores_XRS = jax.lax.platform_dependent(q_XRK, part.k_XSK, cpu=scores_exchanged, default=scores_as_they_stand)
-        scores_XRS = jnp.where(mask_X1S, scores_XRS, LOWEST)
+        scores_XRS = jnp.where(mask_X1S, scores(q_XRK, part), LOWEST)
         most_XR = jnp.max(scores_XRS, axis=-1)
         weights_XRS = jnp.where(mask_X1S, jnp.exp(scores_XRS - most_XR[..., None]), 0)
-        out_XRK = jnp.einsum(
-            "XRS,XSK->XRK", weights_XRS.astype(part.v_XSK.dtype), part.v_XSK, preferred_element_type=jnp.float32
-        )
-        return Sums(most_XR, jnp.sum(weights_XRS, axis=-1), out_XRK)
+        return Sums(most_XR, jnp.sum(weights_XRS, axis=-1), weighted(weights_XRS, part))
 
     def read_from(number: int, parts: Parts) -> Sums:
         """All parts from that one on; `parts` are all, since the branches of a condition take arrays as arguments."""
@@ -127,6 +124,33 @@ def newest_attention(q_B1HK: jax.Array, parts: Parts, position_B: jax.Array, win
     firsts = starts(parts)
     sums = read_from(0, parts)
     return (sums.out_XRK / sums.sum_XR[..., None]).astype(q_B1HK.dtype).reshape(B, 1, H, K)
+
+
+def scores(q_XRK: jax.Array, part: LayerCache) -> jax.Array:
+    """Queries times keys, float32 (X, R, S)."""
+    if part.k_scale_XS1 is None:
+        return jax.lax.platform_dependent(q_XRK, part.k_XSK, cpu=scores_exchanged, default=scores_as_they_stand)
+    scores_XRS = int8_products("XRK,XSK->XRS", q_XRK, part.k_XSK)
+    return scores_XRS * part.k_scale_XS1.swapaxes(1, 2)
+
+
+def weighted(weights_XRS: jax.Array, part: LayerCache) -> jax.Array:
+    """The sum of the values times their weights, float32 (X, R, K)."""
+    if part.v_scale_XS1 is None:
+        weights_XRS = weights_XRS.astype(part.v_XSK.dtype)
+        return jnp.einsum("XRS,XSK->XRK", weights_XRS, part.v_XSK, preferred_element_type=jnp.float32)
+    # With a barrier, since XLA:CPU would compute the weights anew for each way in which they are used.
+    weights_XRS = jax.lax.optimization_barrier(weights_XRS * part.v_scale_XS1.swapaxes(1, 2))
+    return int8_products("XRS,XSK->XRK", weights_XRS, part.v_XSK)
+
+
+def int8_products(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """The einsum of x with y, which is int8, in float32. CPUs multiply integers, as in `weight.int8_product`."""
+
+    def as_it_stands(x: jax.Array, y: jax.Array) -> jax.Array:
+        return jnp.einsum(spec, x, y.astype(x.dtype), preferred_element_type=jnp.float32)
+
+    return jax.lax.platform_dependent(x, y, cpu=functools.partial(int8_einsum, spec), default=as_it_stands)
 
 
 def scores_as_they_stand(q_XRK: jax.Array, k_XSK: jax.Array) -> jax.Array:
@@ -180,8 +204,9 @@ def chunk_by_blocks(
         sum_XN = sum_XN * before_XN + jnp.sum(weights, axis=keys_axis)
         return now_XN, sum_XN, out_XNK * before_XN[..., None] + added_XNK
 
-    def block(i: jax.Array, size: int) -> LayerCache:
-        return LayerCache(*(jax.lax.dynamic_slice_in_dim(x_XSK, i * size, size, axis=1) for x_XSK in cache))
+    def block(i: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+        part = jax.tree.map(lambda x_XSK: jax.lax.dynamic_slice_in_dim(x_XSK, i * size, size, axis=1), cache)
+        return part.plain(q_XNK.dtype)
 
     def attend_some(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         places_C = i * few + jnp.arange(few)
@@ -206,7 +231,7 @@ def chunk_by_cudnn(q_BTHK: jax.Array, cache: LayerCache, start: jax.Array, windo
     """cuDNN's kernel, with the mask of the chunk, (1, 1, T, S) in memory; it reads the places up to the chunk's end."""
     B, T = q_BTHK.shape[:2]
     X, S, K = cache.k_XSK.shape
-    k_BSGK, v_BSGK = (x.reshape(B, X // B, S, K).swapaxes(1, 2) for x in cache)
+    k_BSGK, v_BSGK = (x.reshape(B, X // B, S, K).swapaxes(1, 2) for x in cache.plain(q_BTHK.dtype))
     return jax.nn.dot_product_attention(
         q_BTHK,
         k_BSGK,
@@ -233,7 +258,7 @@ def chunk_by_splash(
     )
     # JAX makes an array of this flag, too, which the kernel cannot branch by within a program.
     kernel.fwd_mask_info = kernel.fwd_mask_info._replace(is_dynamic_mask=True)
-    out_XRTK = jax.vmap(kernel)(heads_of(q_BTHK, X).reshape(X, R, T, K), *cache)
+    out_XRTK = jax.vmap(kernel)(heads_of(q_BTHK, X).reshape(X, R, T, K), *cache.plain(q_BTHK.dtype))
     return out_XRTK.reshape(B, X // B, R, T, K).transpose(0, 3, 1, 2, 4).reshape(B, T, H, K)
 
 

@@ -91,24 +91,35 @@ def int8_product_on_cpu(x_ND: jax.Array, kernel_FD: jax.Array) -> jax.Array:
     of int8, for which x is divided in two, and one row of int16. Sums of integers are the same in any order, so that
     the product of a row does not depend on how many others there are.
     """
-    most = min(127 * 128, (2**31 - 1) // (127 * x_ND.shape[1]))
-    x_ND = x_ND.astype(jnp.float32)
-    step_N1 = jnp.maximum(jnp.max(jnp.abs(x_ND), axis=1, keepdims=True), 1e-30) / most
-    product = int8_product_of_row if len(x_ND) == 1 else int8_product_of_rows
-    return product(jnp.round(x_ND / step_N1).astype(jnp.int32), kernel_FD).astype(jnp.float32) * step_N1
+    if len(x_ND) > 1:
+        return int8_einsum("MD,FD->MF", x_ND, kernel_FD)
+    x_1D, step_11 = integers(x_ND)
+    return int16_product(x_1D[0].astype(jnp.int16), kernel_FD)[None].astype(jnp.float32) * step_11
 
 
-def int8_product_of_rows(x_ND: jax.Array, kernel_FD: jax.Array) -> jax.Array:
-    """x @ kernel.T, int32, where x is int32 of up to 15 bits."""
-    high_ND = (x_ND + 64) >> 7
-    parts_MD = jnp.concatenate([high_ND, x_ND - (high_ND << 7)]).astype(jnp.int8)
-    high_NF, low_NF = jnp.split(jnp.einsum("MD,FD->MF", parts_MD, kernel_FD, preferred_element_type=jnp.int32), 2)
-    return 128 * high_NF + low_NF
+def integers(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """x, int32, and what it is to be multiplied by, float32 (..., 1): the largest of each row becomes 127 * 128, or
+    less, where the sum of a row times 127 would not be an int32."""
+    most = min(127 * 128, (2**31 - 1) // (127 * x.shape[-1]))
+    x = x.astype(jnp.float32)
+    step = jnp.maximum(jnp.max(jnp.abs(x), axis=-1, keepdims=True), 1e-30) / most
+    # The barrier keeps XLA:CPU from rounding once more for each of the two parts that these are taken apart into.
+    return jax.lax.optimization_barrier(jnp.round(x / step).astype(jnp.int32)), step
 
 
-def int8_product_of_row(x_1D: jax.Array, kernel_FD: jax.Array) -> jax.Array:
-    """The same of one row."""
-    return int16_product(x_1D[0].astype(jnp.int16), kernel_FD)[None]
+def int8_einsum(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """A product of rows, float32: x (..., N, D), which is rounded to integers, with y, int8, of which `spec` says how.
+
+    x becomes two numbers of 8 bits each, in rows of their own. A concatenation of them is what XLA:CPU finds no vectors
+    for.
+    """
+    x, step = integers(x)
+    high = (x + 64) >> 7
+    is_high = jnp.arange(2)[:, None, None] == 0
+    parts = jnp.where(is_high, high[..., None, :, :], (x - (high << 7))[..., None, :, :]).astype(jnp.int8)
+    parts = parts.reshape(*x.shape[:-2], -1, x.shape[-1])
+    high, low = jnp.split(jnp.einsum(spec, parts, y, preferred_element_type=jnp.int32), 2, axis=-2)
+    return (128 * high + low).astype(jnp.float32) * step
 
 
 def apart(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import jax
 import numpy as np
 
-from gpt_jax.config import HOW_IT_RUNS, Config, LoraConfig, ModelConfig, QuantizeName, check
+from gpt_jax.config import HOW_IT_RUNS, CacheDTypeName, Config, LoraConfig, ModelConfig, QuantizeName, check
 from gpt_jax.data.shards import Meta
 from gpt_jax.errors import UserError
 from gpt_jax.interop import hub
@@ -350,15 +350,18 @@ def load_model(
     context_length: int = 0,
     placement: Placement | None = None,
     quantize: QuantizeName = "none",
+    cache_dtype: CacheDTypeName = "auto",
 ) -> LoadedModel:
     """The model, its parameters, and its tokenizer.
 
     context_length: in tokens; 0: the model's own. placement: where the parameters are; None: on this machine's first
-    device. quantize: "int8" rounds the matrices, see run/quantized.py. Raises UserError naming what is missing, damaged
-    or not supported.
+    device. quantize: "int8" rounds the matrices, see run/quantized.py. cache_dtype: "auto": that of the configuration.
+    Raises UserError naming what is missing, damaged or not supported.
     """
     placement = placement or Placement(local_devices()[:1])
     config = resolve_for(config_to_load(source, context_length), placement.devices[0], placement.context)
+    if cache_dtype != "auto":
+        config = dataclasses.replace(config, cache_dtype=cache_dtype)
     tokenizer = source.tokenizer()
     if quantize == "none":
         return LoadedModel(GPT(config), source.load_params(config, placement), tokenizer)
