@@ -92,7 +92,8 @@ def test_one_cpu_device_takes_the_memory_that_was_read_into() -> None:
 
 def test_a_shorter_context_crops_learned_positions(tmp_path: Path) -> None:
     original = publish(tmp_path, GPT2)
-    model, params, _ = load_model(open_source(str(tmp_path)), 8)
+    model, params, _ = load_model(open_source(str(tmp_path)), 8, cache_dtype="int8")
+    assert model.config.cache_dtype == "int8"
     assert params["positions_TD"].shape == (8, 32)
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 261, (2, 8)))
     np.testing.assert_allclose(logits(model, params, tokens), logits(GPT(GPT2), original, tokens), atol=1e-5, rtol=0)

@@ -8,6 +8,7 @@ import numpy as np
 
 from gpt_jax.config import ModelConfig
 from gpt_jax.interop.save import parts_of
+from gpt_jax.model.cache import cache_bytes
 from gpt_jax.model.gpt import GPT
 from gpt_jax.run.quantized import quantized, tree_of
 from gpt_jax.sample.engine import Engine, Progress, Request
@@ -21,8 +22,9 @@ MODELS: dict[str, ModelConfig] = {
     name: dataclasses.replace(config, context_length=CONTEXT, vocab_size=259)
     for name, config in tiny.ARCHITECTURES.items()
 }
-MODELS["int8"] = MODELS["llama"]
-"""GPT-2's architecture, a Llama with grouped queries, in int8, too, one with sliding windows, and one with adapters."""
+MODELS["int8"] = dataclasses.replace(MODELS["llama"], cache_dtype="int8")
+"""GPT-2's architecture, a Llama with grouped queries, also with weights and cache in int8, one with sliding windows,
+and one with adapters."""
 
 
 class Sieve:
@@ -58,11 +60,10 @@ Answer = tuple[list[int], list[float], list[float], list[list[tuple[int, float]]
 def engine_of(name: str, n_slots: int = 3, prefix_chunks: int = 5) -> Engine:
     """An engine whose kept prefixes do not suffice for all requests."""
     config = MODELS[name]
-    chunk_bytes = 2 * config.n_layer * config.kv_heads * 128 * config.head_dim * 4
     params = tiny.uneven_params(config)
     if name == "int8":
         params = jax.device_put(tree_of(dict(quantized(parts_of(params), config))))
-    engine = Engine(GPT(config), params, n_slots, prefix_bytes=prefix_chunks * chunk_bytes)
+    engine = Engine(GPT(config), params, n_slots, prefix_bytes=prefix_chunks * cache_bytes(config, 128))
     engine.reserve(CONTEXT)
     return engine
 

@@ -179,6 +179,20 @@ def test_log_probabilities_are_those_of_the_full_pass(name: str) -> None:
         np.testing.assert_allclose(sum(logprobs), expected_N.sum(), atol=1e-4)
 
 
+def test_a_cache_in_int8_changes_log_probabilities_little() -> None:
+    """Those of a text of several chunks, and of what is written after it."""
+    config, tokens = MODELS["llama"], np.random.default_rng(0).integers(0, 256, 400).tolist()
+    params, found = tiny.random_params(config), []
+    for dtype in ("auto", "int8"):
+        e = Engine(GPT(dataclasses.replace(config, cache_dtype=dtype)), params, 3)
+        scores = e.score(tokens).logprobs_T[:-1]
+        # What is drawn is decided by the bias alone, so that both write the same.
+        steered = Request(tokens, 20, Filters(0.0, logit_bias=((7, 1e4),)))
+        found.append(np.concatenate([scores, Answers(e).all([steered])[0][1]]))
+    differences = np.abs(np.subtract(*found))
+    assert 1e-6 < differences.max() < 0.02
+
+
 def test_what_is_drawn_from_is_the_filtered_distribution() -> None:
     """Its log-probabilities, against NumPy's, from the alternatives that the model has."""
     requests = [Request([1, 2, 3], 30, Filters(0.5, top_k=3, top_p=1.0), seed=(5, 0, 0), alternatives=3)]

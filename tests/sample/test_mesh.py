@@ -28,6 +28,7 @@ from tests.sample.engines import Answer, Answers, Sieve
 SIZES: dict[str, Any] = {"d_model": 64, "d_ff": 64, "vocab_multiple": 88, "context_length": 256}
 LLAMA = dataclasses.replace(tiny.LLAMA, **SIZES, n_head=16, n_kv_head=8)
 GPT2 = dataclasses.replace(tiny.GPT2, **SIZES, n_head=8)
+INT8_CACHE = dataclasses.replace(LLAMA, cache_dtype="int8")
 
 MESHES: dict[str, dict[str, int]] = {
     "pmap": {},
@@ -55,6 +56,11 @@ def requests() -> list[Request]:
     ]
 
 
+def asked(config: ModelConfig) -> list[Request]:
+    """The requests; with a cache in int8 those that are greedy, since what is rounded another way draws otherwise."""
+    return requests()[::3] if config is INT8_CACHE else requests()
+
+
 def engine(config: ModelConfig, placement: Placement) -> Engine | Replicas:
     """An engine for 32 texts, four or more at the same time on each replica."""
     params = tiny.uneven_params(config, 3)
@@ -68,27 +74,29 @@ def on_mesh(mesh: dict[str, int], config: ModelConfig) -> Engine | Replicas:
     return engine(config, choose_placement(ParallelConfig(**mesh), config, jax.devices()))
 
 
-@pytest.fixture(scope="module", params=[LLAMA, GPT2], ids=["llama", "gpt2"])
+@pytest.fixture(scope="module", params=[LLAMA, GPT2, INT8_CACHE], ids=["llama", "gpt2", "int8 cache"])
 def expected(request: pytest.FixtureRequest) -> tuple[ModelConfig, list[Answer]]:
     """A model, and what it answers on one device."""
-    return request.param, Answers(engine(request.param, Placement(jax.devices()[:1]))).all(requests())
+    return request.param, Answers(engine(request.param, Placement(jax.devices()[:1]))).all(asked(request.param))
 
 
 @pytest.mark.parametrize("name", cases(MESHES, ["2 x 2 x 2"]))
 def test_what_is_sampled_is_what_one_device_samples(expected: tuple[ModelConfig, list[Answer]], name: str) -> None:
-    """The same tokens, with log-probabilities that agree to 1e-5. All replicas take part, and each device holds its
-    share of parameters and caches."""
+    """The same tokens, with log-probabilities that agree to 1e-5 (to 0.01 with a cache in int8, where what is summed in
+    another order may be rounded otherwise). All replicas take part, and each device holds its share of parameters and
+    caches."""
     (config, answers), mesh = expected, MESHES[name]
-    if config is GPT2 and name != "2 x 2 x 2":
-        pytest.skip("one mesh is enough for learned positions and biases")
+    if config is not LLAMA and name != "2 x 2 x 2":
+        pytest.skip("one mesh is enough for learned positions and biases, and for a cache in int8")
+    close: dict[str, Any] = {"rtol": 1e-5, "atol": 0.01 if config is INT8_CACHE else 1e-5}
     e = on_mesh(mesh, config)
     for (tokens, logprobs, drawn, alternatives, reason), theirs in zip(
-        Answers(e).all(requests()), answers, strict=True
+        Answers(e).all(asked(config)), answers, strict=True
     ):
         assert (tokens, reason) == (theirs[0], theirs[4])
-        np.testing.assert_allclose(logprobs, theirs[1], rtol=1e-5, atol=1e-5)
-        np.testing.assert_allclose(drawn, theirs[2], rtol=1e-5, atol=1e-5)
-        np.testing.assert_allclose(alternatives, theirs[3], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(logprobs, theirs[1], **close)
+        np.testing.assert_allclose(drawn, theirs[2], **close)
+        np.testing.assert_allclose(alternatives, theirs[3], **close)
     engines = [e] if isinstance(e, Engine) else e.engines
     assert len(engines) == (mesh.get("data", 1) if mesh else 8)
     counts = [each.counts.requests for each in engines]
