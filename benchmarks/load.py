@@ -1,10 +1,10 @@
 """Serving over HTTP: python -m benchmarks load --gguf FILE [--llama-cpp FOLDER] [--models FOLDER] [--rates RATE ...]
 
-`gpt-jax serve`, llama.cpp's `llama-server` and `transformers serve` with the same model: in float32, and ours in int8
-beside llama.cpp's Q8_0. Three questions, each with rows of its own. Requests: 64 of mixed lengths, which arrive at
-fixed times whether or not the others are answered, at each rate. A chat: the first token of an answer, turn by turn,
-with a history that grows. A start: from starting the process to the first token of an answer, with empty and with
-filled caches. A server that is not here is told in the row, and is no error.
+`gpt-jax serve`, llama.cpp's `llama-server` and `transformers serve` with the same model: in float32, and ours in int8,
+cache included, beside llama.cpp's Q8_0, whose cache is float16. Three questions, each with rows of its own. Requests:
+64 of mixed lengths, which arrive at fixed times whether or not the others are answered, at each rate. A chat: the first
+token of an answer, turn by turn, with a history that grows. A start: from starting the process to the first token of an
+answer, with empty and with filled caches. A server that is not here is told in the row, and is no error.
 """
 
 import itertools
@@ -80,7 +80,7 @@ class Models:
         own = self.as_type("F32") if here else self.gguf
         found = {
             "float32": {OURS: servers.ours(own, SLOTS, CONTEXT)},
-            "8 bits": {INT8: servers.ours(own, SLOTS, CONTEXT, "--quantize", "int8")},
+            "8 bits": {INT8: servers.ours(own, SLOTS, CONTEXT, "--quantize", "int8", "--cache-dtype", "int8")},
         }
         if here:
             program = self.programs["llama-server"]

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
 
 from gpt_jax.config import ModelConfig
 from gpt_jax.model.attention import causal_mask, visible
@@ -101,7 +102,7 @@ def newest_attention(q_B1HK: jax.Array, parts: Parts, position_B: jax.Array, win
         scores_XRS = jnp.where(mask_X1S, scores(q_XRK, part), LOWEST)
         most_XR = jnp.max(scores_XRS, axis=-1)
         weights_XRS = jnp.where(mask_X1S, jnp.exp(scores_XRS - most_XR[..., None]), 0)
-        return Sums(most_XR, jnp.sum(weights_XRS, axis=-1), weighted(weights_XRS, part))
+        return Sums(most_XR, jnp.sum(weights_XRS, axis=-1), weighted(weights_XRS, part, q_XRK.dtype))
 
     def read_from(number: int, parts: Parts) -> Sums:
         """All parts from that one on; `parts` are all, since the branches of a condition take arrays as arguments."""
@@ -130,25 +131,27 @@ def scores(q_XRK: jax.Array, part: LayerCache) -> jax.Array:
     """Queries times keys, float32 (X, R, S)."""
     if part.k_scale_XS1 is None:
         return jax.lax.platform_dependent(q_XRK, part.k_XSK, cpu=scores_exchanged, default=scores_as_they_stand)
-    scores_XRS = int8_products("XRK,XSK->XRS", q_XRK, part.k_XSK)
+    scores_XRS = int8_products("XRK,XSK->XRS", q_XRK, part.k_XSK, q_XRK.dtype)
     return scores_XRS * part.k_scale_XS1.swapaxes(1, 2)
 
 
-def weighted(weights_XRS: jax.Array, part: LayerCache) -> jax.Array:
-    """The sum of the values times their weights, float32 (X, R, K)."""
+def weighted(weights_XRS: jax.Array, part: LayerCache, dtype: DTypeLike) -> jax.Array:
+    """The sum of the values times their weights, float32 (X, R, K), multiplied in the dtype of the values, or in
+    `dtype`, if they are in int8."""
     if part.v_scale_XS1 is None:
         weights_XRS = weights_XRS.astype(part.v_XSK.dtype)
         return jnp.einsum("XRS,XSK->XRK", weights_XRS, part.v_XSK, preferred_element_type=jnp.float32)
     # With a barrier, since XLA:CPU would compute the weights anew for each way in which they are used.
     weights_XRS = jax.lax.optimization_barrier(weights_XRS * part.v_scale_XS1.swapaxes(1, 2))
-    return int8_products("XRS,XSK->XRK", weights_XRS, part.v_XSK)
+    return int8_products("XRS,XSK->XRK", weights_XRS, part.v_XSK, dtype)
 
 
-def int8_products(spec: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    """The einsum of x with y, which is int8, in float32. CPUs multiply integers, as in `weight.int8_product`."""
+def int8_products(spec: str, x: jax.Array, y: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """The einsum of x with y, which is int8, float32. As in `weight.int8_product`, accelerators multiply in `dtype`,
+    and CPUs integers."""
 
     def as_it_stands(x: jax.Array, y: jax.Array) -> jax.Array:
-        return jnp.einsum(spec, x, y.astype(x.dtype), preferred_element_type=jnp.float32)
+        return jnp.einsum(spec, x.astype(dtype), y.astype(dtype), preferred_element_type=jnp.float32)
 
     return jax.lax.platform_dependent(x, y, cpu=functools.partial(int8_einsum, spec), default=as_it_stands)
 

@@ -187,7 +187,7 @@ def test_a_cache_in_int8_changes_log_probabilities_little() -> None:
         e = Engine(GPT(dataclasses.replace(config, cache_dtype=dtype)), params, 3)
         scores = e.score(tokens).logprobs_T[:-1]
         # What is drawn is decided by the bias alone, so that both write the same.
-        steered = Request(tokens, 20, Filters(0.0, logit_bias=((7, 1e4),)))
+        steered = Request(tokens, 20, Filters(0.0, logit_bias=((7, 100.0),)))
         found.append(np.concatenate([scores, Answers(e).all([steered])[0][1]]))
     differences = np.abs(np.subtract(*found))
     assert 1e-6 < differences.max() < 0.02
