@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from gpt_jax.config import ModelConfig
+from gpt_jax.model.weight import LEAST_STEP
 
 
 class LayerCache(NamedTuple):
@@ -35,9 +36,6 @@ class LayerCache(NamedTuple):
             return self.k_XSK, self.v_XSK
         return (self.k_XSK * self.k_scale_XS1).astype(dtype), (self.v_XSK * self.v_scale_XS1).astype(dtype)
 
-
-LEAST_SCALE = 1e-30
-"""Instead of 0, to divide by."""
 
 Parts = tuple[LayerCache, ...]
 """The cache of one layer, its places divided into parts: those that no sequence has come to are not read."""
@@ -76,8 +74,10 @@ def starts(parts: Parts) -> list[int]:
 
 def cache_bytes(config: ModelConfig, length: int) -> int:
     """The bytes that a sequence of so many tokens takes."""
-    dtype = jnp.dtype(config.dtype)
-    each = config.head_dim + 4 if config.cache_dtype == "int8" else config.head_dim * dtype.itemsize
+    if config.cache_dtype == "int8":
+        each = config.head_dim + jnp.dtype(jnp.float32).itemsize
+    else:
+        each = config.head_dim * jnp.dtype(config.dtype).itemsize
     return 2 * config.n_layer * config.kv_heads * length * each
 
 
@@ -112,4 +112,4 @@ def update(parts: Parts, k_BTGK: jax.Array, v_BTGK: jax.Array, start_B: jax.Arra
 def rounded(x_XTK: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Vectors in int8, and their scales, float32 (X, T, 1): the largest number of each becomes 127."""
     scale_XT1 = jnp.max(jnp.abs(x_XTK), axis=-1, keepdims=True).astype(jnp.float32) / 127
-    return jnp.round(x_XTK / jnp.maximum(scale_XT1, LEAST_SCALE)).astype(jnp.int8), scale_XT1
+    return jnp.round(x_XTK / jnp.maximum(scale_XT1, LEAST_STEP)).astype(jnp.int8), scale_XT1

@@ -5,6 +5,8 @@ writes scores of more than a chunk of queries and the places of one cache to mem
 """
 
 import functools
+import math
+from collections.abc import Callable
 from typing import NamedTuple, cast
 
 import jax
@@ -23,6 +25,9 @@ from gpt_jax.model.weight import int8_einsum
 KEY_BLOCK, MANY_KEYS = 128, 512
 """Places of the cache that `chunk_by_blocks` reads at one time, the more where all of them stand before the chunk; a
 cache that is longer has a multiple of the fewer."""
+
+MOST_SUMMED = 1024
+"""The most products of 15 and 8 bits, in a power of two, whose sum is an int32 in any case."""
 
 LOWEST = np.finfo(np.float32).min
 
@@ -143,17 +148,33 @@ def weighted(weights_XRS: jax.Array, part: LayerCache, dtype: DTypeLike) -> jax.
         return jnp.einsum("XRS,XSK->XRK", weights_XRS, part.v_XSK, preferred_element_type=jnp.float32)
     # With a barrier, since XLA:CPU would compute the weights anew for each way in which they are used.
     weights_XRS = jax.lax.optimization_barrier(weights_XRS * part.v_scale_XS1.swapaxes(1, 2))
-    return int8_products("XRS,XSK->XRK", weights_XRS, part.v_XSK, dtype)
+    return int8_products("XRS,XSK->XRK", weights_XRS, part.v_XSK, dtype, cpu=weighted_by_integers)
 
 
-def int8_products(spec: str, x: jax.Array, y: jax.Array, dtype: DTypeLike) -> jax.Array:
+def weighted_by_integers(weights_XRS: jax.Array, v_XSK: jax.Array) -> jax.Array:
+    """The sum of the values, int8, times their weights, float32 (X, R, K), in sums of so few places that there is room
+    for 15 bits of the weights, of which many small ones may matter beside a large one."""
+    X, R, S = weights_XRS.shape
+    C = S if S <= MOST_SUMMED else math.gcd(S, MOST_SUMMED)
+    weights_YRC = weights_XRS.reshape(X, R, S // C, C).swapaxes(1, 2).reshape(-1, R, C)
+    out_YRK = int8_einsum("YRC,YCK->YRK", weights_YRC, v_XSK.reshape(-1, C, v_XSK.shape[2]))
+    return jnp.sum(out_YRK.reshape(X, S // C, R, -1), axis=1)
+
+
+def int8_products(
+    spec: str,
+    x: jax.Array,
+    y: jax.Array,
+    dtype: DTypeLike,
+    cpu: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
+) -> jax.Array:
     """The einsum of x with y, which is int8, float32. As in `weight.int8_product`, accelerators multiply in `dtype`,
-    and CPUs integers."""
+    and CPUs integers, by `cpu` or by `weight.int8_einsum`."""
 
     def as_it_stands(x: jax.Array, y: jax.Array) -> jax.Array:
         return jnp.einsum(spec, x.astype(dtype), y.astype(dtype), preferred_element_type=jnp.float32)
 
-    return jax.lax.platform_dependent(x, y, cpu=functools.partial(int8_einsum, spec), default=as_it_stands)
+    return jax.lax.platform_dependent(x, y, cpu=cpu or functools.partial(int8_einsum, spec), default=as_it_stands)
 
 
 def scores_as_they_stand(q_XRK: jax.Array, k_XSK: jax.Array) -> jax.Array:

@@ -15,6 +15,9 @@ FEW_ROWS, FEW_RESULTS = 64, 2**20
 """XLA:CPU multiplies up to so many rows, for up to so many results, faster with the operands exchanged. 512 rows take a
 seventh longer; and results that fit no cache, such as the logits of 64 rows, would take long to be exchanged back."""
 
+LEAST_STEP = 1e-30
+"""What a step of rounding is at least, since numbers are divided by it."""
+
 
 def product(x: jax.Array, weights: Mapping[str, jax.Array], dtype: DTypeLike) -> jax.Array:
     """x (..., D) times the matrix of a linear layer, in `dtype`: (N, F), or (..., F) where sequences are divided.
@@ -102,7 +105,7 @@ def integers(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     less, where the sum of a row times 127 would not be an int32."""
     most = min(127 * 128, (2**31 - 1) // (127 * x.shape[-1]))
     x = x.astype(jnp.float32)
-    step = jnp.maximum(jnp.max(jnp.abs(x), axis=-1, keepdims=True), 1e-30) / most
+    step = jnp.maximum(jnp.max(jnp.abs(x), axis=-1, keepdims=True), LEAST_STEP) / most
     # The barrier keeps XLA:CPU from rounding once more for each of the two parts that these are taken apart into.
     return jax.lax.optimization_barrier(jnp.round(x / step).astype(jnp.int32)), step
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -157,13 +158,27 @@ def test_a_row_does_not_depend_on_which_parts_the_others_read(rng: np.random.Gen
     np.testing.assert_array_equal(alone[0], beside[0])
 
 
+@pytest.mark.parametrize("S", [1024, 1536, 4096])
+def test_many_small_weights_are_not_lost_beside_a_large_one(S: int) -> None:
+    """In a cache in int8: each is 1 / 10,000 of the large one. They are rounded to 15 bits beside it, and exactly where
+    it is not."""
+    k_1SK = jnp.zeros((1, S, 16)).at[0, 0, 0].set(math.log(10_000) * 4)  # Queries are divided by 4.
+    is_first_16 = jnp.arange(16) == 0  # What the large one has, and the others have not.
+    cache = in_int8(LayerCache(k_1SK, jnp.broadcast_to(~is_first_16, (1, S, 16)).at[0, 0].set(is_first_16) * 1.0))
+    q_11HK = jnp.ones((1, 1, 1, 16))
+    ours = jax.jit(functools.partial(cached.newest_attention, window=0))(q_11HK, (cache,), jnp.array([S - 1]))
+    expected_16 = np.where(is_first_16, 10_000, S - 1) / (S - 1 + 10_000)
+    beside = math.gcd(S, 1024) / S
+    np.testing.assert_allclose(ours[0, 0, 0], expected_16, rtol=0.25 * beside + 1e-3)
+
+
 @pytest.mark.parametrize("size", [1e-38, 1e-3, 1.0, 3e38])
 def test_rounding_is_off_by_half_a_step_at_most(rng: np.random.Generator, size: float) -> None:
     """A step is the largest number of a vector / 127. What has NaN has it as its scale."""
     x_XTK = jnp.asarray(rng.uniform(-1, 1, (3, 5, 16)), jnp.float32).at[0, 0].set(0) * size
     values_XTK, scale_XT1 = rounded(x_XTK)
     assert values_XTK.dtype == jnp.int8
-    # Where scales are less than LEAST_SCALE, all becomes 0.
+    # Where scales are less than LEAST_STEP, all becomes 0.
     most_XT1 = np.maximum(0.501 * scale_XT1, 1e-30 if size < 1e-30 else 0)
     assert (np.abs(values_XTK * scale_XT1 - x_XTK) <= most_XT1).all()
     assert jnp.isnan(rounded(x_XTK.at[1, 2, 3].set(jnp.nan))[1]).sum() == 1
