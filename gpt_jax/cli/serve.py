@@ -31,6 +31,7 @@ class ServeArgs(ModelArgs):
     name: str = ""  # What clients call the model; empty: the last part of the run's or the model's name.
     adapter: tuple[str, ...] = ()  # Runs of adapters on the model, to be served beside it: NAME=RUN, one or more.
     slots: int = 8  # Texts that each device writes at the same time; on a mesh, each data part of it.
+    chunks_a_turn: int = 4  # Chunks of prompts, of 128 tokens on a CPU, that are read between two blocks of new tokens.
     queue: int = 256  # Texts that may wait for a slot; more are refused, with status 429.
     prefix_cache: int = 512  # Memory for prompts that were read, in MiB, so that those that begin alike are read once.
     api_key_file: str = ""  # File with the keys of which clients must send one, one a line; # begins a comment.
@@ -46,6 +47,7 @@ class ServeArgs(ModelArgs):
         super().__post_init__()
         check(0 <= self.port < 2**16, "port", self.port, "0 to 65535")
         check(self.slots >= 1, "slots", self.slots, "1 or more")
+        check(self.chunks_a_turn >= 1, "chunks_a_turn", self.chunks_a_turn, "1 or more")
         check(self.queue >= 0, "queue", self.queue, "0 or more")
         check(self.prefix_cache >= 0, "prefix_cache", self.prefix_cache, "0 (MiB) or more")
         check(self.grace >= 0, "grace", self.grace, "0 (seconds) or more")
@@ -115,6 +117,7 @@ def load(args: ServeArgs) -> "tuple[Engine | Replicas, dict[str, Tokenizer]]":
         tokenizers |= zip(list(runs)[1:], theirs, strict=True)
     options: dict[str, Any] = {"adapters": adapters, "n_tokens": tokenizer.vocab_size}
     options |= {"prefix_bytes": args.prefix_cache * 2**20, "most_waiting": args.queue}
+    options["chunks_a_turn"] = args.chunks_a_turn
     engine = engine_on(placement, model, params, MOST_TEXTS, args.slots, **options)
     each = cache_bytes(model.config, T)
     where = f"{engine.n_slots} slots of {T:,} tokens take {engine.n_slots * each / 2**30:,.1f} GiB"

@@ -80,6 +80,7 @@ def test_wrong_arguments_are_refused_in_one_line(model: Path, tmp_path: Path) ->
             (["--api-key-file=nowhere"], "nowhere: No such file or directory"),
             ([f"--api-key-file={spaced}", "--open"], "use one of them"),
             (["--slots=0"], "slots = 0 is not possible"),
+            (["--chunks-a-turn=0"], "chunks_a_turn = 0 is not possible"),
             (["--queue=-1"], "queue = -1 is not possible"),
             (["--adapter", "x"], "--adapter x is not of the form NAME=RUN"),
             (["--adapter", "small=x"], "another model is called small already"),

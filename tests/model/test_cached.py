@@ -105,6 +105,12 @@ def test_what_is_not_finite_is_seen_by_its_own_sequence_only(cache_dtype: CacheD
 PART_SIZES = 8, 8, 16, 16
 
 
+@pytest.fixture(params=[16, 1000], ids=["in turn", "together"])
+def ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The larger parts are read for one row after the other, or for all at once."""
+    monkeypatch.setattr(cached, "IN_TURN", request.param)
+
+
 def decoding_case(rng: np.random.Generator, is_int8: bool) -> tuple[jax.Array, Parts, jax.Array, jax.Array]:
     """Queries of three rows, a cache in parts, and its keys and values in one: (B, S, G, K)."""
     B, S, G, R, K = 3, sum(PART_SIZES), 2, 3, 16
@@ -120,6 +126,7 @@ def decoding_case(rng: np.random.Generator, is_int8: bool) -> tuple[jax.Array, P
     return q_B1HK, parts, k_BSGK, v_BSGK
 
 
+@pytest.mark.usefixtures("ways")
 @pytest.mark.parametrize("is_int8", [False, True])
 @pytest.mark.parametrize("window", [0, 1, 9])
 @pytest.mark.parametrize(
@@ -142,6 +149,7 @@ def test_the_newest_token_sees_all_parts_of_the_cache(
     np.testing.assert_allclose(ours, expected, atol=2e-4 if is_int8 else 2e-6)
 
 
+@pytest.mark.usefixtures("ways")
 @pytest.mark.parametrize("is_int8", [False, True])
 def test_a_row_does_not_depend_on_which_parts_the_others_read(rng: np.random.Generator, is_int8: bool) -> None:
     """To the last bit, whatever another sequence left where it has not come to."""
