@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from gpt_jax.serve.http import Service
     from gpt_jax.tokenizer.tokenizer import Tokenizer
 
+BLOCK = 4
+"""The most tokens that are decoded in one call. On a CPU, where a step of eight texts may take 60 ms, the first token
+of a request comes two seconds sooner than with 32, and tokens/s are the same."""
+
 MOST_TEXTS = 2**31
 """For `engine_on`: there is always more to write than there are slots."""
 
@@ -117,7 +121,7 @@ def load(args: ServeArgs) -> "tuple[Engine | Replicas, dict[str, Tokenizer]]":
         tokenizers |= zip(list(runs)[1:], theirs, strict=True)
     options: dict[str, Any] = {"adapters": adapters, "n_tokens": tokenizer.vocab_size}
     options |= {"prefix_bytes": args.prefix_cache * 2**20, "most_waiting": args.queue}
-    options["chunks_a_turn"] = args.chunks_a_turn
+    options |= {"chunks_a_turn": args.chunks_a_turn, "block": BLOCK}
     engine = engine_on(placement, model, params, MOST_TEXTS, args.slots, **options)
     each = cache_bytes(model.config, T)
     where = f"{engine.n_slots} slots of {T:,} tokens take {engine.n_slots * each / 2**30:,.1f} GiB"

@@ -150,6 +150,7 @@ class Engine:
     prompts that were read, besides the last one, which is always kept. most_waiting, most_waiting_tokens: bounds on the
     requests that wait, and on their tokens. chunks_a_turn: chunks that are read between two blocks; with 1, those who
     write are held up least, and with more, all are done sooner, since a block takes as long for few as for many.
+    block: the most tokens of a block, up to BLOCK; with fewer, new requests begin sooner, which wait for two blocks.
     adapters: of which each request names its own, or none.
 
     The caches grow with the longest sequence that was asked for, up to the model's context, by powers of two; `reserve`
@@ -168,6 +169,7 @@ class Engine:
         n_tokens: int | None = None,
         prefix_bytes: int = 0,
         chunks_a_turn: int = 1,
+        block: int = BLOCK,
         most_waiting: int = 2**31,
         most_waiting_tokens: int = 2**31,
         adapters: Adapters | None = None,
@@ -183,6 +185,7 @@ class Engine:
         self.places = self.chunk // 2
         self.n_kept = prefix_bytes // kv.cache_bytes(c, self.chunk)  # Chunks.
         self.limits, self.chunks_a_turn = (most_waiting, most_waiting_tokens), chunks_a_turn
+        self.block = block
         self.counts = Counts()
         self.next_id = 0
         # The requests that were forgotten when something was raised last, and those that it may have been because of.
@@ -548,7 +551,7 @@ class Engine:
             return None
         # The first token of a sequence is waited for; after it, a call for more tokens costs less.
         n = SHORT_BLOCK if self.scheduler.n_waiting or self.scheduler.reading else BLOCK
-        n = 1 if self.is_new or self._constrained() else n
+        n = 1 if self.is_new or self._constrained() else min(n, self.block)
         params = self._params_for(self.adapter_S)
         self.state, block = self._call(decode_n, params, self.state, ~self.dropped, np.int32(n), self.n_tokens)
         self.dropped[:], self.is_new = False, False
