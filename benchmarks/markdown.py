@@ -48,6 +48,7 @@ def as_spread(found: Row | float) -> Row:
 
 
 def with_range(found: Row, write: Callable[[float], str] = number) -> str:
-    """Median (min to max), or the median where there is no more to tell."""
+    """Median (min to max), or the median where there is no more to tell, as of one round."""
     median = write(found["median"])
-    return f"{median} ({write(found['min'])} to {write(found['max'])})" if "min" in found else median
+    is_spread = "min" in found and found["min"] < found["max"]
+    return f"{median} ({write(found['min'])} to {write(found['max'])})" if is_spread else median

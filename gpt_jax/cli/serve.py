@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from gpt_jax.cli.parse import ModelArgs, Switch, parse
 from gpt_jax.config import CacheDTypeName, ParallelConfig, QuantizeName, check
 from gpt_jax.errors import UserError
+from gpt_jax.tokenizer.chat_template import syntax_error
 
 if TYPE_CHECKING:
     from gpt_jax.sample.engine import Engine
@@ -146,6 +147,15 @@ def service(args: ServeArgs) -> "Service":
     return Service(worker, served, rules)
 
 
+def what_of_chats(tokenizer: "Tokenizer") -> str:
+    """What keeps a model from chatting, to be said after its name. Compiles its template, for which no request waits
+    then."""
+    if not tokenizer.chat_template:
+        return ", which has no chat template: it continues texts"
+    error = syntax_error(tokenizer.chat_template)
+    return f", whose chat template cannot be used ({error}): it continues texts" if error else ""
+
+
 def command(argv: Sequence[str]) -> int:
     """Loads a model, and serves it until a signal."""
     args = parse(ServeArgs, argv, "serve")
@@ -156,7 +166,6 @@ def command(argv: Sequence[str]) -> int:
 
     def say(address: str) -> None:
         for name, model in served.served.items():
-            chat = "" if model.tokenizer.chat_template else ", which has no chat template: it continues texts"
-            print(f"{name}{chat}: ready at {address}", file=sys.stderr, flush=True)
+            print(f"{name}{what_of_chats(model.tokenizer)}: ready at {address}", file=sys.stderr, flush=True)
 
     return asyncio.run(serve(served, bound, args.grace, say))

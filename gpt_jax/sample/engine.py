@@ -299,9 +299,11 @@ class Engine:
         return jax.tree.map(lambda *parts: np.concatenate(parts), *found)
 
     def compile(self) -> None:
-        """Compiles all that requests may need within the room that was reserved, so that none of them waits for it."""
+        """Compiles all that requests may need within the room that was reserved, and runs it at the end of that room,
+        so that none of them waits for it: XLA:CPU makes some kernels when they are first run. No request is there."""
         c = self.model.config
-        row = make_row(c, [0], 0, 0, Filters(), ())  # Of an idle slot.
+        most = min(self.places, c.context_length)
+        row = make_row(c, [0], 0, 1, Filters(), ())._replace(length=jnp.int32(most - 1))
 
         def put(cache: kv.Cache) -> None:
             self.state = self._call(insert, self.state, np.int32(0), row, cache, np.int32(0))
@@ -310,7 +312,8 @@ class Engine:
             self.held = Prompt([])
             for size in chunk_sizes(c):
                 tokens_1T, params = np.zeros((1, size), np.int32), self._params_for([0])
-                self.prompt_cache = self._call(prefill_chunk, params, self.prompt_cache, tokens_1T, np.int32(0))
+                last = np.int32(max(0, most - size))
+                self.prompt_cache = self._call(prefill_chunk, params, self.prompt_cache, tokens_1T, last)
                 if (rows := self._rows(size)) > 1:
                     tokens_PT, params = np.zeros((rows, size), np.int32), self._params_for([0] * rows)
                     put(self._call(prefill_short, params, tokens_PT))
@@ -318,8 +321,8 @@ class Engine:
             if self.kept:
                 for target, source in (("kept", "prompt_cache"), ("prompt_cache", "kept")):
                     self._move(target, source, [(0, 0, 0, 0)])
-            keep_S, params = np.zeros(self.n_slots, bool), self._params_for(self.adapter_S)
-            self.state, _ = self._call(decode_n, params, self.state, keep_S, np.int32(0), self.n_tokens)
+            keep_S, params = np.ones(self.n_slots, bool), self._params_for(self.adapter_S)
+            self.state, _ = self._call(decode_n, params, self.state, keep_S, np.int32(1), self.n_tokens)
         self.score([0])
 
     @contextmanager

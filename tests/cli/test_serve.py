@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from gpt_jax.cli.parse import parse
-from gpt_jax.cli.serve import ServeArgs, service
+from gpt_jax.cli.serve import ServeArgs, service, what_of_chats
+from gpt_jax.tokenizer.bytes import ByteTokenizer
 from tests import tiny
 from tests.commands import refused_here, set_up_here
 from tests.export.test_streaming import save_run
@@ -113,3 +114,17 @@ def test_a_mesh_answers_as_one_device_does(tmp_path: Path) -> None:
     assert len(set(alone["tokens"])) > 1
     assert divided["tokens"] == alone["tokens"]
     np.testing.assert_allclose(divided["token_logprobs"], alone["token_logprobs"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        (None, ", which has no chat template: it continues texts"),
+        ("{{ messages", ", whose chat template cannot be used (unexpected end of template, expected 'end of print "),
+        ("{{ messages }}", ""),
+    ],
+)
+def test_what_keeps_a_model_from_chatting_is_said_at_the_start(template: str | None, said: str) -> None:
+    tokenizer = ByteTokenizer().with_chat_template(template)
+    assert what_of_chats(tokenizer).startswith(said)
+    assert bool(what_of_chats(tokenizer)) == bool(said)
