@@ -113,7 +113,7 @@ def newest_attention(q_B1HK: jax.Array, parts: Parts, position_B: jax.Array, win
         return Sums(most_XR, jnp.sum(weights_XRS, axis=-1), weighted(weights_XRS, part, q_XRK.dtype))
 
     def read_in_turn(q_XRK: jax.Array, position_B: jax.Array, part: LayerCache, first: int) -> Sums:
-        """The rows that have come to the part, one after the other: as fast on a CPU as all at once, if all have."""
+        """The rows that have come to the part, one after the other: a little slower than all at once, if all have."""
         has_come_B = position_B >= first
         order_B = jnp.argsort(~has_come_B)
 

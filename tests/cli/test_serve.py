@@ -120,7 +120,7 @@ def test_a_mesh_answers_as_one_device_does(tmp_path: Path) -> None:
     ("template", "said"),
     [
         (None, ", which has no chat template: it continues texts"),
-        ("{{ messages", ", whose chat template cannot be used (unexpected end of template, expected 'end of print "),
+        ("{{ messages", ", whose chat template cannot be used (unexpected end of template"),
         ("{{ messages }}", ""),
     ],
 )

@@ -118,6 +118,18 @@ def test_chunks_between_two_blocks() -> None:
         assert len(e.scheduler.writing) == writing
 
 
+def test_no_block_has_more_tokens_than_it_may() -> None:
+    """And the answer is the same."""
+    e = Engine(engine("gpt2").model, engine("gpt2").params, 3, block=4)
+    request = Request([1, 2, 3], 20, GREEDY)
+    e.submit(request)
+    said = []
+    while not e.is_idle:
+        said += e.turn()
+    assert [len(p.tokens) for p in said] == [1, 4, 4, 4, 4, 3]
+    assert [token for p in said for token in p.tokens] == Answers(engine("gpt2")).all([request])[0][0]
+
+
 def test_what_was_read_before_is_not_read_again() -> None:
     """A conversation goes on: only what is new, and the rest of a chunk, is read. Another one in between leaves what is
     kept, and counts say so."""
